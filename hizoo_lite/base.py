@@ -144,8 +144,21 @@ class StepSize(Protocol):
 # ------------------------------------------------------------------------------ weights and spaces
 
 
+class Stored(NamedTuple):
+    """One buffer of a weight whose bytes travel when its block is streamed."""
+
+    owner: nn.Module  # whose buffer it is
+    name: str  # of the buffer
+    key: str | None  # behind the layer's name in a checkpoint, such as "weight.absmax"; None: zeros at first
+
+    @property
+    def tensor(self) -> Tensor:
+        """The buffer as it is now; on the meta device while its block is away."""
+        return self.owner.get_buffer(self.name)
+
+
 class PackedWeight(nn.Module, ABC):
-    """A frozen weight matrix in its stored form. Its buffers never change because they were used.
+    """A weight matrix in its stored form. Its buffers never change because they were used.
 
     `shape` is (out_features, in_features). The product of a linear layer is
     `x @ unpacked.T * row_scale`, where `unpacked` is what `unpack` writes.
@@ -173,6 +186,10 @@ class PackedWeight(nn.Module, ABC):
     def nbytes(self) -> int:
         """Bytes of the stored form."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    @abstractmethod
+    def stored(self) -> list[Stored]:
+        """The buffers that hold the matrix; not what is small and constant (code tables, offsets)."""
 
 
 class BranchState:
@@ -246,8 +263,24 @@ class Residency(Protocol):
         """Called before block `block` runs: on return its weights are on the compute device."""
         ...
 
+    def keep(self, block: int) -> None:
+        """Called while block `block` is present and its stored buffers were changed: the change must last."""
+        ...
+
     def release(self, block: int) -> None:
         """Called when every branch has gone through block `block`."""
+        ...
+
+    def close(self) -> None:
+        """End threads and close files. The blocks that are away stay away."""
+        ...
+
+
+class PendingUpdates(Protocol):
+    """Updates of weights that live inside the blocks, waiting until their block is present."""
+
+    def apply(self, block: int) -> bool:
+        """Apply what waits for block `block`, which is present; whether its stored buffers changed."""
         ...
 
 

@@ -16,6 +16,7 @@ from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.stream.residency import Resident
 from hizoo_lite.stream.traversal import Traversal
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch
@@ -198,9 +199,8 @@ def test_fp16_products_survive_large_activations(bits: str, tmp_path: Path) -> N
     torch.testing.assert_close(y, x @ weight.t(), rtol=5e-3, atol=0.5)
 
 
-def test_the_residency_is_told_around_every_block_and_hooks_do_not_pile_up(tmp_path: Path) -> None:
-    class Recorder:
-        name = "recorder"
+def test_the_residency_is_told_around_every_block(tmp_path: Path) -> None:
+    class Recorder(Resident):
         calls: ClassVar[list[tuple[str, int]]] = []
 
         def acquire(self, block: int) -> None:
@@ -211,13 +211,11 @@ def test_the_residency_is_told_around_every_block_and_hooks_do_not_pile_up(tmp_p
 
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", device="cpu")
-    traversal = Traversal(model, Recorder())
+    model.residency = Recorder()
     for _ in range(2):
-        traversal.losses(tiny_task_batch("causal"))
+        Traversal(model).losses(tiny_task_batch("causal"))
     once = [("acquire", 0), ("release", 0), ("acquire", 1), ("release", 1)]
     assert Recorder.calls == 2 * once
-    assert not model.blocks[0]._forward_pre_hooks
-    assert not model.blocks[0]._forward_hooks
 
 
 def test_choice_loss_is_cross_entropy_over_mean_scores(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_all_problems_of_file_and_flags_are_reported_together(tmp_path: Path) ->
     file = tmp_path / "run.toml"
     file.write_text('model = "m"\nbits = "nf5"\nstepz = 3\nbatch-size = 0\nseed = "x"\n')
     with pytest.raises(UserError) as caught:
-        resolve(str(file), {"lr": "fast", "residency": "disk", "device_budget": "24"})
+        resolve(str(file), {"lr": "fast", "residency": "ram", "device_budget": "24"})
     text = str(caught.value)
     assert text.startswith("8 problems")
     assert f"{file}: bits: got 'nf5', allowed: nf4, fp4, int8, none" in text
@@ -110,7 +110,7 @@ def test_all_problems_of_file_and_flags_are_reported_together(tmp_path: Path) ->
     assert f"{file}: batch-size: got 0, allowed: a whole number of 1 or more" in text
     assert f"{file}: seed: got 'x'" in text
     assert "--lr: got 'fast', allowed: auto, a number above 0" in text
-    assert "--residency: got 'disk', which is not available yet" in text
+    assert "--residency: got 'ram', allowed: auto, resident, host, disk" in text
     assert "--device-budget: got '24', allowed: a number and a unit" in text
     assert "--task: missing" in text
 
@@ -132,7 +132,7 @@ def test_all_problems_of_file_and_flags_are_reported_together(tmp_path: Path) ->
         ({"device": "tpu"}, "device: got 'tpu'"),
         ({"host_budget": "0GiB"}, "host_budget: got '0GiB'"),
         ({"estimator": "mezo"}, "lr: got 'auto', but mezo measures no curvature"),
-        ({"residency": "host"}, "residency: got 'host', which is not available yet; allowed: auto, resident"),
+        ({"branch_chunk": 0}, "branch_chunk: got 0, allowed: auto, a whole number of 1 or more"),
         ({"resume": True}, "out: missing, it names the run folder"),
         ({"warmup_steps": 2, "steps": 1}, "warmup_steps: got 2, allowed: up to the 1 of steps"),
     ],

@@ -17,6 +17,7 @@ from hizoo_lite.model import skeleton
 from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.stream.block import install
 
 
 def load(
@@ -51,7 +52,7 @@ def load(
     filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed)
     linears = filler.fill()
     skeleton.read_generation_config(checkpoint.folder, module)
-    return Model(
+    model = Model(
         module=module,
         tokenizer=skeleton.read_tokenizer(checkpoint.folder),
         kind=kind,
@@ -68,3 +69,5 @@ def load(
         folder=checkpoint.folder,
         new_parameters=filler.new,
     )
+    install(model)
+    return model

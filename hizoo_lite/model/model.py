@@ -9,9 +9,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from hizoo_lite.base import Bits, BranchState, ModelKind
+from hizoo_lite.base import Bits, BranchState, ModelKind, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.stream.residency import Resident
 
 
 @final
@@ -34,6 +35,8 @@ class Model:
     source: str  # what was given to `load`
     folder: Path  # where the checkpoint's files are
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
+    residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
+    pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
 
     @property
     def trunk_name(self) -> str:
@@ -49,7 +52,14 @@ class Model:
         unused = max((row + 1 for row in padding if row is not None), default=0)  # RoBERTa counts from there
         return None if most is None else int(most) - unused
 
+    def block_of(self, linear: str) -> int | None:
+        """The index of the block that a linear layer is in; None outside of the blocks."""
+        inside = linear.removeprefix(self.block_prefix + ".")
+        return None if inside == linear else int(inside.split(".", 1)[0])
+
     def nbytes(self) -> int:
-        """Bytes of all parameters and buffers; tensors that share memory are counted once."""
+        """Bytes of all parameters and buffers, wherever they are; shared memory is counted once."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        here = [t.untyped_storage() for t in tensors if not t.is_meta]
+        away = sum(t.numel() * t.itemsize for t in tensors if t.is_meta)
+        return away + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())

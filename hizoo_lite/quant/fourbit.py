@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.quant import native
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
@@ -63,7 +63,8 @@ class FourBitWeight(PackedWeight):
         self.double_quant = nested is not None
         self.register_buffer("codes", codes.view(-1))
         self.register_buffer("absmax", absmax)
-        self.register_buffer("table", native.code_table(bits).to(codes.device))
+        device = torch.device("cpu") if codes.is_meta else codes.device
+        self.register_buffer("table", native.code_table(bits).to(device))
         if nested is not None:
             self.register_buffer("nested_absmax", nested[0])
             self.register_buffer("nested_table", nested[1])
@@ -144,6 +145,13 @@ class FourBitWeight(PackedWeight):
         native.decode(self.codes, absmax, self.table, out.view(-1), start, self.bits, self.blocksize)
         return out
 
+    def stored(self) -> list[Stored]:
+        """Codes and absmax; absmax of the absmax where it is in 8 bits."""
+        found = [Stored(self, "codes", "weight"), Stored(self, "absmax", "weight.absmax")]
+        if self.double_quant:
+            found.append(Stored(self, "nested_absmax", "weight.nested_absmax"))
+        return found
+
     def _absmax(self, first: int, last: int) -> Tensor:
         """absmax of blocks first .. last, float32."""
         if not self.double_quant:
@@ -177,5 +185,6 @@ def _nested_parts(tensors: Mapping[str, Tensor], state: dict, name: str) -> tupl
         if wanted not in tensors:
             raise UserError(f"{name}: {wanted} is missing of a double-quantized weight")
     absmax = tensors["weight.nested_absmax"]
-    offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=absmax.device)
-    return absmax, tensors["weight.nested_quant_map"], offset
+    table = tensors["weight.nested_quant_map"]  # never on the meta device, unlike what is streamed
+    offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=table.device)
+    return absmax, table, offset

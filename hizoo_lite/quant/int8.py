@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.quant import native
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
@@ -81,6 +81,10 @@ class Int8Weight(PackedWeight):
         """
         check_out(out, self.shape, first_row)
         return out.copy_(self.codes[first_row : first_row + out.shape[0]]).mul_(1 / 128)
+
+    def stored(self) -> list[Stored]:
+        """Codes and the rows' absmax."""
+        return [Stored(self, "codes", "weight"), Stored(self, "scb", "SCB")]
 
     @property
     def row_scale(self) -> Tensor:

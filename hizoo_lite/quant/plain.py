@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight
+from hizoo_lite.base import PackedWeight, Stored
 from hizoo_lite.quant.rows import check_out
 
 
@@ -34,3 +34,7 @@ class PlainWeight(PackedWeight):
     def ready(self, dtype: torch.dtype) -> Tensor | None:
         """The stored matrix where its dtype is `dtype`."""
         return self.weight if self.weight.dtype == dtype else None
+
+    def stored(self) -> list[Stored]:
+        """The matrix."""
+        return [Stored(self, "weight", "weight")]

@@ -1,7 +1,7 @@
 """One traversal of the model for all branches of a step: from a batch to per-branch, per-example losses.
 
 The batch is repeated once a branch along its first axis; the Hugging Face model runs unchanged on it.
-Block hooks tell the residency which block runs. Logits are computed only where a label is, through the
+Blocks come and go as they run (see `block.py`). Logits are computed only where a label is, through the
 model's own head, in chunks; log-probabilities are summed in float64 because a step needs differences of
 losses of order mu^2.
 """
@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from hizoo_lite.base import EVALUATION, Batch, Branches, Residency
+from hizoo_lite.base import EVALUATION, Batch, Branches
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.head import logits_at
-from hizoo_lite.stream.residency import Resident
 
 
 class Losses(NamedTuple):
@@ -37,9 +35,8 @@ class Losses(NamedTuple):
 class Traversal:
     """Evaluates branches of a model. Stateless between calls; never changes a weight."""
 
-    def __init__(self, model: Model, residency: Residency | None = None) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self.residency = residency or Resident()
 
     @torch.no_grad()
     def losses(
@@ -50,7 +47,7 @@ class Traversal:
         directions: Mapping[str, Tensor] | None = None,
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` d by parameter name, on the model's device."""
-        with self.blocks_present(), self._branches(branches, mu, directions or {}):
+        with self._branches(branches, mu, directions or {}):
             inputs = self._fold(batch, branches.count)
             if self.model.kind == "classifier":
                 logits = self.model.module(**inputs).logits
@@ -60,21 +57,6 @@ class Traversal:
             hidden = hidden.view(branches.count, *batch.input_ids.shape, -1)
             scored = self._scored_log_probabilities(hidden, batch)
         return _slot_losses(scored, batch)
-
-    @contextmanager
-    def blocks_present(self) -> Iterator[None]:
-        """While this is open, the residency is told around every block that the module runs."""
-        hooks: list[RemovableHandle] = []
-        for index, block in enumerate(self.model.blocks):
-            hooks += [
-                block.register_forward_pre_hook(lambda *_, i=index: self.residency.acquire(i)),
-                block.register_forward_hook(lambda *_, i=index: self.residency.release(i)),
-            ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:

@@ -72,17 +72,28 @@ class TrainConfig:
         None, "CPU threads of a product; without it torch's choice", group="Weights", minimum=1
     )
 
-    space: Literal["lora"] = _setting("lora", "what is trained", group="Space")
-    rank: int = _setting(8, "rank of the adapters", group="Space", minimum=1)
+    space: Literal["lora", "dense", "scales"] = _setting(
+        "lora",
+        "lora: adapters; dense: the weights themselves; scales: only the quantized weights' absmax (QZO)",
+        group="Space",
+    )
+    rank: int = _setting(8, "of lora: rank of the adapters", group="Space", minimum=1)
     alpha: float | None = _setting(
         None, "adapters are scaled by alpha / rank; without it 2 * rank", group="Space", above=0.0
     )
     targets: str = _setting(
-        "attention",
-        "attention (query and value), all-linear, or names of linear layers with commas",
+        "auto",
+        "attention (query and value), all-linear, or names of linear layers with commas; "
+        "auto: attention for lora, all-linear for dense and scales",
         group="Space",
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
+    dense_update: Literal["requantize", "residual"] = _setting(
+        "requantize",
+        "of dense: requantize rounds updated weights to their grid at random, without bias; "
+        "residual keeps a bf16 difference beside the codes",
+        group="Space",
+    )
 
     estimator: Literal["hizoo", "mezo"] = _setting(
         "hizoo",
@@ -114,6 +125,12 @@ class TrainConfig:
     )
     warmup_steps: int = _setting(
         0, "steps in which the learning rate grows from zero", group="Method", minimum=0
+    )
+    clip: float | None = _setting(
+        None,
+        "largest size of the projected gradient; without it 100 for scales (QZO), no limit otherwise",
+        group="Method",
+        above=0.0,
     )
     weight_decay: float = _setting(
         0.0, "decoupled, times the learning rate; not on biases and norms", group="Method", minimum=0.0
@@ -153,7 +170,17 @@ class TrainConfig:
         size=True,
     )
     residency: Literal["auto", "resident", "host", "disk"] = _setting(
-        "auto", "where the blocks are kept; host and disk are not available yet", group="Memory"
+        "auto",
+        "where the blocks are kept: on the device, in host memory, or on disk; "
+        "auto keeps as many as the budget allows on the device",
+        group="Memory",
+    )
+    branch_chunk: int | Literal["auto"] = _setting(
+        "auto",
+        "token sequences that go through a block together, with all their branches; "
+        "auto: as many as make one plain forward of the batch",
+        group="Memory",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
@@ -169,7 +196,7 @@ class TrainConfig:
 #: What may differ between a run and its continuation: none of these changes what a step computes.
 MAY_CHANGE_ON_RESUME = {
     *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
-    *("device_budget", "host_budget", "residency"),
+    *("device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
 }
 
 
@@ -283,11 +310,6 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     found = []
     if values["estimator"] == "mezo" and values["lr"] == "auto":
         found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
-    if values["residency"] in ("host", "disk"):
-        found.append(
-            f"{where('residency')}: got {values['residency']!r}, which is not available yet; "
-            "allowed: auto, resident"
-        )
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")

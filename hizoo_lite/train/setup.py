@@ -148,7 +148,8 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
 
 def make_space(config: TrainConfig) -> Space:
     """The space that a configuration names."""
-    return spaces.LoRA(rank=config.rank, alpha=config.alpha, targets=config.targets, rslora=config.rslora)
+    targets = "attention" if config.targets == "auto" else config.targets
+    return spaces.LoRA(rank=config.rank, alpha=config.alpha, targets=targets, rslora=config.rslora)
 
 
 def make_curvature(config: TrainConfig) -> Curvature:

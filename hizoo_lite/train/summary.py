@@ -52,7 +52,7 @@ def summarize(
         "space": setup.space.name,
         "estimator": setup.stepper.estimator.name,
         "curvature": setup.stepper.curvature.name,
-        "residency": setup.traversal.residency.name,
+        "residency": model.residency.name,
         "model": config.model,
         "task": config.task,
         "seed": config.seed,
