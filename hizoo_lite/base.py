@@ -212,6 +212,14 @@ class BranchState:
         if self._first_input is None:
             self._first_input = weakref.ref(x)
 
+    def mark(self) -> weakref.ref[Tensor] | None:
+        """Where branches diverge, as far as is known: for `restore`, before another part of the batch."""
+        return self._first_input
+
+    def restore(self, mark: weakref.ref[Tensor] | None) -> None:
+        """Forget what was learnt since `mark`."""
+        self._first_input = mark
+
     def same_in_all(self, x: Tensor) -> bool:
         """Whether `x` is known to be the same in all branches: no layer before it has made them differ."""
         return self._first_input is None or self._first_input() is x

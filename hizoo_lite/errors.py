@@ -7,5 +7,13 @@ class UserError(ValueError):
     """Bad input. The message names file, field or flag, what was got and what is allowed; exit code 2."""
 
 
+class BudgetError(UserError):
+    """The memory budget cannot be met; the message says what is needed. Exit code 3."""
+
+
 class TooManyBadSteps(RuntimeError):
     """The run was stopped, with everything saved, because too many losses were not finite."""
+
+
+class StorageError(RuntimeError):
+    """A file could not be read or written while the run used it. The message names it; exit code 1."""

@@ -1,7 +1,7 @@
 """The command line: every command is a small module that parses, calls a typed function and prints.
 
 Progress goes to stderr, results to stdout. Exit codes: 0 done, 1 the run failed, 2 bad input (one message,
-no traceback), 130 interrupted (state saved). Nothing here imports torch before a command needs it.
+no traceback), 3 the memory budget cannot be met, 130 interrupted (state saved). Nothing here imports torch before a command needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from hizoo_lite.cli import demo, doctor, evaluate, generate, train
 
-BAD_INPUT, FAILED = 2, 1
+FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
 
 class _Group(TyperGroup):
@@ -24,12 +24,13 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, RuntimeError) as error:
-            from hizoo_lite.errors import TooManyBadSteps, UserError
+            from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 
-            if not isinstance(error, UserError | TooManyBadSteps):
+            if not isinstance(error, UserError | StorageError | TooManyBadSteps):
                 raise
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(BAD_INPUT if isinstance(error, UserError) else FAILED) from error
+            codes = {BudgetError: NO_BUDGET, StorageError: FAILED, TooManyBadSteps: FAILED}
+            raise typer.Exit(codes.get(type(error), BAD_INPUT)) from error
 
 
 app = typer.Typer(

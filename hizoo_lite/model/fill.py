@@ -1,13 +1,16 @@
 """Give every parameter of an empty module its tensor, reading and quantizing one tensor at a time.
 
-Linears inside the blocks are packed, a few rows at a time, and replaced by `BranchLinear`; linears outside
-of them (heads, poolers) become `BranchLinear` over the stored 16/32-bit matrix, shared with the embedding
-where the two are tied. Embeddings stay as stored and give float32; everything else becomes float32.
+Linears inside the blocks are packed, a few rows at a time, and replaced by `BranchLinear` (only described,
+where the blocks are streamed from disk); linears outside of them (heads, poolers) become `BranchLinear`
+over the stored 16/32-bit matrix, shared with the embedding where the two are tied. Embeddings stay as
+stored and give float32; everything else becomes float32.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,16 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.names import Names
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint, PlainWeight, from_checkpoint, pack_rows
+from hizoo_lite.quant.ondisk import OnDiskWeight, embed_from_disk
 
 _log = logging.getLogger(__name__)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+Where = Literal["device", "host", "disk"]
+
+#: What a streamed block leaves in its file, behind the name of a layer: everything that grows with the layer.
+_TRAVELLING = frozenset({"weight", "weight.absmax", "weight.nested_absmax", "SCB"})
 
 #: A parameter of a block that is no linear and no embedding may have this many elements.
 _SMALL_ELEMENTS = 1 << 16
@@ -44,7 +53,9 @@ class Filler:
         compute: torch.dtype,
         device: torch.device,
         seed: int,
+        where: Where = "device",
     ) -> None:
+        """`where` the packed weights of the blocks go: to the device, to host memory, or nowhere yet."""
         self.checkpoint = checkpoint
         self.module = module
         self.kind = kind
@@ -52,12 +63,16 @@ class Filler:
         self.double_quant = double_quant
         self.compute = compute
         self.device = device
+        self.where = where
+        self.stored_names: dict[str, str] = {}  # of the blocks' linears: name -> weight in the checkpoint
         self.names = Names(checkpoint.names(), module)
         self.blocks = find_blocks(module)
         self.state, self.scratch = BranchState(), Scratch()
         self.new: list[str] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._missing: list[str] = []
+        self.on_disk: set[str] = set()  # tensors of the checkpoint that are never in memory as a whole
+        self._absent: set[str] = set()  # the module's names of embeddings among them
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
 
     def fill(self) -> dict[str, BranchLinear]:
@@ -76,9 +91,21 @@ class Filler:
                     linears[name] = linear
         self._fill_small()
         self._check_complete()
-        self.module.to(self.device)  # computed buffers; everything else is there already
+        self._settle()
         self.module.eval()
         return linears
+
+    def _settle(self) -> None:
+        """Computed buffers to the device; everything else is there, or will come when it is needed."""
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, PackedWeight) and self.where != "device" and self._in_block(name):
+                continue
+            for leaf, buffer in layer._buffers.items():
+                if isinstance(buffer, Tensor):
+                    layer._buffers[leaf] = buffer.to(self.device)
+
+    def _in_block(self, name: str) -> bool:
+        return name.startswith(self.blocks.prefix + ".")
 
     def _refuse_unpackable(self) -> None:
         for number, block in enumerate(self.blocks.modules):
@@ -96,6 +123,12 @@ class Filler:
     def _fill_embedding(self, name: str, layer: nn.Embedding) -> None:
         stored = self._find(f"{name}.weight", layer.weight)
         if stored is None:
+            return
+        if self._stays_on_disk(name, stored) and layer is self.module.get_input_embeddings():
+            self._absent.add(f"{name}.weight")
+            self.on_disk.add(stored)
+            embed_from_disk(layer, OnDiskWeight(self.checkpoint, stored))
+            layer.register_forward_hook(_output_to_float32)
             return
         if stored not in self._embeddings:
             self._embeddings[stored] = self._read_float(stored).to(self.device)
@@ -123,20 +156,32 @@ class Filler:
                 self._missing.append(parameter)
                 return None
             return PlainWeight(self._initial(parameter, layer.weight))
+        inside = self._in_block(name)
+        if inside:
+            self.stored_names[name] = stored
+        device = torch.device("cpu") if inside and self.where != "device" else self.device
         quantized = self.names.beside(stored)
         if quantized:
-            tensors = {short: self.checkpoint.read(full).to(self.device) for short, full in quantized.items()}
-            tensors["weight"] = self.checkpoint.read(stored).to(self.device)
+            away = _TRAVELLING if inside and self.where == "disk" else frozenset()
+            tensors = {
+                short: self._described(full) if short in away else self.checkpoint.read(full).to(device)
+                for short, full in {**quantized, "weight": stored}.items()
+            }
             packed = from_checkpoint(tensors, name=stored)
             self._check_shape(stored, packed.shape, (rows, columns))
             return packed
         self._check_shape(stored, self.checkpoint.shape(stored), tuple(layer.weight.shape))
+        if self._stays_on_disk(name, stored) and not transposed:
+            self.on_disk.add(stored)
+            return OnDiskWeight(self.checkpoint, stored)
         shared = self._tied_embedding(parameter, stored)
         if shared is not None:
             return PlainWeight(shared)
-        inside = name.startswith(self.blocks.prefix + ".")
         bits: Bits = self.bits if inside and self.checkpoint.quantized_bits is None else "none"
         dtype = self._float_dtype(stored)
+        if inside and self.where == "disk":
+            self._refuse_conversion(stored, bits, transposed)
+            return PlainWeight(self._described(stored))
         whole = self.checkpoint.read(stored).t() if transposed else None
 
         def read(start: int, stop: int) -> Tensor:
@@ -148,8 +193,28 @@ class Filler:
             bits,
             dtype=dtype,
             double_quant=self.double_quant,
-            device=self.device,
+            device=device,
             name=stored,
+        )
+
+    def _stays_on_disk(self, name: str, stored: str) -> bool:
+        """Large matrices outside of the blocks, where a CPU streams from disk. A GPU has room for them."""
+        outside = self.where == "disk" and self.device.type == "cpu" and not self._in_block(name)
+        return outside and math.prod(self.checkpoint.shape(stored)) > _SMALL_ELEMENTS
+
+    def _described(self, stored: str) -> Tensor:
+        """A tensor's shape and dtype without its values."""
+        return torch.empty(self.checkpoint.shape(stored), dtype=self.checkpoint.dtype(stored), device="meta")
+
+    def _refuse_conversion(self, stored: str, bits: Bits, transposed: bool) -> None:
+        """What is streamed from disk is used as it is stored."""
+        if bits == "none" and not transposed and self.checkpoint.dtype(stored) != torch.float64:
+            return
+        example = "nf4" if bits == "none" else bits
+        raise UserError(
+            f"--residency: got disk, but {self.checkpoint.folder} stores {stored} in another form than it "
+            "is used in; use --residency resident or host, or quantize it once: hizoo-lite quantize "
+            f"--model {self.checkpoint.folder} --bits {example} --out DIR"
         )
 
     def _tied_embedding(self, parameter: str, stored: str) -> Tensor | None:
@@ -171,7 +236,7 @@ class Filler:
     def _fill_small(self) -> None:
         """Norms and other parameters, in float32, and buffers that the checkpoint has values for."""
         for name, parameter in list(self.module.named_parameters(remove_duplicate=False)):
-            if parameter.is_meta and not self._is_missing(name):
+            if parameter.is_meta and name not in self._absent and not self._is_missing(name):
                 tensor = self._small(name, parameter)
                 if tensor is not None:
                     parent, _, leaf = name.rpartition(".")

@@ -18,6 +18,8 @@ from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.stream.block import install
+from hizoo_lite.stream.choose import Budgets, ResidencyName, choose
+from hizoo_lite.stream.residency import Streamed
 
 
 def load(
@@ -31,6 +33,9 @@ def load(
     num_labels: int = 2,
     seed: int = 0,
     revision: str | None = None,
+    residency: ResidencyName = "auto",
+    device_budget: str | int | None = None,
+    host_budget: str | int | None = None,
 ) -> Model:
     """Load a model folder or Hub id, quantizing the linears of its blocks on the way.
 
@@ -38,18 +43,25 @@ def load(
     their products; auto is described at `skeleton.choose_compute`. device: auto, cpu, cuda or cuda:N.
     double_quant: of 4-bit weights that are quantized here. num_labels: of a classifier. seed: of a
     classifier head that the checkpoint lacks. revision: of a Hub id.
+    residency: where the blocks are while they do not run: resident (on the device), host, disk; auto is
+    resident without a budget, else as many blocks as `device_budget` ("24GiB", or bytes) allows stay on the
+    device and the others stream from host memory, within `host_budget`, or from disk.
 
     Raises `UserError`, naming file, tensor or argument, where something is missing, contradictory,
-    malformed or not supported.
+    malformed, damaged (its checksum differs) or not supported.
     """
     keep_heap()
     checkpoint = Checkpoint.open(source, revision=revision)
+    checkpoint.verify()
     chosen = skeleton.choose_bits(bits, checkpoint.quantized_bits)
     place = skeleton.choose_device(device)
     compute = skeleton.choose_compute(compute_dtype, place)
     config = skeleton.read_config(checkpoint.folder, kind, num_labels)
     module = skeleton.build(config, kind)
-    filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed)
+    budgets = Budgets.parse(device_budget, host_budget, place)
+    where = choose(residency, place, checkpoint, chosen, budgets)
+    on = "device" if where == "resident" else where
+    filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
     linears = filler.fill()
     skeleton.read_generation_config(checkpoint.folder, module)
     model = Model(
@@ -67,7 +79,12 @@ def load(
         block_prefix=filler.blocks.prefix,
         source=str(source),
         folder=checkpoint.folder,
+        checkpoint=checkpoint,
+        stored_names=filler.stored_names,
+        on_disk=filler.on_disk,
         new_parameters=filler.new,
     )
+    if where != "resident":
+        model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)
     install(model)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from hizoo_lite.base import Bits, BranchState, ModelKind, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.quant import Checkpoint
 from hizoo_lite.stream.residency import Resident
 
 
@@ -34,9 +35,15 @@ class Model:
     block_prefix: str  # block i is f"{block_prefix}.{i}" in the module tree
     source: str  # what was given to `load`
     folder: Path  # where the checkpoint's files are
+    checkpoint: Checkpoint
+    stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
+    on_disk: set[str] = field(default_factory=set)  # the checkpoint's tensors that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
+    branch_chunk: int | Literal["auto"] = (
+        "auto"  # rows that go through a block together, see stream/chunks.py
+    )
 
     @property
     def trunk_name(self) -> str:
@@ -61,5 +68,6 @@ class Model:
         """Bytes of all parameters and buffers, wherever they are; shared memory is counted once."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         here = [t.untyped_storage() for t in tensors if not t.is_meta]
-        away = sum(t.numel() * t.itemsize for t in tensors if t.is_meta)
+        away = sum(t.numel() * t.itemsize for t in self.module.buffers() if t.is_meta)
+        away += sum(self.checkpoint.nbytes(name) for name in self.on_disk)
         return away + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())

@@ -1,4 +1,4 @@
-"""A transformer block that is brought in before it runs and let go afterwards.
+"""A transformer block that is brought in before it runs, run chunk by chunk, and let go afterwards.
 
 `PresentBlock` takes the place of a block in the module tree of the Hugging Face model, so that whatever
 runs the model (a step, an evaluation, `generate`) streams it.
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from hizoo_lite.stream.chunks import chunk_rows, has_cache, in_chunks
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -39,9 +41,15 @@ class PresentBlock(nn.Module):
             return getattr(self.__dict__["block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own."""
-        with present(self.model[0], self.index):
-            return self.block[0](*args, **kwargs)
+        """As the block's own; a long batch goes through in chunks."""
+        model, block = self.model[0], self.block[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows = hidden.shape[0] // model.state.branches.count
+        size = chunk_rows(model.branch_chunk, hidden, model.state.branches.count)
+        with present(model, self.index):
+            if size >= rows or has_cache(kwargs):
+                return block(*args, **kwargs)
+            return in_chunks(block, args, kwargs, model.state, rows, size)
 
 
 class present:

@@ -116,6 +116,9 @@ def load_model(config: TrainConfig, task: Task) -> Model:
         num_labels=task.num_labels or 2,
         seed=config.seed,
         revision=config.revision,
+        residency=config.residency,
+        device_budget=config.device_budget,
+        host_budget=config.host_budget,
     )
 
 
