@@ -66,14 +66,6 @@ class Checkpoint:
         """A tensor's stored size."""
         return self._entry(name).nbytes
 
-    def place(self, name: str) -> tuple[Path, int, int]:
-        """The file that a tensor is in, its first byte there and its size."""
-        entry = self._entry(name)
-        return self._files[name].path, entry.offset, entry.nbytes
-
-    def verify(self) -> None:
-        pass
-
     def read(self, name: str) -> Tensor:
         """The tensor, fresh, on CPU, in its stored dtype. Raises KeyError for an unknown name."""
         return self._files[name].read(name)
