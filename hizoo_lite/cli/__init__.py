@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, generate, train
+from hizoo_lite.cli import demo, doctor, evaluate, generate, quantize, train
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
+app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)

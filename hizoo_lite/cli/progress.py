@@ -25,7 +25,7 @@ from hizoo_lite.train.step import StepRecord
 #: Share of the newest loss in the one that is shown, and of the newest step in forwards a second.
 _SMOOTH = 0.05
 #: Seconds between two plain lines.
-_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 def listener(quiet: bool = False) -> Listener:
@@ -142,7 +142,7 @@ class Lines(_Watch):
         """Print now and then."""
         super().stepped(record)
         now = time.perf_counter()
-        if now - self._printed >= _LINE_SECONDS or self.done == self.total:
+        if now - self._printed >= LINE_SECONDS or self.done == self.total:
             self._printed = now
             left = (now - self._began) / (self.done - self._first) * (self.total - self.done)
             self.message(f"{self.label} {self.done}/{self.total}: {self.state()}, ETA {left:.0f} s")

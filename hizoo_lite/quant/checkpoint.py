@@ -6,24 +6,46 @@ Whatever is read is a fresh tensor; no file stays mapped and no copy of the mode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, UserError
 from hizoo_lite.quant import hub
+from hizoo_lite.quant.shards import HASHED_CHUNK_BYTES, sha256_of
 from hizoo_lite.quant.tensorfile import Entry, TensorFile
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASHING_THREADS = 2  # hashlib gives the interpreter's lock up; more would only compete for the disk
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor lie."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 class Checkpoint:
     """Names, shapes and bytes of a model's tensors. Made by `Checkpoint.open`."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, TensorFile]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        files: dict[str, TensorFile],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.metadata: Mapping[str, Any] = metadata or {}  # of the index; empty where there is none
         self._files = files  # by tensor name
 
     @classmethod
@@ -35,14 +57,17 @@ class Checkpoint:
         """
         folder = hub.resolve(source, revision)
         config = _read_json(folder / "config.json")
+        metadata = None
         if (folder / hub.INDEX_FILE).exists():
-            files = _indexed_files(folder)
+            index = _read_json(folder / hub.INDEX_FILE)
+            files = _indexed_files(folder, index)
+            metadata = index.get("metadata")
         elif (folder / hub.SINGLE_FILE).exists():
             file = TensorFile(folder / hub.SINGLE_FILE)
             files = dict.fromkeys(file.entries, file)
         else:
             raise UserError(_no_weights(folder))
-        return cls(folder, config, files)
+        return cls(folder, config, files, metadata if isinstance(metadata, dict) else None)
 
     def names(self) -> list[str]:
         """The tensors' names."""
@@ -74,6 +99,71 @@ class Checkpoint:
         """Rows start .. stop of the tensor's first dimension, like `read`. Raises ValueError outside."""
         return self._files[name].read_rows(name, start, stop)
 
+    def place(self, name: str) -> Place:
+        """The file that holds a tensor, and where in it. Raises KeyError for an unknown name."""
+        entry = self._entry(name)
+        return Place(self._files[name].path, entry.offset, entry.nbytes)
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, each once."""
+        return list(dict.fromkeys(file.path for file in self._files.values()))
+
+    def checksums(self) -> dict[Path, tuple[str, str]]:
+        """The files whose SHA-256 is recorded: path -> (hex digits, where it is recorded).
+
+        Recorded in the index (`hizoo-lite quantize` does that), or as a blob's name in the Hub's cache.
+        """
+        recorded = self.metadata.get("sha256")
+        found = {}
+        for path in self.files():
+            name = path.relative_to(self.folder).as_posix()
+            wanted = recorded.get(name) if isinstance(recorded, dict) else None
+            blob = path.resolve()
+            if isinstance(wanted, str) and _SHA256.fullmatch(wanted):
+                found[path] = (wanted, f"recorded in {hub.INDEX_FILE}")
+            elif blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+                found[path] = (blob.name, "that names it in the Hub's cache")
+        return found
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> int:
+        """Compare every file that has a recorded checksum with it; how many bytes those files have.
+
+        progress: called with the number of bytes that were read since the last call, one call at a time.
+        Raises `UserError`, naming the file, for the first one that differs.
+        """
+        lock, cancelled = threading.Lock(), threading.Event()
+        buffers = [bytearray(HASHED_CHUNK_BYTES) for _ in range(_HASHING_THREADS)]
+
+        def advanced(count: int) -> None:
+            if cancelled.is_set():
+                raise _Cancelled
+            if progress is not None:
+                with lock:
+                    progress(count)
+
+        def check(path: Path, wanted: str, recorded: str) -> None:
+            buffer = buffers.pop()
+            try:
+                if not cancelled.is_set() and sha256_of(path, buffer, advanced) != wanted:
+                    raise UserError(_damaged(path, self.folder, recorded))
+            except _Cancelled:
+                return
+            except BaseException:
+                cancelled.set()
+                raise
+            finally:
+                buffers.append(buffer)
+
+        checksums = self.checksums()
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            jobs = [pool.submit(check, path, *wanted) for path, wanted in checksums.items()]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                cancelled.set()  # where the caller is interrupted too
+        return sum(path.stat().st_size for path in checksums)
+
     @property
     def quantized_bits(self) -> Bits | None:
         """How bitsandbytes has quantized this checkpoint; None where it is in 16 or 32 bits.
@@ -101,6 +191,18 @@ class Checkpoint:
         return self._files[name].entries[name]
 
 
+class _Cancelled(Exception):
+    """Another file differs already."""
+
+
+def _damaged(path: Path, folder: Path, recorded: str) -> str:
+    remedy = "quantize again or restore it" if "index" in recorded else "remove it and download it again"
+    return (
+        f"{path.relative_to(folder)}: its sha256 is not the one {recorded}: the file was changed or damaged; "
+        f"{remedy} ({folder})"
+    )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -113,9 +215,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _indexed_files(folder: Path) -> dict[str, TensorFile]:
+def _indexed_files(folder: Path, content: Mapping[str, Any]) -> dict[str, TensorFile]:
     index = folder / hub.INDEX_FILE
-    names = _read_json(index).get("weight_map")
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map: an object of tensor name -> file wanted, got {names!r}")
     shards = {shard: _shard(folder, index, shard) for shard in dict.fromkeys(names.values())}

@@ -21,7 +21,7 @@ from hizoo_lite.quant import native
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
 BLOCKSIZE = 64
-_NESTED_BLOCKSIZE = 256
+NESTED_BLOCKSIZE = 256
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -156,8 +156,8 @@ class FourBitWeight(PackedWeight):
         """absmax of blocks first .. last, float32."""
         if not self.double_quant:
             return self.absmax[first:last]
-        aligned = first // _NESTED_BLOCKSIZE * _NESTED_BLOCKSIZE
-        nested = self.nested_absmax[aligned // _NESTED_BLOCKSIZE : -(-last // _NESTED_BLOCKSIZE)]
+        aligned = first // NESTED_BLOCKSIZE * NESTED_BLOCKSIZE
+        nested = self.nested_absmax[aligned // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
         values = native.dequantize_absmax(self.absmax[aligned:last], nested, self.nested_table, self.offset)
         return values[first - aligned :]
 
@@ -179,8 +179,8 @@ def _quant_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
 
 def _nested_parts(tensors: Mapping[str, Tensor], state: dict, name: str) -> tuple[Tensor, Tensor, Tensor]:
     blocksize = state.get("nested_blocksize")
-    if blocksize != _NESTED_BLOCKSIZE:
-        raise UserError(f"{name}: nested_blocksize {blocksize!r}; allowed is {_NESTED_BLOCKSIZE}")
+    if blocksize != NESTED_BLOCKSIZE:
+        raise UserError(f"{name}: nested_blocksize {blocksize!r}; allowed is {NESTED_BLOCKSIZE}")
     for wanted in ("weight.nested_absmax", "weight.nested_quant_map"):
         if wanted not in tensors:
             raise UserError(f"{name}: {wanted} is missing of a double-quantized weight")

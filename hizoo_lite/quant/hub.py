@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from hizoo_lite.base import UserError
 
 #: Vocabularies besides *.json; never code.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken"]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -41,9 +41,9 @@ def resolve(source: str | Path, revision: str | None) -> Path:
     text = str(source)
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise UserError(f"model: the folder {source} does not exist")
-    small = _download(text, revision, _SMALL_FILES)
+    small = _download(text, revision, SMALL_FILES)
     weights = "*.safetensors" if (small / INDEX_FILE).exists() else SINGLE_FILE
-    return _download(text, revision, [*_SMALL_FILES, weights])
+    return _download(text, revision, [*SMALL_FILES, weights])
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:

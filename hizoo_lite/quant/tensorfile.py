@@ -36,6 +36,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: The format's name of each dtype.
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -74,27 +76,39 @@ class TensorFile:
         if nbytes == 0:
             return tensor
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < nbytes:  # one read moves at most 2 GiB
-                count = file.readinto(target[done:])
-                if not count:
-                    raise UserError(f"{self.path}: truncated: ends at byte {offset + done} inside a tensor")
-                done += count
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(offset)
+                done = 0
+                while done < nbytes:  # one read moves at most 2 GiB
+                    count = file.readinto(target[done:])
+                    if not count:
+                        raise UserError(
+                            f"{self.path}: truncated: ends at byte {offset + done} inside a tensor"
+                        )
+                    done += count
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
         return tensor
 
 
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror or error}")
+
+
 def _read_header(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise UserError(
-                f"{path}: not a safetensors file, or truncated: {size} bytes, its header claims {length}"
-            )
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise UserError(
+                    f"{path}: not a safetensors file, or truncated: {size} bytes, its header claims {length}"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:

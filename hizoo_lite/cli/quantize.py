@@ -1,0 +1,124 @@
+"""`hizoo-lite quantize`: a checkpoint in bitsandbytes' form, one file a block, for every later run."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.train.events import Listener
+
+INTERRUPTED = 130
+_MIB = 1 << 20
+
+
+def command(
+    model: Annotated[str, typer.Option(help="folder or hub id, in 16 or 32 bits")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="new folder, or that of an unfinished call")],
+    bits: Annotated[str, typer.Option(metavar="nf4|fp4|int8", help="stored form")] = "nf4",
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="of 4-bit weights: absmax in 8 bits")
+    ] = True,
+    kind: Annotated[Literal["auto", "causal", "masked", "classifier"], typer.Option()] = "auto",
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
+) -> None:
+    """Quantize a model once. transformers loads the result too.
+
+    Memory is that of the largest matrix. An interrupted call goes on where it stopped when it is repeated.
+
+    Examples:
+
+    hizoo-lite quantize --model models/opt-13b --out models/opt-13b-nf4
+
+    hizoo-lite quantize --model models/opt-13b --bits int8 --out models/opt-13b-int8
+    """
+    from hizoo_lite.cli import output
+    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.train import setup
+
+    source = setup.model_path(model)
+    found = setup.find_kind(source, revision, None) if kind == "auto" else kind
+    began = time.perf_counter()
+    chosen: Any = bits  # checked there
+    work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)
+    was_complete = work.complete
+    if not was_complete:
+        _run(work, _watcher(quiet))
+    if json:
+        result = {
+            "model": model,
+            "out": out,
+            "bits": bits,
+            "double_quant": work.double_quant,
+            "kind": found,
+            "files": len(work.layout.shards),
+            "bytes": work.total_bytes,
+            "was_complete": was_complete,
+            "seconds": time.perf_counter() - began,
+        }
+        output.print_json(result)
+    elif was_complete:
+        typer.echo(f"{out} is complete already: {bits}, {len(work.layout.shards)} files")
+    else:
+        typer.echo(
+            f"{out}: {bits}, {len(work.layout.shards)} files, {format_bytes(work.total_bytes)}, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
+
+
+def _run(work: Quantization, listener: Listener) -> None:
+    """The work, watched in MiB."""
+    written = work.done_bytes
+    if written:
+        listener.message(
+            f"{work.out}: {work.files_done} of {len(work.layout.shards)} files are there already"
+        )
+    listener.phase("quantize, MiB", work.total_bytes // _MIB, written // _MIB)
+
+    def advanced(more_bytes: int) -> None:
+        nonlocal written
+        listener.advanced((written + more_bytes) // _MIB - written // _MIB)
+        written += more_bytes
+
+    try:
+        work.run(advanced)
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; the same call goes on behind the files that are finished", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    finally:
+        listener.finish()
+
+
+def _watcher(quiet: bool) -> Listener:
+    """A bar, or a line every ten seconds."""
+    from hizoo_lite.cli.progress import Bars, listener
+
+    chosen = listener(quiet)
+    return chosen if isinstance(chosen, Bars) else _lines()
+
+
+def _lines() -> Listener:
+    from hizoo_lite.cli.progress import LINE_SECONDS, Lines
+
+    class _Lines(Lines):
+        """A line now and then, and at the end."""
+
+        printed = time.perf_counter()
+
+        def advanced(self, units: int) -> None:
+            super().advanced(units)
+            now = time.perf_counter()
+            if now - self.printed >= LINE_SECONDS:
+                self.printed = now
+                self.message(f"{self.label} {self.done}/{self.total}")
+
+        def finish(self) -> None:
+            self.message(f"{self.label} {self.done}/{self.total}")
+
+    return _Lines()
