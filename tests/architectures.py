@@ -86,6 +86,27 @@ TINY_CONFIGS: dict[str, Tiny] = {
     "bert": Tiny("BertConfig", {**_COMMON, **_NO_DROPOUT}, "masked"),
 }
 
+#: Their blocks are given position biases of shape (rows * heads, 1, length).
+ALIBI_CONFIGS: dict[str, Tiny] = {
+    "bloom": Tiny(
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, **_TOKENS},
+        "causal",
+    ),
+    "falcon": Tiny(
+        "FalconConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "alibi": True,
+            **_TOKENS,
+        },
+        "causal",
+    ),
+}
+
 
 def make_tiny(
     name: str, *, kind: ModelKind | None = None, seed: int = 0, **changes: Any
@@ -95,11 +116,11 @@ def make_tiny(
     Matrices are normal with a standard deviation of 1/sqrt(in_features), embeddings 1, norms and biases
     0.1 around what their layer starts with, so that every parameter matters to the logits.
     """
-    tiny = TINY_CONFIGS[name]
+    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS}[name]
     # transformers 5.17 picks sdpa for Gemma2 by itself, which silently leaves out the cap on the logits
-    attention = "eager" if "attn_logit_softcapping" in tiny.arguments else "sdpa"
+    eager = name == "bloom" or "attn_logit_softcapping" in tiny.arguments
     model = _AUTO[kind or tiny.kind].from_config(
-        tiny.config(**changes), dtype=torch.float32, attn_implementation=attention
+        tiny.config(**changes), dtype=torch.float32, attn_implementation="eager" if eager else "sdpa"
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -24,14 +18,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
-from hizoo_lite.model.load import load
-from hizoo_lite.quant import Checkpoint, layout, shards
-from hizoo_lite.quant.quantize import PROGRESS_FILE, Quantization
-from hizoo_lite.quant.shards import Form, ShardWriter, file_bytes
+from hizoo_lite.quant.quantize import Quantization
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
-from tests.test_load_process import ROOT, run_python, save_large_llama
 
 AUTO = {
     "causal": AutoModelForCausalLM,

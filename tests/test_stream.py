@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
-from hizoo_lite.base import Branches
+from hizoo_lite.base import Branches, UserError
+from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
+from hizoo_lite.quant.ondisk import OnDiskWeight
+from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.residency import Streamed
+from hizoo_lite.stream.block import each_block
+from hizoo_lite.stream.chunks import chunk_rows
+from hizoo_lite.stream.layout import layouts
+from hizoo_lite.stream.residency import Streamed, spread
 from hizoo_lite.stream.traversal import Traversal
-from tests.architectures import TINY_CONFIGS, save_tiny
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.fit import fit
+from hizoo_lite.train.setup import model_path
+from hizoo_lite.train.step import StepRecord
+from tests.architectures import ALIBI_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
+from tests.run_fixtures import short_run
 
 MU = 1e-3
 ALL = sorted(TINY_CONFIGS)
+KINDS = {name: tiny.kind for name, tiny in {**TINY_CONFIGS, **ALIBI_CONFIGS}.items()}
 
 
-def checkpoint(name: str, bits: str, folder: Path, **changes: Any) -> Path:
-    """A block-sharded quantized checkpoint of a tiny random model; in 32 bits for "none"."""
-    from hizoo_lite.quant.quantize import quantize
-
-    save_tiny(name, folder / "source", **changes)
+def checkpoint(
+    name: str, bits: Any, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """A block-sharded quantized checkpoint of a tiny random model; in its own dtype for "none"."""
+    save_tiny(name, folder / "source", dtype=dtype, **changes)
     if bits == "none":
         return folder / "source"
-    quantize(folder / "source", folder / bits, bits=bits, kind=TINY_CONFIGS[name].kind)
+    Quantization(folder / "source", folder / bits, kind=KINDS[name], bits=bits).run()
     return folder / bits
 
 
 def open_model(folder: Path, name: str, residency: str, **options: Any) -> Model:
     options = {"compute_dtype": "float32", "device": "cpu", **options}
-    return load(folder, kind=TINY_CONFIGS[name].kind, residency=residency, **options)
+    return load(folder, kind=KINDS[name], residency=residency, **options)
 
 
 def step_losses(model: Model, name: str, rows: int = 3, length: int = 12) -> torch.Tensor:
@@ -45,7 +60,7 @@ def step_losses(model: Model, name: str, rows: int = 3, length: int = 12) -> tor
     for key, value in space.parameters.items():
         value.add_(normal(3, 0, key, value.shape), alpha=0.05)
     directions = {k: normal(5, 0, k, p.shape) for k, p in space.parameters.items()}
-    batch = tiny_task_batch(TINY_CONFIGS[name].kind, rows, length)
+    batch = tiny_task_batch(KINDS[name], rows, length)
     return Traversal(model).losses(batch, Branches(), MU, directions).per_example
 
 
@@ -66,7 +81,285 @@ def test_streamed_losses_equal_resident_losses_bitwise(name: str, bits: str, tmp
 
 @pytest.mark.parametrize("where", ["disk", "host"])
 def test_16_bit_blocks_stream_too(where: str, tmp_path: Path) -> None:
-    folder = checkpoint("llama", "none", tmp_path, dtype=torch.bfloat16)
+    folder = checkpoint("llama", "none", tmp_path, torch.bfloat16)
     wanted = step_losses(open_model(folder, "llama", "resident", bits="none"), "llama")
     model = open_model(folder, "llama", where, bits="none")
     assert torch.equal(step_losses(model, "llama"), wanted)
+
+
+def test_any_prequantized_checkpoint_streams_without_shards_by_block(tmp_path: Path) -> None:
+    """As transformers saves it: one file, tensors in its own order."""
+    reference = save_tiny("llama", tmp_path / "source")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    saved = type(reference).from_pretrained(tmp_path / "source", quantization_config=config, device_map="cpu")
+    saved.save_pretrained(tmp_path / "theirs")
+    wanted = step_losses(open_model(tmp_path / "theirs", "llama", "resident"), "llama")
+    assert torch.equal(step_losses(open_model(tmp_path / "theirs", "llama", "disk"), "llama"), wanted)
+
+
+@pytest.mark.parametrize("name", [*ALL, *ALIBI_CONFIGS])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_losses_depend_on_the_chunking_by_rounding_alone(name: str, rows: int, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    found = []
+    for chunk in (5, rows):
+        model = open_model(tmp_path, name, "resident", bits="nf4")
+        model.branch_chunk = chunk
+        found.append(step_losses(model, name, rows=5))
+    # products with fewer rows may sum in another order: a few units in the last place of float32
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-6)
+
+
+def test_auto_chunks_hold_a_plain_forward_of_the_batch(tmp_path: Path) -> None:
+    def size(rows: int, length: int, branches: int, wanted: Any = "auto") -> int:
+        return chunk_rows(wanted, torch.empty(branches * rows, length, 2), branches)
+
+    assert size(16, 256, 3) == 6  # 6 * 3 <= 16 + 2
+    assert size(16, 256, 1) == 16
+    assert size(1, 2048, 3) == 1
+    assert size(16, 8, 3) == 11  # 11 * 3 * 8 tokens: smaller chunks would only unpack the weights more often
+    assert size(16, 256, 3, wanted=4) == 4
+    assert size(3, 256, 3, wanted=4) == 3
+
+
+def test_a_chunked_step_holds_less_memory_inside_the_blocks(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    largest = []
+    for chunk in (9, 1):
+        model = open_model(tmp_path, "llama", "resident", bits="nf4")
+        model.branch_chunk = chunk
+        sizes: list[int] = []
+        block: Any = model.blocks[0]
+        block.mlp.act_fn.register_forward_hook(lambda m, a, out, sizes=sizes: sizes.append(out.numel()))
+        step_losses(model, "llama", rows=9)
+        largest.append(max(sizes))
+    assert largest[0] == 9 * largest[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2", "qwen2"])
+def test_generation_streams(name: str, tmp_path: Path) -> None:
+    folder = checkpoint(name, "nf4", tmp_path, vocab_size=2000)
+    ids = torch.tensor([[5, 6, 7], [9, 8, 7]])
+    texts = []
+    for where in ("resident", "disk", "host"):
+        model = open_model(folder, name, where)
+        texts.append(model.module.generate(ids, max_new_tokens=8, do_sample=False))  # type: ignore[operator]
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+def test_embedding_and_head_stay_on_disk_too(tmp_path: Path) -> None:
+    folder = checkpoint("llama", "nf4", tmp_path, vocab_size=2000)
+    model = open_model(folder, "llama", "disk")
+    assert isinstance(model.linears["lm_head"].weight, OnDiskWeight)
+    assert model.module.get_input_embeddings().weight.is_meta  # type: ignore[operator]
+    resident = open_model(folder, "llama", "resident")
+    assert model.nbytes() == resident.nbytes()
+    assert torch.equal(step_losses(model, "llama"), step_losses(resident, "llama"))
+    assert model.module.get_input_embeddings().weight.is_meta  # type: ignore[operator]
+
+
+# ------------------------------------------------------------------------------------------ slots
+
+
+def deep(folder: Path, layers: int = 5) -> Path:
+    return checkpoint("llama", "nf4", folder, num_hidden_layers=layers)
+
+
+def test_each_block_is_fetched_once_a_pass_and_ahead_of_its_turn(tmp_path: Path) -> None:
+    model = open_model(deep(tmp_path), "llama", "disk")
+    residency = model.residency
+    assert isinstance(residency, Streamed)
+    fetched: list[int] = []
+    fetcher = residency.prepare()
+    begin = fetcher.fetch
+    fetcher.fetch = lambda block, slot: (fetched.append(block), begin(block, slot))[1]  # type: ignore[method-assign]
+    seen = []
+    for block in each_block(model):
+        seen.append((block, fetched[-1]))
+    assert seen == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)]  # while 4 runs, the next pass's first is fetched
+    for _ in each_block(model):
+        pass
+    assert fetched == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+
+
+def test_an_absent_block_cannot_be_computed_with(tmp_path: Path) -> None:
+    model = open_model(deep(tmp_path), "llama", "disk")
+    blocks = each_block(model)
+    next(blocks)
+    first, second = (model.linears[f"model.layers.{i}.mlp.up_proj"].weight for i in (0, 1))
+    first.unpack(torch.empty(first.shape))
+    assert all(stored.tensor.is_meta for stored in second.stored())
+    blocks.close()
+    assert all(stored.tensor.is_meta for stored in first.stored())
+
+
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_changed_blocks_come_back_changed(where: str, tmp_path: Path) -> None:
+    folder = deep(tmp_path)
+    before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    model = open_model(folder, "llama", where)
+    for block in each_block(model):
+        if block in (1, 3):
+            weight: Any = model.linears[f"model.layers.{block}.mlp.up_proj"].weight
+            weight.codes.bitwise_xor_(255)
+            weight.absmax.zero_()
+            model.residency.keep(block)
+    plain = open_model(folder, "llama", "resident")
+    for _ in range(2):
+        for block in each_block(model):
+            for leaf in ("mlp.up_proj", "self_attn.q_proj"):
+                changed: Any = model.linears[f"model.layers.{block}.{leaf}"].weight
+                first: Any = plain.linears[f"model.layers.{block}.{leaf}"].weight
+                is_changed = leaf == "mlp.up_proj" and block in (1, 3)
+                assert torch.equal(changed.codes, first.codes ^ 255 if is_changed else first.codes)
+                assert bool((changed.absmax == 0).all()) is is_changed
+    model.residency.close()
+    assert before == {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_blocks_in_any_order_are_right(tmp_path: Path) -> None:
+    folder = deep(tmp_path)
+    model, plain = open_model(folder, "llama", "disk"), open_model(folder, "llama", "resident")
+    for block in (3, 0, 0, 4, 1, 4, 2, 2, 3):
+        model.residency.acquire(block)
+        streamed: Any = model.linears[f"model.layers.{block}.mlp.up_proj"].weight
+        resident: Any = plain.linears[f"model.layers.{block}.mlp.up_proj"].weight
+        assert torch.equal(streamed.codes, resident.codes)
+        model.residency.release(block)
+
+
+# ----------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(("blocks", "kept"), [(5, 0), (5, 3), (5, 5), (80, 17), (2, 1)])
+def test_blocks_that_stay_are_spread_among_the_others(blocks: int, kept: int) -> None:
+    chosen = sorted(spread(blocks, kept))
+    assert len(chosen) == kept
+    assert all(0 <= block < blocks for block in chosen)
+    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def budgeted(folder: Path, extra_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A model whose budget is `extra_bytes` above what is taken."""
+    monkeypatch.setattr("hizoo_lite.stream.residency._taken_bytes", lambda device: 10**9)
+    return open_model(folder, "llama", "auto", device_budget=10**9 + extra_bytes)
+
+
+def test_auto_keeps_as_many_blocks_as_the_budget_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = deep(tmp_path)
+    wanted = step_losses(open_model(folder, "llama", "resident"), "llama")
+    block_bytes = layouts(open_model(folder, "llama", "resident"))[0].nbytes
+    for extra, kept in ((2, 0), (3, 1), (4, 2), (5, 5), (9, 5)):
+        model = budgeted(folder, extra * block_bytes, monkeypatch)
+        assert torch.equal(step_losses(model, "llama"), wanted)
+        assert isinstance(model.residency, Streamed)
+        assert len(model.residency.kept_blocks) == kept
+        assert model.residency.slot_bytes == (0 if kept == 5 else 2 * block_bytes)
+    model = budgeted(folder, 2 * block_bytes - 1, monkeypatch)
+    with pytest.raises(BudgetError, match="--device-budget: got .* is needed"):
+        step_losses(model, "llama")
+
+
+def test_auto_without_a_budget_is_resident(tmp_path: Path) -> None:
+    assert open_model(deep(tmp_path), "llama", "auto").residency.name == "resident"
+
+
+def test_a_budget_too_small_for_weights_that_are_quantized_on_loading_says_what_to_do(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with pytest.raises(BudgetError, match="hizoo-lite quantize --model .* --bits nf4"):
+        open_model(tmp_path, "llama", "auto", device_budget=10_000)
+    assert open_model(tmp_path, "llama", "auto", device_budget="1GiB").residency.name == "resident"
+
+
+def test_a_run_over_its_budget_ends_before_anything_is_written(tmp_path: Path) -> None:
+    settings = short_run(tmp_path, device_budget="1MiB", residency="auto", bits="nf4")
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
+    with pytest.raises(BudgetError, match="--batch-size"):
+        fit(TrainConfig(**{**settings, "model": str(folder)}))
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
+    adapters = []
+    for where in ("resident", "disk", "host"):
+        out = tmp_path / where
+        settings = short_run(tmp_path, model=str(folder), out=str(out), residency=where)
+        run = fit(TrainConfig(**settings))
+        assert run.summary["residency"] == where
+        assert ("moved_bytes" in run.summary) == (where != "resident")
+        adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1] == adapters[2]
+
+
+def test_a_read_error_in_the_middle_of_a_run_leaves_it_saved_and_resumable(tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
+    settings = short_run(tmp_path, model=str(folder), residency="disk", steps=6)
+
+    class Cutter(Listener):
+        """Truncates a shard after the third step."""
+
+        def stepped(self, record: StepRecord) -> None:
+            if record.step == 2:
+                shard = folder / "block-00001.safetensors"
+                shard.write_bytes(shard.read_bytes()[:100])
+
+    whole = (folder / "block-00001.safetensors").read_bytes()
+    with pytest.raises(
+        StorageError, match=r"block-00001\.safetensors: .*truncated; .*step-00000. is the last good"
+    ):
+        fit(TrainConfig(**settings), listener=Cutter())
+    steps_done = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    assert 3 <= steps_done < 6
+    with pytest.raises(UserError, match=r"block-00001\.safetensors"):
+        fit(TrainConfig(**{**settings, "resume": True}))
+    (folder / "block-00001.safetensors").write_bytes(whole)
+    resumed = fit(TrainConfig(**{**settings, "resume": True}))
+    undisturbed = fit(TrainConfig(**{**settings, "out": str(tmp_path / "other")}))
+    files = [run.folder / "adapter" / "adapter_model.safetensors" for run in (resumed, undisturbed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def test_a_flipped_bit_is_found_before_the_model_is_used(tmp_path: Path) -> None:
+    folder = deep(tmp_path)
+    shard = folder / "block-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 4
+    shard.write_bytes(content)
+    for where in ("resident", "host", "disk"):
+        with pytest.raises(UserError, match=r"block-00002\.safetensors.*sha256"):
+            open_model(folder, "llama", where)
+
+
+def test_an_unquantized_checkpoint_does_not_stream_from_disk_as_4_bit(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with pytest.raises(UserError, match="--residency: got disk, .* hizoo-lite quantize"):
+        open_model(tmp_path, "llama", "disk", bits="nf4")
+    model = open_model(tmp_path, "llama", "host", bits="nf4")
+    wanted = step_losses(open_model(tmp_path, "llama", "resident", bits="nf4"), "llama")
+    assert torch.equal(step_losses(model, "llama"), wanted)
+
+
+def test_transposed_16_bit_layers_do_not_stream_from_disk(tmp_path: Path) -> None:
+    folder = checkpoint("gpt2", "none", tmp_path)
+    with pytest.raises(UserError, match="--residency: got disk"):
+        open_model(folder, "gpt2", "disk", bits="none")
+
+
+def test_an_unknown_residency_is_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with pytest.raises(UserError, match="residency: got 'moon', allowed are auto, resident, host, disk"):
+        open_model(tmp_path, "llama", "moon")

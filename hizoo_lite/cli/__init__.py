@@ -1,7 +1,8 @@
 """The command line: every command is a small module that parses, calls a typed function and prints.
 
 Progress goes to stderr, results to stdout. Exit codes: 0 done, 1 the run failed, 2 bad input (one message,
-no traceback), 3 the memory budget cannot be met, 130 interrupted (state saved). Nothing here imports torch before a command needs it.
+no traceback), 3 the memory budget cannot be met, 130 interrupted (state saved). Nothing here imports torch
+before a command needs it.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ class Filler:
         self.new: list[str] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._missing: list[str] = []
+        self._vocabulary = module.get_input_embeddings()  # type: ignore[operator]
         self.on_disk: set[str] = set()  # tensors of the checkpoint that are never in memory as a whole
         self._absent: set[str] = set()  # the module's names of embeddings among them
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
@@ -124,7 +125,7 @@ class Filler:
         stored = self._find(f"{name}.weight", layer.weight)
         if stored is None:
             return
-        if self._stays_on_disk(name, stored) and layer is self.module.get_input_embeddings():
+        if self._stays_on_disk(name, stored) and layer is self._vocabulary:
             self._absent.add(f"{name}.weight")
             self.on_disk.add(stored)
             embed_from_disk(layer, OnDiskWeight(self.checkpoint, stored))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.quant.rows import check_out
 
@@ -29,7 +30,7 @@ class OnDiskWeight(PackedWeight):
     def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:
         """Read rows `first_row` .. into `out` (rows, in_features), cast to its dtype."""
         check_out(out, self.shape, first_row)
-        return out.copy_(self.checkpoint.read_rows(self.name, first_row, first_row + out.shape[0]))
+        return out.copy_(self._read(first_row, first_row + out.shape[0]))
 
     def stored(self) -> list[Stored]:
         """None: there is nothing in memory."""
@@ -47,9 +48,15 @@ class OnDiskWeight(PackedWeight):
         first = 0
         for last in range(1, len(numbers) + 1):
             if last == len(numbers) or numbers[last] != numbers[last - 1] + 1:
-                out[first:last] = self.checkpoint.read_rows(self.name, numbers[first], numbers[last - 1] + 1)
+                out[first:last] = self._read(numbers[first], numbers[last - 1] + 1)
                 first = last
         return out
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        try:
+            return self.checkpoint.read_rows(self.name, start, stop)
+        except (UserError, OSError) as error:
+            raise StorageError(f"{self.name}: cannot be read any more: {error}") from error
 
 
 def embed_from_disk(layer: nn.Embedding, weight: OnDiskWeight) -> None:

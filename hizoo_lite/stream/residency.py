@@ -69,7 +69,7 @@ class Streamed:
 
     def acquire(self, block: int) -> None:
         """Bring block `block` in, and begin to fetch the streamed one after it."""
-        fetcher = self._fetcher or self._start()
+        fetcher = self.prepare()
         if block in self._kept:
             return
         slot = self._slot_of(block)
@@ -81,6 +81,10 @@ class Streamed:
         self._layouts[block].bind(self._slots[slot])
         self._present = (block, slot)
         self._prefetch(block, other_than=slot)
+
+    def prepare(self) -> Fetcher:
+        """Lay everything out, where that is not done yet. Raises `BudgetError` where it does not fit."""
+        return self._fetcher or self._start()
 
     def keep(self, block: int) -> None:
         """The changed bytes go where the next fetch finds them; a block that stays keeps them itself."""

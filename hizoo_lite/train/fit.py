@@ -20,6 +20,7 @@ from accelerate.tracking import get_available_trackers
 
 from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError
 from hizoo_lite.curvature import Diagonal, Grouped
+from hizoo_lite.errors import StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
@@ -177,21 +178,39 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener) -> Run:
             interrupt=interrupt,
             meter=meter,
         )
-        failure: Interrupted | TooManyBadSteps | None = None
+        failure: Interrupted | TooManyBadSteps | StorageError | None = None
         try:
             loop.run()
-        except (Interrupted, TooManyBadSteps) as error:
+        except (Interrupted, TooManyBadSteps, StorageError) as error:
             failure = error
         listener.finish()
-        loop.save()
-        setup.space.save(folder.adapter)
+        _save(loop, folder, failure)
         peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
         summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
         folder.write_summary(summary)
         accelerator.end_training()
+    if isinstance(failure, StorageError):
+        raise StorageError(f"{failure}; {_where_it_stands(folder)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:
+    """The state as it stands. After a storage error it may be out of reach; the newest checkpoint counts."""
+    try:
+        loop.save()
+        loop.setup.space.save(folder.adapter)
+    except StorageError as error:
+        if not isinstance(failure, StorageError):
+            raise StorageError(f"{error}; {_where_it_stands(folder)}") from error
+
+
+def _where_it_stands(folder: RunFolder) -> str:
+    found = checkpoint.newest(folder.checkpoints)
+    if found is None:
+        return "nothing was saved before that"
+    return f"{found} is the last good state, --resume goes on from there"
 
 
 def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:

@@ -5,16 +5,19 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, spaces, tasks
-from hizoo_lite.base import Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.base import Curvature, Estimator, Example, ModelKind, Space, UserError
+from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.train import schedules
@@ -29,6 +32,8 @@ _KINDS: dict[str, ModelKind] = {
     "ForPreTraining": "masked",
     "ForSequenceClassification": "classifier",
 }
+#: Examples that are encoded beforehand, to see how many token sequences one makes.
+_SAMPLE = 32
 _DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -69,7 +74,34 @@ def build(
     space.attach(model, config.seed)
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, space, estimator, curvature)
+    prepare_blocks(model, config, encoder, splits.train, stepper.estimator.branches(0).count, space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper)
+
+
+def prepare_blocks(
+    model: Model,
+    config: TrainConfig,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    branches: int,
+    space: Space | None = None,
+) -> None:
+    """Lay out the blocks of a streamed model for passes over such examples.
+
+    Raises `BudgetError` where the budget does not allow it, before anything is written.
+    """
+    model.branch_chunk = config.branch_chunk
+    if not isinstance(model.residency, Streamed):
+        return
+    few = [encoder.encode(example, training=branches > 1) for example in examples[:_SAMPLE]]
+    rows = max(len(example.rows) for example in few)
+    trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
+    model.residency.reserved_bytes = max(
+        pass_bytes(model, rows * config.batch_size, encoder.max_length, branches, trainable),
+        pass_bytes(model, rows * config.eval_batch_size, encoder.max_length, 1),
+    )
+    model.residency.scratch = None if config.out is None else Path(config.out)
+    model.residency.prepare()
 
 
 def make_splits(config: TrainConfig, task: Task) -> Splits:

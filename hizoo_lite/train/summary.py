@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hizoo_lite.model.model import Model
+from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.train.setup import Setup
 
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
@@ -53,11 +55,25 @@ def summarize(
         "estimator": setup.stepper.estimator.name,
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
+        **_streaming(model),
         "model": config.model,
         "task": config.task,
         "seed": config.seed,
         "interrupted": interrupted,
         "versions": versions(),
+    }
+
+
+def _streaming(model: Model) -> dict[str, Any]:
+    """What a streamed run moved, and how long it waited for it."""
+    if not isinstance(model.residency, Streamed):
+        return {}
+    return {
+        "blocks_on_device": len(model.residency.kept_blocks),
+        "blocks_streamed": len(model.blocks) - len(model.residency.kept_blocks),
+        "slot_bytes": model.residency.slot_bytes,
+        "moved_bytes": model.residency.moved_bytes,
+        "waited_seconds": model.residency.waited_seconds,
     }
 
 
