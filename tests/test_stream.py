@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ def test_blocks_that_stay_are_spread_among_the_others(blocks: int, kept: int) ->
     chosen = sorted(spread(blocks, kept))
     assert len(chosen) == kept
     assert all(0 <= block < blocks for block in chosen)
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -260,7 +261,7 @@ def test_auto_keeps_as_many_blocks_as_the_budget_allows(
         assert len(model.residency.kept_blocks) == kept
         assert model.residency.slot_bytes == (0 if kept == 5 else 2 * block_bytes)
     model = budgeted(folder, 2 * block_bytes - 1, monkeypatch)
-    with pytest.raises(BudgetError, match="--device-budget: got .* is needed"):
+    with pytest.raises(BudgetError, match=r"--device-budget: got .* is needed"):
         step_losses(model, "llama")
 
 
@@ -270,7 +271,7 @@ def test_auto_without_a_budget_is_resident(tmp_path: Path) -> None:
 
 def test_a_budget_too_small_for_weights_that_are_quantized_on_loading_says_what_to_do(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
-    with pytest.raises(BudgetError, match="hizoo-lite quantize --model .* --bits nf4"):
+    with pytest.raises(BudgetError, match=r"hizoo-lite quantize --model .* --bits nf4"):
         open_model(tmp_path, "llama", "auto", device_budget=10_000)
     assert open_model(tmp_path, "llama", "auto", device_budget="1GiB").residency.name == "resident"
 
@@ -346,7 +347,7 @@ def test_a_flipped_bit_is_found_before_the_model_is_used(tmp_path: Path) -> None
 
 def test_an_unquantized_checkpoint_does_not_stream_from_disk_as_4_bit(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
-    with pytest.raises(UserError, match="--residency: got disk, .* hizoo-lite quantize"):
+    with pytest.raises(UserError, match=r"--residency: got disk, .* hizoo-lite quantize"):
         open_model(tmp_path, "llama", "disk", bits="nf4")
     model = open_model(tmp_path, "llama", "host", bits="nf4")
     wanted = step_losses(open_model(tmp_path, "llama", "resident", bits="nf4"), "llama")

@@ -27,6 +27,12 @@ def command(
     kind: Annotated[str | None, typer.Option(metavar="auto|causal|masked|classifier")] = None,
     compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
+    residency: Annotated[
+        str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")
+    ] = None,
+    device_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a prompt and its answer")] = None,
     batch_size: Annotated[int | None, typer.Option(help="examples of a batch")] = None,
     examples: Annotated[
@@ -54,6 +60,8 @@ def command(
         "kind": kind,
         "compute_dtype": compute_dtype,
         "device": device,
+        "residency": residency,
+        "device_budget": device_budget,
         "max_length": max_length,
         "eval_batch_size": batch_size,
         "seed": seed,
@@ -102,6 +110,7 @@ def _evaluate(
     if adapter is not None:
         saved.attach_adapter(model, adapter)
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+    setup.prepare_blocks(model, config, encoder, part, branches=1)
     listener.phase("evaluate", len(part))
     found = evaluate(Traversal(model), encoder, part, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()
@@ -116,4 +125,5 @@ def _evaluate(
         "seconds": found.seconds,
         "bits": model.bits,
         "device": str(model.device),
+        "residency": model.residency.name,
     }

@@ -31,6 +31,12 @@ def command(
     bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
     compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
+    residency: Annotated[
+        str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")
+    ] = None,
+    device_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
 ) -> None:
     """Continue a text.
@@ -44,6 +50,7 @@ def command(
     from hizoo_lite.cli import output
 
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
+    flags |= {"residency": residency, "device_budget": device_budget}
     loaded = _load(model, adapter, {name: value for name, value in flags.items() if value is not None})
     text = continue_text(loaded, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
@@ -56,12 +63,23 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any]) -> Mod
     from dataclasses import asdict
 
     from hizoo_lite.errors import UserError
+    from hizoo_lite.memory.estimate import pass_bytes
     from hizoo_lite.model.load import load
+    from hizoo_lite.stream.residency import Streamed
     from hizoo_lite.train import saved, setup
 
     run = saved.saved_config(adapter)
     if run is not None:
-        names = ("bits", "compute_dtype", "device", "double_quant", "revision")
+        names = (
+            "bits",
+            "compute_dtype",
+            "device",
+            "double_quant",
+            "revision",
+            "residency",
+            "device_budget",
+            "host_budget",
+        )
         flags = {**{name: asdict(run)[name] for name in names}, **flags}
         source = source or run.model
     if source is None and adapter is not None:
@@ -69,6 +87,8 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any]) -> Mod
     if not source:
         raise UserError("--model: missing; give a folder or hub id, or an --adapter that names one")
     loaded = load(setup.model_path(source), kind="causal", **flags)
+    if isinstance(loaded.residency, Streamed):
+        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, loaded.positions or 1024, 1)
     if adapter is not None:
         saved.attach_adapter(loaded, adapter)
     return loaded
