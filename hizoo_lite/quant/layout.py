@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,7 @@ def quant_state(bits: Bits, shape: tuple[int, int], dtype: torch.dtype, offset: 
 def quantized_config(
     source: Mapping[str, Any],
     config: Any,
+    kind: ModelKind,
     linears: Iterable[str],
     bits: Bits,
     double_quant: bool,
@@ -202,8 +203,8 @@ def quantized_config(
     """The source's config.json with a `quantization_config` that transformers understands.
 
     config: transformers' own. linears: module names of the quantized ones. dtype: of the weights; what
-    transformers shall multiply in. Everything that is no linear of a block is named as not converted, under
-    every kind of head that the architecture has.
+    transformers shall multiply in. Linears outside of the blocks are named as not converted, those of
+    a classifier too: any model can be loaded as one.
     """
     name = str(dtype).removeprefix("torch.")
     content = dict(source)
@@ -218,19 +219,20 @@ def quantized_config(
         "bnb_4bit_compute_dtype": name,
     }
     options = {"load_in_8bit": True} if bits == "int8" else four
-    skipped = _skip_patterns(_outside(config), list(linears))
+    skipped = _skip_patterns(_outside(config, kind), list(linears))
     quantization = BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
     quantization["quant_method"] = "bitsandbytes"
     content["quantization_config"] = {k: v for k, v in quantization.items() if not k.startswith("_")}
     return content
 
 
-def _outside(config: Any) -> list[str]:
-    """Names of the linears outside of the blocks, with every head that the architecture has."""
+def _outside(config: Any, kind: ModelKind) -> list[str]:
+    """Names of the linears outside of the blocks, with a head of `kind` and with a classifier's."""
     found: dict[str, None] = {}
-    for kind in get_args(ModelKind):
+    kinds: tuple[ModelKind, ...] = (kind, "classifier")
+    for each in kinds:
         try:
-            module = skeleton.build(config, kind)
+            module = skeleton.build(config, each)
         except UserError:
             continue
         inside = find_blocks(module).prefix + "."

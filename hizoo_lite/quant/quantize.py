@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, ModelKind, UserError
-from hizoo_lite.memory.allocator import keep_heap
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub, layout
@@ -71,7 +70,7 @@ class Quantization:
         """Look at source and target, touching nothing. Raises `UserError` where the work cannot begin."""
         if bits not in _ALLOWED:
             raise UserError(f"--bits: got {bits!r}, allowed: {', '.join(_ALLOWED)}")
-        self.out = Path(out)
+        self.out, self.kind = Path(out), kind
         self.bits, self.double_quant = bits, double_quant and bits != "int8"
         self.checkpoint = Checkpoint.open(source, revision=revision)
         if self.checkpoint.quantized_bits is not None:
@@ -109,7 +108,6 @@ class Quantization:
         """
         if self.complete:
             return
-        keep_heap()
         with named_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         self._note()
@@ -308,7 +306,7 @@ class Quantization:
         dtype = self.checkpoint.dtype(first) if first else torch.float32
         modules = [name.removesuffix(".weight") for name in self.layout.linears]
         content = layout.quantized_config(
-            self.checkpoint.config, self._config, modules, self.bits, self.double_quant, dtype
+            self.checkpoint.config, self._config, self.kind, modules, self.bits, self.double_quant, dtype
         )
         write_json(self.out / "config.json", content)
 
@@ -318,7 +316,8 @@ class Quantization:
             forms = TensorFile(self.out / shard).entries
             names[shard] = list(forms)
             total += sum(entry.nbytes for entry in forms.values())
-        layout.write_index(self.out, names, total, self._done, {"quantize": self.job})
+        sha256 = {shard: self._done[shard] for shard in names}
+        layout.write_index(self.out, names, total, sha256, {"quantize": self.job})
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
