@@ -20,7 +20,7 @@ from hizoo_lite.quant.ondisk import OnDiskWeight
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.block import each_block
-from hizoo_lite.stream.chunks import chunk_rows
+from hizoo_lite.stream.chunks import LEAST_TOKENS, plan_chunks
 from hizoo_lite.stream.layout import layouts
 from hizoo_lite.stream.residency import Streamed, spread
 from hizoo_lite.stream.traversal import Traversal
@@ -111,16 +111,35 @@ def test_losses_depend_on_the_chunking_by_rounding_alone(name: str, rows: int, t
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-6)
 
 
-def test_auto_chunks_hold_a_plain_forward_of_the_batch(tmp_path: Path) -> None:
-    def size(rows: int, length: int, branches: int, wanted: Any = "auto") -> int:
-        return chunk_rows(wanted, torch.empty(branches * rows, length, 2), branches)
+def test_auto_chunks_hold_a_plain_forward_of_the_batch() -> None:
+    def plan(rows: int, length: int, branches: int, wanted: Any = "auto") -> tuple[int, int]:
+        return plan_chunks(wanted, torch.empty(branches * rows, length, 2), branches)
 
-    assert size(16, 256, 3) == 6  # 6 * 3 <= 16 + 2
-    assert size(16, 256, 1) == 16
-    assert size(1, 2048, 3) == 1
-    assert size(16, 8, 3) == 11  # 11 * 3 * 8 tokens: smaller chunks would only unpack the weights more often
-    assert size(16, 256, 3, wanted=4) == 4
-    assert size(3, 256, 3, wanted=4) == 3
+    assert plan(16, 256, 3) == (6, 1)  # 6 * 3 <= 16 + 2
+    assert plan(16, 256, 1) == (16, 1)
+    assert plan(16, 8, 3) == (11, 1)  # 11 * 3 * 8 tokens: smaller chunks only unpack the weights more often
+    assert plan(1, 2048, 3) == (1, 3)  # one row cannot be cut, its MLP can
+    assert plan(1, 2048, 1) == (1, 1)
+    assert plan(2, 2048, 3) == (1, 2)
+    assert plan(1, 64, 3) == (1, 1)
+    assert plan(16, 256, 3, wanted=4) == (4, 1)
+    assert plan(3, 256, 3, wanted=4) == (3, 1)
+
+
+@pytest.mark.parametrize("name", [*ALL, *ALIBI_CONFIGS])
+def test_losses_depend_on_the_slices_of_tokens_by_rounding_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(name, tmp_path)
+    wanted = step_losses(open_model(tmp_path, name, "resident", bits="nf4"), name, rows=1)
+    monkeypatch.setitem(LEAST_TOKENS, "cpu", 1)
+    model = open_model(tmp_path, name, "resident", bits="nf4")
+    lengths: set[int] = set()
+    for linear in model.linears.values():
+        if linear.name.endswith(("up_proj", "fc1", "fc2", "h_to_4h", "c_fc", "intermediate.dense")):
+            linear.register_forward_hook(lambda m, args, y: lengths.add(args[0].shape[1]))
+    torch.testing.assert_close(step_losses(model, name, rows=1), wanted, rtol=0, atol=2e-6)
+    assert lengths == {12 if KINDS[name] == "masked" else 4}  # encoders have no MLP of their own
 
 
 def test_a_chunked_step_holds_less_memory_inside_the_blocks(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hizoo_lite.stream.chunks import chunk_rows, has_cache, in_chunks
+from hizoo_lite.stream.chunks import has_cache, in_chunks, plan_chunks, slice_mlp
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -32,6 +32,7 @@ class PresentBlock(nn.Module):
         for kind in ("_modules", "_parameters", "_buffers"):
             object.__setattr__(self, kind, getattr(self.block[0], kind))
         self.training = self.block[0].training
+        self._mlp = slice_mlp(self.block[0], model.state)
 
     def __getattr__(self, name: str) -> Any:
         """The block's, where this has no such attribute."""
@@ -45,11 +46,13 @@ class PresentBlock(nn.Module):
         model, block = self.model[0], self.block[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         rows = hidden.shape[0] // model.state.branches.count
-        size = chunk_rows(model.branch_chunk, hidden, model.state.branches.count)
+        chunks = plan_chunks(model.branch_chunk, hidden, model.state.branches.count)
+        if self._mlp is not None:
+            self._mlp.slices = chunks.slices
         with present(model, self.index):
-            if size >= rows or has_cache(kwargs):
+            if chunks.rows >= rows or has_cache(kwargs):
                 return block(*args, **kwargs)
-            return in_chunks(block, args, kwargs, model.state, rows, size)
+            return in_chunks(block, args, kwargs, model.state, rows, chunks.rows)
 
 
 class present:

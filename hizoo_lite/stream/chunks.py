@@ -1,17 +1,18 @@
-"""A long folded batch goes through a block in chunks of rows, the branches of a row kept together.
+"""A long folded batch goes through a block in chunks, the branches of a row kept together.
 
 A block's inner activations (the MLP's above all) are several times the size of what it takes in and gives
 out. In chunks they take no more than one plain forward of the batch would. A block sees nothing of other
-rows, so the losses are the same but for the rounding of products with fewer rows.
+rows, so the losses are the same but for the rounding of products with fewer rows. Where a chunk is a single
+long row, its MLP, which sees nothing of other tokens either, goes through in slices of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hizoo_lite.base import BranchState
 
@@ -24,16 +25,77 @@ _WITHOUT_ROWS = frozenset({"cache_position", "rel_embeddings"})
 _ROWS_AND_HEADS = frozenset({"alibi"})
 
 
-def chunk_rows(wanted: int | Literal["auto"], hidden: Tensor, branches: int) -> int:
-    """Rows (token sequences) of a chunk. hidden: (branches * rows, length, features).
+#: The part of a block that treats every token alike, by what the blocks of most architectures call it; or the
+#: calls it consists of, one after the other, where it is no module of its own (OPT).
+_TOKENWISE = (("mlp",), ("fc1", "activation_fn", "fc2"))
 
-    auto: a chunk with all its branches is as large as the batch with one.
-    """
-    rows = hidden.shape[0] // branches
+
+class Chunks(NamedTuple):
+    """How a batch is cut up inside a block."""
+
+    rows: int  # token sequences that go through together, with all their branches
+    slices: int  # parts that the tokens of such a chunk are cut into for the MLP
+
+
+def plan_chunks(wanted: int | Literal["auto"], hidden: Tensor, branches: int) -> Chunks:
+    """hidden: (branches * rows, length, features). auto: as much together as the batch with one branch."""
+    rows, length = hidden.shape[0] // branches, hidden.shape[1]
     if wanted != "auto":
-        return min(wanted, rows)
-    least = -(-LEAST_TOKENS[hidden.device.type] // (branches * hidden.shape[1]))
-    return min(rows, max(-(-rows // branches), least))
+        return Chunks(min(wanted, rows), 1)
+    least = LEAST_TOKENS[hidden.device.type]
+    together = min(rows, max(-(-rows // branches), -(-least // (branches * length))))
+    most = max(least, rows * length)
+    return Chunks(together, -(-branches * length // most) if together == 1 else 1)
+
+
+class SlicedMLP:
+    """Runs a block's token-wise part slice by slice; `slices` is set before the block runs.
+
+    It hides the part under its own name in the block's instance dictionary, which Python reads before torch's
+    table of children: the module tree, its names and its weights stay what they are.
+    """
+
+    def __init__(self, block: nn.Module, names: tuple[str, ...], state: BranchState) -> None:
+        self.block, self.names, self.state, self.slices = block, names, state, 1
+        for name in names[:-1]:
+            block.__dict__[name] = _unchanged
+        block.__dict__[names[-1]] = self
+
+    def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
+        """x: (branches * rows, length, features), or its first two axes flattened; `more` likewise (Bloom)."""
+        if self.slices == 1:
+            return self._run(x, *more)
+        branches = self.state.branches.count
+        folded = [value.reshape(branches, -1, value.shape[-1]) for value in (x, *more)]
+        tokens = folded[0].shape[1]
+        size = -(-tokens // self.slices)
+        diverged = self.state.mark()
+        out = torch.empty(0)
+        for first in range(0, tokens, size):
+            part = slice(first, min(first + size, tokens))
+            self.state.restore(diverged)
+            y = self._run(*(value[:, part] for value in folded))
+            if first == 0:
+                out = torch.empty(branches, tokens, y.shape[-1], dtype=y.dtype, device=y.device)
+            out[:, part] = y
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _run(self, x: Any, *more: Any) -> Any:
+        for name in self.names:
+            x, more = self.block._modules[name](x, *more), ()  # type: ignore[misc]
+        return x
+
+
+def slice_mlp(block: nn.Module, state: BranchState) -> SlicedMLP | None:
+    """Make the MLP of a block sliceable; None where its block has none by a known name."""
+    for names in _TOKENWISE:
+        if all(isinstance(block._modules.get(name), nn.Module) for name in names):
+            return SlicedMLP(block, names, state)
+    return None
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def in_chunks(
