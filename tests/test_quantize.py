@@ -66,10 +66,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bf16 Llama of two blocks, with a tokenizer's file."""
+    """A tiny bf16 Llama of two blocks, with a file beside it."""
     folder = tmp_path_factory.mktemp("source")
     save_tiny("llama", folder, dtype=torch.bfloat16)
-    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "special.txt").write_text("a\nb\n")
     return folder
 
 
@@ -185,6 +185,27 @@ def test_a_quantized_causal_model_loads_as_a_classifier(own):
     assert type(model.score) is torch.nn.Linear
 
 
+def test_a_configuration_with_another_dtype_than_the_tensors_is_set_right(llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    quantize(source, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
+    assert model.dtype == torch.bfloat16
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_float64_is_quantized_from_float32(llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: value.double() for name, value in tensors.items()}, source / "model.safetensors")
+    quantize(source, tmp_path / "out")
+    passed, packed = load(tmp_path / "out", device="cpu"), load(llama, device="cpu")
+    for mine, wanted in zip(passed.module.buffers(), packed.module.buffers(), strict=True):
+        assert torch.equal(mine, wanted)
+
+
 def test_a_head_named_like_a_linear_of_a_block_is_anchored():
     patterns = layout._skip_patterns(["dense", "lm_head"], ["layers.0.dense", "layers.0.up"])
     assert patterns == ["^dense$", "lm_head"]
@@ -198,7 +219,7 @@ def test_blocks_lie_in_files_of_their_own(finished):
         assert all(name.startswith(f"model.layers.{number}.") for name in names)
     rest = load_file(finished / "rest.safetensors")
     assert set(rest) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert (finished / "vocab.txt").read_text() == "a\nb\n"
+    assert (finished / "special.txt").read_text() == "a\nb\n"
     assert (finished / "generation_config.json").exists()
     assert sorted(path.name for path in finished.iterdir() if path.name.startswith(".")) == []
     assert not (finished / PROGRESS_FILE).exists()

@@ -207,9 +207,9 @@ def quantized_config(
     a classifier too: any model can be loaded as one.
     """
     name = str(dtype).removeprefix("torch.")
-    content = dict(source)
-    if "dtype" not in content and "torch_dtype" not in content:
-        content["dtype"] = name  # else transformers takes the first tensor's, which may be an absmax
+    # Said anew: transformers casts biases to the dtype named here, but not what is called weight.
+    content = {**source, "dtype": name}
+    content.pop("torch_dtype", None)
     if bits == "none":
         return content
     four: dict[str, Any] = {
