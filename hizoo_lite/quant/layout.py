@@ -207,9 +207,9 @@ def quantized_config(
     a classifier too: any model can be loaded as one.
     """
     name = str(dtype).removeprefix("torch.")
-    content = dict(source)
-    if "dtype" not in content and "torch_dtype" not in content:
-        content["dtype"] = name  # else transformers takes the first tensor's, which may be an absmax
+    # Said anew: transformers casts biases to the dtype named here, but not what is called weight.
+    content = {**source, "dtype": name}
+    content.pop("torch_dtype", None)
     if bits == "none":
         return content
     four: dict[str, Any] = {
@@ -227,7 +227,10 @@ def quantized_config(
 
 
 def _outside(config: Any, kind: ModelKind) -> list[str]:
-    """Names of the linears outside of the blocks, with a head of `kind` and with a classifier's."""
+    """Names of the linears outside of the blocks, with a head of `kind` and with a classifier's.
+
+    Without the trunk's prefix: transformers compares endings, and loads bare trunks too.
+    """
     found: dict[str, None] = {}
     kinds: tuple[ModelKind, ...] = (kind, "classifier")
     for each in kinds:
@@ -238,7 +241,7 @@ def _outside(config: Any, kind: ModelKind) -> list[str]:
         inside = find_blocks(module).prefix + "."
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear | Conv1D) and not name.startswith(inside):
-                found[name] = None
+                found[name.removeprefix(f"{module.base_model_prefix}.")] = None
     return list(found)
 
 
@@ -248,7 +251,7 @@ def _skip_patterns(outside: Iterable[str], inside: list[str]) -> list[str]:
     def hits(name: str) -> bool:
         return any(linear.endswith(name) or linear.startswith(name + ".") for linear in inside)
 
-    return [f"^{re.escape(name)}$" if hits(name) else name for name in outside]
+    return [rf"^(\w+\.)?{re.escape(name)}$" if hits(name) else name for name in outside]
 
 
 def write_index(

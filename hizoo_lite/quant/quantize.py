@@ -246,13 +246,13 @@ class Quantization:
     def _reader(self, linear: layout.Linear) -> RowReader:
         """Rows of a matrix, (out, in), as they are stored; float32 for float64."""
         whole = self.checkpoint.read(linear.stored).t() if linear.transposed else None
-        wide = self.checkpoint.dtype(linear.stored) == torch.float64
+        dtype = self._dtype(linear.stored)
 
         def read(start: int, stop: int) -> Tensor:
             rows = (
                 self.checkpoint.read_rows(linear.stored, start, stop) if whole is None else whole[start:stop]
             )
-            return rows.float() if wide else rows
+            return rows.to(dtype)
 
         return read
 
@@ -278,9 +278,12 @@ class Quantization:
     def _state(self, linear: layout.Linear, offset: float | None) -> bytes:
         if self.bits == "int8":
             return b""
-        stored = self.checkpoint.dtype(linear.stored)
-        dtype = torch.float32 if stored == torch.float64 else stored
-        return layout.quant_state(self.bits, linear.shape, dtype, offset)
+        return layout.quant_state(self.bits, linear.shape, self._dtype(linear.stored), offset)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What a matrix is quantized from: its stored dtype, float32 for float64."""
+        stored = self.checkpoint.dtype(name)
+        return torch.float32 if stored == torch.float64 else stored
 
     # ------------------------------------------------------------------------------- around them
 
@@ -303,7 +306,7 @@ class Quantization:
 
     def _write_config(self) -> None:
         first = next(iter(self.layout.linears), None)
-        dtype = self.checkpoint.dtype(first) if first else torch.float32
+        dtype = self._dtype(first) if first else torch.float32
         modules = [name.removesuffix(".weight") for name in self.layout.linears]
         content = layout.quantized_config(
             self.checkpoint.config, self._config, self.kind, modules, self.bits, self.double_quant, dtype

@@ -81,6 +81,10 @@ class ShardWriter:
             raise ValueError(f"{name}: rows of {form.shape[1:]} were declared, got {tuple(rows.shape[1:])}")
         self._append(name, rows)
 
+    def write_piece(self, name: str, flat: Tensor) -> None:
+        """The next elements of a tensor in row-major order, as a vector."""
+        self._append(name, flat)
+
     def close(self) -> None:
         """Finish the file. Raises ValueError, with the file removed, where tensors are not complete."""
         try:
