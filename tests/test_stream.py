@@ -16,7 +16,7 @@ from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
-from hizoo_lite.quant.ondisk import OnDiskWeight
+from hizoo_lite.quant.away import AwayWeight
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.block import each_block
@@ -168,15 +168,18 @@ def test_generation_streams(name: str, tmp_path: Path) -> None:
     assert torch.equal(texts[0], texts[2])
 
 
-def test_embedding_and_head_stay_on_disk_too(tmp_path: Path) -> None:
-    folder = checkpoint("llama", "nf4", tmp_path, vocab_size=2000)
-    model = open_model(folder, "llama", "disk")
-    assert isinstance(model.linears["lm_head"].weight, OnDiskWeight)
-    assert model.module.get_input_embeddings().weight.is_meta  # type: ignore[operator]
-    resident = open_model(folder, "llama", "resident")
+@pytest.mark.parametrize("where", ["disk", "host"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "opt", "bert"])
+def test_embedding_and_head_stay_away_too(name: str, where: str, tmp_path: Path) -> None:
+    folder = checkpoint(name, "nf4", tmp_path, vocab_size=2000)
+    model, resident = open_model(folder, name, where), open_model(folder, name, "resident")
+    embedding: Any = model.module.get_input_embeddings()  # type: ignore[operator]
+    heads = [linear for linear in model.linears.values() if linear.out_features == 2000]
+    assert embedding.weight.is_meta
+    assert [type(head.weight) for head in heads] == [AwayWeight]
     assert model.nbytes() == resident.nbytes()
-    assert torch.equal(step_losses(model, "llama"), step_losses(resident, "llama"))
-    assert model.module.get_input_embeddings().weight.is_meta  # type: ignore[operator]
+    assert torch.equal(step_losses(model, name), step_losses(resident, name))
+    assert embedding.weight.is_meta
 
 
 # ------------------------------------------------------------------------------------------ slots

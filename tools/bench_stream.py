@@ -279,13 +279,42 @@ def host_to_device_bytes_a_second() -> float:
 
 def against_zo2() -> list[list[Any]]:
     """Our device memory for zo2's published cases, from shapes alone: batch 1, 2048 tokens, NF4, LoRA."""
-    from make_random_model import device_bytes
-
     rows = []
     for shape, theirs in GPU_MEMORY_OF_ZO2_GB.items():
-        ours = device_bytes(shape, rows=1, length=2048, branches=3) / 1e9
+        ours = device_bytes(shape, rows=1, length=2048) / 1e9
         rows.append([shape, theirs, ours, ours / theirs])
     return rows
+
+
+def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: int = 8) -> int:
+    """Everything on a GPU while blocks stream: two slots, what is outside of blocks, adapters, a pass."""
+    from make_random_model import SHAPES
+    from torch import nn
+
+    import transformers
+    from hizoo_lite.memory.estimate import Widths, activation_bytes
+    from hizoo_lite.model.blocks import find_blocks
+    from hizoo_lite.model.skeleton import build
+    from hizoo_lite.stream.chunks import plan_for
+
+    config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
+    module = build(config, "causal")
+    module.tie_weights()
+    blocks = find_blocks(module).modules
+    linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    elements = sum(out * features for out, features in shapes)
+    packed = elements // 2 + elements // 64 + elements // 64 // 256 * 4  # codes, absmax, its own absmax
+    small = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 1)
+    gathered = (
+        2 * config.hidden_size * rows * length
+    )  # embedding rows; the matrix itself and the head stay away
+    positions = sum(2 * p.numel() for n, p in module.named_parameters() if "embed_positions" in n)
+    adapters = len(blocks) * 2 * sum(rank * sum(pair) for pair in shapes[:1])
+    widths = Widths.of(config, shapes, compute_bytes=2)
+    chunks = plan_for("auto", rows, length, branches, "cuda")
+    activations = activation_bytes(widths, chunks, rows, length, branches, "cuda")
+    return 2 * packed + gathered + positions + 4 * small + 3 * 4 * adapters + activations
 
 
 def main() -> None:

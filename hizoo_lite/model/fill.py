@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, PackedWeight, UserError
+from hizoo_lite.memory.pinned import page_lock
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.names import Names
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint, PlainWeight, from_checkpoint, pack_rows
-from hizoo_lite.quant.ondisk import OnDiskWeight, embed_from_disk
+from hizoo_lite.quant.away import AwayWeight, embed_from_away, from_disk, from_host
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Filler:
         self._generator = torch.Generator().manual_seed(seed)
         self._missing: list[str] = []
         self._vocabulary = module.get_input_embeddings()  # type: ignore[operator]
-        self.on_disk: set[str] = set()  # tensors of the checkpoint that are never in memory as a whole
+        self.away: dict[str, AwayWeight] = {}  # large matrices outside of streamed blocks, by stored name
         self._absent: set[str] = set()  # the module's names of embeddings among them
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
 
@@ -125,10 +126,9 @@ class Filler:
         stored = self._find(f"{name}.weight", layer.weight)
         if stored is None:
             return
-        if self._stays_on_disk(name, stored) and layer is self._vocabulary:
+        if self._stays_away(name, stored) and layer is self._vocabulary:
             self._absent.add(f"{name}.weight")
-            self.on_disk.add(stored)
-            embed_from_disk(layer, OnDiskWeight(self.checkpoint, stored))
+            embed_from_away(layer, self._away(stored))
             layer.register_forward_hook(_output_to_float32)
             return
         if stored not in self._embeddings:
@@ -172,9 +172,8 @@ class Filler:
             self._check_shape(stored, packed.shape, (rows, columns))
             return packed
         self._check_shape(stored, self.checkpoint.shape(stored), tuple(layer.weight.shape))
-        if self._stays_on_disk(name, stored) and not transposed:
-            self.on_disk.add(stored)
-            return OnDiskWeight(self.checkpoint, stored)
+        if self._stays_away(name, stored) and not transposed:
+            return self._away(stored)
         shared = self._tied_embedding(parameter, stored)
         if shared is not None:
             return PlainWeight(shared)
@@ -198,10 +197,23 @@ class Filler:
             name=stored,
         )
 
-    def _stays_on_disk(self, name: str, stored: str) -> bool:
-        """Large matrices outside of the blocks, where a CPU streams from disk. A GPU has room for them."""
-        outside = self.where == "disk" and self.device.type == "cpu" and not self._in_block(name)
-        return outside and math.prod(self.checkpoint.shape(stored)) > _SMALL_ELEMENTS
+    def _stays_away(self, name: str, stored: str) -> bool:
+        """Large matrices outside of the blocks, where the blocks stream."""
+        outside = self.where != "device" and not self._in_block(name)
+        is_float = self.checkpoint.dtype(stored) in (torch.bfloat16, torch.float16, torch.float32)
+        return outside and is_float and math.prod(self.checkpoint.shape(stored)) > _SMALL_ELEMENTS
+
+    def _away(self, stored: str) -> AwayWeight:
+        """The one away form of a stored matrix; a tied head shares the embedding's."""
+        if stored not in self.away:
+            if self.where == "disk":
+                self.away[stored] = from_disk(self.checkpoint, stored)
+            else:
+                matrix = self.checkpoint.read(stored)
+                if self.device.type == "cuda":
+                    page_lock(matrix)
+                self.away[stored] = from_host(matrix)
+        return self.away[stored]
 
     def _described(self, stored: str) -> Tensor:
         """A tensor's shape and dtype without its values."""

@@ -19,8 +19,8 @@ from hizoo_lite.model.basis import gains, rebuild, split
 from hizoo_lite.model.scratch import Scratch
 
 #: Unpacked weight a tile holds at most. 2 to 8 MB keep a tile in the last-level cache of a CPU;
-#: a GPU is better served by one product a layer.
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+#: on a GPU larger tiles keep the products large.
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
 class BranchLinear(nn.Module):

@@ -81,7 +81,7 @@ def load(
         folder=checkpoint.folder,
         checkpoint=checkpoint,
         stored_names=filler.stored_names,
-        on_disk=filler.on_disk,
+        away=set(filler.away),
         new_parameters=filler.new,
     )
     if where != "resident":

@@ -37,7 +37,7 @@ class Model:
     folder: Path  # where the checkpoint's files are
     checkpoint: Checkpoint
     stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
-    on_disk: set[str] = field(default_factory=set)  # the checkpoint's tensors that are read when needed
+    away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
@@ -69,5 +69,5 @@ class Model:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         here = [t.untyped_storage() for t in tensors if not t.is_meta]
         away = sum(t.numel() * t.itemsize for t in self.module.buffers() if t.is_meta)
-        away += sum(self.checkpoint.nbytes(name) for name in self.on_disk)
+        away += sum(self.checkpoint.nbytes(name) for name in self.away)
         return away + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())

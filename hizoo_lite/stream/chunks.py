@@ -39,10 +39,16 @@ class Chunks(NamedTuple):
 
 def plan_chunks(wanted: int | Literal["auto"], hidden: Tensor, branches: int) -> Chunks:
     """hidden: (branches * rows, length, features). auto: as much together as the batch with one branch."""
-    rows, length = hidden.shape[0] // branches, hidden.shape[1]
+    return plan_for(wanted, hidden.shape[0] // branches, hidden.shape[1], branches, hidden.device.type)
+
+
+def plan_for(
+    wanted: int | Literal["auto"], rows: int, length: int, branches: int, device_type: str
+) -> Chunks:
+    """The same, from sizes alone."""
     if wanted != "auto":
         return Chunks(min(wanted, rows), 1)
-    least = LEAST_TOKENS[hidden.device.type]
+    least = LEAST_TOKENS[device_type]
     together = min(rows, max(-(-rows // branches), -(-least // (branches * length))))
     most = max(least, rows * length)
     return Chunks(together, -(-branches * length // most) if together == 1 else 1)
@@ -62,7 +68,7 @@ class SlicedMLP:
         block.__dict__[names[-1]] = self
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
-        """x: (branches * rows, length, features), or its first two axes flattened; `more` likewise (Bloom)."""
+        """x: (branches * rows, length, features), or its first two axes flattened; `more` alike."""
         if self.slices == 1:
             return self._run(x, *more)
         branches = self.state.branches.count

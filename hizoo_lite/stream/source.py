@@ -6,7 +6,6 @@ written to. Reads may come from another thread; there is one reader at a time.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.errors import StorageError, UserError
+from hizoo_lite.memory.pinned import page_lock, unlock
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.stream.layout import Layout
-
-_log = logging.getLogger(__name__)
 
 #: Buffers that one preadv call takes; Linux allows 1024.
 _MOST_BUFFERS = 512
@@ -128,7 +126,7 @@ class HostSource(Source):
             data.zero_()
         layout.pack(data)
         if self._pin:
-            _page_lock(data)
+            page_lock(data)
         self._blocks[block] = data
 
     def whole(self, block: int) -> Tensor:
@@ -149,7 +147,7 @@ class HostSource(Source):
         """Free its memory."""
         data = self._blocks.pop(block, None)
         if data is not None and self._pin:
-            _unlock(data)
+            unlock(data)
 
     def close(self) -> None:
         """Free all of it."""
@@ -213,14 +211,3 @@ def _unnamed_file(folder: Path | None) -> int:
             return os.dup(file.fileno())
     except OSError as error:
         raise StorageError(f"{folder or tempfile.gettempdir()}: cannot be written: {error}") from error
-
-
-def _page_lock(data: Tensor) -> None:
-    """cudaHostRegister: exactly these bytes, where torch's pinned allocator rounds up to a power of two."""
-    status = torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0)
-    if int(status) != 0:
-        _log.warning("host memory could not be page-locked (%s); copies to the device are slower", status)
-
-
-def _unlock(data: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
