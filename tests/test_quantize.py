@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    MixtralConfig,
 )
 from transformers.quantizers.quantizers_utils import should_convert_module
 from typer.testing import CliRunner
@@ -326,6 +327,26 @@ def test_foreign_folders_and_files_are_refused(llama, tmp_path):
         quantize(llama, foreign)
 
 
+def test_a_call_killed_after_the_index_was_written_is_complete(llama, own):
+    (own / PROGRESS_FILE).write_text("{}")
+    assert Quantization(llama, own, kind="causal", bits="nf4").complete
+    assert not (own / PROGRESS_FILE).exists()
+
+
+def test_a_finished_folder_that_lacks_a_file_is_not_called_complete(llama, own):
+    (own / "block-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names block-00001\.safetensors, which is missing"):
+        quantize(llama, own)
+
+
+def test_fused_experts_are_refused(tmp_path):
+    arguments = {**TINY_CONFIGS["llama"].arguments, "num_local_experts": 2, "num_experts_per_tok": 1}
+    AutoModelForCausalLM.from_config(MixtralConfig(**arguments)).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.\w+ .* not supported"):
+        quantize(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unsound_progress_file_is_refused(llama, tmp_path):
     (tmp_path / PROGRESS_FILE).write_text("[]")
     with pytest.raises(UserError, match="not written by hizoo-lite quantize"):
@@ -372,21 +393,29 @@ def test_the_planned_size_is_the_size(llama, tmp_path, bits, double_quant):
     assert actual == work.total_bytes if not double_quant else 0 <= work.total_bytes - actual < 14 * 40
 
 
-def test_a_full_disk_is_one_message_and_the_call_goes_on_later(llama, finished, tmp_path, monkeypatch):
-    write, calls = os.pwrite, []
+def test_progress_ends_at_the_planned_size(llama, tmp_path):
+    told: list[int] = []
+    work = Quantization(llama, tmp_path, kind="causal", bits="nf4")
+    work.run(told.append)
+    assert sum(told) == work.total_bytes
+    assert min(told) >= 0
 
-    def full(*arguments: Any) -> int:
+
+def test_a_full_disk_is_one_message_and_the_call_goes_on_later(llama, finished, tmp_path, monkeypatch):
+    write, calls = shards._write_at, []
+
+    def full(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) > 60:
             raise OSError(28, "No space left on device")
-        return write(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(shards, "_write_at", full)
     done = call("quantize", "--model", llama, "--out", tmp_path)
     assert done.exit_code == 2
     assert "block-00001.safetensors: cannot be written: No space left on device" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000.safetensors", PROGRESS_FILE]
-    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(shards, "_write_at", write)
     again = call("quantize", "--model", llama, "--out", tmp_path)
     assert again.exit_code == 0
     assert "1 of 3 files are there already" in again.stderr
