@@ -257,11 +257,14 @@ def test_buffers_that_a_module_computes_are_left_out_and_other_tensors_kept(llam
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["model.layers.1.attn.masked_bias"] = torch.ones(())
     tensors["model.layers.2.extra.weight"] = torch.ones(2, 2)
+    tensors["model.layers.2.c_attn.bias"] = torch.ones(2)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     quantize(source, tmp_path / "out")
     kept = Checkpoint.open(tmp_path / "out")
-    assert not any("inv_freq" in name for name in kept)
+    assert not any("inv_freq" in name or "masked" in name for name in kept)
+    assert torch.equal(kept.read("model.layers.2.c_attn.bias"), torch.ones(2))
     assert kept.place("model.layers.2.extra.weight").path.name == "rest.safetensors"
 
 
