@@ -124,7 +124,8 @@ small |= dict(num_attention_heads=1, num_key_value_heads=1)
 make_random_model.make("tinyllama-1.1b", Path(sys.argv[1]) / "first", layers=1, overrides=small)
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-written = make_random_model.make("tinyllama-1.1b", Path(sys.argv[1]) / "second", layers=4)
+out, small = Path(sys.argv[1]) / "second", dict(vocab_size=9000)
+written = make_random_model.make("tinyllama-1.1b", out, layers=4, overrides=small)
 print(written, memory("VmHWM") - before)
 """
 
@@ -133,7 +134,7 @@ print(written, memory("VmHWM") - before)
 def test_no_more_than_a_few_chunks_are_held(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(Path(make_random_model.__file__).parent)!r})\n" + MEASURE
     written, peak = map(int, run_python(code, tmp_path).splitlines()[-1].split())
-    assert written > 330 << 20
+    assert written > 150 << 20
     assert peak < 60 << 20  # measured 33 MiB: a chunk while it is quantized, 20 bytes an element
 
 

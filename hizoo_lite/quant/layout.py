@@ -32,7 +32,7 @@ REST = "rest.safetensors"
 
 #: Buffers that older checkpoints carry and that every module computes for itself.
 _COMPUTED = re.compile(
-    r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids|token_type_ids)$"
+    r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids|token_type_ids)$"
 )
 
 

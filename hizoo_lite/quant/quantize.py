@@ -182,7 +182,8 @@ class Quantization:
         parent = self.out
         while not parent.exists():
             parent = parent.absolute().parent
-        free = shutil.disk_usage(parent).free
+        left_over = self.out.glob(".*.tmp")  # of a killed call; written over
+        free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in left_over)
         if free < needed:
             raise UserError(
                 f"--out: {format_bytes(needed)} are needed at {self.out}, {format_bytes(free)} are free; "
@@ -210,7 +211,9 @@ class Quantization:
     def _write_shard(self, shard: str, progress: Progress) -> str:
         linears = [self.layout.linears[n] for n in self.layout.shards[shard] if n in self.layout.linears]
         states = {linear.stored: self._state(linear, self._offset(linear)) for linear in linears}
-        with ShardWriter(self.out / shard, self._forms(shard, states), METADATA) as writer:
+        forms = self._forms(shard, states)
+        progress(self._planned_bytes(shard) - sum(form.nbytes for form in forms.values()))  # the header
+        with ShardWriter(self.out / shard, forms, METADATA) as writer:
             for linear in linears:
                 weight = pack_rows(
                     self._reader(linear),

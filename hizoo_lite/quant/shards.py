@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -60,7 +61,7 @@ class ShardWriter:
         self.nbytes = file_bytes(self._forms, metadata)
         self._aside = aside(path)
         with named_errors(path):
-            self._file = os.open(self._aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._file = open(self._aside, "w+b", buffering=0)  # noqa: SIM115 - closed by close
         try:
             self._put(memoryview(header), 0)
         except BaseException:
@@ -92,9 +93,9 @@ class ShardWriter:
             if missing:
                 raise ValueError(f"{self.path}: {len(missing)} tensors are not complete: {missing[:3]}")
             with named_errors(self.path):
-                os.fsync(self._file)
+                os.fsync(self._file.fileno())
                 self._hash_the_rest()
-                os.close(self._file)
+                self._file.close()
                 os.replace(self._aside, self.path)
                 _sync_folder(self.path.parent)
         except BaseException:
@@ -133,25 +134,31 @@ class ShardWriter:
             self._hash.update(content)
             self._hashed += len(content)
         with named_errors(self.path):
-            done = 0
-            while done < len(content):
-                done += os.pwrite(self._file, content[done:], offset + done)
+            _write_at(self._file, content, offset)
 
     def _hash_the_rest(self) -> None:
         """What was not written in the file's order is read back."""
         buffer = memoryview(bytearray(min(HASHED_CHUNK_BYTES, self.nbytes)))
+        self._file.seek(self._hashed)
         while self._hashed < self.nbytes:
-            count = os.preadv(self._file, [buffer], self._hashed)
-            if count == 0:
+            count = self._file.readinto(buffer)
+            if not count:
                 raise OSError("it became shorter while it was written")
             self._hash.update(buffer[:count])
             self._hashed += count
 
     def _abandon(self) -> None:
         with contextlib.suppress(OSError):
-            os.close(self._file)
+            self._file.close()
         with contextlib.suppress(OSError):
             self._aside.unlink()
+
+
+def _write_at(file: io.FileIO, content: memoryview, offset: int) -> None:
+    file.seek(offset)
+    done = 0
+    while done < len(content):  # one write moves at most 2 GiB
+        done += file.write(content[done:])
 
 
 def file_bytes(tensors: Mapping[str, Form], metadata: Mapping[str, str] | None = None) -> int:
