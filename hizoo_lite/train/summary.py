@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hizoo_lite.base import trainable
 from hizoo_lite.train.setup import Setup
 
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
@@ -39,7 +40,7 @@ def summarize(
         "metric_after": after.get(metric),
         "test_examples": before.get("examples"),
         "adapter": "final",
-        "trainable_parameters": sum(p.numel() for p in setup.space.parameters.values()),
+        "trainable_parameters": sum(shape.numel() for shape in trainable(setup.space).values()),
         "budget_bytes": config.budget_bytes,
         "predicted_peak_bytes": None,
         "measured_peak_bytes": measured_peak_bytes,
