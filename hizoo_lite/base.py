@@ -203,7 +203,7 @@ class PackedWeight(nn.Module, ABC):
         return 1
 
     def values(self, out: Tensor, first_row: int = 0) -> Tensor:
-        """Fill `out`, (rows, in_features) contiguous float32, with the true values from row `first_row` on."""
+        """Fill `out`, (rows, in_features) contiguous float32, with the true values from `first_row` on."""
         self.unpack(out, first_row)
         if self.row_scale is not None:
             out *= self.row_scale[first_row : first_row + out.shape[0], None]

@@ -9,8 +9,8 @@ Weights inside the blocks have too many elements for that (10.8 ms a million, ag
 normal_ on the same core). Their z is drawn tile by tile of rows by torch's own generator of the device,
 seeded with a hash of (run seed, step, parameter name, first row): on CPU a Mersenne twister, whose stream
 does not depend on the number of threads, on CUDA a Philox. The two differ, so a run in the weights replays
-on its own kind of device only. torch's CPU generator uses 32 bits of its seed: of the 13 000 tiles that 7e9 weights
-have, two are alike in one step of fifty, which does no harm.
+on its own kind of device only. torch's CPU generator uses 32 bits of its seed: of the 13 000 tiles that
+7e9 weights have, two are alike in one step of fifty, which does no harm.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class InPlaceSpace(ABC):
         return {}
 
     def attach(self, model: Model, seed: int) -> None:
-        """Hang a delta on each target, in place of others. The weights start as they are, whatever the seed."""
+        """Hang a delta on each target, in place of others. The weights start as they are; no seed is used."""
         release(model)
         self.model, self.parameters = model, {}
         self.target_names = resolve_targets(model, self.targets)
