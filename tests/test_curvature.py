@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hizoo_lite.base import Curvature, Estimator, UserError
 from hizoo_lite.curvature import CURVATURES, Diagonal, Factored, Grouped, get
-from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS
+from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS, _add_by_group
 from hizoo_lite.estimators import HiZOO, MeZO
 from tests import reference
 
@@ -440,6 +440,18 @@ def test_grouped_rows_share_groups_where_there_are_many():
     assert len(curvature.state_dict()["mean"]) <= MOST_ROW_GROUPS
     assert curvature.scale("tall").shape == (3_000, 1)
     assert curvature.scale("flat").shape == (2, 1)
+
+
+@pytest.mark.parametrize("bundle", [1, 4, 100])
+def test_grouped_adds_by_group_on_a_gpu_what_it_adds_on_a_cpu(bundle):
+    norms = torch.rand(50, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        sums = torch.zeros(-(-50 // bundle), dtype=torch.float64)
+        for first in range(0, 50, 7):
+            _add_by_group(norms[first : first + 7], first, bundle, sums, device)
+        found.append(sums)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_grouped_after_load_uses_the_loaded_sigma():

@@ -128,7 +128,7 @@ def test_losses_equal_those_of_plain_models_with_perturbed_weights(
     along = changes(space, SEED, 4, curvature)
     mu = 1e-2
     expected = {sign: loss(moved(plain, along, sign * mu), batch) for sign in (0, 1, -1)}
-    assert abs(expected[1] - expected[-1]) > 100 * FLOAT32_ROUNDING
+    assert max(abs(expected[sign] - expected[0]) for sign in (1, -1)) > 20 * FLOAT32_ROUNDING
     assert space.weights is not None
     for branches in (Branches(True, 1), Branches(False, 1), Branches(True, 2)):
         space.weights.begin(SEED, 4, curvature, measured=False)
@@ -252,9 +252,7 @@ def test_hizoo_on_float32_weights_follows_a_plain_float64_run(sigma: str, tmp_pa
     got = [stepper.step(step, tiny_task_batch("causal")).losses for step in range(5)]
     stepper.close()
     assert abs(expected[0][0] - expected[-1][0]) > 0.02  # it does move
-    # float32 losses: 1e-6 in the first step; then g is 1e-4 off at this mu, and c with it
-    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=FLOAT32_ROUNDING)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=FLOAT32_ROUNDING)
 
 
 @every_kind
@@ -508,7 +506,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, space = attached(tmp_path / "model", "residual nf4")
     with pytest.raises(UserError, match="has a residual already; load the model anew"):
         Dense().attach(model, seed=0)
-    with pytest.raises(UserError, match="--space scales: .* has no scales to train"):
+    with pytest.raises(UserError, match=r"--space scales: .* has no scales to train"):
         Scales().attach(tiny(tmp_path / "model", "none"), seed=0)
     model, space = attached(tmp_path / "model", "dense nf4")
     space.save(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""What the spaces in the weights are compared with: whole directions, plain float64 models, a fake streamer."""
+"""What training in the weights is compared with: whole directions, float64 models, a fake streamer."""
 
 from __future__ import annotations
 

@@ -45,12 +45,12 @@ class Factored(Curvature):
         self.ceiling = ceiling
         self._factors: dict[str, Factors] = {}
         self._drawn: dict[str, Factors] = {}
-        self._sums: dict[str, Factors] = {}  # of |z^2 - 1| Sigma^-1 over columns and over rows, float64
+        self._seen: dict[str, tuple[Factors, Factors]] = {}  # factors, and sums of |H'| / c; float64
 
     def start(self, shapes: Mapping[str, torch.Size]) -> None:
         """Sigma = I."""
         self._factors = {name: _ones(shape) for name, shape in shapes.items()}
-        self._drawn, self._sums = {}, {}
+        self._drawn, self._seen = {}, {}
 
     def scale(self, name: str) -> Tensor:
         """Sigma^(1/2), float32 of the parameter's shape."""
@@ -69,31 +69,31 @@ class Factored(Curvature):
 
     def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
         """Add the rows to the sums over rows and columns."""
-        factors = self._factors[name]
         if first_row == 0:
-            self._sums[name] = tuple(torch.zeros_like(factor, dtype=torch.float64) for factor in factors)
-        sums = self._sums[name]
+            inverse = self._inverse(self._factors[name])
+            wide = tuple(factor.to(z.device, torch.float64) for factor in inverse)
+            self._seen[name] = wide, tuple(torch.zeros_like(factor) for factor in wide)
+        factors, sums = self._seen[name]
         sample = z.detach().double().square_().sub_(1.0).abs_()
+        own = slice(first_row, first_row + z.shape[0]) if z.ndim > 0 else ...
         if len(factors) == 1:
-            own = slice(first_row, first_row + z.shape[0]) if z.ndim > 0 else ...
-            sums[0][own] = sample.cpu() * factors[0][own]
+            sums[0][own] = sample * factors[0][own]
             return
-        rows, columns = (factor.to(z.device, torch.float64) for factor in self._inverse(factors))
-        own = slice(first_row, first_row + z.shape[0])
-        sums[0][own] = torch.mv(sample, columns).mul_(rows[own]).cpu()
-        sums[1].add_(torch.mv(sample.t(), rows[own]).mul_(columns).cpu())
+        rows, columns = factors
+        sums[0][own] = torch.mv(sample, columns).mul_(rows[own])
+        sums[1].add_(torch.mv(sample.t(), rows[own]).mul_(columns))
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
         weight = check_smoothing(smoothing)
-        seen, self._sums = self._sums, {}
+        seen, self._seen = self._seen, {}
         if not is_usable(curvature):
             return
-        for name, sums in seen.items():
+        for name, (_, sums) in seen.items():
             old = self._factors[name]
             others = (old[1].numel(), old[0].numel()) if len(old) == 2 else (1,)
             self._factors[name] = tuple(
-                ((1.0 - weight) * before.double() + (weight * abs(curvature) / 2.0 / count) * total)
+                ((1.0 - weight) * before.double() + (weight * abs(curvature) / 2.0 / count) * total.cpu())
                 .clamp_(self.floor, self.ceiling)
                 .float()
                 for before, total, count in zip(old, sums, others, strict=True)

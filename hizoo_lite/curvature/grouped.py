@@ -128,12 +128,12 @@ class Grouped(Curvature):
             return
         part = self._slices[name]
         if first_row == 0:
-            self._squares[name] = torch.zeros(part.stop - part.start, dtype=torch.float64)
+            groups = part.stop - part.start
+            self._squares[name] = torch.zeros(groups, dtype=torch.float64, device=z.device)
         _, row_size = self._rows(self._shapes[name])
         rows = z.detach().reshape(-1, row_size)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().cpu()
-        group = torch.arange(first_row, first_row + len(norms)) // self._bundle
-        self._squares[name].index_add_(0, group, norms)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
+        _add_by_group(norms, first_row, self._bundle, self._squares[name], z.device.type)
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`.
@@ -149,7 +149,7 @@ class Grouped(Curvature):
             return
         squares = torch.zeros_like(self._sizes)
         for name, sums in seen.items():
-            squares[self._slices[name]] = sums
+            squares[self._slices[name]] = sums.cpu()
         lengths = self._sigma * squares
         self._filter(curvature, lengths, weight)
         self._forget(self.drift * weight)
@@ -272,3 +272,15 @@ class Grouped(Curvature):
     def _average(self, values: Tensor) -> Tensor:
         """The mean over coordinates of a value by group, 0-dim."""
         return (self._sizes * values).sum() / self._sizes.sum()
+
+
+def _add_by_group(norms: Tensor, first_row: int, bundle: int, sums: Tensor, device: str) -> None:
+    """Add rows' values to the sums of their groups of `bundle` rows; always in the same order."""
+    if device == "cpu":
+        group = torch.arange(first_row, first_row + len(norms)) // bundle
+        sums.index_add_(0, group, norms)
+        return
+    before = first_row % bundle  # on a GPU index_add_ has no order
+    padded = torch.nn.functional.pad(norms, (before, -(before + len(norms)) % bundle)).view(-1, bundle)
+    first = first_row // bundle
+    sums[first : first + len(padded)] += padded.sum(1)

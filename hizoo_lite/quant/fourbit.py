@@ -9,6 +9,7 @@ bitsandbytes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -172,7 +173,7 @@ class FourBitWeight(PackedWeight):
         grouped = flat.view(-1, self.blocksize)
         inside, top = grow(grouped, self.absmax[blocks, None].clamp(min=0.0), rounding)
         self.absmax[blocks] = top.squeeze(1)
-        levels = Levels.of(self.table)
+        levels = _levels(self.bits, self.table.device)
         codes = levels.codes[round_to_levels(inside, top, levels, rounding).view(-1)]
         begin = first_row * self.shape[1] // 2
         packed = self.codes[begin : begin + (count + 1) // 2]
@@ -209,6 +210,11 @@ class FourBitWeight(PackedWeight):
         nested = self.nested_absmax[aligned // _NESTED_BLOCKSIZE : -(-last // _NESTED_BLOCKSIZE)]
         values = native.dequantize_absmax(self.absmax[aligned:last], nested, self.nested_table, self.offset)
         return values[first - aligned :]
+
+
+@functools.cache
+def _levels(bits: native.FourBits, device: torch.device) -> Levels:
+    return Levels.of(native.code_table(bits).to(device))
 
 
 def _quant_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:

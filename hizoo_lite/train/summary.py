@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hizoo_lite.base import trainable
+from hizoo_lite.noise import GENERATORS
 from hizoo_lite.train.setup import Setup
 
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
@@ -54,6 +55,7 @@ def summarize(
         "estimator": setup.stepper.estimator.name,
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
+        "noise": GENERATORS["parameters" if setup.space.weights is None else model.device.type],
         "model": config.model,
         "task": config.task,
         "seed": config.seed,
