@@ -174,7 +174,8 @@ class FourBitWeight(PackedWeight):
         inside, top = grow(grouped, self.absmax[blocks, None].clamp(min=0.0), rounding)
         self.absmax[blocks] = top.squeeze(1)
         levels = _levels(self.bits, self.table.device)
-        codes = levels.codes[round_to_levels(inside, top, levels, rounding).view(-1)]
+        chosen = round_to_levels(inside, top, levels, rounding)
+        codes = torch.index_select(levels.codes, 0, chosen.view(-1))
         begin = first_row * self.shape[1] // 2
         packed = self.codes[begin : begin + (count + 1) // 2]
         pairs = codes.view(-1, 2)[: len(packed)]

