@@ -5,6 +5,8 @@ Every other module imports this one; it imports none of them but `errors`. A ste
     Batch -> Branches (folded into the batch axis) -> per-branch, per-example losses
           -> Estimate (projected gradient, curvature) -> Curvature.observe -> update
 
+Weights that live inside the blocks are updated later, when their block is next present.
+
 Glossary, used everywhere: `z` standard normal direction, `mu` perturbation scale, `sigma` inverse
 diagonal Hessian (the preconditioner), `direction` = sigma^(1/2) * z, `branch` one of the parameter
 points evaluated in a step, `block` one transformer layer, `space` what is trainable and how a branch
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -29,9 +31,6 @@ from hizoo_lite.errors import UserError as UserError
 Bits = Literal["nf4", "fp4", "int8", "none"]
 ModelKind = Literal["causal", "masked", "classifier"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "float32"]
-
-#: A regenerable direction: parameter name -> standard normal tensor of the parameter's shape.
-Noise = Callable[[str], Tensor]
 
 
 # --------------------------------------------------------------------------------------- branches
@@ -95,12 +94,15 @@ class Curvature(ABC):
     """How Sigma, the inverse of a diagonal Hessian estimate, is kept. State is float32 or float64.
 
     `scale` gives Sigma^(1/2) for one parameter as a tensor that broadcasts to it. A step draws
-    `direction = scale(name) * z(name)`, then calls `observe` with the directional curvature c, and
-    updates along `update_scale(name) * z(name)`, which is the same as `direction` for everything but
-    the published code's mode (perturbed with the old H, divided by the new one).
+    `direction = scale(name) * z(name)`, gives every tile of rows of every z to `see` as it is drawn, then
+    calls `observe` with the directional curvature c, and updates along `update_scale(name) * z(name)`,
+    which is the same as `direction` for everything but the published code's mode (perturbed with the
+    old H, divided by the new one). A step that measures no curvature needs neither call.
     """
 
     name: str
+    #: False where `see` must be given all rows at once, in a tensor that stays as it is until `observe`.
+    sees_tiles: bool = True
     #: True where the update divides by the H that this step's observation made (the published code).
     updates_with_new_scale: bool = False
 
@@ -112,9 +114,21 @@ class Curvature(ABC):
     def scale(self, name: str) -> Tensor:
         """Sigma^(1/2), broadcastable to parameter `name`, float32, on CPU."""
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Sigma^(1/2) of a matrix as (row factor, column factor), whose product is `scale(name)`.
+
+        () or (rows, 1), and (1, columns) or None for 1; of a vector () or (rows,), and None. For weights
+        so large that no tensor of their shape is wanted.
+        """
+        return self.scale(name), None
+
     @abstractmethod
-    def observe(self, curvature: float, z: Noise, smoothing: float) -> None:
-        """Take in c = d' H d of this step's direction d = scale * z, with smoothing in (0, 1]."""
+    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+        """Take in rows `first_row` .. of this step's z of parameter `name`; row 0 begins it anew."""
+
+    @abstractmethod
+    def observe(self, curvature: float, smoothing: float) -> None:
+        """Take in c = d' H d of the direction d = scale * z that was seen, with smoothing in (0, 1]."""
 
     def update_scale(self, name: str) -> Tensor:
         """The factor of z in the update."""
@@ -161,7 +175,7 @@ class PackedWeight(nn.Module, ABC):
     """A weight matrix in its stored form. Its buffers never change because they were used.
 
     `shape` is (out_features, in_features). The product of a linear layer is
-    `x @ unpacked.T * row_scale`, where `unpacked` is what `unpack` writes.
+    `x @ unpacked.T * row_scale`, where `unpacked` is what `unpack` writes. Only `store` changes a buffer.
     """
 
     bits: Bits
@@ -182,6 +196,26 @@ class PackedWeight(nn.Module, ABC):
     def row_scale(self) -> Tensor | None:
         """A factor of every output feature, (out_features,) float32, that `unpack` leaves out; or None."""
         return None
+
+    @property
+    def tile_rows(self) -> int:
+        """`store` takes rows from a multiple of this on, and as many, or all that are left."""
+        return 1
+
+    def values(self, out: Tensor, first_row: int = 0) -> Tensor:
+        """Fill `out`, (rows, in_features) contiguous float32, with the true values from `first_row` on."""
+        self.unpack(out, first_row)
+        if self.row_scale is not None:
+            out *= self.row_scale[first_row : first_row + out.shape[0], None]
+        return out
+
+    @abstractmethod
+    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+        """Replace rows `first_row` .. by `values`, (rows, in_features) contiguous float32, in place.
+
+        What the stored form cannot hold is rounded at random so that the expectation of what is decoded
+        is `values`; `rounding` is on their device. Values that were decoded are stored as they were.
+        """
 
     def nbytes(self) -> int:
         """Bytes of the stored form."""
@@ -241,22 +275,36 @@ class LinearDelta(ABC):
 
 
 class Space(Protocol):
-    """What is trainable. `parameters` are float32 leaves by PEFT name; the loop updates them in place."""
+    """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
+
+    `parameters` are float32 leaves by PEFT name; the loop updates them in place.
+    """
 
     name: str
     parameters: dict[str, Tensor]
+
+    @property
+    def weights(self) -> TrainedWeights | None:
+        """After `attach`: what is trained inside the blocks; None where nothing is."""
+        ...
 
     def attach(self, model: Any, seed: int) -> None:
         """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model."""
         ...
 
     def save(self, folder: Any) -> None:
-        """Write the trained parameters in their exchange format (PEFT where one exists)."""
+        """Write what was trained in its exchange format (PEFT where one exists), with every update."""
         ...
 
     def load(self, folder: Any) -> None:
-        """Read what `save` wrote, into `parameters`."""
+        """Read what `save` wrote, into `parameters` and the blocks."""
         ...
+
+
+def trainable(space: Space) -> dict[str, torch.Size]:
+    """The shapes of everything that an attached space trains, by name."""
+    shapes = {name: value.shape for name, value in space.parameters.items()}
+    return shapes if space.weights is None else {**shapes, **space.weights.shapes}
 
 
 # --------------------------------------------------------------------------------------- residency
@@ -289,6 +337,27 @@ class PendingUpdates(Protocol):
 
     def apply(self, block: int) -> bool:
         """Apply what waits for block `block`, which is present; whether its stored buffers changed."""
+        ...
+
+
+class TrainedWeights(PendingUpdates, Protocol):
+    """Weights trained where they are, inside the blocks. Their z is drawn by tile, again and again."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of every trained tensor, by name."""
+        ...
+
+    def begin(self, seed: int, step: int, curvature: Curvature, *, measured: bool) -> None:
+        """The directions of a step; `curvature` sees z during the next traversal where c is `measured`."""
+        ...
+
+    def update(self, amount: float, decay: float) -> None:
+        """w <- (1 - decay) w - amount * d along the directions of this step, once a block is next present."""
+        ...
+
+    def flush(self) -> None:
+        """Bring in every block that an update waits for."""
         ...
 
 

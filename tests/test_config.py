@@ -18,6 +18,7 @@ from hizoo_lite.base import UserError
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.memory.sizes import format_bytes, parse_bytes
+from hizoo_lite.spaces import SPACES
 from hizoo_lite.train import config as config_module
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig, choices, kinds, problems, settings
@@ -30,6 +31,7 @@ MINIMAL: dict[str, Any] = {"model": "m", "task": "sst2"}
 def test_choices_of_the_configuration_equal_the_registries() -> None:
     assert set(choices(kinds()["estimator"])) == set(ESTIMATORS)
     assert set(choices(kinds()["curvature"])) == set(CURVATURES)
+    assert set(choices(kinds()["space"])) == set(SPACES)
     assert get_args(config_module.BitsName) == get_args(base.Bits)
     assert get_args(config_module.ComputeName) == get_args(base.ComputeDtype)
     assert set(get_args(config_module.KindName)) == {"auto", *get_args(base.ModelKind)}

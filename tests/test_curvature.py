@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hizoo_lite.base import Curvature, Estimator, UserError
 from hizoo_lite.curvature import CURVATURES, Diagonal, Factored, Grouped, get
-from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS
+from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS, _add_by_group
 from hizoo_lite.estimators import HiZOO, MeZO
 from tests import reference
 
@@ -76,9 +76,16 @@ def descend(curvature: Curvature, estimator: Estimator, point: dict[str, Tensor]
         ]
         estimate = estimator.estimate(np.array(losses), 1e-3)
         if estimate.curvature is not None:
-            curvature.observe(estimate.curvature, z.__getitem__, 0.05)
+            take_in(curvature, estimate.curvature, z, 0.05)
         for name in z:
             point[name] -= 1e-6 * estimate.projected_grad * curvature.update_scale(name) * z[name]
+
+
+def take_in(curvature: Curvature, c: float, z: dict[str, Tensor], smoothing: float) -> None:
+    """A step's z, whole, and its curvature."""
+    for name, value in z.items():
+        curvature.see(name, value)
+    curvature.observe(c, smoothing)
 
 
 def ones() -> dict[str, Tensor]:
@@ -141,7 +148,7 @@ def test_state_is_float32_or_float64(member):
 def test_extreme_curvatures_leave_a_finite_positive_scale(member, curvature):
     object_under_test = started(member)
     for step in range(300):
-        object_under_test.observe(curvature, draw(step).__getitem__, 0.1)
+        take_in(object_under_test, curvature, draw(step), 0.1)
     for scale in scales(object_under_test).values():
         assert ((scale > 0) & torch.isfinite(scale)).all()
 
@@ -151,7 +158,7 @@ def test_a_jump_of_the_curvature_leaves_a_finite_positive_scale(member):
     curvature = started(member)
     for step in range(200):
         size = (1.0, 1e30, 0.0, -1e10)[step // 10 % 4]
-        curvature.observe(size, draw(step).__getitem__, 0.1)
+        take_in(curvature, size, draw(step), 0.1)
         for scale in scales(curvature).values():
             assert ((scale > 0) & torch.isfinite(scale)).all()
 
@@ -162,7 +169,7 @@ def test_a_curvature_that_is_not_finite_is_ignored(member, bad):
     curvature = started(member)
     descend(curvature, HiZOO(), ones(), range(20))
     before = {name: value.clone() for name, value in curvature.state_dict().items()}
-    curvature.observe(bad, draw(99).__getitem__, 0.1)
+    take_in(curvature, bad, draw(99), 0.1)
     assert all(torch.equal(value, before[name]) for name, value in curvature.state_dict().items())
 
 
@@ -170,7 +177,7 @@ def test_a_curvature_that_is_not_finite_is_ignored(member, bad):
 @pytest.mark.parametrize("smoothing", [0.0, -0.1, 1.5, math.nan])
 def test_impossible_smoothing_is_an_error(member, smoothing):
     with pytest.raises(UserError, match=r"smoothing must be in \(0, 1\]"):
-        started(member).observe(1.0, draw(0).__getitem__, smoothing)
+        take_in(started(member), 1.0, draw(0), smoothing)
 
 
 @pytest.mark.parametrize("member", [m for n, m in MEMBERS.items() if n != "diagonal reference"])
@@ -178,7 +185,7 @@ def test_update_scale_is_the_scale_that_perturbed(member):
     curvature = started(member)
     descend(curvature, HiZOO(), ones(), range(20))
     perturbed = {name: scale.clone() for name, scale in scales(curvature).items()}
-    curvature.observe(100.0, draw(20).__getitem__, 0.5)
+    take_in(curvature, 100.0, draw(20), 0.5)
     assert not curvature.updates_with_new_scale
     assert all(torch.equal(curvature.update_scale(n).expand(SHAPES[n]), perturbed[n]) for n in SHAPES)
 
@@ -244,7 +251,7 @@ def test_diagonal_equals_the_float64_formula(mode, rule):
     curvature, h = started(lambda: Diagonal(mode), shapes), np.ones((3, 4))
     for step, c in enumerate([3.0, -20.0, 0.5, 7.0, 100.0] * 4):
         z = draw(step, shapes)
-        curvature.observe(c, z.__getitem__, 0.02)
+        take_in(curvature, c, z, 0.02)
         h = rule(h, z["w"].double().numpy(), c, 0.02)
         np.testing.assert_allclose(curvature.scale("w").numpy(), 1 / np.sqrt(h), rtol=FLOAT32)
 
@@ -253,7 +260,7 @@ def test_diagonal_reference_mode_updates_with_the_new_curvature():
     shapes = {"w": torch.Size([6])}
     curvature, z = started(lambda: Diagonal("reference"), shapes), draw(0, shapes)
     old = curvature.scale("w")
-    curvature.observe(50.0, z.__getitem__, 0.5)
+    take_in(curvature, 50.0, z, 0.5)
     new = 1 / np.sqrt(reference.diagonal_code(np.ones(6), z["w"].double().numpy(), 50.0, 0.5))
     assert curvature.updates_with_new_scale
     assert torch.equal(old, torch.ones(6))
@@ -262,7 +269,7 @@ def test_diagonal_reference_mode_updates_with_the_new_curvature():
 
 def test_diagonal_moves_at_the_published_smoothing():
     curvature = started(Diagonal)
-    curvature.observe(100.0, draw(0).__getitem__, 1e-6)
+    take_in(curvature, 100.0, draw(0), 1e-6)
     assert (scales(curvature)["a"] != 1.0).any()
 
 
@@ -272,7 +279,7 @@ def test_factored_equals_the_float64_formula():
     rows, columns, full = np.ones(3), np.ones(4), np.ones(5)
     for step, c in enumerate([3.0, -20.0, 0.5, 7.0, 100.0] * 4):
         z = draw(step, shapes)
-        curvature.observe(c, z.__getitem__, 0.02)
+        take_in(curvature, c, z, 0.02)
         rows, columns = reference.factored_step(rows, columns, z["w"].double().numpy(), c, 0.02)
         full = reference.diagonal_paper(full, z["v"].double().numpy(), c, 0.02)
         inverse = reference.factored_inverse(rows, columns)
@@ -299,7 +306,7 @@ def test_grouped_filter_step_equals_bayes_rule():
         )
         predicted = float(before["mean"].numpy() @ x)
         c = float(truth @ x) * (1 + 0.1 * float(generator.standard_normal()))
-        curvature.observe(c, z.__getitem__, 1e-9)  # a vanishing smoothing leaves the filter alone
+        take_in(curvature, c, z, 1e-9)  # a vanishing smoothing leaves the filter alone
         spread = noise + x @ before["covariance"].numpy() @ x
         if not running or noise <= 1e-3 * spread or (c - predicted) ** 2 > 8 * spread:
             continue  # warming up; or not covered by Bayes' rule with a known noise: none, or an outlier
@@ -328,7 +335,7 @@ def observe_quadratic(
         z = draw(step, shapes)
         squares = torch.stack([(curvature.scale(name) * z[name]).double().square().sum() for name in z])
         error = 1 + noise * float(torch.randn((), generator=generator))
-        curvature.observe(float(truth @ squares) * error, z.__getitem__, 0.01)
+        take_in(curvature, float(truth @ squares) * error, z, 0.01)
 
 
 def unequal(groups: int, size: int) -> tuple[Tensor, dict[str, torch.Size]]:
@@ -361,7 +368,7 @@ def test_grouped_sees_a_full_hessian_through_its_diagonal():
     for step in range(1_500):
         z = draw(step, shapes)
         d = torch.cat([curvature.scale(name) * z[name] for name in z]).double()
-        curvature.observe(float(d @ hessian @ d), z.__getitem__, 0.01)
+        take_in(curvature, float(d @ hessian @ d), z, 0.01)
     learnt = torch.stack([-2 * curvature.scale(name).double().log() for name in shapes])
     assert float(torch.corrcoef(torch.stack([truth.log(), learnt]))[0, 1]) >= 0.95
 
@@ -410,7 +417,7 @@ def test_grouped_follows_a_group_that_starts_to_curve(rise):
         z = draw(step, shapes)
         now = {"first": 2.0, "second": 8.0 * min(max(step - 400, 0) / rise, 1.0)}
         c = sum(now[name] * float((curvature.scale(name) * z[name]).double().square().sum()) for name in z)
-        curvature.observe(c, z.__getitem__, 0.01)
+        take_in(curvature, c, z, 0.01)
         if step == 399:
             assert abs(float(curvature.curvatures()["second"])) < 0.02
     # what came as a surprise counts as noise until 1 / smoothing = 100 steps have forgotten it
@@ -429,10 +436,22 @@ def test_grouped_rows_share_groups_where_there_are_many():
     shapes = {"tall": torch.Size([3_000, 2]), "flat": torch.Size([2, 3_000])}
     curvature = started(lambda: Grouped("row"), shapes)
     for step in range(5):
-        curvature.observe(1.0 + step, draw(step, shapes).__getitem__, 0.1)
+        take_in(curvature, 1.0 + step, draw(step, shapes), 0.1)
     assert len(curvature.state_dict()["mean"]) <= MOST_ROW_GROUPS
     assert curvature.scale("tall").shape == (3_000, 1)
     assert curvature.scale("flat").shape == (2, 1)
+
+
+@pytest.mark.parametrize("bundle", [1, 4, 100])
+def test_grouped_adds_by_group_on_a_gpu_what_it_adds_on_a_cpu(bundle):
+    norms = torch.rand(50, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        sums = torch.zeros(-(-50 // bundle), dtype=torch.float64)
+        for first in range(0, 50, 7):
+            _add_by_group(norms[first : first + 7], first, bundle, sums, device)
+        found.append(sums)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_grouped_after_load_uses_the_loaded_sigma():

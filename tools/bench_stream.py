@@ -8,7 +8,7 @@ Processes of their own then take turns:
 
     resident          every block in memory
     streamed          two block slots, packed blocks, embedding and head from disk, page cache warm
-    capped            the same under a hard cap of its anonymous memory (RLIMIT_DATA), page cache cold at first
+    capped            the same under a hard cap of its private memory (RLIMIT_DATA), page cache cold at first
     folded, separate  one traversal for three branches, and three traversals for one each, of a short batch,
                       the page cache dropped before every pass, so that the disk decides
 
@@ -288,10 +288,10 @@ def against_zo2() -> list[list[Any]]:
 
 def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: int = 8) -> int:
     """Everything on a GPU while blocks stream: two slots, what is outside of blocks, adapters, a pass."""
+    import transformers
     from make_random_model import SHAPES
     from torch import nn
 
-    import transformers
     from hizoo_lite.memory.estimate import Widths, activation_bytes
     from hizoo_lite.model.blocks import find_blocks
     from hizoo_lite.model.skeleton import build

@@ -107,7 +107,9 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
         estimate = estimator.estimate(np.array(losses), MU)
         if estimate.curvature is not None:
             noise = {"x": torch.tensor(drawn[:1]), "y": torch.tensor(drawn[1:])}
-            curvature.observe(estimate.curvature, noise.__getitem__, SMOOTHING)
+            for name, value in noise.items():
+                curvature.see(name, value)
+            curvature.observe(estimate.curvature, SMOOTHING)
         point = point - step_size.rate(step, estimate) * estimate.projected_grad * direction
         points.append(point)
         spent, step = spent + branches.count, step + 1
@@ -162,7 +164,9 @@ def recover(curvature: Curvature, size: int, steps: int, seed: int = 0, groups: 
     for _ in range(steps):
         z = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         squares = torch.stack([(curvature.scale(k) * z[k]).double().square().sum() for k in z])
-        curvature.observe(float(truth @ squares), z.__getitem__, SMOOTHING)
+        for name, value in z.items():
+            curvature.see(name, value)
+        curvature.observe(float(truth @ squares), SMOOTHING)
     learnt = torch.stack([-2 * curvature.scale(k).double().log().expand(shapes[k]) for k in shapes])
     return float(
         torch.corrcoef(torch.stack([truth.log()[:, None].expand_as(learnt).flatten(), learnt.flatten()]))[

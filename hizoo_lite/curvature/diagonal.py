@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Curvature, Noise, UserError
+from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable, squared
 
 
@@ -30,6 +30,7 @@ class Diagonal(Curvature):
     """Sigma^-1 as one float32 tensor per parameter, 4 bytes a trainable value (twice that inside a step)."""
 
     name = "diagonal"
+    sees_tiles = False
 
     def __init__(
         self, mode: Literal["paper", "reference"] = "paper", floor: float = 1e-3, ceiling: float = 1e8
@@ -48,11 +49,12 @@ class Diagonal(Curvature):
         self.ceiling = ceiling
         self._h: dict[str, Tensor] = {}
         self._drawn: dict[str, Tensor] = {}  # the h behind the last `scale`; freed at the next one
+        self._z: dict[str, Tensor] = {}
 
     def start(self, shapes: Mapping[str, torch.Size]) -> None:
         """Sigma = I."""
         self._h = {name: torch.ones(shape, dtype=torch.float32) for name, shape in shapes.items()}
-        self._drawn = {}
+        self._drawn, self._z = {}, {}
 
     def scale(self, name: str) -> Tensor:
         """Sigma^(1/2), float32 of the parameter's shape."""
@@ -65,13 +67,20 @@ class Diagonal(Curvature):
             return self._h[name].rsqrt()
         return self._drawn.get(name, self._h[name]).rsqrt()
 
-    def observe(self, curvature: float, z: Noise, smoothing: float) -> None:
+    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+        """Keep z, all rows of it, until `observe`."""
+        assert first_row == 0
+        assert z.shape == self._h[name].shape
+        self._z[name] = z
+
+    def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
         weight = check_smoothing(smoothing)
+        seen, self._z = self._z, {}
         if not is_usable(curvature):
             return
         for name, old in self._h.items():
-            sample = squared(z(name))
+            sample = squared(seen[name])
             if self.mode == "paper":
                 sample = sample.sub_(1.0).abs_()
             factor = sample.mul_(weight * abs(curvature) / 2.0).add_(1.0 - weight)

@@ -6,10 +6,13 @@ the means of its rows r (rows,) and of its columns k (columns,) of Sigma^-1, and
     Sigma^-1[i, j] = r[i] k[j] / mean(r)
 
 which is exact for a rank-one matrix and keeps the row and column means of any other. Both means are
-smoothed over |H'| = |c|/2 * Sigma^-1 |z^2 - 1|, the formula of HiZOO's algorithm 1. Tensors that are not
-matrices keep the full diagonal. Memory: 4 (rows + columns) bytes instead of 4 rows * columns.
+smoothed over |H'| = |c|/2 * Sigma^-1 |z^2 - 1|, the formula of HiZOO's algorithm 1; the sums are taken while
+z is drawn. Tensors that are not matrices keep the full diagonal. Memory: 4 (rows + columns) bytes instead
+of 4 rows * columns.
 
-As in `diagonal`, the entries stay in [floor, ceiling] and the update uses the Sigma that perturbed.
+r / mean(r) and k each stay in [floor, ceiling]. The bounds are on the factors and not on Sigma^-1, so that
+Sigma is exactly a product and a weight needs no tensor of its own size to be perturbed. As in `diagonal` the
+update uses the Sigma that perturbed.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Curvature, Noise, UserError
-from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable, squared
+from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: (row means, column means) of a matrix, or (all values,) of any other tensor; float32.
 Factors = tuple[Tensor, ...]
@@ -42,32 +45,58 @@ class Factored(Curvature):
         self.ceiling = ceiling
         self._factors: dict[str, Factors] = {}
         self._drawn: dict[str, Factors] = {}
+        self._seen: dict[str, tuple[Factors, Factors]] = {}  # factors, and sums of |H'| / c; float64
 
     def start(self, shapes: Mapping[str, torch.Size]) -> None:
         """Sigma = I."""
         self._factors = {name: _ones(shape) for name, shape in shapes.items()}
-        self._drawn = {}
+        self._drawn, self._seen = {}, {}
 
     def scale(self, name: str) -> Tensor:
         """Sigma^(1/2), float32 of the parameter's shape."""
+        rows, columns = self.factors(name)
+        return rows if columns is None else rows * columns
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The roots of (rows, 1) and (1, columns) of a matrix; of any other tensor the whole of it."""
         self._drawn[name] = self._factors[name]
-        return self._inverse(self._factors[name]).rsqrt_()
+        return self._roots(self._drawn[name])
 
     def update_scale(self, name: str) -> Tensor:
         """What `scale` last returned for this name."""
-        return self._inverse(self._drawn.get(name, self._factors[name])).rsqrt_()
+        rows, columns = self._roots(self._drawn.get(name, self._factors[name]))
+        return rows if columns is None else rows * columns
 
-    def observe(self, curvature: float, z: Noise, smoothing: float) -> None:
+    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+        """Add the rows to the sums over rows and columns."""
+        if first_row == 0:
+            inverse = self._inverse(self._factors[name])
+            wide = tuple(factor.to(z.device, torch.float64) for factor in inverse)
+            self._seen[name] = wide, tuple(torch.zeros_like(factor) for factor in wide)
+        factors, sums = self._seen[name]
+        sample = z.detach().double().square_().sub_(1.0).abs_()
+        own = slice(first_row, first_row + z.shape[0]) if z.ndim > 0 else ...
+        if len(factors) == 1:
+            sums[0][own] = sample * factors[0][own]
+            return
+        rows, columns = factors
+        sums[0][own] = torch.mv(sample, columns).mul_(rows[own])
+        sums[1].add_(torch.mv(sample.t(), rows[own]).mul_(columns))
+
+    def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
         weight = check_smoothing(smoothing)
+        seen, self._seen = self._seen, {}
         if not is_usable(curvature):
             return
-        for name, old in self._factors.items():
-            sample = squared(z(name)).sub_(1.0).abs_().mul_(self._inverse(old)).mul_(abs(curvature) / 2.0)
-            means = (sample.mean(1), sample.mean(0)) if len(old) == 2 else (sample,)
+        for name, (_, sums) in seen.items():
+            old = self._factors[name]
+            others = (old[1].numel(), old[0].numel()) if len(old) == 2 else (1,)
             self._factors[name] = tuple(
-                ((1.0 - weight) * before.double() + weight * now).clamp_(self.floor, self.ceiling).float()
-                for before, now in zip(old, means, strict=True)
+                ((1.0 - weight) * before.double() + (weight * abs(curvature) / 2.0 / count) * total.cpu())
+                .clamp_(self.floor, self.ceiling)
+                .float()
+                for before, total, count in zip(old, sums, others, strict=True)
             )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -83,12 +112,18 @@ class Factored(Curvature):
         }
         self._drawn = {}
 
-    def _inverse(self, factors: Factors) -> Tensor:
-        """A new float32 tensor: Sigma^-1 from its factors."""
+    def _inverse(self, factors: Factors) -> Factors:
+        """The factors whose product is Sigma^-1."""
         if len(factors) == 1:
-            return factors[0].clone()
+            return factors
         rows, columns = factors
-        return torch.outer(rows / rows.mean(), columns).clamp_(self.floor, self.ceiling)
+        return (rows / rows.mean()).clamp_(self.floor, self.ceiling), columns
+
+    def _roots(self, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        inverse = self._inverse(factors)
+        if len(inverse) == 1:
+            return inverse[0].rsqrt(), None
+        return inverse[0].rsqrt().unsqueeze(1), inverse[1].rsqrt().unsqueeze(0)
 
 
 def _ones(shape: torch.Size) -> Factors:

@@ -46,7 +46,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Curvature, Noise, UserError
+from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: Residuals beyond this many standard deviations are cut to it.
@@ -106,6 +106,7 @@ class Grouped(Curvature):
             sizes += own
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self._drawn: dict[str, Tensor] = {}  # the Sigma behind the last `scale` of each name
+        self._squares: dict[str, Tensor] = {}  # the sum of this step's z^2 over each group, float64
         self._reset()
 
     def scale(self, name: str) -> Tensor:
@@ -121,15 +122,35 @@ class Grouped(Curvature):
         """The estimated mean Hessian diagonal of every group, signed, (groups,) float64 by parameter name."""
         return {name: self._mean[part] for name, part in self._slices.items()}
 
-    def observe(self, curvature: float, z: Noise, smoothing: float) -> None:
-        """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
+    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+        """Add the rows to the sums of z^2 over their groups; no float64 copy of z is made."""
+        if not self._running:
+            return
+        part = self._slices[name]
+        if first_row == 0:
+            groups = part.stop - part.start
+            self._squares[name] = torch.zeros(groups, dtype=torch.float64, device=z.device)
+        _, row_size = self._rows(self._shapes[name])
+        rows = z.detach().reshape(-1, row_size)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
+        _add_by_group(norms, first_row, self._bundle, self._squares[name], z.device.type)
+
+    def observe(self, curvature: float, smoothing: float) -> None:
+        """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`.
+
+        What was not seen has no part in c.
+        """
         weight = check_smoothing(smoothing)
+        seen, self._squares = self._squares, {}
         if not is_usable(curvature) or len(self._sizes) == 0:
             return
         if not self._running:
             self._warm_up(curvature, weight)
             return
-        lengths = self._sigma * self._squares(z)
+        squares = torch.zeros_like(self._sizes)
+        for name, sums in seen.items():
+            squares[self._slices[name]] = sums.cpu()
+        lengths = self._sigma * squares
         self._filter(curvature, lengths, weight)
         self._forget(self.drift * weight)
         if self._common() > 0.0:
@@ -175,16 +196,6 @@ class Grouped(Curvature):
         if self.per == "tensor" or len(shape) == 0:
             return own.reshape(())
         return own.repeat_interleave(self._bundle)[: shape[0]].reshape(-1, *(1 for _ in shape[1:]))
-
-    def _squares(self, z: Noise) -> Tensor:
-        """The sum of z^2 over each group, (groups,) float64; no float64 copy of z is made."""
-        sums = []
-        for name, part in self._slices.items():
-            rows = z(name).detach().reshape(self._rows(self._shapes[name]))
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().cpu()
-            index = torch.arange(len(norms)) // self._bundle
-            sums.append(torch.zeros(part.stop - part.start, dtype=torch.float64).index_add_(0, index, norms))
-        return torch.cat(sums)
 
     # ------------------------------------------------------------------------------------- filter
 
@@ -261,3 +272,15 @@ class Grouped(Curvature):
     def _average(self, values: Tensor) -> Tensor:
         """The mean over coordinates of a value by group, 0-dim."""
         return (self._sizes * values).sum() / self._sizes.sum()
+
+
+def _add_by_group(norms: Tensor, first_row: int, bundle: int, sums: Tensor, device: str) -> None:
+    """Add rows' values to the sums of their groups of `bundle` rows; always in the same order."""
+    if device == "cpu":
+        group = torch.arange(first_row, first_row + len(norms)) // bundle
+        sums.index_add_(0, group, norms)
+        return
+    before = first_row % bundle  # on a GPU index_add_ has no order
+    padded = torch.nn.functional.pad(norms, (before, -(before + len(norms)) % bundle)).view(-1, bundle)
+    first = first_row // bundle
+    sums[first : first + len(padded)] += padded.sum(1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Curvature, Noise
+from hizoo_lite.base import Curvature
 from hizoo_lite.curvature.state import check_smoothing, check_state
 
 
@@ -29,7 +29,10 @@ class NoCurvature(Curvature):
             raise KeyError(name)
         return torch.ones((), dtype=torch.float32)
 
-    def observe(self, curvature: float, z: Noise, smoothing: float) -> None:
+    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+        """Nothing is made of it."""
+
+    def observe(self, curvature: float, smoothing: float) -> None:
         """Ignore everything but an impossible smoothing, which is an error here as elsewhere."""
         check_smoothing(smoothing)
 

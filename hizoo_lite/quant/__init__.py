@@ -10,12 +10,14 @@ from hizoo_lite.quant.fourbit import FourBitWeight
 from hizoo_lite.quant.int8 import Int8Weight
 from hizoo_lite.quant.packing import from_checkpoint, pack, pack_rows
 from hizoo_lite.quant.plain import PlainWeight
+from hizoo_lite.quant.residual import ResidualWeight
 
 __all__ = [
     "Checkpoint",
     "FourBitWeight",
     "Int8Weight",
     "PlainWeight",
+    "ResidualWeight",
     "from_checkpoint",
     "pack",
     "pack_rows",

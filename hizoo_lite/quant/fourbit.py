@@ -9,6 +9,7 @@ bitsandbytes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.quant import native
+from hizoo_lite.quant.rounding import Levels, grow, round_to_levels
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
 BLOCKSIZE = 64
@@ -138,12 +140,61 @@ class FourBitWeight(PackedWeight):
         Raises ValueError where `out` does not fit.
         """
         check_out(out, self.shape, first_row)
+        blocks = self.blocks(first_row, out.shape[0])
+        return self.unpack_with(self._absmax(blocks.start, blocks.stop), out, first_row)
+
+    def unpack_with(self, absmax: Tensor, out: Tensor, first_row: int) -> Tensor:
+        """As `unpack`, with other scales than its own: (blocks,) float32 of any sign, of `blocks(...)`."""
         start = first_row * self.shape[1]
-        first_block = start // self.blocksize
-        last_block = -(-(start + out.numel()) // self.blocksize)
-        absmax = self._absmax(first_block, last_block)
         native.decode(self.codes, absmax, self.table, out.view(-1), start, self.bits, self.blocksize)
         return out
+
+    def blocks(self, first_row: int, rows: int) -> slice:
+        """The blocks that hold some of these rows."""
+        start = first_row * self.shape[1]
+        return slice(start // self.blocksize, -(-(start + rows * self.shape[1]) // self.blocksize))
+
+    @property
+    def tile_rows(self) -> int:
+        """The rows after which a block ends at a row's end."""
+        return self.blocksize // math.gcd(self.blocksize, self.shape[1])
+
+    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+        """See `PackedWeight.store`. A block's absmax grows where a value exceeds it (see `rounding.grow`).
+
+        Needs absmax in float32: see `undo_double_quant`.
+        """
+        assert not self.double_quant
+        assert first_row % self.tile_rows == 0
+        blocks, count = self.blocks(first_row, values.shape[0]), values.numel()
+        flat = values.view(-1)
+        if count % self.blocksize:  # the last block of the matrix
+            flat = torch.nn.functional.pad(flat, (0, -count % self.blocksize))
+        grouped = flat.view(-1, self.blocksize)
+        inside, top = grow(grouped, self.absmax[blocks, None].clamp(min=0.0), rounding)
+        self.absmax[blocks] = top.squeeze(1)
+        levels = _levels(self.bits, self.table.device)
+        chosen = round_to_levels(inside, top, levels, rounding)
+        codes = torch.index_select(levels.codes, 0, chosen.view(-1))
+        begin = first_row * self.shape[1] // 2
+        packed = self.codes[begin : begin + (count + 1) // 2]
+        pairs = codes.view(-1, 2)[: len(packed)]
+        if self.bits == "fp4":  # it has two zeros, 0 and 8: a zero stays the one it was
+            old = torch.stack((packed >> 4, packed & 15), dim=1)
+            pairs = torch.where((pairs == 0) & (old == 8), old, pairs)
+        if count % 2:
+            pairs[-1, 1] = packed[-1] & 15
+        packed.copy_((pairs[:, 0] << 4) | pairs[:, 1])
+
+    def undo_double_quant(self) -> None:
+        """absmax in float32 from here on, bit-equal to what was decoded; ValueError while it is away."""
+        if not self.double_quant:
+            return
+        if self.absmax.is_meta or self.nested_absmax.is_meta:
+            raise ValueError("absmax is not here")
+        self.absmax = self._absmax(0, self.absmax.numel())
+        self.double_quant = False
+        del self.nested_absmax, self.nested_table, self.offset
 
     def stored(self) -> list[Stored]:
         """Codes and absmax; absmax of the absmax where it is in 8 bits."""
@@ -160,6 +211,11 @@ class FourBitWeight(PackedWeight):
         nested = self.nested_absmax[aligned // NESTED_BLOCKSIZE : -(-last // NESTED_BLOCKSIZE)]
         values = native.dequantize_absmax(self.absmax[aligned:last], nested, self.nested_table, self.offset)
         return values[first - aligned :]
+
+
+@functools.cache
+def _levels(bits: native.FourBits, device: torch.device) -> Levels:
+    return Levels.of(native.code_table(bits).to(device))
 
 
 def _quant_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:

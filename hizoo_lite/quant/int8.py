@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.quant import native
+from hizoo_lite.quant.rounding import grow, uniform
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
 
@@ -81,6 +82,19 @@ class Int8Weight(PackedWeight):
         """
         check_out(out, self.shape, first_row)
         return out.copy_(self.codes[first_row : first_row + out.shape[0]]).mul_(1 / 128)
+
+    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+        """See `PackedWeight.store`. A row's absmax grows where a value exceeds it (see `rounding.grow`)."""
+        rows = slice(first_row, first_row + values.shape[0])
+        step = self.row_scale[rows, None] / 128  # as `values` decodes
+        inside, top = grow(values, step * 127, rounding)
+        grown = top != step * 127
+        self.scb[rows] = torch.where(grown, top, self.scb[rows, None]).squeeze(1)
+        step = self.row_scale[rows, None] / 128
+        lower = (inside / step.clamp(min=torch.finfo(torch.float32).tiny)).floor_().clamp_(-127, 126)
+        low = lower * step
+        chance = inside.sub_(low).div_(((lower + 1) * step).sub_(low))
+        self.codes[rows] = lower.add_(uniform(values, rounding) < chance).to(torch.int8)
 
     def stored(self) -> list[Stored]:
         """Codes and the rows' absmax."""

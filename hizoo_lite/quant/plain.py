@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out
 
 
@@ -34,6 +35,12 @@ class PlainWeight(PackedWeight):
     def ready(self, dtype: torch.dtype) -> Tensor | None:
         """The stored matrix where its dtype is `dtype`."""
         return self.weight if self.weight.dtype == dtype else None
+
+    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+        """See `PackedWeight.store`: exact in float32, to a neighbour at random in 16 bits."""
+        rows = self.weight[first_row : first_row + values.shape[0]]
+        exact = rows.dtype == torch.float32
+        rows.copy_(values if exact else round_to_dtype(values, rows.dtype, rounding))
 
     def stored(self) -> list[Stored]:
         """The matrix."""

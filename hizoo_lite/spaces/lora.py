@@ -12,36 +12,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hizoo_lite.base import BranchState, LinearDelta, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
+from hizoo_lite.spaces.heads import attach_head, branch_values
+from hizoo_lite.spaces.targets import release, resolve_targets
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
-#: Query and value, or the fused layer that holds them, where PEFT has no default.
-_ATTENTION_FAMILIES = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("qkv_proj",),
-    ("query_key_value",),
-    ("c_attn",),
-)
 _PEFT_PREFIX = "base_model.model."
-
-
-def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
-    """The parameter at every branch: (branches, *shape) float32."""
-    signs = state.branches.signs
-    out = value.expand(len(signs), *value.shape).clone()
-    if state.branches.pairs:
-        direction = state.directions[name]
-        for branch, sign in enumerate(signs):
-            if sign:
-                out[branch].add_(direction, alpha=sign * state.mu)
-    return out
 
 
 class LoRADelta(LinearDelta):
@@ -58,23 +39,6 @@ class LoRADelta(LinearDelta):
         return y.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2), alpha=self.scaling)
 
 
-class HeadDelta(LinearDelta):
-    """A layer trained in full: every branch has its own weight (out, in) and bias, float32."""
-
-    replaces_base = True
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
-        self.weight, self.bias, self.names = weight, bias, names
-
-    def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """See `LinearDelta.apply`."""
-        weight = branch_values(self.weight, self.names[0], state)
-        if self.bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        bias = branch_values(self.bias, self.names[1], state)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
-
-
 class LoRA:
     """Low-rank adapters on chosen linear layers of the blocks.
 
@@ -85,6 +49,7 @@ class LoRA:
     """
 
     name = "lora"
+    weights = None  # nothing inside the blocks is changed
 
     def __init__(
         self,
@@ -108,9 +73,8 @@ class LoRA:
 
     def attach(self, model: Model, seed: int) -> None:
         """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others."""
+        release(model)
         self.model, self.parameters = model, {}
-        for linear in model.linears.values():
-            linear.delta = None
         self.target_names = resolve_targets(model, self.targets)
         for target in self.target_names:
             linear = model.linears[target]
@@ -123,32 +87,7 @@ class LoRA:
             linear.delta = LoRADelta(
                 self.parameters[names[0]], self.parameters[names[1]], names, self.scaling
             )
-        self.head_names = self._attach_head()
-
-    def _attach_head(self) -> list[str]:
-        """Make the classification head trainable; the names of its linear layers.
-
-        Everything outside the trunk belongs to it, and what the checkpoint lacked (a BERT pooler).
-        """
-        model = self.model
-        wanted = model.kind == "classifier" if self.head is None else self.head
-        if not wanted:
-            return []
-        if model.kind != "classifier":
-            raise UserError(f"head: only a classifier's head can be trained, the model is {model.kind!r}")
-        trunk, new = model.trunk_name + ".", set(model.new_parameters)
-        found = [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
-        for name in found:
-            linear = model.linears[name]
-            weight = torch.empty(linear.out_features, linear.in_features, device=model.device)
-            linear.weight.unpack(weight)
-            names = (f"{name}.weight", f"{name}.bias")
-            self.parameters[names[0]] = weight
-            bias = None if linear.bias is None else linear.bias.clone()
-            if bias is not None:
-                self.parameters[names[1]] = bias
-            linear.delta = HeadDelta(weight, bias, names)
-        return found
+        self.head_names = attach_head(model, self.head, self.parameters)
 
     def detach(self) -> None:
         """Take every delta off the model again."""
@@ -195,34 +134,3 @@ class LoRA:
                 got, want = tuple(tensors[name].shape), tuple(value.shape)
                 raise UserError(f"{path}: {name} has shape {got}, the model wants {want}")
             value.copy_(tensors[name])
-
-
-def resolve_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers of the blocks that `targets` chooses, in model order."""
-    inside = [name for name in model.linears if name.startswith(model.block_prefix + ".")]
-    if targets == "all-linear":
-        return inside
-    wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
-    if wanted == ["attention"]:
-        wanted = _attention_names(model.config.model_type, inside)
-    unknown = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in inside)]
-    if unknown:
-        raise UserError(
-            f"--targets: no linear layer named {unknown[0]!r}; "
-            f"allowed are attention, all-linear, {_leaves(inside)}"
-        )
-    return [n for n in inside if any(n == w or n.endswith("." + w) for w in wanted)]
-
-
-def _attention_names(model_type: str, inside: Sequence[str]) -> list[str]:
-    """Query and value: PEFT's default layers, else the first family of names that the blocks have."""
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-    leaves = {name.rsplit(".", 1)[-1] for name in inside}
-    for family in [known, *_ATTENTION_FAMILIES] if known else _ATTENTION_FAMILIES:
-        if set(family) <= leaves:
-            return list(family)
-    raise UserError(f"--targets: no default for {model_type!r}; name some of {_leaves(inside)}")
-
-
-def _leaves(names: Sequence[str]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))

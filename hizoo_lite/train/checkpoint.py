@@ -1,6 +1,6 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
-`checkpoints/step-000100/` holds the state *after* 100 steps: the adapter in its exchange format (`adapter/`),
+`checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
 `curvature.safetensors`, and `state.json` with the step size's state. Noise and batches need no state:
 they are functions of (seed, step). A checkpoint is written aside and renamed: one that has its name is
 complete.

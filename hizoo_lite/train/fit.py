@@ -18,12 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError
+from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
+from hizoo_lite.spaces import Dense
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import ComputeName, TrainConfig
@@ -117,6 +118,8 @@ def _configured(
     for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
         if part is not None:
             named[key] = part.name
+    if isinstance(space, Dense):
+        named["dense_update"] = space.update
     if isinstance(estimator, HiZOO):
         named["curvature_every"] = estimator.every
     if isinstance(curvature, Diagonal):
@@ -152,7 +155,7 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _announce(setup: Setup, listener: Listener) -> None:
     model, splits, compute = setup.model, setup.splits, str(setup.model.compute).removeprefix("torch.")
-    count = sum(p.numel() for p in setup.space.parameters.values())
+    count = sum(shape.numel() for shape in trainable(setup.space).values())
     listener.message(
         f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
         f"on {model.device}, products in {compute}, {count:,} trainable parameters"

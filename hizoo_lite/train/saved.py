@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import spaces
-from hizoo_lite.base import UserError
+from hizoo_lite.base import Space, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
+from hizoo_lite.spaces.inplace import SPACE_FILE, read_record
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
+
+_PEFT_FILE = "adapter_config.json"
 
 #: Settings of a PEFT adapter that change its product, and the only values that ours reproduces.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -26,12 +29,12 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The adapter folder of a run folder, or the path itself. UserError where it holds no PEFT adapter."""
+    """The adapter folder of a run folder, or the path itself. UserError where nothing tuned is in it."""
     for folder in (RunFolder(path).adapter, Path(path)):
-        if (folder / "adapter_config.json").is_file():
+        if (folder / _PEFT_FILE).is_file() or (folder / SPACE_FILE).is_file():
             return folder
     raise UserError(
-        f"--adapter: got {str(path)!r}, allowed: a run folder, or a folder with adapter_config.json"
+        f"--adapter: got {str(path)!r}, allowed: a run folder, or a folder with {_PEFT_FILE} or {SPACE_FILE}"
     )
 
 
@@ -44,22 +47,44 @@ def saved_config(path: Path | str | None) -> TrainConfig | None:
 
 def base_model(path: Path | str) -> str:
     """The model an adapter was made for, as it says itself."""
-    return str(_read(find_adapter(path)).get("base_model_name_or_path") or "")
+    folder = find_adapter(path)
+    if (folder / SPACE_FILE).is_file():
+        return str(read_record(folder)["base_model"])
+    return str(_read(folder).get("base_model_name_or_path") or "")
 
 
-def attach_adapter(model: Model, path: Path | str) -> LoRA:
-    """Hang a saved LoRA adapter on the model's linear layers; `path` as for `find_adapter`.
+def attach_adapter(model: Model, path: Path | str) -> Space:
+    """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
-    Raises UserError where the adapter does not fit the model, or is of a form that is not supported.
+    `path` as for `find_adapter`. Raises UserError where what was saved does not fit the model, or is of a
+    form that is not supported.
     """
     folder = find_adapter(path)
+    return _weights(model, folder) if (folder / SPACE_FILE).is_file() else _lora(model, folder)
+
+
+def _weights(model: Model, folder: Path) -> Space:
+    record = read_record(folder)
+    known = ("dense", "scales")
+    if record["space"] not in known:
+        raise UserError(
+            f"{folder / SPACE_FILE}: space: got {record['space']!r}, supported: {', '.join(known)}"
+        )
+    options = {"targets": list(record["targets"])}
+    if "update" in record:
+        options["update"] = record["update"]
+    space = spaces.get(record["space"], **options)
+    space.attach(model, seed=0)
+    space.load(folder)
+    return space
+
+
+def _lora(model: Model, folder: Path) -> LoRA:
     config = _read(folder)
     for key, values in _SUPPORTED.items():
         if key in config and config[key] not in values:
             shown = ", ".join(map(repr, values))
-            raise UserError(
-                f"{folder / 'adapter_config.json'}: {key}: got {config[key]!r}, supported: {shown}"
-            )
+            raise UserError(f"{folder / _PEFT_FILE}: {key}: got {config[key]!r}, supported: {shown}")
     targets = config["target_modules"]
     space = spaces.LoRA(
         rank=int(config["r"]),
@@ -73,7 +98,7 @@ def attach_adapter(model: Model, path: Path | str) -> LoRA:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
+    path = folder / _PEFT_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -17,6 +17,7 @@ from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.spaces.scales import CLIP
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
@@ -144,7 +145,7 @@ def load_model(config: TrainConfig, task: Task) -> Model:
         bits=config.bits,
         compute_dtype=config.compute_dtype,
         device=config.device,
-        double_quant=config.double_quant,
+        double_quant=config.double_quant and config.space == "lora",  # the others change float32 scales
         num_labels=task.num_labels or 2,
         seed=config.seed,
         revision=config.revision,
@@ -183,8 +184,13 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
 
 def make_space(config: TrainConfig) -> Space:
     """The space that a configuration names."""
-    targets = "attention" if config.targets == "auto" else config.targets
-    return spaces.LoRA(rank=config.rank, alpha=config.alpha, targets=targets, rslora=config.rslora)
+    options: dict[str, dict[str, Any]] = {
+        "lora": {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora},
+        "dense": {"update": config.dense_update},
+    }
+    if config.targets != "auto":
+        options.setdefault(config.space, {})["targets"] = config.targets
+    return spaces.get(config.space, **options.get(config.space, {}))
 
 
 def make_curvature(config: TrainConfig) -> Curvature:
@@ -211,6 +217,7 @@ def make_stepper(
     if curvature is None:
         curvature = make_curvature(config) if measures else curvatures.get("none")
     course = schedules.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
+    clip = CLIP if config.clip is None and space.name == "scales" else config.clip
     smoothing = schedules.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
     return Stepper(
         traversal,
@@ -222,4 +229,5 @@ def make_stepper(
         mu=config.mu,
         smoothing=smoothing,
         weight_decay=config.weight_decay,
+        clip=clip,
     )

@@ -3,7 +3,8 @@
     z -> d = Sigma^(1/2) z -> losses at theta, theta + mu d, theta - mu d -> projected gradient g, curvature c
       -> Sigma <- observe(c, z) -> theta <- theta - lr g d, weight decay aside
 
-Parameters are never perturbed in place: the branches exist only inside the linear layers. A step is a
+Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
+trains inside the blocks draws its own z there, and is updated when its block is next present. A step is a
 pure function of (state, step number, batch).
 """
 
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Batch, Curvature, Estimator, Space, StepSize
+from hizoo_lite.base import Batch, Curvature, Estimator, Space, StepSize, UserError, trainable
 from hizoo_lite.noise import StepNoise
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.schedules import Schedule
@@ -27,18 +28,19 @@ class StepRecord(NamedTuple):
 
     step: int
     losses: tuple[float, ...]  # mean loss of each branch
-    projected_grad: float
+    projected_grad: float  # after clipping
     curvature: float | None
     lr: float  # 0.0 in a skipped step
     forwards: int  # branches evaluated
     skipped: bool  # a loss was not finite: nothing was changed
+    clipped: bool = False  # the projected gradient was cut to the limit
 
 
 class Stepper:
     """Everything that a step reads and changes.
 
     mu: perturbation scale. smoothing: weight of a new curvature observation, per step.
-    weight_decay: decoupled, times lr, not on biases and norms.
+    weight_decay: decoupled, times lr, not on biases and norms. clip: largest size of the projected gradient.
     """
 
     def __init__(
@@ -53,32 +55,51 @@ class Stepper:
         mu: float,
         smoothing: Schedule,
         weight_decay: float = 0.0,
+        clip: float | None = None,
     ) -> None:
         self.traversal, self.space = traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
-        self.mu, self.smoothing, self.weight_decay = mu, smoothing, weight_decay
-        shapes = {name: p.shape for name, p in space.parameters.items()}
-        self.noise = StepNoise(seed, shapes)
-        curvature.start(shapes)
+        self.seed, self.mu, self.smoothing = seed, mu, smoothing
+        self.weight_decay, self.clip = weight_decay, clip
+        if space.weights is not None and not curvature.sees_tiles:
+            raise UserError(
+                f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
+                f"--space {space.name}; allowed: grouped, factored, none"
+            )
+        self.noise = StepNoise(seed, {name: p.shape for name, p in space.parameters.items()})
+        curvature.start(trainable(space))
 
     @torch.no_grad()
     def step(self, step: int, batch: Batch) -> StepRecord:
         """Take step number `step` on `batch`."""
         z = self.noise(step)
         directions = self._directions(z, self.curvature.scale)
-        branches = self.estimator.branches(step)
+        branches, weights = self.estimator.branches(step), self.space.weights
+        if weights is not None:
+            weights.begin(self.seed, step, self.curvature, measured=branches.base)
         losses = self.traversal.losses(batch, branches, self.mu, directions).mean().numpy()
         estimate = self.estimator.estimate(losses, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
             return StepRecord(step, values, math.nan, None, 0.0, branches.count, True)
         if estimate.curvature is not None:
-            self.curvature.observe(estimate.curvature, z.__getitem__, self.smoothing(step))
+            for name, value in z.items():
+                self.curvature.see(name, value)
+            self.curvature.observe(estimate.curvature, self.smoothing(step))
+        grad, clipped = self._clipped(estimate.projected_grad)
+        estimate = estimate._replace(projected_grad=grad)
         lr = self.step_size.rate(step, estimate)
         if self.curvature.updates_with_new_scale:
             directions = self._directions(z, self.curvature.update_scale)
-        self._update(lr, estimate.projected_grad, directions)
-        return StepRecord(step, values, *estimate, lr, branches.count, False)
+        self._update(lr, grad, directions)
+        if weights is not None:
+            weights.update(lr * grad, lr * self.weight_decay)
+        return StepRecord(step, values, *estimate, lr, branches.count, False, clipped)
+
+    def _clipped(self, projected_grad: float) -> tuple[float, bool]:
+        if self.clip is None or abs(projected_grad) <= self.clip:
+            return projected_grad, False
+        return math.copysign(self.clip, projected_grad), True
 
     def _directions(self, z: Mapping[str, Tensor], scale: Callable[[str], Tensor]) -> dict[str, Tensor]:
         device = self.traversal.model.device

@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hizoo_lite.base import trainable
 from hizoo_lite.model.model import Model
+from hizoo_lite.noise import GENERATORS
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.train.setup import Setup
 
@@ -41,7 +43,7 @@ def summarize(
         "metric_after": after.get(metric),
         "test_examples": before.get("examples"),
         "adapter": "final",
-        "trainable_parameters": sum(p.numel() for p in setup.space.parameters.values()),
+        "trainable_parameters": sum(shape.numel() for shape in trainable(setup.space).values()),
         "budget_bytes": config.budget_bytes,
         "predicted_peak_bytes": None,
         "measured_peak_bytes": measured_peak_bytes,
@@ -56,6 +58,7 @@ def summarize(
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
         **_streaming(model),
+        "noise": GENERATORS["parameters" if setup.space.weights is None else model.device.type],
         "model": config.model,
         "task": config.task,
         "seed": config.seed,

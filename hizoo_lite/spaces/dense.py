@@ -1,0 +1,98 @@
+"""Training the dequantized weights themselves: MeZO's and HiZOO's full tuning, on a quantized model.
+
+A step moves every weight by less than its grid can hold, so the update is rounded to the grid at random and
+without bias ("requantize", as QuZO 2502.12346 but from the true value rather than between integers), or
+kept in a bf16 difference beside the codes ("residual", 2 bytes a weight, less noise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hizoo_lite.base import Stored, UserError
+from hizoo_lite.model.linear import BranchLinear
+from hizoo_lite.model.model import Model
+from hizoo_lite.quant import ResidualWeight
+from hizoo_lite.spaces.inplace import InPlaceSpace, with_own_scales
+from hizoo_lite.spaces.weights import Factors, Part, Tile
+
+
+class DensePart(Part):
+    """The whole weight, (out_features, in_features)."""
+
+    def __init__(self, linear: BranchLinear, device: torch.device) -> None:
+        super().__init__(linear, "weight", torch.Size(linear.weight.shape), device)
+
+    def rows(self, tile: Tile) -> slice:
+        """Those of the tile."""
+        return slice(tile.first, tile.first + tile.rows)
+
+    def operand(self, z: Tensor, factors: Factors, tile: Tile) -> tuple[Tensor, Tensor]:
+        """z itself; Sigma's row factor goes to the product."""
+        matrix = z
+        if self.linear.compute != torch.float32:
+            matrix = self.linear.scratch.take("weights.tile", tuple(z.shape), self.linear.compute, z.device)
+            matrix.copy_(z)
+        return matrix, self._row_factor(factors, tile).squeeze(-1)
+
+    def move(
+        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: torch.Generator
+    ) -> None:
+        """Decode, add, store."""
+        values = self.linear.scratch.take("weights.values", tuple(z.shape), torch.float32, z.device)
+        self.linear.weight.values(values, tile.first)
+        if decay:
+            values.mul_(1 - decay)
+        direction = z.mul_(self._row_factor(factors, tile))
+        if factors.columns is not None:
+            direction.mul_(factors.columns)
+        self.linear.weight.store(values.add_(direction, alpha=-amount), tile.first, rounding)
+
+    def changed(self) -> list[Stored]:
+        """The residual and the scales that it is beside, else everything."""
+        stored = self.linear.weight.stored()
+        if isinstance(self.linear.weight, ResidualWeight):
+            return [s for s in stored if s.name in ("residual", "absmax")]
+        return stored
+
+    def _row_factor(self, factors: Factors, tile: Tile) -> Tensor:
+        """(rows, 1), or (1,) where there is one value for all rows."""
+        return factors.rows[self.rows(tile)] if factors.rows.ndim == 2 else factors.rows.view(1)
+
+
+class Dense(InPlaceSpace):
+    """The dequantized weights of chosen linear layers of the blocks.
+
+    update: "requantize" changes the stored codes and scales; "residual" adds a bf16 matrix to each.
+    """
+
+    name = "dense"
+
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "all-linear",
+        update: Literal["requantize", "residual"] = "requantize",
+        head: bool | None = None,
+    ) -> None:
+        super().__init__(targets, head)
+        if update not in ("requantize", "residual"):
+            raise UserError(f"--dense-update: got {update!r}, allowed are requantize, residual")
+        self.update = update
+
+    def options(self) -> dict[str, Any]:
+        """The kind of update."""
+        return {"update": self.update}
+
+    def part(self, model: Model, linear: BranchLinear) -> DensePart:
+        """The weight, with float32 scales, and with a residual where that is wanted."""
+        has_residual = isinstance(linear.weight, ResidualWeight)
+        if has_residual and self.update == "requantize":
+            raise UserError(f"--dense-update: {linear.name} has a residual already; load the model anew")
+        with_own_scales(linear)
+        if self.update == "residual" and not has_residual:
+            linear.weight = ResidualWeight(linear.weight)
+        return DensePart(linear, model.device)

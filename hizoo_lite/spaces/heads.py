@@ -1,0 +1,63 @@
+"""Classification heads, trained in full and in memory beside whatever else a space trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hizoo_lite.base import BranchState, LinearDelta, UserError
+from hizoo_lite.model.model import Model
+
+
+def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
+    """The parameter at every branch: (branches, *shape) float32."""
+    signs = state.branches.signs
+    out = value.expand(len(signs), *value.shape).clone()
+    if state.branches.pairs:
+        direction = state.directions[name]
+        for branch, sign in enumerate(signs):
+            if sign:
+                out[branch].add_(direction, alpha=sign * state.mu)
+    return out
+
+
+class HeadDelta(LinearDelta):
+    """A layer trained in full: every branch has its own weight (out, in) and bias, float32."""
+
+    replaces_base = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
+        self.weight, self.bias, self.names = weight, bias, names
+
+    def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
+        """See `LinearDelta.apply`."""
+        weight = branch_values(self.weight, self.names[0], state)
+        if self.bias is None:
+            return torch.bmm(x, weight.transpose(1, 2))
+        bias = branch_values(self.bias, self.names[1], state)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def attach_head(model: Model, wanted: bool | None, parameters: dict[str, Tensor]) -> list[str]:
+    """Make the classification head trainable, adding to `parameters`; the names of its linear layers.
+
+    Everything outside the trunk belongs to it, and what the checkpoint lacked (a BERT pooler).
+    wanted: None means classifiers only.
+    """
+    if wanted is False or (wanted is None and model.kind != "classifier"):
+        return []
+    if model.kind != "classifier":
+        raise UserError(f"head: only a classifier's head can be trained, the model is {model.kind!r}")
+    trunk, new = model.trunk_name + ".", set(model.new_parameters)
+    found = [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
+    for name in found:
+        linear = model.linears[name]
+        weight = torch.empty(linear.out_features, linear.in_features, device=model.device)
+        linear.weight.unpack(weight)
+        names = (f"{name}.weight", f"{name}.bias")
+        parameters[names[0]] = weight
+        bias = None if linear.bias is None else linear.bias.clone()
+        if bias is not None:
+            parameters[names[1]] = bias
+        linear.delta = HeadDelta(weight, bias, names)
+    return found

@@ -1,0 +1,167 @@
+"""What the spaces share that train a model's own weights: attaching, and saving what has changed.
+
+A folder holds `hizoo_space.json` (what it is and what it was made for), `head.safetensors` where a
+classification head was trained, and `block-00000.safetensors` ... with the changed buffers of every trained
+layer as they are stored, under "layer.buffer". One block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hizoo_lite.base import Stored, UserError
+from hizoo_lite.model.linear import BranchLinear
+from hizoo_lite.model.model import Model
+from hizoo_lite.quant import FourBitWeight
+from hizoo_lite.spaces.heads import attach_head
+from hizoo_lite.spaces.targets import release, resolve_targets
+from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
+from hizoo_lite.stream.block import each_block
+
+SPACE_FILE = "hizoo_space.json"
+FORMAT = 1
+_HEAD = "head.safetensors"
+
+
+class InPlaceSpace(ABC):
+    """Trains parts of the chosen linear layers' weights, and classification heads in memory.
+
+    targets: as for LoRA, "all-linear" by default. head: train the head outside the trunk in full; None
+    does so for classifiers only.
+    """
+
+    name: str
+
+    def __init__(self, targets: str | Sequence[str] = "all-linear", head: bool | None = None) -> None:
+        self.targets, self.head = targets, head
+        self.parameters: dict[str, Tensor] = {}  # of heads
+        self.weights: Weights | None = None
+
+    @abstractmethod
+    def part(self, model: Model, linear: BranchLinear) -> Part:
+        """Prepare one layer's weight and say what is trained of it. `UserError` where it cannot be."""
+
+    def options(self) -> dict[str, Any]:
+        """What a space of this name must be made with to read what this one saved, beside the targets."""
+        return {}
+
+    def attach(self, model: Model, seed: int) -> None:
+        """Hang a delta on each target, in place of others. The weights start as they are; no seed is used."""
+        release(model)
+        self.model, self.parameters = model, {}
+        self.target_names = resolve_targets(model, self.targets)
+        parts = [self.part(model, model.linears[target]) for target in self.target_names]
+        self.weights = Weights(model, parts)
+        for part in parts:
+            part.linear.delta = WeightDelta(part, self.weights)
+        model.pending = self.weights
+        self.head_names = attach_head(model, self.head, self.parameters)
+
+    def detach(self) -> None:
+        """Take every delta off again. The weights keep what they have learnt."""
+        release(self.model)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the folder, with every update."""
+        assert self.weights is not None
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for block in each_block(self.model):  # which applies what waits
+            tensors = {key: stored.tensor.cpu().contiguous() for key, stored in self._changed(block).items()}
+            save_file(tensors, folder / _block_file(block))
+        if self.parameters:
+            save_file({k: v.cpu().contiguous() for k, v in self.parameters.items()}, folder / _HEAD)
+        record = {
+            "format": FORMAT,
+            "space": self.name,
+            **self.options(),
+            "targets": self.target_names,
+            "base_model": str(self.model.source),
+            "kind": self.model.kind,
+            "bits": self.model.bits,
+        }
+        (folder / SPACE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path | str) -> None:
+        """Read what `save` wrote; `UserError`, naming the file, where it does not fit."""
+        assert self.weights is not None
+        folder = Path(folder)
+        record = read_record(folder)
+        wanted = {"space": self.name, **self.options(), "bits": self.model.bits}
+        wanted["targets"] = self.target_names
+        for key, value in wanted.items():
+            if record[key] != value:
+                raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record[key]!r}, this run {value!r}")
+        if self.parameters:
+            _copy(folder / _HEAD, self.parameters)
+        self.weights.drop()
+        for block in each_block(self.model):
+            _copy(folder / _block_file(block), {k: s.tensor for k, s in self._changed(block).items()})
+            self.model.residency.keep(block)
+
+    def _changed(self, block: int) -> dict[str, Stored]:
+        assert self.weights is not None
+        return {
+            f"{part.linear.name}.{stored.name}": stored
+            for part in self.weights.parts
+            if self.model.block_of(part.linear.name) == block
+            for stored in part.changed()
+        }
+
+
+def with_own_scales(linear: BranchLinear) -> None:
+    """Give a 4-bit weight its scales in float32; `UserError` where they are away, in 8 bits."""
+    weight = linear.weight
+    if isinstance(weight, FourBitWeight) and weight.double_quant:
+        try:
+            weight.undo_double_quant()
+        except ValueError as error:
+            raise UserError(
+                f"--no-double-quant is needed to train the weights of a streamed model: {linear.name} has "
+                "scales in 8 bits that are not in memory"
+            ) from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """hizoo_space.json of a folder; `UserError` where it is missing, not sound or of another version."""
+    path = folder / SPACE_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if record["format"] != FORMAT:
+        raise UserError(f"{path}: format: got {record['format']!r}, this version reads {FORMAT}")
+    return record
+
+
+def _block_file(block: int) -> str:
+    return f"block-{block:05d}.safetensors"
+
+
+def _copy(path: Path, into: Mapping[str, Tensor]) -> None:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    wrong = sorted(set(tensors) ^ set(into))
+    if wrong:
+        raise UserError(f"{path}: does not fit this model and space; first of {len(wrong)}: {wrong[0]!r}")
+    for name, value in into.items():
+        got = tensors[name]
+        if got.shape != value.shape or got.dtype != value.dtype:
+            raise UserError(
+                f"{path}: {name} is {tuple(got.shape)} {got.dtype}, the model wants {tuple(value.shape)} "
+                f"{value.dtype}"
+            )
+        value.copy_(got)

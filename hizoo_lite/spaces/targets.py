@@ -1,0 +1,61 @@
+"""Which linear layers a space trains, and how a model is taken over from the space before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from hizoo_lite.base import UserError
+from hizoo_lite.model.model import Model
+from hizoo_lite.stream.block import each_block
+
+#: Query and value, or the fused layer that holds them, where PEFT has no default.
+_ATTENTION_FAMILIES = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+)
+
+
+def release(model: Model) -> None:
+    """Take every delta off the model, and give its weights the updates that wait for them."""
+    if model.pending is not None:
+        for _ in each_block(model):
+            pass
+        model.pending = None
+    for linear in model.linears.values():
+        linear.delta = None
+
+
+def resolve_targets(model: Model, targets: str | Sequence[str]) -> list[str]:
+    """Full names of the linear layers of the blocks that `targets` chooses, in model order."""
+    inside = [name for name in model.linears if name.startswith(model.block_prefix + ".")]
+    if targets == "all-linear":
+        return inside
+    wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    if wanted == ["attention"]:
+        wanted = _attention_names(model.config.model_type, inside)
+    unknown = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in inside)]
+    if unknown:
+        raise UserError(
+            f"--targets: no linear layer named {unknown[0]!r}; "
+            f"allowed are attention, all-linear, {_leaves(inside)}"
+        )
+    return [n for n in inside if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
+def _attention_names(model_type: str, inside: Sequence[str]) -> list[str]:
+    """Query and value: PEFT's default layers, else the first family of names that the blocks have."""
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    leaves = {name.rsplit(".", 1)[-1] for name in inside}
+    for family in [known, *_ATTENTION_FAMILIES] if known else _ATTENTION_FAMILIES:
+        if set(family) <= leaves:
+            return list(family)
+    raise UserError(f"--targets: no default for {model_type!r}; name some of {_leaves(inside)}")
+
+
+def _leaves(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
