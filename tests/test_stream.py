@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
+from typer.testing import CliRunner
 
 from hizoo_lite.base import Branches, UserError
+from hizoo_lite.cli import app
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
@@ -310,6 +313,17 @@ def test_a_run_over_its_budget_ends_before_anything_is_written(tmp_path: Path) -
 # ------------------------------------------------------------------------------------------ runs
 
 
+class StopAfter(Listener):
+    """Sends the process what Ctrl-C sends, after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def stepped(self, record: StepRecord) -> None:
+        if record.step + 1 == self.steps:
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
@@ -322,6 +336,68 @@ def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
         assert ("moved_bytes" in run.summary) == (where != "resident")
         adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1] == adapters[2]
+
+
+SPACES = {
+    "requantize": {"space": "dense", "lr": 1e-5},
+    "residual": {"space": "dense", "dense_update": "residual", "lr": 1e-5},
+    "scales": {"space": "scales", "lr": 1e-5},
+    "factored": {"space": "dense", "curvature": "factored", "targets": "attention"},
+}
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_streamed_run_in_the_weights_is_the_resident_run_bitwise(
+    space: str, bits: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits=bits, double_quant=False).run()
+    before = [path.read_bytes() for path in sorted(folder.iterdir())]
+    results = []
+    for where in ("resident", "disk", "host"):
+        settings = short_run(tmp_path, model=str(folder), out=str(tmp_path / where), residency=where, steps=3)
+        run = fit(TrainConfig(**settings, **SPACES[space]))
+        files = sorted(run.folder.glob("adapter/*.safetensors"))
+        assert len(files) == 4  # one a block
+        losses = (run.summary["loss_before"], run.summary["loss_after"])
+        results.append(([file.read_bytes() for file in files], losses))
+    assert results[0] == results[1] == results[2]
+    assert results[0][1][0] != results[0][1][1]
+    assert before == [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("space", ["requantize", "residual", "scales"])
+def test_a_streamed_run_in_the_weights_resumes_bitwise_and_is_evaluated_as_it_ended(
+    space: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4", double_quant=False).run()
+    settings = {**short_run(tmp_path, model=str(folder), residency="disk"), **SPACES[space]}
+    whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole"), "steps": 4}))
+    part = fit(TrainConfig(**{**settings, "steps": 4, "save_every": 2}), listener=StopAfter(2))
+    assert part.interrupted
+    resumed = fit(TrainConfig(**{**settings, "steps": 4, "resume": True}))
+    for one, other in zip(
+        sorted(whole.folder.glob("adapter/*.safetensors")),
+        sorted(resumed.folder.glob("adapter/*.safetensors")),
+        strict=True,
+    ):
+        assert one.read_bytes() == other.read_bytes()
+    shown = CliRunner().invoke(app, ["eval", "--adapter", str(whole.folder), "--json", "--quiet"])
+    assert shown.exit_code == 0, shown.stderr
+    assert json.loads(shown.stdout)["scores"]["loss"] == whole.summary["loss_after"]
+    assert json.loads(shown.stdout)["residency"] == "disk"
+
+
+def test_scales_in_8_bits_that_are_away_cannot_be_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
+    settings = short_run(tmp_path, model=str(folder), residency="disk", space="scales")
+    with pytest.raises(UserError, match="--no-double-quant"):
+        fit(TrainConfig(**settings))
+    residual = {**settings, "space": "dense", "dense_update": "residual", "steps": 1, "lr": 1e-5}
+    assert fit(TrainConfig(**residual)).summary["steps"] == 1  # codes and scales stay as they are
 
 
 def test_a_read_error_in_the_middle_of_a_run_leaves_it_saved_and_resumable(tmp_path: Path) -> None:

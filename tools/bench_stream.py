@@ -152,7 +152,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def peak_anonymous_bytes() -> int:
-    """VmData counts every private writable page that was asked for: an upper bound of the anonymous memory."""
+    """VmData: every private writable page that was asked for, an upper bound of the anonymous memory."""
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmData")).split()[1]) * 1024
 

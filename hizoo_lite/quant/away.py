@@ -30,6 +30,10 @@ class AwayWeight(PackedWeight):
         check_out(out, self.shape, first_row)
         return out.copy_(self.read(first_row, first_row + out.shape[0]), non_blocking=True)
 
+    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+        """Never: what is outside of the blocks is not trained in place."""
+        raise NotImplementedError("a matrix that is away cannot be written to")
+
     def stored(self) -> list[Stored]:
         """None: there is nothing that travels with a block."""
         return []

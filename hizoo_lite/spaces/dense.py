@@ -53,10 +53,10 @@ class DensePart(Part):
         self.linear.weight.store(values.add_(direction, alpha=-amount), tile.first, rounding)
 
     def changed(self) -> list[Stored]:
-        """The residual and the scales that it is beside, else everything."""
+        """The residual where there is one, else everything."""
         stored = self.linear.weight.stored()
         if isinstance(self.linear.weight, ResidualWeight):
-            return [s for s in stored if s.name in ("residual", "absmax")]
+            return [s for s in stored if s.name == "residual"]
         return stored
 
     def _row_factor(self, factors: Factors, tile: Tile) -> Tensor:
@@ -88,11 +88,12 @@ class Dense(InPlaceSpace):
         return {"update": self.update}
 
     def part(self, model: Model, linear: BranchLinear) -> DensePart:
-        """The weight, with float32 scales, and with a residual where that is wanted."""
+        """The weight, with a residual or with scales in float32, which can grow."""
         has_residual = isinstance(linear.weight, ResidualWeight)
         if has_residual and self.update == "requantize":
             raise UserError(f"--dense-update: {linear.name} has a residual already; load the model anew")
-        with_own_scales(linear)
-        if self.update == "residual" and not has_residual:
+        if self.update == "requantize":
+            with_own_scales(linear)
+        elif not has_residual:
             linear.weight = ResidualWeight(linear.weight)
         return DensePart(linear, model.device)
