@@ -116,7 +116,7 @@ def test_losses_depend_on_the_chunking_by_rounding_alone(name: str, rows: int, t
 
 def test_auto_chunks_hold_a_plain_forward_of_the_batch() -> None:
     def plan(rows: int, length: int, branches: int, wanted: Any = "auto") -> tuple[int, int]:
-        return plan_chunks(wanted, torch.empty(branches * rows, length, 2), branches)
+        return plan_chunks(wanted, rows, length, branches, "cpu")
 
     assert plan(16, 256, 3) == (6, 1)  # 6 * 3 <= 16 + 2
     assert plan(16, 256, 1) == (16, 1)

@@ -60,11 +60,11 @@ def serve(arguments: Any) -> None:
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(arguments.cap_gib * 2**30 / total)
     where = "resident" if contender == "resident" else "host" if cuda else "disk"
-    if contender == "capped":
-        drop_cache(Path(folder))
     model = load(
         folder, bits="nf4", compute_dtype=arguments.compute, device=arguments.device, residency=where
     )
+    if contender == "capped":  # the checksums were compared: that has read every file
+        drop_cache(Path(folder))
     rows, length = (1, 16) if contender in ("folded", "separate") else (arguments.rows, arguments.length)
     stepper = make_stepper(model)
     print(json.dumps("ready"), flush=True)
@@ -295,7 +295,7 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     from hizoo_lite.memory.estimate import Widths, activation_bytes
     from hizoo_lite.model.blocks import find_blocks
     from hizoo_lite.model.skeleton import build
-    from hizoo_lite.stream.chunks import plan_for
+    from hizoo_lite.stream.chunks import plan_chunks
 
     config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
     module = build(config, "causal")
@@ -312,7 +312,7 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     positions = sum(2 * p.numel() for n, p in module.named_parameters() if "embed_positions" in n)
     adapters = len(blocks) * 2 * sum(rank * sum(pair) for pair in shapes[:1])
     widths = Widths.of(config, shapes, compute_bytes=2)
-    chunks = plan_for("auto", rows, length, branches, "cuda")
+    chunks = plan_chunks("auto", rows, length, branches, "cuda")
     activations = activation_bytes(widths, chunks, rows, length, branches, "cuda")
     return 2 * packed + gathered + positions + 4 * small + 3 * 4 * adapters + activations
 

@@ -6,6 +6,7 @@ buffers, which are computed and small, on CPU. Code from a model folder is never
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +39,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+#: Elements from which on a tensor made by `torch.empty` is taken for a parameter.
+_LARGE_ELEMENTS = 1 << 16
 CPUINFO = Path("/proc/cpuinfo")
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -74,7 +78,7 @@ def build(config: Any, kind: ModelKind) -> nn.Module:
     order = ("eager",) if capped else ("sdpa", "eager")
     for attempt, attention in enumerate(order, start=1):
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _LargeOnMeta():
                 module = _CLASSES[kind].from_config(
                     config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
                 )
@@ -86,6 +90,25 @@ def build(config: Any, kind: ModelKind) -> nn.Module:
             ) from error
         break
     return module.requires_grad_(False).eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Has large `torch.empty` tensors, which are parameters, made without memory from the start.
+
+    accelerate makes every parameter on CPU first and drops it: 524 MB of address space for one embedding,
+    too much under a hard limit of the process's memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result_kwargs = dict(kwargs or {})
+        if func is torch.empty and math.prod(_size(args)) >= _LARGE_ELEMENTS:
+            result_kwargs["device"] = "meta"
+        return func(*args, **result_kwargs)
+
+
+def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The size that `torch.empty` is called with."""
+    return tuple(args[0]) if args and isinstance(args[0], tuple | list) else tuple(args)
 
 
 def read_tokenizer(folder: Path) -> Any | None:

@@ -45,8 +45,10 @@ class PresentBlock(nn.Module):
         """As the block's own; a long batch goes through in chunks."""
         model, block = self.model[0], self.block[0]
         hidden = args[0] if args else kwargs["hidden_states"]
-        rows = hidden.shape[0] // model.state.branches.count
-        chunks = plan_chunks(model.branch_chunk, hidden, model.state.branches.count)
+        branches = model.state.branches.count
+        rows = hidden.shape[0] // branches
+        redrawn = model.pending is not None
+        chunks = plan_chunks(model.branch_chunk, rows, hidden.shape[1], branches, hidden.device.type, redrawn)
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
         with present(model, self.index):
