@@ -18,7 +18,7 @@ from hizoo_lite.base import BranchState
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
 LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
-#: The same for a space in the weights: there a chunk costs one more drawing of the noise of every weight, 2.8 ms
+#: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
 LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 4096}
 
