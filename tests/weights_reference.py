@@ -118,14 +118,20 @@ class Streamed:
             self._take_away(block, first=True)
 
     def acquire(self, block: int) -> None:
-        """Clones, so that what is changed without `keep` is lost."""
+        """Views into one fresh buffer, so that what is changed without `keep` is lost."""
         assert self.present is None
         self.present = block
         for key, stored in self._stored(block):
             if key not in self._home:
                 assert stored.key is None  # starts as zeros
                 self._home[key] = torch.zeros(stored.tensor.shape, dtype=stored.tensor.dtype)
-            stored.owner._buffers[stored.name] = self._home[key].clone()
+        homes = [self._home[key] for key, _ in self._stored(block)]
+        slot = torch.empty(sum(-(-home.nbytes // 64) * 64 for home in homes), dtype=torch.uint8)
+        begin = 0
+        for (_, stored), home in zip(self._stored(block), homes, strict=True):
+            view = slot[begin : begin + home.nbytes].view(home.dtype).view(home.shape)
+            stored.owner._buffers[stored.name] = view.copy_(home)
+            begin += -(-home.nbytes // 64) * 64
 
     def keep(self, block: int) -> None:
         """What is here now is what comes back."""

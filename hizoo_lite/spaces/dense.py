@@ -3,6 +3,10 @@
 A step moves every weight by less than its grid can hold, so the update is rounded to the grid at random and
 without bias ("requantize", as QuZO 2502.12346 but from the true value rather than between integers), or
 kept in a bf16 difference beside the codes ("residual", 2 bytes a weight, less noise).
+
+Requantizing has a price that no learning rate removes. Moving a weight by u between neighbours a step apart
+adds a variance of up to u * step, so a step adds about lr |g| step tr(H) / 2 to the loss, while it takes off
+about lr |gradient|^2: both are proportional to lr. On a 4-bit grid the noise wins in the end (tools/LOG.md).
 """
 
 from __future__ import annotations
