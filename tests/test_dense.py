@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -45,12 +46,14 @@ SEED, MU = 7, 1e-3
 #: float32 sums in another order, activations of order 10, over two layers, in a loss of order 5.
 FLOAT32_ROUNDING = 2e-5
 
+Requantized = functools.partial(Dense, update="requantize")
+
 #: Every kind of training in the weights: the space and the bits it is tested with.
 KINDS: dict[str, tuple[Callable[[], InPlaceSpace], str]] = {
-    "dense nf4": (Dense, "nf4"),
-    "dense fp4": (Dense, "fp4"),
-    "dense int8": (Dense, "int8"),
-    "dense none": (Dense, "none"),
+    "dense nf4": (Requantized, "nf4"),
+    "dense fp4": (Requantized, "fp4"),
+    "dense int8": (Requantized, "int8"),
+    "dense none": (Requantized, "none"),
     "residual nf4": (lambda: Dense(update="residual"), "nf4"),
     "residual int8": (lambda: Dense(update="residual"), "int8"),
     "scales nf4": (Scales, "nf4"),
@@ -473,10 +476,10 @@ def test_scales_in_eight_bits_are_made_float32_unless_they_are_away(tmp_path: Pa
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
     before = {n: decoded(linear.weight) for n, linear in model.linears.items()}
-    Dense().attach(model, seed=0)
+    Requantized().attach(model, seed=0)
     assert same(before, {n: decoded(linear.weight) for n, linear in model.linears.items()})
     assert not any(lin.weight.double_quant for lin in model.linears.values() if lin.weight.bits == "nf4")
-    for space in (Dense(), Dense(update="residual"), Scales()):
+    for space in (Requantized(), Scales()):
         model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
         Streamed(model)
         with pytest.raises(UserError, match="--no-double-quant is needed to train the weights of a streamed"):
@@ -505,7 +508,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         Dense(update="new")  # type: ignore[arg-type]
     model, space = attached(tmp_path / "model", "residual nf4")
     with pytest.raises(UserError, match="has a residual already; load the model anew"):
-        Dense().attach(model, seed=0)
+        Requantized().attach(model, seed=0)
     with pytest.raises(UserError, match=r"--space scales: .* has no scales to train"):
         Scales().attach(tiny(tmp_path / "model", "none"), seed=0)
     model, space = attached(tmp_path / "model", "dense nf4")
@@ -513,7 +516,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     _, other = attached(tmp_path / "model", "residual nf4")
     with pytest.raises(UserError, match="update: it has 'requantize', this run 'residual'"):
         other.load(tmp_path / "saved")
-    narrow = Dense(targets="q_proj")
+    narrow = Requantized(targets="q_proj")
     narrow.attach(tiny(tmp_path / "model", "nf4"), seed=0)
     with pytest.raises(UserError, match="targets: it has"):
         narrow.load(tmp_path / "saved")
@@ -526,7 +529,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_only_the_chosen_layers_change(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
-    model, space = tiny(tmp_path, "nf4"), Dense(targets="q_proj,down_proj")
+    model, space = tiny(tmp_path, "nf4"), Requantized(targets="q_proj,down_proj")
     space.attach(model, seed=0)
     before = state(model)
     stepper = make_stepper(model, space, lr=1e-2)

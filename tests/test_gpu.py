@@ -113,3 +113,35 @@ def test_packed_bytes_never_change_on_cuda(bits: str, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     Traversal(model).losses(tiny_task_batch("causal"))
     assert all(torch.equal(before[name], value) for name, value in model.module.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_streamed_losses_on_cuda_equal_resident_losses_bitwise(where: str, bits: str, tmp_path: Path) -> None:
+    from hizoo_lite.quant.quantize import Quantization
+    from tests.test_stream import step_losses
+
+    save_tiny("llama", tmp_path / "source", num_hidden_layers=6, vocab_size=2000)
+    Quantization(tmp_path / "source", tmp_path / "packed", kind="causal", bits=bits).run()  # type: ignore[arg-type]
+    found = []
+    for residency in ("resident", where):
+        model = load(tmp_path / "packed", device="cuda", compute_dtype="bf16", residency=residency)  # type: ignore[arg-type]
+        found += [step_losses(model, "llama"), step_losses(model, "llama")]
+    assert all(torch.equal(losses, found[0]) for losses in found)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_changed_blocks_on_cuda_come_back_changed(where: str, tmp_path: Path) -> None:
+    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.stream.block import each_block
+
+    save_tiny("llama", tmp_path / "source", num_hidden_layers=6)
+    Quantization(tmp_path / "source", tmp_path / "packed", kind="causal", bits="nf4").run()
+    model = load(tmp_path / "packed", device="cuda", residency=where)  # type: ignore[arg-type]
+    for block in each_block(model):
+        model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("absmax").fill_(block)
+        model.residency.keep(block)
+    for _ in range(2):
+        for block in each_block(model):
+            absmax = model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("absmax")
+            assert bool((absmax == block).all())

@@ -62,8 +62,8 @@ def step_losses(model: Model, name: str, rows: int = 3, length: int = 12) -> tor
     space = LoRA(rank=4, targets="all-linear")
     space.attach(model, seed=0)
     for key, value in space.parameters.items():
-        value.add_(normal(3, 0, key, value.shape), alpha=0.05)
-    directions = {k: normal(5, 0, k, p.shape) for k, p in space.parameters.items()}
+        value.add_(normal(3, 0, key, value.shape).to(value.device), alpha=0.05)
+    directions = {k: normal(5, 0, k, p.shape).to(p.device) for k, p in space.parameters.items()}
     batch = tiny_task_batch(KINDS[name], rows, length)
     return Traversal(model).losses(batch, Branches(), MU, directions).per_example
 
@@ -339,8 +339,8 @@ def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
 
 
 SPACES = {
-    "requantize": {"space": "dense", "lr": 1e-5},
-    "residual": {"space": "dense", "dense_update": "residual", "lr": 1e-5},
+    "requantize": {"space": "dense", "dense_update": "requantize", "lr": 1e-5},
+    "residual": {"space": "dense", "lr": 1e-5},
     "scales": {"space": "scales", "lr": 1e-5},
     "factored": {"space": "dense", "curvature": "factored", "targets": "attention"},
 }
@@ -396,7 +396,7 @@ def test_scales_in_8_bits_that_are_away_cannot_be_trained(tmp_path: Path) -> Non
     settings = short_run(tmp_path, model=str(folder), residency="disk", space="scales")
     with pytest.raises(UserError, match="--no-double-quant"):
         fit(TrainConfig(**settings))
-    residual = {**settings, "space": "dense", "dense_update": "residual", "steps": 1, "lr": 1e-5}
+    residual = {**settings, "space": "dense", "steps": 1, "lr": 1e-5}
     assert fit(TrainConfig(**residual)).summary["steps"] == 1  # codes and scales stay as they are
 
 

@@ -26,9 +26,15 @@ from tests.run_fixtures import short_run
 from tests.weights_reference import same, state
 
 RUNS: dict[str, dict[str, Any]] = {
-    "dense nf4": {"space": "dense", "bits": "nf4"},
-    "dense int8": {"space": "dense", "bits": "int8", "curvature": "factored"},
-    "dense none": {"space": "dense", "bits": "none", "estimator": "mezo", "lr": 1e-5},
+    "dense nf4": {"space": "dense", "bits": "nf4", "dense_update": "requantize"},
+    "dense int8": {"space": "dense", "bits": "int8", "dense_update": "requantize", "curvature": "factored"},
+    "dense none": {
+        "space": "dense",
+        "bits": "none",
+        "dense_update": "requantize",
+        "estimator": "mezo",
+        "lr": 1e-5,
+    },
     "residual fp4": {"space": "dense", "bits": "fp4", "dense_update": "residual"},
     "scales nf4": {"space": "scales", "bits": "nf4", "curvature_per": "row"},
     "scales int8": {"space": "scales", "bits": "int8", "targets": "attention"},
@@ -125,8 +131,8 @@ def test_a_run_is_evaluated_and_generated_from_on_the_command_line(tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"space": "scales", "bits": "none"}, "--space scales: .* has no scales to train"),
-        ({"space": "dense", "curvature": "diagonal"}, "--curvature: diagonal keeps a value for every weight"),
+        ({"space": "scales", "bits": "none"}, "bits: got 'none', but space scales"),
+        ({"space": "dense", "curvature": "diagonal"}, "curvature: got 'diagonal', a value for every weight"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_folder_is_made(

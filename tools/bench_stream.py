@@ -9,7 +9,7 @@ Processes of their own then take turns:
     resident          every block in memory
     streamed          two block slots, packed blocks, embedding and head from disk, page cache warm
     capped            the same under a hard cap of its private memory (RLIMIT_DATA), page cache cold at first
-    folded, separate  one traversal for three branches, and three traversals for one each, of a short batch,
+    folded, separate  one traversal for three branches, and three traversals for one each, of four tokens,
                       the page cache dropped before every pass, so that the disk decides
 
 Each takes HiZOO steps with LoRA (rank 8, query and value) on the same batches and noise; the losses must be
@@ -65,7 +65,7 @@ def serve(arguments: Any) -> None:
     )
     if contender == "capped":  # the checksums were compared: that has read every file
         drop_cache(Path(folder))
-    rows, length = (1, 16) if contender in ("folded", "separate") else (arguments.rows, arguments.length)
+    rows, length = (1, 4) if contender in ("folded", "separate") else (arguments.rows, arguments.length)
     stepper = make_stepper(model)
     print(json.dumps("ready"), flush=True)
     for number, _ in enumerate(sys.stdin):

@@ -25,6 +25,10 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || { echo "
 part tests python3 -m pytest -q -m gpu -o filterwarnings=default tests
 part numerics python3 tools/bench_numerics.py --quick --device cuda --json "$out/numerics.json"
 part step python3 tools/bench_step.py --device cuda --cap-gib 24 --json "$out/step.json"
+part stream python3 tools/bench_stream.py --device cuda --cap-gib 24 --shape llama-2-13b --rows 16 --length 256 \
+  --rounds 3 --json "$out/stream.json"
+part stream_long python3 tools/bench_stream.py --device cuda --cap-gib 24 --shape llama-2-70b --layers 24 --rows 1 \
+  --length 2048 --rounds 3 --json "$out/stream_long.json"
 part quality python3 tools/bench_quality.py --quick --device cuda --json "$out/quality.json"
 echo "== written to $out, status $status"
 exit "$status"

@@ -2,7 +2,7 @@
 
 A step moves every weight by less than its grid can hold, so the update is rounded to the grid at random and
 without bias ("requantize", as QuZO 2502.12346 but from the true value rather than between integers), or
-kept in a bf16 difference beside the codes ("residual", 2 bytes a weight, less noise).
+kept in a bf16 difference beside the codes ("residual", 2 bytes a weight, far less noise).
 
 Requantizing has a price that no learning rate removes. Moving a weight by u between neighbours a step apart
 adds a variance of up to u * step, so a step adds about lr |g| step tr(H) / 2 to the loss, while it takes off
@@ -57,11 +57,12 @@ class DensePart(Part):
         self.linear.weight.store(values.add_(direction, alpha=-amount), tile.first, rounding)
 
     def changed(self) -> list[Stored]:
-        """The residual where there is one, else everything."""
+        """The residual and the float32 scales that it is beside, else everything."""
         stored = self.linear.weight.stored()
-        if isinstance(self.linear.weight, ResidualWeight):
-            return [s for s in stored if s.name == "residual"]
-        return stored
+        if not isinstance(self.linear.weight, ResidualWeight):
+            return stored
+        has_own_scales = not any(s.name == "nested_absmax" for s in stored)
+        return [s for s in stored if s.name == "residual" or (s.name == "absmax" and has_own_scales)]
 
     def _row_factor(self, factors: Factors, tile: Tile) -> Tensor:
         """(rows, 1), or (1,) where there is one value for all rows."""
@@ -71,7 +72,8 @@ class DensePart(Part):
 class Dense(InPlaceSpace):
     """The dequantized weights of chosen linear layers of the blocks.
 
-    update: "requantize" changes the stored codes and scales; "residual" adds a bf16 matrix to each.
+    update: "residual" adds a bf16 matrix to each; "requantize" changes the stored codes and scales, which in
+    4 bits adds more noise than a long run can bear (tools/LOG.md).
     """
 
     name = "dense"
@@ -79,7 +81,7 @@ class Dense(InPlaceSpace):
     def __init__(
         self,
         targets: str | Sequence[str] = "all-linear",
-        update: Literal["requantize", "residual"] = "requantize",
+        update: Literal["requantize", "residual"] = "residual",
         head: bool | None = None,
     ) -> None:
         super().__init__(targets, head)
@@ -96,8 +98,9 @@ class Dense(InPlaceSpace):
         has_residual = isinstance(linear.weight, ResidualWeight)
         if has_residual and self.update == "requantize":
             raise UserError(f"--dense-update: {linear.name} has a residual already; load the model anew")
-        if self.update == "requantize":
+        away = any(stored.tensor.is_meta for stored in linear.weight.stored())
+        if self.update == "requantize" or not away:  # so that what is saved says all of the weight's scales
             with_own_scales(linear)
-        elif not has_residual:
+        if self.update == "residual" and not has_residual:
             linear.weight = ResidualWeight(linear.weight)
         return DensePart(linear, model.device)

@@ -29,6 +29,8 @@ from hizoo_lite.stream.block import each_block
 SPACE_FILE = "hizoo_space.json"
 FORMAT = 1
 _HEAD = "head.safetensors"
+#: Scales that a streamed run with a residual did not save, because it could not change them.
+_MAY_LACK = ".absmax"
 
 
 class InPlaceSpace(ABC):
@@ -104,7 +106,8 @@ class InPlaceSpace(ABC):
             _copy(folder / _HEAD, self.parameters)
         self.weights.drop()
         for block in each_block(self.model):
-            _copy(folder / _block_file(block), {k: s.tensor for k, s in self._changed(block).items()})
+            changed = self._changed(block)
+            _copy(folder / _block_file(block), {key: s.tensor for key, s in changed.items()}, _MAY_LACK)
             self.model.residency.keep(block)
 
     def _changed(self, block: int) -> dict[str, Stored]:
@@ -149,16 +152,17 @@ def _block_file(block: int) -> str:
     return f"block-{block:05d}.safetensors"
 
 
-def _copy(path: Path, into: Mapping[str, Tensor]) -> None:
+def _copy(path: Path, into: Mapping[str, Tensor], may_lack: str = "") -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    wrong = sorted(set(tensors) ^ set(into))
+    lacking = {name for name in set(into) - set(tensors) if not (may_lack and name.endswith(may_lack))}
+    wrong = sorted(set(tensors) - set(into) | lacking)
     if wrong:
         raise UserError(f"{path}: does not fit this model and space; first of {len(wrong)}: {wrong[0]!r}")
-    for name, value in into.items():
-        got = tensors[name]
+    for name, got in tensors.items():
+        value = into[name]
         if got.shape != value.shape or got.dtype != value.dtype:
             raise UserError(
                 f"{path}: {name} is {tuple(got.shape)} {got.dtype}, the model wants {tuple(value.shape)} "

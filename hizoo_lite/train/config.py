@@ -89,9 +89,9 @@ class TrainConfig:
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
     dense_update: Literal["requantize", "residual"] = _setting(
-        "requantize",
-        "of dense: requantize rounds updated weights to their grid at random, without bias; "
-        "residual keeps a bf16 difference beside the codes",
+        "residual",
+        "of dense: residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
+        "updated weights to their grid at random, without bias but with much noise in 4 bits",
         group="Space",
     )
 
@@ -310,6 +310,16 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     found = []
     if values["estimator"] == "mezo" and values["lr"] == "auto":
         found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
+    if values["space"] != "lora" and values["curvature"] == "diagonal":
+        found.append(
+            f"{where('curvature')}: got 'diagonal', a value for every weight, with {where('space')} "
+            f"{values['space']}; allowed: grouped, factored, none"
+        )
+    if values["space"] == "scales" and values["bits"] == "none":
+        found.append(
+            f"{where('bits')}: got 'none', but {where('space')} scales trains the scales of quantized "
+            "weights; allowed: nf4, fp4, int8"
+        )
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
