@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hizoo_lite.model.linear import TILE_BYTES
 from hizoo_lite.model.model import Model
-from hizoo_lite.stream.chunks import Chunks, plan_chunks
+from hizoo_lite.stream.chunks import Chunks
 from hizoo_lite.stream.head import LOGITS_BYTES
 
 _FLOAT32 = 4
@@ -37,8 +37,7 @@ def pass_bytes(model: Model, rows: int, length: int, branches: int, trainable: i
     """
     inside = [x.weight.shape for name, x in model.linears.items() if model.block_of(name) is not None]
     widths = Widths.of(model.config, inside, model.compute.itemsize)
-    redrawn = model.pending is not None
-    chunks = plan_chunks(model.branch_chunk, rows, length, branches, model.device.type, redrawn)
+    chunks = model.chunks(rows, length, branches)
     return activation_bytes(widths, chunks, rows, length, branches, model.device.type) + (
         5 * _FLOAT32 * trainable
     )

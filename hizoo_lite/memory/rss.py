@@ -44,6 +44,14 @@ def resident() -> Resident:
     return Resident(fields["VmRSS"], fields.get("VmHWM"), fields.get("RssAnon"), fields.get("RssFile"))
 
 
+def private_bytes() -> int | None:
+    """VmData: private writable memory that is mapped, touched or not; what RLIMIT_DATA limits. Linux only."""
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), None)
+
+
 def reset_peak() -> bool:
     """Set VmHWM back to the resident size; False where the system does not permit it."""
     try:

@@ -13,6 +13,7 @@ from hizoo_lite.base import Bits, BranchState, ModelKind, PendingUpdates, Reside
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.stream.chunks import Chunks, plan_chunks
 from hizoo_lite.stream.residency import Resident
 
 
@@ -41,9 +42,8 @@ class Model:
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
-    branch_chunk: int | Literal["auto"] = (
-        "auto"  # rows that go through a block together, see stream/chunks.py
-    )
+    branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together
+    halvings: int = 0  # of chunks and logits, because memory ran out
 
     @property
     def trunk_name(self) -> str:
@@ -63,6 +63,12 @@ class Model:
         """The index of the block that a linear layer is in; None outside of the blocks."""
         inside = linear.removeprefix(self.block_prefix + ".")
         return None if inside == linear else int(inside.split(".", 1)[0])
+
+    def chunks(self, rows: int, length: int, branches: int) -> Chunks:
+        """How a batch of `rows` sequences of `length` tokens is cut up inside the blocks."""
+        redrawn = self.pending is not None
+        device = self.device.type
+        return plan_chunks(self.branch_chunk, rows, length, branches, device, redrawn, self.halvings)
 
     def nbytes(self) -> int:
         """Bytes of all parameters and buffers, wherever they are; shared memory is counted once."""

@@ -21,6 +21,10 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
+    def clear(self) -> None:
+        """Free every buffer; no view of one may be used any more."""
+        self._buffers.clear()
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized contiguous tensor of `shape` that shares memory with earlier ones of `name`."""
         needed_bytes = math.prod(shape) * dtype.itemsize

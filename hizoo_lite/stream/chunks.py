@@ -22,6 +22,9 @@ LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
 LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 4096}
 
+#: Slices of tokens beyond which an MLP's activations are not what fills the memory.
+MOST_SLICES = 32
+
 #: Tensors that a block is given which have no row axis, whatever their shape.
 _WITHOUT_ROWS = frozenset({"cache_position", "rel_embeddings"})
 #: Tensors whose first axis is rows times heads.
@@ -47,17 +50,22 @@ def plan_chunks(
     branches: int,
     device_type: str,
     redrawn: bool = False,
+    halvings: int = 0,
 ) -> Chunks:
     """For a batch of `rows` sequences of `length` tokens, folded `branches` times.
 
     auto: as much together as the batch with one branch. redrawn: the noise of weights is drawn in each chunk.
+    halvings: how often the chunks have been halved because memory ran out.
     """
     if wanted != "auto":
-        return Chunks(min(wanted, rows), 1)
-    least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[device_type]
-    together = min(rows, max(-(-rows // branches), -(-least // (branches * length))))
-    most = max(least, rows * length)
-    return Chunks(together, -(-branches * length // most) if together == 1 else 1)
+        together, slices = min(wanted, rows), 1
+    else:
+        least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[device_type]
+        together = min(rows, max(-(-rows // branches), -(-least // (branches * length))))
+        slices = -(-branches * length // max(least, rows * length)) if together == 1 else 1
+    while halvings and together > 1:
+        together, halvings = -(-together // 2), halvings - 1
+    return Chunks(together, min(slices << halvings, MOST_SLICES, length))
 
 
 class SlicedMLP:

@@ -47,15 +47,21 @@ def _stand_in(module: nn.Module, trunk_name: str) -> Iterator[_StandInTrunk]:
 
 
 def logits_at(
-    module: nn.Module, trunk_name: str, hidden: Tensor, rows: Tensor, positions: Tensor, vocabulary: int
+    module: nn.Module,
+    trunk_name: str,
+    hidden: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    vocabulary: int,
+    limit_bytes: int = LOGITS_BYTES,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of logits at (row, position), as pairs (slice of the sites, logits).
 
     hidden: (branches, rows, length, features) float32. rows, positions: (sites,) on hidden's device.
-    Each chunk is (branches, sites in the chunk, vocabulary) float32.
+    limit_bytes: of a chunk's logits. Each chunk is (branches, sites in the chunk, vocabulary) float32.
     """
     branches, sites = hidden.shape[0], rows.shape[0]
-    chunk = max(1, LOGITS_BYTES // (4 * branches * vocabulary))
+    chunk = max(1, limit_bytes // (4 * branches * vocabulary))
     with _stand_in(module, trunk_name) as trunk:
         for first in range(0, sites, chunk):
             part = slice(first, min(first + chunk, sites))

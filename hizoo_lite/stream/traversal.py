@@ -8,7 +8,7 @@ losses of order mu^2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches
 from hizoo_lite.model.model import Model
-from hizoo_lite.stream.head import logits_at
+from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
 
 
 class Losses(NamedTuple):
@@ -37,6 +37,7 @@ class Traversal:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see memory/budget.py
 
     @torch.no_grad()
     def losses(
@@ -47,7 +48,12 @@ class Traversal:
         directions: Mapping[str, Tensor] | None = None,
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` d by parameter name, on the model's device."""
-        with self._branches(branches, mu, directions or {}):
+        return self.guard(lambda: self._losses(batch, branches, mu, directions or {}))
+
+    def _losses(
+        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
+    ) -> Losses:
+        with self._branches(branches, mu, directions):
             inputs = self._fold(batch, branches.count)
             if self.model.kind == "classifier":
                 logits = self.model.module(**inputs).logits
@@ -85,8 +91,10 @@ class Traversal:
         order = torch.argsort(batch.token_site)
         sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
         out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
+        model, vocabulary = self.model, self.model.config.vocab_size
+        limit_bytes = LOGITS_BYTES >> model.halvings
         for part, logits in logits_at(
-            self.model.module, self.model.trunk_name, hidden, rows, positions, self.model.config.vocab_size
+            model.module, model.trunk_name, hidden, rows, positions, vocabulary, limit_bytes
         ):
             first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
             at = _sent(sites[first:last] - part.start, device)
@@ -95,6 +103,10 @@ class Traversal:
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
         return unsorted
+
+
+def _once(work: Callable[[], Losses]) -> Losses:
+    return work()
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

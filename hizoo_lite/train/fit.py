@@ -20,11 +20,14 @@ from accelerate.tracking import get_available_trackers
 
 from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
-from hizoo_lite.errors import StorageError
+from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
+from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
+from hizoo_lite.model.skeleton import choose_device
 from hizoo_lite.spaces import Dense
+from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import ComputeName, TrainConfig
@@ -83,13 +86,34 @@ def fit(
     config, loaded = _configured(model, space, estimator, curvature, options)
     folder = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
     config = _checked(config, folder)
-    with _threads(config.threads):
-        setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
+    device = loaded.device if loaded is not None else choose_device(config.device)
+    limit_bytes = Budgets.parse(config.device_budget, config.host_budget, device).device_bytes
+    with _threads(config.threads), enforced(limit_bytes, device):
+        setup = _built(config, loaded, space, estimator, curvature)
         _announce(setup, listener)
         try:
-            return _run(setup, folder, listener)
+            return _run(setup, folder, listener, Budget(limit_bytes, setup.model, listener.message))
         finally:
             setup.stepper.close()
+
+
+def _built(
+    config: TrainConfig,
+    model: Model | None,
+    space: Space | None,
+    estimator: Estimator | None,
+    curvature: Curvature | None,
+) -> Setup:
+    """The parts of the run. `BudgetError` where even they do not fit."""
+    try:
+        return build(config, model=model, space=space, estimator=estimator, curvature=curvature)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"--device-budget: memory ran out while the model was loaded ({error}); "
+            "--residency disk needs the least, see hizoo-lite plan"
+        ) from error
 
 
 @contextmanager
@@ -165,7 +189,8 @@ def _announce(setup: Setup, listener: Listener) -> None:
     )
 
 
-def _run(setup: Setup, folder: RunFolder, listener: Listener) -> Run:
+def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) -> Run:
+    setup.traversal.guard = budget.fitting
     accelerator = _accelerator(setup, folder)
     earlier = folder.read_summary() if setup.config.resume else {}
     position = _begin(setup, folder, listener)
@@ -181,19 +206,20 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener) -> Run:
             interrupt=interrupt,
             meter=meter,
         )
-        failure: Interrupted | TooManyBadSteps | StorageError | None = None
+        failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
             loop.run()
-        except (Interrupted, TooManyBadSteps, StorageError) as error:
+        except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
             failure = error
         listener.finish()
         _save(loop, folder, failure)
         peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
         summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
+        summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
         folder.write_summary(summary)
         accelerator.end_training()
-    if isinstance(failure, StorageError):
-        raise StorageError(f"{failure}; {_where_it_stands(folder)}") from failure
+    if isinstance(failure, StorageError | BudgetError):
+        raise type(failure)(f"{failure}; {_where_it_stands(folder)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)

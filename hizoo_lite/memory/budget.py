@@ -1,0 +1,137 @@
+"""The memory budget while a run goes on: caps that the system enforces, and what to do when they are hit.
+
+On CUDA torch's allocator gets what the budget leaves beside the context and the libraries. On Linux the
+process's private writable memory is limited (RLIMIT_DATA) by what it has now and what the budget leaves of
+anonymous memory: an allocation beyond it fails cleanly. Elsewhere the peak is only compared with the budget
+after each step. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is its
+result, to the rounding of products with fewer rows.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from hizoo_lite.errors import BudgetError
+from hizoo_lite.memory.allocator import trim
+from hizoo_lite.memory.rss import private_bytes, resident
+from hizoo_lite.memory.sizes import format_bytes
+from hizoo_lite.model.model import Model
+
+Result = TypeVar("Result")
+
+#: Halvings after which nothing of a pass is left to be made smaller: see `Model.chunks`.
+MOST_HALVINGS = 10
+
+#: What the C++ allocators say when they are refused; there is no exception type of its own on CPU.
+_REFUSALS = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+class Budget:
+    """What a run may take of a device's memory; None for no limit."""
+
+    def __init__(
+        self, limit_bytes: int | None, model: Model, report: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.limit_bytes, self.model, self.report = limit_bytes, model, report
+        self.retries = 0  # passes that were repeated, or steps that went over
+
+    def fitting(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives, repeated in smaller chunks for as long as memory runs out.
+
+        Raises `BudgetError` where nothing smaller exists.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._smaller("memory ran out")
+            gc.collect()
+            self._give_back()
+
+    def check(self, peak_bytes: int) -> None:
+        """After a step: chunks become smaller where its peak was over the budget."""
+        if self.limit_bytes is not None and peak_bytes > self.limit_bytes:
+            self._smaller(f"a peak of {format_bytes(peak_bytes)} was over the budget", stop=False)
+
+    def _smaller(self, why: str, stop: bool = True) -> None:
+        self.retries += 1
+        if self.model.halvings >= MOST_HALVINGS:
+            if stop:
+                limit = "the memory there is" if self.limit_bytes is None else format_bytes(self.limit_bytes)
+                raise BudgetError(
+                    f"--device-budget: {why} and nothing of a pass can be made smaller; {limit} is not enough"
+                )
+            return
+        self.model.halvings += 1
+        self.report(f"{why}: going on with smaller chunks (halved {self.model.halvings} times)")
+
+    def _give_back(self) -> None:
+        self.model.scratch.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            trim()
+
+
+@contextmanager
+def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[None]:
+    """While this is open, the system refuses this process memory beyond the budget."""
+    if limit_bytes is None:
+        yield
+    elif device.type == "cuda":
+        with _cuda_cap(limit_bytes, device):
+            yield
+    else:
+        with _data_cap(limit_bytes):
+            yield
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation was refused."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _REFUSALS)
+
+
+@contextmanager
+def _cuda_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
+    """torch's allocator may have the budget less what the context and the libraries hold."""
+    free, total = torch.cuda.mem_get_info(device)
+    outside = max(0, total - free - torch.cuda.memory_reserved(device))
+    if limit_bytes <= outside:
+        raise BudgetError(
+            f"--device-budget: got {format_bytes(limit_bytes)}, but {format_bytes(outside)} of the device "
+            "are taken by the CUDA context, libraries and other processes"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit_bytes - outside) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def _data_cap(limit_bytes: int) -> Iterator[None]:
+    """RLIMIT_DATA at what is mapped now and what the budget leaves; nothing where there is no such limit."""
+    taken, mapped = resident().anon_bytes, private_bytes()
+    if taken is None or mapped is None:
+        yield
+        return
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = mapped + max(0, limit_bytes - taken)
+    ceiling = [limit for limit in (*old, wanted) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(ceiling), old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, old)

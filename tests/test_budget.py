@@ -1,0 +1,170 @@
+"""The budget while a run goes on: what is refused is repeated in smaller chunks, with the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hizoo_lite.errors import BudgetError
+from hizoo_lite.memory.budget import MOST_HALVINGS, Budget, enforced, is_out_of_memory
+from hizoo_lite.memory.rss import resident
+from hizoo_lite.model.load import load
+from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.fit import fit
+from tests.architectures import save_tiny
+from tests.batches import tiny_task_batch
+from tests.run_fixtures import short_run
+
+CPU = torch.device("cpu")
+
+
+def test_refused_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_pass_is_repeated_in_smaller_chunks_and_gives_the_same_losses(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
+    traversal, batch = Traversal(model), tiny_task_batch("causal", rows=8, length=24)
+    wanted = traversal.losses(batch).per_example
+    reports: list[str] = []
+    budget = Budget(10**9, model, reports.append)
+    traversal.guard = budget.fitting
+    rows: list[int] = []
+
+    def refuse_large(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        rows.append(args[0].shape[0])
+        if args[0].shape[0] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    model.blocks[1].mlp.act_fn.register_forward_pre_hook(refuse_large)  # type: ignore[union-attr, operator]
+    got = traversal.losses(batch).per_example
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)  # products with fewer rows round otherwise
+    assert rows == [8, 4, 2, 2, 2, 2]
+    assert budget.retries == 2
+    assert [text.split(":")[0] for text in reports] == ["memory ran out"] * 2
+
+
+def test_where_nothing_smaller_exists_the_pass_fails(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", device="cpu")
+    budget = Budget(10**6, model)
+
+    def never() -> None:
+        raise MemoryError
+
+    with pytest.raises(BudgetError, match="nothing of a pass can be made smaller"):
+        budget.fitting(never)
+    assert budget.retries == MOST_HALVINGS + 1
+    with pytest.raises(RuntimeError, match="another"):
+        budget.fitting(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", device="cpu")
+    reports: list[str] = []
+    budget = Budget(10**6, model, reports.append)
+    budget.check(10**6)
+    assert (model.halvings, budget.retries) == (0, 0)
+    budget.check(2 * 10**6)
+    assert (model.halvings, budget.retries) == (1, 1)
+    assert "1.91 MiB was over the budget" in reports[0]
+    Budget(None, model).check(10**12)
+    assert model.halvings == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux alone")
+def test_the_system_refuses_anonymous_memory_beyond_the_budget() -> None:
+    code = """
+import torch
+from hizoo_lite.memory.budget import enforced, is_out_of_memory
+from hizoo_lite.memory.rss import resident
+limit = resident().anon_bytes + (200 << 20)
+with enforced(limit, torch.device("cpu")):
+    held = torch.ones(100 << 20, dtype=torch.uint8)
+    try:
+        torch.ones(300 << 20, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert is_out_of_memory(error), error
+    else:
+        raise SystemExit("was not refused")
+    assert resident().anon_bytes < limit
+torch.ones(300 << 20, dtype=torch.uint8)
+print("sound")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "sound\n", done.stderr
+
+
+def test_no_budget_sets_no_cap() -> None:
+    before = resident()
+    with enforced(None, CPU):
+        assert torch.ones(1 << 20).sum() == 1 << 20
+    assert before.total_bytes > 0
+
+
+def test_a_run_that_meets_refused_memory_goes_on_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    plain = Traversal._losses
+
+    def sometimes(self: Traversal, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise MemoryError
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    wanted = fit(TrainConfig(**short_run(tmp_path / "a", compute_dtype="float32")))
+    monkeypatch.setattr(Traversal, "_losses", sometimes)
+
+    class Reader(Listener):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
+    run = fit(TrainConfig(**short_run(tmp_path / "b", compute_dtype="float32")), listener=Reader())
+    assert any("smaller chunks" in text for text in told)
+    assert run.summary["memory_retries"] == 1
+    assert run.summary["steps"] == 6
+    # float32 products with fewer rows, six steps
+    assert run.summary["loss_after"] == pytest.approx(wanted.summary["loss_after"], abs=1e-6)
+
+
+def test_a_run_without_enough_memory_ends_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    plain = Traversal._losses
+
+    def later_never(self: Traversal, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise MemoryError
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    settings = short_run(tmp_path, save_every=0)
+    monkeypatch.setattr(Traversal, "_losses", later_never)
+    with pytest.raises(BudgetError, match=r"step-00000\d is the last good state, --resume goes on"):
+        fit(TrainConfig(**settings))
+    monkeypatch.setattr(Traversal, "_losses", plain)
+    steps = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    assert 0 < steps < 6
+    resumed = fit(TrainConfig(**{**settings, "resume": True}))
+    assert resumed.summary["steps"] == 6
