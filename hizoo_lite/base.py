@@ -307,6 +307,14 @@ def trainable(space: Space) -> dict[str, torch.Size]:
     return shapes if space.weights is None else {**shapes, **space.weights.shapes}
 
 
+class Observer(Protocol):
+    """Is told how far a traversal has come; must be quick."""
+
+    def reached(self, place: int | str) -> None:
+        """Block `place` has run and is still present, or the "head" has its logits."""
+        ...
+
+
 # --------------------------------------------------------------------------------------- residency
 
 

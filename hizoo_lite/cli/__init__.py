@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, generate, quantize, train
+from hizoo_lite.cli import demo, doctor, evaluate, generate, quantize, report, train
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
@@ -49,6 +49,7 @@ app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("report")(report.command)
 
 
 def main() -> None:

@@ -66,21 +66,36 @@ class PeakMeter:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
-        self._overall_bytes = 0
+        self._overall_bytes = self._phase_bytes = 0
 
     def restart(self) -> None:
         """Begin a new phase, with freed pages given back. The peak so far is kept for `overall_bytes`."""
         self.overall_bytes()
-        if self._cuda is not None:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self._cuda)
-        else:
+        self._phase_bytes = 0
+        if self._cuda is None:
             trim()
-            reset_peak()
+        self._reset()
+
+    def lap_bytes(self) -> int:
+        """The peak since the last lap or `restart`; begins the next lap. Nothing is given back."""
+        lap = self._read()
+        self._phase_bytes = max(self._phase_bytes, lap)
+        self._reset()
+        return lap
 
     def phase_bytes(self) -> int:
         """The peak since `restart`; an upper bound of it where the kernel does not permit the reset."""
+        return max(self._phase_bytes, self._read())
+
+    def _reset(self) -> None:
+        if self._cuda is None:
+            reset_peak()
+        else:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+
+    def _read(self) -> int:
         if self._cuda is not None:
             import torch
 

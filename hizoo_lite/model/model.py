@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 import torch
 from torch import nn
 
-from hizoo_lite.base import Bits, BranchState, ModelKind, PendingUpdates, Residency
+from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint
@@ -42,6 +42,7 @@ class Model:
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
+    observer: Observer | None = None  # is told when a block or the head has run
     branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together
     halvings: int = 0  # of chunks and logits, because memory ran out
 

@@ -68,6 +68,8 @@ class present:
             self.model.residency.keep(self.index)
 
     def __exit__(self, *_: object) -> None:
+        if self.model.observer is not None:
+            self.model.observer.reached(self.index)
         self.model.residency.release(self.index)
 
 

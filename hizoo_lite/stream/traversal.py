@@ -100,6 +100,8 @@ class Traversal:
             at = _sent(sites[first:last] - part.start, device)
             wide = logits.double()
             out[:, first:last] = wide[:, at, ids[first:last]] - torch.logsumexp(wide, dim=-1)[:, at]
+            if self.model.observer is not None:
+                self.model.observer.reached("head")
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
         return unsorted

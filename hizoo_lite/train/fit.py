@@ -23,6 +23,8 @@ from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory
+from hizoo_lite.memory.profiler import Profiler
+from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device
@@ -60,6 +62,10 @@ class Run:
     def interrupted(self) -> bool:
         """Whether a signal ended it before its last step."""
         return bool(self.summary["interrupted"])
+
+    def report(self, out: Path | str | None = None) -> Path:
+        """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""
+        return write_report([self.folder], out).html
 
 
 def fit(
@@ -196,7 +202,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
     position = _begin(setup, folder, listener)
     _start_tracker(accelerator, setup.config)
     meter = PeakMeter(setup.model.device)
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, _profiled(setup, meter) as profiler:
         loop = Loop(
             setup,
             folder,
@@ -205,6 +211,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             listener=listener,
             interrupt=interrupt,
             meter=meter,
+            profiler=profiler,
         )
         failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
@@ -216,13 +223,37 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
         summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
         summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
+        summary |= profiler.figures()
         folder.write_summary(summary)
+        _report(folder, listener)
         accelerator.end_training()
     if isinstance(failure, StorageError | BudgetError):
         raise type(failure)(f"{failure}; {_where_it_stands(folder)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+@contextmanager
+def _profiled(setup: Setup, meter: PeakMeter) -> Iterator[Profiler]:
+    """A profiler that the model's blocks report to while this is open."""
+    profiler = Profiler(setup.model.device, meter)
+    setup.model.observer = profiler
+    try:
+        yield profiler
+    finally:
+        setup.model.observer = None
+        profiler.close()
+
+
+def _report(folder: RunFolder, listener: Listener) -> None:
+    """report.html and report.json; the run is saved by now, so that a full disk costs only them."""
+    try:
+        written = write_report([folder.path], with_png=False)
+    except UserError as error:
+        listener.message(f"no report: {error}")
+    else:
+        listener.message(f"report: {written.html}")
 
 
 def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: config.toml, metrics.jsonl, checkpoints/, adapter/ (PEFT format), summary.json.
+"""The run folder: config.toml, metrics.jsonl, checkpoints/, adapter/, summary.json, memory.json, the report.
 
 A folder is used for one run. A new run refuses a folder with anything in it; `--resume` continues the
 one that is there. Files are written aside and renamed, metrics line by line and flushed.
@@ -54,6 +54,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.toml"
         self._summary = self.path / "summary.json"
+        self.plan = self.path / "plan.json"
+        self.memory = self.path / "memory.json"
 
     def check_new(self) -> None:
         """UserError unless a run may begin here: no folder yet, or an empty one."""
@@ -101,6 +103,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""
         write_text(self._summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+
+    def write_memory(self, record: Mapping[str, Any]) -> None:
+        """Replace memory.json."""
+        write_text(self.memory, json.dumps(plain(record), allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; empty where nothing was."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
+from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.tasks import batch_indices
 from hizoo_lite.tasks.collate import Encoded
@@ -41,10 +42,11 @@ class Loop:
         listener: Listener,
         interrupt: Interrupt,
         meter: PeakMeter,
+        profiler: Profiler,
     ) -> None:
         self.setup, self.folder, self.position = setup, folder, position
         self.accelerator, self.listener = accelerator, listener
-        self.interrupt, self.meter = interrupt, meter
+        self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
         self._encoded: dict[int, Encoded] = {}
@@ -56,6 +58,8 @@ class Loop:
             self.meter.restart()
             self.before = self._evaluate("before", splits.test, inference_peak=True)
             self.meter.restart()
+        if self.position.step < total:
+            self._measure_inference()
         self.listener.phase("train", total, self.position.step)
         while self.position.step < total:
             self._step()
@@ -65,13 +69,27 @@ class Loop:
 
     def save(self) -> None:
         """The checkpoint of where the run stands."""
-        checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
+        with self.profiler.phase("save", self.position.step):
+            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
+        self._write_memory()
+
+    def _measure_inference(self) -> None:
+        """What one evaluation forward of the next step's batch takes at most."""
+        number = self.position.step
+        batch = self._batch(number)
+        self.profiler.measure_inference(number, lambda: self.setup.traversal.losses(batch))
+
+    def _write_memory(self) -> None:
+        """memory.json as it stands."""
+        owners = owner_list(predicted_owners(self.folder.plan), measured_owners(self.setup))
+        self.folder.write_memory(self.profiler.record(owners))
 
     def _step(self) -> None:
         number = self.position.step
         began = time.perf_counter()
         batch = self._batch(number)
-        record = self.setup.stepper.step(number, batch)
+        with self.profiler.phase("train", number):
+            record = self.setup.stepper.step(number, batch)
         self._record(record, time.perf_counter() - began, int(batch.attention_mask.sum()))
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position = Position(number + 1, bad)
@@ -115,14 +133,15 @@ class Loop:
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:
         setup, step = self.setup, self.position.step
         self.listener.phase(f"evaluate {when}", len(examples))
-        result = evaluate(
-            setup.traversal,
-            setup.encoder,
-            examples,
-            setup.config.eval_batch_size,
-            check=self.interrupt.check,
-            advanced=self.listener.advanced,
-        )
+        with self.profiler.phase("evaluate", step):
+            result = evaluate(
+                setup.traversal,
+                setup.encoder,
+                examples,
+                setup.config.eval_batch_size,
+                check=self.interrupt.check,
+                advanced=self.listener.advanced,
+            )
         self.listener.finish()
         scores = {metric.name: metric.value for metric in result.metrics}
         line = {"kind": "eval", "when": when, "step": step, "loss": result.loss, **scores}

@@ -1,0 +1,125 @@
+"""A run folder as a reader finds it: complete, interrupted, or of an older version without some files."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.errors import UserError
+
+_CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+_PLAN, _MEMORY = "plan.json", "memory.json"
+#: What a report lacks without each file.
+_MISSING = {
+    _CONFIG: "the configuration is not known",
+    _METRICS: "there are no curves: the run took no step",
+    _SUMMARY: "the run did not come to an end; there are no totals",
+    _PLAN: "there are no predictions to hold the measured bytes against",
+    _MEMORY: "memory was not sampled, only its peak is known",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """Everything that a report is made from. A file that is not there leaves its part empty."""
+
+    path: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    plan: dict[str, Any]
+    memory: dict[str, Any]
+    missing: list[str]  # a sentence for each file that is not there
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+
+def read_run(path: Path | str) -> RunRecord:
+    """The record of a run folder. UserError where there is none, or where a file of it is not sound."""
+    path = Path(path)
+    if not path.is_dir() or not any((path / name).is_file() for name in (_CONFIG, _METRICS, _SUMMARY)):
+        raise UserError(f"RUN: got {str(path)!r}, allowed: a run folder (with {_CONFIG} and {_METRICS})")
+    lines = _read_metrics(path / _METRICS)
+    return RunRecord(
+        path,
+        _read_config(path / _CONFIG),
+        _read_json(path / _SUMMARY),
+        [line for line in lines if line["kind"] == "step"],
+        [line for line in lines if line["kind"] == "eval"],
+        _read_json(path / _PLAN),
+        _read_json(path / _MEMORY),
+        [f"{name} is missing: {what}." for name, what in _MISSING.items() if not (path / name).is_file()],
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None: what is missing, null, NaN or of another kind is not shown."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def table(value: Any) -> dict[str, Any]:
+    """The value where it is a table, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def rows(value: Any) -> list[dict[str, Any]]:
+    """The tables of a list."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Raw, so that the settings of an older or newer version can be shown too."""
+    if not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not sound TOML ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not sound JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a {type(value).__name__}, allowed: a JSON object")
+    return value
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines = _read_text(path).split("\n") if path.is_file() else [""]
+    if lines[-1]:
+        raise UserError(
+            f"{path}: line {len(lines)} is cut off; remove it, or continue the run (--resume writes it again)"
+        )
+    return [_read_line(path, count, line) for count, line in enumerate(lines[:-1], start=1)]
+
+
+def _read_line(path: Path, count: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}: line {count} is not sound JSON ({error})") from error
+    if not isinstance(value, dict) or "kind" not in value or number(value.get("step")) is None:
+        raise UserError(f"{path}: line {count} is no record of a run; it needs kind and step")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
