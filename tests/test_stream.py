@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.quant.away import AwayWeight
 from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.stream import chunks
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.chunks import LEAST_TOKENS, plan_chunks
 from hizoo_lite.stream.layout import layouts
@@ -30,6 +33,7 @@ from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.fit import fit
+from hizoo_lite.train.saved import attach_adapter
 from hizoo_lite.train.setup import model_path
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import ALIBI_CONFIGS, TINY_CONFIGS, save_tiny
@@ -183,6 +187,34 @@ def test_embedding_and_head_stay_away_too(name: str, where: str, tmp_path: Path)
     assert model.nbytes() == resident.nbytes()
     assert torch.equal(step_losses(model, name), step_losses(resident, name))
     assert embedding.weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cache_holds_all_rows_so_nothing_is_cut(name: str, tmp_path: Path) -> None:
+    """GPT-2's blocks are given the cache by position, others by name."""
+    save_tiny(name, tmp_path)
+    ids = torch.tensor([[5, 6, 7], [9, 8, 7], [4, 4, 4], [3, 9, 5]])
+    model = open_model(tmp_path, name, "resident", bits="nf4")
+    wanted = model.module.generate(ids, max_new_tokens=6, do_sample=False)  # type: ignore[operator]
+    model.branch_chunk = 2
+    assert torch.equal(model.module.generate(ids, max_new_tokens=6, do_sample=False), wanted)  # type: ignore[operator]
+
+
+def test_a_decoder_classifier_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    plain = chunks.in_chunks
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return plain(*args)
+
+    save_tiny("llama", tmp_path, kind="classifier")
+    model = load(tmp_path, kind="classifier", bits="nf4", device="cpu")
+    model.branch_chunk = 1
+    model.module.config.pad_token_id = 0  # type: ignore[union-attr]
+    monkeypatch.setattr("hizoo_lite.stream.block.in_chunks", counted)
+    assert torch.isfinite(Traversal(model).losses(tiny_task_batch("classifier")).per_example).all()
+    assert len(calls) == 2
 
 
 # ------------------------------------------------------------------------------------------ slots
@@ -427,6 +459,79 @@ def test_a_read_error_in_the_middle_of_a_run_leaves_it_saved_and_resumable(tmp_p
     undisturbed = fit(TrainConfig(**{**settings, "out": str(tmp_path / "other")}))
     files = [run.folder / "adapter" / "adapter_model.safetensors" for run in (resumed, undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_changed_block_that_could_not_be_written_is_not_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(deep(tmp_path), "llama", "disk")
+
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    blocks = each_block(model)
+    next(blocks)
+    monkeypatch.setattr("os.pwrite", full)
+    model.residency.keep(0)
+    with pytest.raises(StorageError, match=r"a changed block cannot be written: .*No space left"):
+        next(blocks)
+    monkeypatch.undo()
+    for block in (2, 3):  # take both slots
+        model.residency.acquire(block)
+        model.residency.release(block)
+    with pytest.raises(StorageError, match="block 0 was changed and could not be written"):
+        model.residency.acquire(0)
+
+
+def test_a_full_disk_ends_a_run_in_the_weights_with_its_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4", double_quant=False).run()
+    settings = {
+        **short_run(tmp_path, model=str(folder), residency="disk", save_every=2),
+        **SPACES["residual"],
+    }
+    plain = os.pwrite
+
+    class Filler(Listener):
+        def stepped(self, record: StepRecord) -> None:
+            if record.step == 3:
+                monkeypatch.setattr("os.pwrite", full)
+
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"step-00000[24] is the last good state"):
+        fit(TrainConfig(**settings), listener=Filler())
+    monkeypatch.setattr("os.pwrite", plain)
+    resumed = fit(TrainConfig(**{**settings, "resume": True}))
+    whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))
+    for one, other in zip(
+        sorted(whole.folder.glob("adapter/*")), sorted(resumed.folder.glob("adapter/*")), strict=True
+    ):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_blocks_that_have_been_streamed_get_no_other_buffers(tmp_path: Path) -> None:
+    model = open_model(deep(tmp_path), "llama", "disk")
+    step_losses(model, "llama")
+    with pytest.raises(UserError, match="streamed already; load it anew"):
+        Dense().attach(model, seed=0)
+
+
+@pytest.mark.parametrize("saved_by", ["resident", "disk"])
+def test_a_residual_is_put_on_a_model_that_lives_elsewhere(saved_by: str, tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()  # scales in 8 bits
+    settings = short_run(tmp_path, model=str(folder), residency=saved_by, steps=2)
+    run = fit(TrainConfig(**settings, **SPACES["residual"]))
+    for where in ("resident", "disk", "host"):
+        model = load(folder, device="cpu", residency=where)  # type: ignore[arg-type]
+        attach_adapter(model, run.folder)
+        losses = Traversal(model).losses(tiny_task_batch("causal")).per_example
+        run.setup.traversal.guard = lambda work: work()
+        assert torch.equal(losses, run.setup.traversal.losses(tiny_task_batch("causal")).per_example)
 
 
 # ------------------------------------------------------------------------------------------ faults

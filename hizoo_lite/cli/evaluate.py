@@ -107,10 +107,14 @@ def _evaluate(
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     model = setup.load_model(config, task)
-    if adapter is not None:
-        saved.attach_adapter(model, adapter)
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-    setup.prepare_blocks(model, config, encoder, part, branches=1)
+
+    def prepare() -> None:
+        setup.prepare_blocks(model, config, encoder, part, branches=1)
+
+    if adapter is not None:
+        saved.attach_adapter(model, adapter, prepare)
+    prepare()
     listener.phase("evaluate", len(part))
     found = evaluate(Traversal(model), encoder, part, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()

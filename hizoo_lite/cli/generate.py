@@ -51,7 +51,8 @@ def command(
 
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
-    loaded = _load(model, adapter, {name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
     text = continue_text(loaded, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
         output.print_json({"prompt": prompt, "text": text, "model": loaded.source, "adapter": adapter})
@@ -59,7 +60,8 @@ def command(
         typer.echo(prompt + text)
 
 
-def _load(source: str | None, adapter: str | None, flags: dict[str, Any]) -> Model:
+def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length: int) -> Model:
+    """The model, with room for a text of `length` tokens (characters are at least as many)."""
     from dataclasses import asdict
 
     from hizoo_lite.errors import UserError
@@ -88,7 +90,10 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any]) -> Mod
         raise UserError("--model: missing; give a folder or hub id, or an --adapter that names one")
     loaded = load(setup.model_path(source), kind="causal", **flags)
     if isinstance(loaded.residency, Streamed):
-        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, loaded.positions or 1024, 1)
+        tokens = min(length, loaded.positions or length)
+        cache_bytes = 8 * tokens * len(loaded.blocks) * int(loaded.config.get_text_config().hidden_size)
+        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, 1) + cache_bytes
+        loaded.residency.scratch = None if adapter is None else saved.find_adapter(adapter)
     if adapter is not None:
         saved.attach_adapter(loaded, adapter)
     return loaded

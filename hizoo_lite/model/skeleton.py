@@ -89,6 +89,8 @@ def build(config: Any, kind: ModelKind) -> nn.Module:
                 f"model type {config.model_type!r} cannot be loaded as {kind}: {error}"
             ) from error
         break
+    if kind == "classifier" and hasattr(module.config, "use_cache"):
+        module.config.use_cache = False  # a cache of all keys and values would be filled and never read
     return module.requires_grad_(False).eval()
 
 

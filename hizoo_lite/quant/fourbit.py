@@ -186,13 +186,17 @@ class FourBitWeight(PackedWeight):
             pairs[-1, 1] = packed[-1] & 15
         packed.copy_((pairs[:, 0] << 4) | pairs[:, 1])
 
+    def scales(self) -> Tensor:
+        """absmax of every block, (blocks,) float32, decoded where it is in 8 bits."""
+        return self._absmax(0, self.absmax.numel())
+
     def undo_double_quant(self) -> None:
         """absmax in float32 from here on, bit-equal to what was decoded; ValueError while it is away."""
         if not self.double_quant:
             return
         if self.absmax.is_meta or self.nested_absmax.is_meta:
             raise ValueError("absmax is not here")
-        self.absmax = self._absmax(0, self.absmax.numel())
+        self.absmax = self.scales()
         self.double_quant = False
         del self.nested_absmax, self.nested_table, self.offset
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from hizoo_lite.base import Stored, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant import ResidualWeight
+from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.spaces.inplace import InPlaceSpace, with_own_scales
 from hizoo_lite.spaces.weights import Factors, Part, Tile
 
@@ -63,6 +63,18 @@ class DensePart(Part):
             return stored
         has_own_scales = not any(s.name == "nested_absmax" for s in stored)
         return [s for s in stored if s.name == "residual" or (s.name == "absmax" and has_own_scales)]
+
+    def reconcile(self, saved: dict[str, Tensor], into: dict[str, Tensor], where: str) -> None:
+        """Scales beside a residual never change; a model that has them in 8 bits must decode to the same."""
+        weight, name = self.linear.weight, f"{self.linear.name}.absmax"
+        if not isinstance(weight, ResidualWeight) or (name in saved) == (name in into):
+            return
+        into.pop(name, None)
+        scales = saved.pop(name, None)
+        if scales is None or not isinstance(weight.base, FourBitWeight):
+            return
+        if not torch.equal(weight.base.scales().cpu(), scales):
+            raise UserError(f"{where}: {name} differs from the model's: it was made for another one")
 
     def _row_factor(self, factors: Factors, tile: Tile) -> Tensor:
         """(rows, 1), or (1,) where there is one value for all rows."""

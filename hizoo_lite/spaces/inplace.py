@@ -25,12 +25,11 @@ from hizoo_lite.spaces.heads import attach_head
 from hizoo_lite.spaces.targets import release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 from hizoo_lite.stream.block import each_block
+from hizoo_lite.stream.residency import Streamed
 
 SPACE_FILE = "hizoo_space.json"
 FORMAT = 1
 _HEAD = "head.safetensors"
-#: Scales that a streamed run with a residual did not save, because it could not change them.
-_MAY_LACK = ".absmax"
 
 
 class InPlaceSpace(ABC):
@@ -57,6 +56,10 @@ class InPlaceSpace(ABC):
 
     def attach(self, model: Model, seed: int) -> None:
         """Hang a delta on each target, in place of others. The weights start as they are; no seed is used."""
+        if isinstance(model.residency, Streamed) and model.residency.is_laid_out:
+            raise UserError(
+                f"--space {self.name}: the blocks of this model have been streamed already; load it anew"
+            )
         release(model)
         self.model, self.parameters = model, {}
         self.target_names = resolve_targets(model, self.targets)
@@ -89,6 +92,7 @@ class InPlaceSpace(ABC):
             "base_model": str(self.model.source),
             "kind": self.model.kind,
             "bits": self.model.bits,
+            "head": bool(self.head_names),
         }
         (folder / SPACE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -103,12 +107,20 @@ class InPlaceSpace(ABC):
             if record[key] != value:
                 raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record[key]!r}, this run {value!r}")
         if self.parameters:
-            _copy(folder / _HEAD, self.parameters)
+            _copy(_read(folder / _HEAD), self.parameters, folder / _HEAD)
         self.weights.drop()
         for block in each_block(self.model):
-            changed = self._changed(block)
-            _copy(folder / _block_file(block), {key: s.tensor for key, s in changed.items()}, _MAY_LACK)
+            self._restore(block, folder / _block_file(block))
             self.model.residency.keep(block)
+
+    def _restore(self, block: int, path: Path) -> None:
+        assert self.weights is not None
+        changed = {key: stored.tensor for key, stored in self._changed(block).items()}
+        saved = _read(path)
+        for part in self.weights.parts:
+            if self.model.block_of(part.linear.name) == block:
+                part.reconcile(saved, changed, str(path))
+        _copy(saved, changed, path)
 
     def _changed(self, block: int) -> dict[str, Stored]:
         assert self.weights is not None
@@ -128,8 +140,9 @@ def with_own_scales(linear: BranchLinear) -> None:
             weight.undo_double_quant()
         except ValueError as error:
             raise UserError(
-                f"--no-double-quant is needed to train the weights of a streamed model: {linear.name} has "
-                "scales in 8 bits that are not in memory"
+                f"{linear.name} has scales in 8 bits that are not in memory; quantize the model again with "
+                "hizoo-lite quantize --no-double-quant, or use --residency host or resident, or "
+                "--space dense with --dense-update residual"
             ) from error
 
 
@@ -152,17 +165,19 @@ def _block_file(block: int) -> str:
     return f"block-{block:05d}.safetensors"
 
 
-def _copy(path: Path, into: Mapping[str, Tensor], may_lack: str = "") -> None:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    lacking = {name for name in set(into) - set(tensors) if not (may_lack and name.endswith(may_lack))}
-    wrong = sorted(set(tensors) - set(into) | lacking)
+
+
+def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path) -> None:
+    wrong = sorted(set(saved) ^ set(into))
     if wrong:
         raise UserError(f"{path}: does not fit this model and space; first of {len(wrong)}: {wrong[0]!r}")
-    for name, got in tensors.items():
-        value = into[name]
+    for name, value in into.items():
+        got = saved[name]
         if got.shape != value.shape or got.dtype != value.dtype:
             raise UserError(
                 f"{path}: {name} is {tuple(got.shape)} {got.dtype}, the model wants {tuple(value.shape)} "

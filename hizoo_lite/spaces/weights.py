@@ -95,6 +95,9 @@ class Part(ABC):
     def changed(self) -> list[Stored]:
         """The stored buffers that training changes."""
 
+    def reconcile(self, saved: dict[str, Tensor], into: dict[str, Tensor], where: str) -> None:  # noqa: B027
+        """Take out of both what is said in one of them only and needs no copying. `UserError` at `where`."""
+
 
 class _Step(NamedTuple):
     """The directions of one step."""

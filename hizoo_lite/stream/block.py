@@ -51,7 +51,7 @@ class PresentBlock(nn.Module):
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
         with present(model, self.index):
-            if chunks.rows >= rows or has_cache(kwargs):
+            if chunks.rows >= rows or has_cache(args, kwargs):
                 return block(*args, **kwargs)
             return in_chunks(block, args, kwargs, model.state, rows, chunks.rows)
 
@@ -64,8 +64,12 @@ class present:
 
     def __enter__(self) -> None:
         self.model.residency.acquire(self.index)
-        if self.model.pending is not None and self.model.pending.apply(self.index):
-            self.model.residency.keep(self.index)
+        try:
+            if self.model.pending is not None and self.model.pending.apply(self.index):
+                self.model.residency.keep(self.index)
+        except BaseException:
+            self.model.residency.release(self.index)
+            raise
 
     def __exit__(self, *_: object) -> None:
         if self.model.observer is not None:

@@ -8,11 +8,12 @@ long row, its MLP, which sees nothing of other tokens either, goes through in sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hizoo_lite.base import BranchState
 
@@ -26,7 +27,7 @@ LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 4096}
 MOST_SLICES = 32
 
 #: Tensors that a block is given which have no row axis, whatever their shape.
-_WITHOUT_ROWS = frozenset({"cache_position", "rel_embeddings"})
+_WITHOUT_ROWS = frozenset({"cache_position", "rel_embeddings", "position_bias"})
 #: Tensors whose first axis is rows times heads.
 _ROWS_AND_HEADS = frozenset({"alibi"})
 
@@ -128,6 +129,8 @@ def in_chunks(
 ) -> Any:
     """What `block(*args, **kwargs)` gives, computed `size` rows at a time.
 
+    Of a tuple the first tensor, the hidden states, is kept; attention probabilities are nobody's here.
+
     The first axis of everything that has `branches * rows` entries there is branch after branch.
     """
     folded = state.branches.count * rows
@@ -150,9 +153,9 @@ def in_chunks(
     return _flat(result)
 
 
-def has_cache(kwargs: Mapping[str, Any]) -> bool:
+def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a block is asked to read and extend a key-value cache, which holds all rows."""
-    return any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past"))
+    return any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
 
 
 def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) -> Any:
@@ -172,9 +175,10 @@ def _placed(chunk: Any, whole: Any, branches: int, rows: int, part: slice) -> An
             whole = torch.empty(branches, rows, *chunk.shape[1:], dtype=chunk.dtype, device=chunk.device)
         whole[:, part] = by_row
         return whole
-    if type(chunk) in (tuple, list):
-        parts: Iterator[Any] = iter(whole if whole is not None else [None] * len(chunk))
-        return type(chunk)(_placed(item, next(parts), branches, rows, part) for item in chunk)
+    if type(chunk) in (tuple, list) and len(chunk) > 0:
+        first = None if whole is None else whole[0]
+        rest = (None if isinstance(item, Tensor) else item for item in chunk[1:])
+        return type(chunk)([_placed(chunk[0], first, branches, rows, part), *rest])
     return chunk
 
 

@@ -1,13 +1,15 @@
 """Moving the bytes of blocks into the slots of the compute device beside the computation.
 
 On CPU a thread reads into the slot itself. On CUDA a second stream copies page-locked host memory into it;
-events order the two streams, so that the loop never waits for the device. From disk to CUDA the thread
+events order the two streams, so that the loop does not wait for the device (but where changed blocks go
+to disk). From disk to CUDA the thread
 reads into one of two page-locked buffers first. There is one thread and one copy stream, each in order: a
 block that is stored and then fetched again comes back changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -90,13 +92,16 @@ class HostFetcher(Fetcher):
 class CudaFetcher(Fetcher):
     """For models that compute on CUDA: a copy stream, page-locked memory, events; see the module."""
 
-    def __init__(self, source: Source, layouts: Sequence[Layout], slots: Sequence[Tensor]) -> None:
+    def __init__(
+        self, source: Source, layouts: Sequence[Layout], slots: Sequence[Tensor], device: torch.device
+    ) -> None:
         super().__init__(source, layouts, slots)
-        device = slots[0].device if slots else torch.device("cuda")
         self._device = device
         self._copies = torch.cuda.Stream(device)
         self._ready = [torch.cuda.Event() for _ in slots]  # the slot has been filled, or its bytes taken
         self._free = [torch.cuda.Event() for _ in slots]  # the slot has been computed with
+        for event in self._free:  # its memory may have been a tensor's that is still being computed with
+            event.record(torch.cuda.current_stream(device))
         sizes = [] if isinstance(source, HostSource) else [slot.numel() for slot in slots]
         self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
         self._staged = [torch.cuda.Event() for _ in self._staging]  # the staging buffer has been copied from
@@ -147,8 +152,17 @@ class CudaFetcher(Fetcher):
             host[:nbytes].copy_(self.slots[slot][:nbytes], non_blocking=True)
             self._ready[slot].record(self._copies)
 
+    def close(self) -> None:
+        """End the thread; a copy under way must not meet memory that is somebody else's by then."""
+        super().close()
+        self._copies.synchronize()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._copies.synchronize()
+
     def free(self, slot: int) -> None:
-        """A marker in the compute stream; a store that the thread has not begun is waited for."""
+        """A marker in the compute stream. A store to disk under way is waited for to its end."""
         super().wait(slot)
         self._free[slot].record(torch.cuda.current_stream(self._device))
 
@@ -165,5 +179,6 @@ def make_fetcher(
     source: Source, layouts: Sequence[Layout], slots: Sequence[Tensor], device: torch.device
 ) -> Fetcher:
     """The fetcher for a compute device."""
-    kind = CudaFetcher if device.type == "cuda" else HostFetcher
-    return kind(source, layouts, slots)
+    if device.type == "cuda":
+        return CudaFetcher(source, layouts, slots, device)
+    return HostFetcher(source, layouts, slots)

@@ -103,6 +103,8 @@ class Streamed:
     def close(self) -> None:
         """End the thread, close the files, free the slots. Changed blocks are lost: save before."""
         if self._fetcher is not None:
+            for block in self._kept:
+                self._layouts[block].unbind()
             self._fetcher.close()
             self._fetcher.source.close()
             self._fetcher, self._kept, self._slots = None, {}, []
@@ -113,6 +115,11 @@ class Streamed:
     def kept_blocks(self) -> list[int]:
         """The blocks that stay on the device; known after the first acquire."""
         return sorted(self._kept)
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether a block has been asked for: from then on the weights cannot get other buffers."""
+        return self._fetcher is not None
 
     @property
     def slot_bytes(self) -> int:
@@ -139,9 +146,9 @@ class Streamed:
     def _start(self) -> Fetcher:
         model = self._model[0]
         self._layouts = layouts(model)
-        source = self._make_source(model)
         largest_bytes = max((layout.nbytes for layout in self._layouts), default=0)
         staying = spread(len(self._layouts), self._affordable(model.device, largest_bytes))
+        source = self._make_source(model)
         self._order = [block for block in range(len(self._layouts)) if block not in staying]
         size = max((self._layouts[block].nbytes for block in self._order), default=0)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=model.device) for _ in self._order[:2]]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.memory.pinned import page_lock, unlock
+from hizoo_lite.memory.pinned import page_lock
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.stream.layout import Layout
 
@@ -62,11 +62,14 @@ class DiskSource(Source):
         self._runs = [_runs(checkpoint, layout) for layout in layouts]
         self._files: dict[Path, int] = {}
         self._changed: set[int] = set()
+        self._lost: set[int] = set()  # changed blocks that could not be written
         self._overlay: int | None = None
         self._stride = max((layout.nbytes for layout in layouts), default=0)
 
     def read(self, block: int, out: Tensor) -> None:
         """Straight from the files into `out`; what a checkpoint does not have is zeros."""
+        if block in self._lost:
+            raise StorageError(f"{self._place()}: block {block} was changed and could not be written")
         if block in self._changed:
             assert self._overlay is not None
             whole = [slice(0, self._layouts[block].nbytes)]
@@ -79,7 +82,8 @@ class DiskSource(Source):
             _read(self._open(run.path), run.offset, _views(out, run.parts), str(run.path))
 
     def write(self, block: int, data: Tensor) -> None:
-        """Into the file of changed blocks."""
+        """Into the file of changed blocks. A block that cannot be written is never read again."""
+        self._lost.add(block)
         if self._overlay is None:
             self._overlay = _unnamed_file(self._scratch)
         view = _bytes(data)[: self._layouts[block].nbytes]
@@ -88,16 +92,19 @@ class DiskSource(Source):
             try:
                 done += os.pwrite(self._overlay, view[done:], block * self._stride + done)
             except OSError as error:
-                place = self._scratch or tempfile.gettempdir()
-                raise StorageError(f"{place}: a changed block cannot be written: {error}") from error
+                raise StorageError(f"{self._place()}: a changed block cannot be written: {error}") from error
         self._changed.add(block)
+        self._lost.remove(block)
 
     def close(self) -> None:
         """Close every file; the one of changed blocks is gone with that."""
         for descriptor in [*self._files.values(), self._overlay]:
             if descriptor is not None:
                 os.close(descriptor)
-        self._files, self._overlay, self._changed = {}, None, set()
+        self._files, self._overlay, self._changed, self._lost = {}, None, set(), set()
+
+    def _place(self) -> str:
+        return str(self._scratch or tempfile.gettempdir())
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
@@ -145,9 +152,7 @@ class HostSource(Source):
 
     def drop(self, block: int) -> None:
         """Free its memory."""
-        data = self._blocks.pop(block, None)
-        if data is not None and self._pin:
-            unlock(data)
+        self._blocks.pop(block, None)
 
     def close(self) -> None:
         """Free all of it."""

@@ -159,13 +159,13 @@ class TrainConfig:
 
     device_budget: str | None = _setting(
         None,
-        "memory of the device, e.g. 24GiB; the run's peak is reported against it, it is not enforced yet",
+        "memory of the device that the run may take, e.g. 24GiB; exit code 3 where it cannot do with it",
         group="Memory",
         size=True,
     )
     host_budget: str | None = _setting(
         None,
-        "memory of the host, e.g. 32GiB; recorded, and reported against on a CPU, not enforced yet",
+        "memory of the host, e.g. 32GiB; on a CPU the smaller of the two counts",
         group="Memory",
         size=True,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from safetensors import SafetensorError
 
 from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
@@ -91,7 +92,7 @@ def fit(
     listener = listener or Listener()
     config, loaded = _configured(model, space, estimator, curvature, options)
     folder = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
-    config = _checked(config, folder)
+    config = replace(_checked(config, folder), out=str(folder.path))
     device = loaded.device if loaded is not None else choose_device(config.device)
     limit_bytes = Budgets.parse(config.device_budget, config.host_budget, device).device_bytes
     with _threads(config.threads), enforced(limit_bytes, device):
@@ -261,7 +262,7 @@ def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:
     try:
         loop.save()
         loop.setup.space.save(folder.adapter)
-    except StorageError as error:
+    except (StorageError, OSError, SafetensorError) as error:
         if not isinstance(failure, StorageError):
             raise StorageError(f"{error}; {_where_it_stands(folder)}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,18 @@ def base_model(path: Path | str) -> str:
     return str(_read(folder).get("base_model_name_or_path") or "")
 
 
-def attach_adapter(model: Model, path: Path | str) -> Space:
+def attach_adapter(model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None) -> Space:
     """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
-    `path` as for `find_adapter`. Raises UserError where what was saved does not fit the model, or is of a
+    `path` as for `find_adapter`. `prepare` is called before blocks are first asked for, to say how much
+    memory a pass will need. Raises UserError where what was saved does not fit the model, or is of a
     form that is not supported.
     """
     folder = find_adapter(path)
-    return _weights(model, folder) if (folder / SPACE_FILE).is_file() else _lora(model, folder)
+    return _weights(model, folder, prepare) if (folder / SPACE_FILE).is_file() else _lora(model, folder)
 
 
-def _weights(model: Model, folder: Path) -> Space:
+def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
     record = read_record(folder)
     known = ("dense", "scales")
     if record["space"] not in known:
@@ -73,8 +75,11 @@ def _weights(model: Model, folder: Path) -> Space:
     options = {"targets": list(record["targets"])}
     if "update" in record:
         options["update"] = record["update"]
+    if "head" in record:
+        options["head"] = record["head"]
     space = spaces.get(record["space"], **options)
     space.attach(model, seed=0)
+    prepare()
     space.load(folder)
     return space
 
