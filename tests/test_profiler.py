@@ -237,6 +237,10 @@ def test_training_is_held_against_one_forward_of_the_same_batch() -> None:
 def test_owners_are_predicted_and_measured_side_by_side(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     assert predicted_owners(plan) == {}
+    plan.write_text('{"owners": ')
+    assert predicted_owners(plan) == {}
+    plan.write_text(json.dumps({"owners": {"weights": None, "head": 3}}))
+    assert predicted_owners(plan) == {"head": 3}
     plan.write_text(json.dumps({"owners": {"weights": 10, "libraries": 20}}))
     assert owner_list(predicted_owners(plan), {"weights": 11, "slack": 1}) == [
         {"owner": "weights", "predicted_bytes": 10, "measured_bytes": 11},

@@ -45,7 +45,8 @@ FIGURES = (
 
 def headline(run: RunRecord) -> dict[str, float | None]:
     """The value of every figure; None for what is not known. What an unfinished run has is counted."""
-    known = {**run.memory, **{k: v for k, v in run.summary.items() if number(v) is not None}}
+    planned = {key: run.plan.get(key) for key in ("predicted_peak_bytes", "budget_bytes")}
+    known = {**planned, **run.memory, **{k: v for k, v in run.summary.items() if number(v) is not None}}
     if run.steps:
         known["clipped_steps"] = sum(bool(line.get("clipped")) for line in run.steps)
         known.setdefault("skipped_steps", sum(bool(line.get("skipped")) for line in run.steps))
