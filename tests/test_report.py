@@ -177,6 +177,9 @@ def test_a_run_that_was_killed_has_a_report(folder: Path) -> None:
     written = write_report([folder])
     figures = json.loads(written.json.read_text())["runs"][0]["headline"]
     assert (figures["steps"], figures["forward_passes"], figures["loss_after"]) == (1, 3, None)
+    before = json.loads(lines[0])
+    assert (figures["loss_before"], figures["metric_before"]) == (before["loss"], before["accuracy"])
+    assert figures["seconds_per_step"] == json.loads(lines[1])["seconds"]
     assert "the run did not come to an end" in text_of(written.html)
     (folder / "metrics.jsonl").write_text("")
     assert "Loss" in text_of(write_report([folder]).html)
