@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -52,11 +51,6 @@ class Page:
     def console(self) -> list[str]:
         """What the page logged since the last call: errors, blocked loads, warnings."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
-
-    def picture(self, file: Path) -> None:
-        """The whole page as a PNG."""
-        taken = self._devtools("Page.captureScreenshot", {"captureBeyondViewport": True})
-        file.write_bytes(base64.b64decode(taken["data"]))
 
     def close(self) -> None:
         """End the browser."""

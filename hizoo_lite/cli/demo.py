@@ -45,7 +45,7 @@ def command(
     else:
         output.print_run(run.summary)
         _print_samples(run)
-    typer.echo(f"saved in {run.folder} (adapter in PEFT format, summary.json, metrics.jsonl)", err=True)
+    typer.echo(f"saved in {run.folder} (adapter in PEFT format, summary.json, report.html)", err=True)
     if run.interrupted:
         typer.echo(f"interrupted; go on with: {resume_line(str(run.folder))}", err=True)
         raise typer.Exit(INTERRUPTED)

@@ -260,6 +260,8 @@ def _block_memory(run: RunRecord, label: str) -> Chart:
         for what, part, style in passes
         for color, (key, words) in enumerate(_present(part).items())
     ]
+    if any("CUDA" in one.label for one in series):
+        series = [one for one in series if "CUDA" in one.label]  # the host's is in the plot over the steps
     unit, word = _unit(abs(y) for s in series for _, y in s.points)
     scaled = [s._replace(points=[(x, y / unit) for x, y in s.points]) for s in series if s.points]
     named = ["start" if place == "None" else place for place in places]
@@ -284,6 +286,7 @@ def _block_note(step: Sequence[Mapping[str, Any]]) -> str:
         f"{format_bytes(int(number(step[0].get(key)) or 0))} {what.split(':')[0]}"
         for key, what in _present(step).items()
     ]
+    held = [text for text in held if "CUDA" in text] or held
     if not held:
         return ""
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,8 @@ from hizoo_lite.memory.sizes import format_bytes
 
 Unit = Literal["share", "number", "bytes", "seconds", "count", "ratio"]
 DASH = "–"
+#: Keys of an evaluation's line that are not metrics of its task.
+_NOT_METRICS = ("kind", "when", "step", "loss", "examples", "seconds", "inference_peak_bytes")
 
 
 class Figure(NamedTuple):
@@ -45,18 +48,36 @@ FIGURES = (
 
 def headline(run: RunRecord) -> dict[str, float | None]:
     """The value of every figure; None for what is not known. What an unfinished run has is counted."""
-    known = {**run.memory, **{k: v for k, v in run.summary.items() if number(v) is not None}}
-    if run.steps:
-        known["clipped_steps"] = sum(bool(line.get("clipped")) for line in run.steps)
-        known.setdefault("skipped_steps", sum(bool(line.get("skipped")) for line in run.steps))
-        known.setdefault("steps", len(run.steps))
-        known.setdefault("forward_passes", sum(int(number(x.get("forwards")) or 0) for x in run.steps))
+    planned = {key: run.plan.get(key) for key in ("predicted_peak_bytes", "budget_bytes")}
+    ended = {key: value for key, value in run.summary.items() if number(value) is not None}
+    counted = {key: value for key, value in _counted(run).items() if key not in run.summary}
+    known = {**planned, **counted, **run.memory, **ended}
     return {figure.key: number(known.get(figure.key)) for figure in FIGURES}
 
 
+def _counted(run: RunRecord) -> dict[str, Any]:
+    """What the lines of metrics.jsonl say, for a run that has no summary yet."""
+    found: dict[str, Any] = {}
+    for line in run.evaluations:
+        if line.get("when") in ("before", "after"):
+            found[f"loss_{line['when']}"] = line.get("loss")
+            found[f"metric_{line['when']}"] = line.get(metric_name(run))
+    if not run.steps:
+        return found
+    seconds = [value for line in run.steps if (value := number(line.get("seconds"))) is not None]
+    return found | {
+        "steps": len(run.steps),
+        "forward_passes": sum(int(number(line.get("forwards")) or 0) for line in run.steps),
+        "skipped_steps": sum(bool(line.get("skipped")) for line in run.steps),
+        "clipped_steps": sum(bool(line.get("clipped")) for line in run.steps),
+        "seconds_per_step": statistics.median(seconds) if seconds else None,
+    }
+
+
 def metric_name(run: RunRecord) -> str:
-    """The name of the task's main metric."""
-    return str(run.summary.get("metric") or "metric")
+    """The name of the task's main metric: the summary's, or the first of an evaluation's own."""
+    own = [name for name in (run.evaluations[0] if run.evaluations else {}) if name not in _NOT_METRICS]
+    return str(run.summary.get("metric") or next(iter(own), "metric"))
 
 
 def show(value: Any, unit: Unit) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,22 @@ _LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def save(charts: Sequence[Chart], owners: Sequence[Owner], title: str, out: Path) -> None:
-    """Write every chart, and the owners of memory, below one another in two columns."""
+def save(charts: Sequence[Chart], owners: Mapping[str, Sequence[Owner]], title: str, out: Path) -> None:
+    """Write every chart, and the owners of memory of every run by its name, in two columns."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    count = len(charts) + bool(owners)
+    known = {name: found for name, found in owners.items() if found}
+    count = len(charts) + len(known)
     lines = max(1, -(-count // _COLUMNS))
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(11, 3.2 * lines + 0.5), layout="constrained")
         figure.suptitle(_literal(title), fontsize=12)
         for index, chart in enumerate(charts):
             _draw(figure.add_subplot(lines, _COLUMNS, index + 1), chart)
-        if owners:
-            _bars(figure.add_subplot(lines, _COLUMNS, count), owners)
+        for index, (name, found) in enumerate(known.items(), start=len(charts)):
+            label = f", {name}" if len(owners) > 1 else ""
+            _bars(figure.add_subplot(lines, _COLUMNS, index + 1), found, f"Memory by owner{label}")
         figure.savefig(out, dpi=130, format="png")
 
 
@@ -63,7 +65,7 @@ def _draw(axes: Any, chart: Chart) -> None:
     if chart.log:
         axes.set_yscale("log")
     if chart.zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=1.06 * max(y for _, y in chart.points) or None)
     if chart.names is not None:
         every = -(-len(chart.names) // 10)
         shown = [i for i in range(len(chart.names)) if i % every == 0 and i + every < len(chart.names)]
@@ -73,7 +75,7 @@ def _draw(axes: Any, chart: Chart) -> None:
         axes.legend(fontsize=7, framealpha=0.8)
 
 
-def _bars(axes: Any, owners: Sequence[Owner]) -> None:
+def _bars(axes: Any, owners: Sequence[Owner], title: str) -> None:
     for side, (key, label) in enumerate((("predicted_bytes", "predicted"), ("measured_bytes", "measured"))):
         sizes = [getattr(owner, key) for owner in owners]
         places = [index + 0.4 * side for index in range(len(owners))]
@@ -85,5 +87,5 @@ def _bars(axes: Any, owners: Sequence[Owner]) -> None:
     axes.set_yticks([i + 0.2 for i in range(len(owners))], [_literal(owner.name) for owner in owners])
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(title="Memory by owner", xlabel="MiB")
+    axes.set(title=_literal(title), xlabel="MiB")
     axes.legend(fontsize=7)

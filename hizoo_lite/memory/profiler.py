@@ -36,6 +36,7 @@ from typing import Any, Literal, final
 import torch
 
 from hizoo_lite.memory import machine
+from hizoo_lite.memory.record import number, table
 from hizoo_lite.memory.rss import PeakMeter, reset_peak
 from hizoo_lite.memory.sampling import Reader, Watcher, make_reader
 from hizoo_lite.memory.timeline import MOST_SAMPLES, Peaks, Sample, Timeline
@@ -223,11 +224,15 @@ def owner_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> lis
 
 
 def predicted_owners(plan: Path) -> dict[str, int]:
-    """Bytes by owner of a plan.json; empty where there is none, or one without owners."""
+    """Bytes by owner of a plan.json; empty where there is none. A damaged one must not end a run."""
     if not plan.is_file():
         return {}
-    owners = json.loads(plan.read_text(encoding="utf-8")).get("owners", {})
-    return {str(name): int(size) for name, size in owners.items()} if isinstance(owners, dict) else {}
+    try:
+        value = json.loads(plan.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # the report names the file
+    owners = table(table(value).get("owners"))
+    return {str(name): int(size) for name, size in owners.items() if number(size) is not None}
 
 
 def measured_owners(setup: Any) -> dict[str, int]:

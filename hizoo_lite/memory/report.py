@@ -1,7 +1,7 @@
 """The report of a run, or of two beside each other: one HTML file that needs nothing else, a PNG, a JSON.
 
-A run makes its own HTML and JSON at its end (some 50 ms); the PNG needs matplotlib's import and is left to
-`hizoo-lite report`.
+A run makes its own HTML and JSON at its end (70 ms after 120 steps, 0.6 s after 20 000); the PNG takes
+1.7 s, most of it matplotlib's import, and is left to `hizoo-lite report`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def write_report(
         text = json.dumps(as_json(records), indent=2, allow_nan=False, ensure_ascii=False)
         beside.json.write_text(text + "\n", encoding="utf-8")
         if beside.png is not None:
-            png.save(charts, headline.owners(records[0]), _title(records), beside.png)
+            owners = {n: headline.owners(r) for n, r in zip(headline.labels(records), records, strict=True)}
+            png.save(charts, owners, _title(records), beside.png)
     except OSError as error:
         raise UserError(f"--out: {page} cannot be written ({error.strerror or error})") from error
     return beside

@@ -15,7 +15,11 @@ from hizoo_lite.memory.charts import Chart, Mark, Point, Series
 
 #: Pixels of a letter of 12 pixel type, generously.
 _LETTER = 7.0
-_TOP, _BOTTOM, _RIGHT = 14, 40, 12
+_TOP, _BOTTOM, _RIGHT = 10, 40, 12
+#: Height of a row of marks above the plot.
+_MARK = 9
+#: From so many points on a faint line becomes a band, and is drawn fainter.
+_DENSE = 250
 WIDE, NARROW = (540, 300), (340, 240)
 
 
@@ -41,19 +45,20 @@ def draw(chart: Chart, size: tuple[int, int] = WIDE, name: str = "") -> str:
     y_low, y_high = _range([y for _, y in chart.points], chart.zero, chart.log)
     y_ticks = _log_ticks(y_low, y_high) if chart.log else ticks(y_low, y_high, (height - 54) // 42)
     y_texts = tick_texts(y_ticks, chart.log)
+    top = _TOP + _MARK * len(chart.marks)
     left = 26 + _LETTER * max(map(len, y_texts), default=1)
     x_low, x_high = _range([x for x, _ in chart.points], False, False, pad=0.0)
     x_axis = _Axis(x_low, x_high, left, width - _RIGHT)
-    y_axis = _Axis(y_low, y_high, height - _BOTTOM, _TOP, chart.log)
+    y_axis = _Axis(y_low, y_high, height - _BOTTOM, top, chart.log)
     parts = [
         *_y_grid(y_axis, y_ticks, y_texts, left, width - _RIGHT),
         *_x_grid(chart, x_axis, height - _BOTTOM),
         f'<text class="axis" x="{(left + width - _RIGHT) / 2:.0f}" y="{height - 6}">'
         f"{escape(chart.x_label)}</text>",
-        f'<text class="axis" transform="translate(13 {(_TOP + height - _BOTTOM) / 2:.0f}) rotate(-90)">'
+        f'<text class="axis" transform="translate(13 {(top + height - _BOTTOM) / 2:.0f}) rotate(-90)">'
         f"{escape(chart.y_label)}</text>",
         *(_series(series, x_axis, y_axis) for series in chart.series),
-        *(_mark(mark, x_axis) for mark in chart.marks),
+        *(_mark(mark, x_axis, 2 + _MARK * row) for row, mark in enumerate(chart.marks)),
     ]
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}-title" '
@@ -129,7 +134,7 @@ def _y_grid(
 def _x_grid(chart: Chart, axis: _Axis, bottom: float) -> list[str]:
     room = axis.last - axis.first
     if chart.names is None:
-        values = [v for v in ticks(axis.low, axis.high, int(room // 75)) if v == int(v)]
+        values = [v for v in ticks(axis.low, axis.high, int(room // 60)) if v == int(v)]
         pairs = list(zip(values, tick_texts(values), strict=True))
     else:
         pairs = _named_ticks(chart.names, room)
@@ -147,18 +152,18 @@ def _anchor(axis: _Axis, value: float, text: str) -> str:
 
 
 def _named_ticks(names: Sequence[str], room: float) -> list[tuple[float, str]]:
-    """As many names as have room, always with the last; a name is left out where it would touch another."""
-    gap = room / max(1, len(names) - 1)
-    kept: list[tuple[float, str]] = [(float(len(names) - 1), names[-1])]
-    edge = room - _LETTER * len(names[-1]) - 6  # the last is anchored at its end
-    chosen = []
-    taken = -math.inf
-    for index, name in enumerate(names[:-1]):
-        half = _LETTER * len(name) / 2
-        if index * gap - half > taken and index * gap + half < edge:
-            chosen.append((float(index), name))
-            taken = index * gap + half + 8
-    return chosen + kept
+    """The first, the last, and round numbers between them, as many as have room beside each other."""
+    last = len(names) - 1
+    gap = room / max(1, last)
+    widest = _LETTER * max(map(len, names)) + 10
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, len(names)) if n * gap >= widest / 2 + 4)
+    ends = (widest / 2, room - widest - _LETTER)  # the last is anchored at its end
+    inside = [
+        (float(index), name)
+        for index, name in enumerate(names[1:-1], start=1)
+        if ends[0] < index * gap < ends[1] and (int(name) % every == 0 if name.isdecimal() else every == 1)
+    ]
+    return [(0.0, names[0]), *inside, (float(last), names[-1])] if last else [(0.0, names[0])]
 
 
 def _series(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
@@ -167,15 +172,15 @@ def _series(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
         return "".join(
             f'<circle class="dot f{series.color}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in at
         )
-    return f'<polyline class="{series.style} c{series.color}" points="{_path(at)}"/>'
+    dense = " dense" if series.style == "faint" and len(at) > _DENSE else ""
+    return f'<polyline class="{series.style}{dense} c{series.color}" points="{_path(at)}"/>'
 
 
 def _path(points: Sequence[Point]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _mark(mark: Mark, axis: _Axis) -> str:
-    """Triangles at the top, one for each pixel column that has any."""
+def _mark(mark: Mark, axis: _Axis, y: float) -> str:
+    """Triangles in a row above the plot, one for each pixel column that has any."""
     columns = sorted({round(axis(step)) for step in mark.steps})
-    y = _TOP - 10 + 3 * (mark.color % 2)
-    return "".join(f'<path class="f{mark.color}" d="M{x - 4} {y}h8l-4 7z"/>' for x in columns)
+    return "".join(f'<path class="f{mark.color}" d="M{x - 3.5} {y}h7l-3.5 6z"/>' for x in columns)

@@ -73,6 +73,8 @@ class Peaks:
 
     def add(self, step: int, peak_bytes: int) -> None:
         """The peak of all steps since the last entry, up to `step`."""
+        if self.entries and self.entries[-1][0] == step:  # of what came between this step and the next phase
+            peak_bytes = max(peak_bytes, self.entries.pop()[1])
         self.entries.append((step, peak_bytes))
         if len(self.entries) > self.most:
             pairs = [self.entries[i : i + 2] for i in range(0, len(self.entries), 2)]
