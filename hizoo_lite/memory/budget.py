@@ -125,6 +125,11 @@ def _data_cap(limit_bytes: int) -> Iterator[None]:
     if taken is None or mapped is None:
         yield
         return
+    if limit_bytes <= taken:
+        raise BudgetError(
+            f"--device-budget: got {format_bytes(limit_bytes)}, but this process has {format_bytes(taken)} "
+            "before the model is loaded"
+        )
     import resource
 
     old = resource.getrlimit(resource.RLIMIT_DATA)
