@@ -48,7 +48,7 @@ class PresentBlock(nn.Module):
         branches = model.state.branches.count
         rows = hidden.shape[0] // branches
         redrawn = model.pending is not None
-        chunks = plan_chunks(model.branch_chunk, rows, hidden.shape[1], branches, hidden.device.type, redrawn)
+        chunks = plan_chunks(model.branch_chunk, rows, hidden.shape[1], branches, model.device.type, redrawn)
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
         with present(model, self.index):
