@@ -54,7 +54,9 @@ class Outline(NamedTuple):
         """A checkpoint in 16 or 32 bits of which only the configuration is known. module: the empty model."""
         name = str(config.get("dtype") or config.get("torch_dtype") or "none given").removeprefix("torch.")
         dtype = getattr(torch, name, None)
-        unknown: tuple[str, ...] = ("sizes of the weights: from the shapes of the architecture, no header was read",)
+        unknown: tuple[str, ...] = (
+            "sizes of the weights: from the shapes of the architecture, no header was read",
+        )
         if not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
             unknown += (f"dtype {name!r} of {folder}: counted as 32 bits",)
             dtype = torch.float32

@@ -105,7 +105,9 @@ class _Linear(BranchLinear):
     device_type = "cpu"
 
     def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        height = max(64, TILE_BYTES[self.device_type] // (self.in_features * self.compute.itemsize) // 64 * 64)
+        height = max(
+            64, TILE_BYTES[self.device_type] // (self.in_features * self.compute.itemsize) // 64 * 64
+        )
         shape = (min(height, self.out_features), self.in_features)
         ready = self.weight.ready(self.compute)
         if ready is not None:
@@ -176,7 +178,9 @@ class Rehearsal:
         worst = dict(self.tally.worst)
         if update > sum(worst.values()):
             worst = {"update": update}
-        return Activations(worst, dict(self.tally.moments), scratch, sum(worst.values()) + sum(scratch.values()))
+        return Activations(
+            worst, dict(self.tally.moments), scratch, sum(worst.values()) + sum(scratch.values())
+        )
 
     # ------------------------------------------------------------------------------------ the model
 
@@ -233,7 +237,9 @@ class Rehearsal:
         """The rows that the tokens need, at most one a token of a branch."""
         tokens = args[0].numel() // self.state.branches.count
         weight: Any = module.weight
-        module.rows = torch.empty(min(tokens, weight.shape[0]), weight.shape[1], dtype=weight.dtype, device=META)
+        module.rows = torch.empty(
+            min(tokens, weight.shape[0]), weight.shape[1], dtype=weight.dtype, device=META
+        )
         module.register_forward_hook(lambda owner, given, output: setattr(owner, "rows", None))
 
     # ------------------------------------------------------------------------------------- the pass
