@@ -34,7 +34,7 @@ def keep_heap() -> bool:
 
 
 def map_large() -> bool:
-    """Give large buffers back when they are freed; whether that was done. Undone by nothing but `keep_heap`."""
+    """Give large buffers back when they are freed; whether that was done. `keep_heap` undoes it."""
     keep_heap.cache_clear()
     return _set(_MAPPED_BYTES, _MAPPED_BYTES)
 

@@ -21,7 +21,7 @@ from hizoo_lite.memory.sizes import ALLOWED_SIZES, parse_bytes
 _SIZES = ("device_memory", "device_reserved", "host_memory", "host_reserved")
 _RATES = ("device_bandwidth", "host_to_device", "disk")
 _CHOICES = {"device": ("cuda", "cpu"), "residency": ("auto", "resident", "host", "disk")}
-_DTYPES = ("bf16", "fp16", "float32")
+_DTYPES: tuple[Literal["bf16", "fp16", "float32"], ...] = ("bf16", "fp16", "float32")
 _ON_GPU_ONLY = ("host_memory", "host_reserved", "host_to_device")
 
 
@@ -56,7 +56,7 @@ class Hardware:
     @property
     def compute(self) -> Literal["bf16", "fp16", "float32"]:
         """The dtype of products: the first of bf16, fp16, float32 that it multiplies."""
-        return next(dtype for dtype in _DTYPES if dtype in self.operations)  # type: ignore[return-value]
+        return next(dtype for dtype in _DTYPES if dtype in self.operations)
 
     def rate(self, dtype: str) -> float | None:
         """Operations a second that a product in `dtype` really reaches."""
@@ -99,10 +99,10 @@ def read(path: Path) -> Hardware:
     if found:
         count = f"{len(found)} problems" if len(found) > 1 else "one problem"
         raise UserError("\n  ".join([f"{path}: {count} in the profile", *found]))
-    sizes = {
+    sizes: dict[str, Any] = {
         f"{key}_bytes": parse_bytes(document[key]) if document.get(key, "0B") != "0B" else 0 for key in _SIZES
     }
-    rates = {key: parse_bytes(document[key]) for key in _RATES if key in document}
+    rates: dict[str, Any] = {key: parse_bytes(document[key]) for key in _RATES if key in document}
     rates.setdefault("host_to_device", rates["device_bandwidth"])
     rest = {key: document[key] for key in ("efficiency", "residency", "batch_size") if key in document}
     operations = {key: float(value) for key, value in document["operations"].items()}

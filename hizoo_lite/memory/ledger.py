@@ -1,4 +1,4 @@
-"""Every byte of a run has an owner: predicted from headers by the planner, and counted on live objects here."""
+"""Every byte of a run has an owner: predicted by the planner, and counted on live objects here."""
 
 from __future__ import annotations
 

@@ -44,10 +44,16 @@ class Outline(NamedTuple):
         """From the headers of its files."""
         forms = {name: Form(checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint}
         try:
-            bits, unknown = checkpoint.quantized_bits, ()
+            bits: Bits | None = checkpoint.quantized_bits
         except UserError as error:
-            bits, unknown = None, (f"{error}; its tensors are counted as they are stored",)
-        return cls(checkpoint.folder, checkpoint.config, forms, bits, unknown)
+            return cls(
+                checkpoint.folder,
+                checkpoint.config,
+                forms,
+                None,
+                (f"{error}; its tensors are counted as they are stored",),
+            )
+        return cls(checkpoint.folder, checkpoint.config, forms, bits)
 
     @classmethod
     def of_shapes(cls, folder: Path, config: Mapping[str, Any], module: nn.Module) -> Outline:
@@ -114,7 +120,7 @@ class Anatomy(NamedTuple):
 def dissect(
     outline: Outline, module: nn.Module, kind: ModelKind, bits: Bits, double_quant: bool, device: str
 ) -> Anatomy:
-    """module: the empty model. bits: what the blocks' linears are held in, quantized on loading if need be."""
+    """module: the empty model. bits: of the blocks' linears, quantized on loading if need be."""
     return _Dissection(outline, module, kind, bits, double_quant, device).result()
 
 

@@ -20,6 +20,7 @@ class Plan:
     blocks: int
     blocks_on_device: int
     batch_size: int
+    eval_batch_size: int
     max_length: int
     branch_chunk: int | Literal["auto"]
     device_type: str
@@ -59,6 +60,7 @@ class Plan:
             "blocks": self.blocks,
             "blocks_on_device": self.blocks_on_device,
             "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
             "max_length": self.max_length,
             "branch_chunk": self.branch_chunk,
             "device": self.device_type,

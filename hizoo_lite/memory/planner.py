@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 
 from hizoo_lite import curvature as curvatures
@@ -38,7 +37,7 @@ from hizoo_lite.train.config import TrainConfig
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
 #: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
 FRAMEWORK_BYTES = 320_000_000
-#: What the first steps add to it: kernels of oneDNN, code of modules that are imported late; 3 to 5 MiB, measured.
+#: What the first steps add to it: kernels of oneDNN, modules that are imported late; 3 to 5 MiB, measured.
 FIRST_USE_BYTES = 5 << 20
 #: CUDA's context, cuBLAS workspaces and kernels on the device, and its libraries on the host. Not measured
 #: by this project yet; typical of CUDA 12.
@@ -50,7 +49,7 @@ LOADING_BYTES = 16_000_000
 HEAP_SHARE = 0.5
 #: Largest batch that is chosen where none is asked for.
 LARGEST_BATCH = 16
-#: Blocks of more examples are tried where a batch is chosen.
+#: What is tried where a batch is chosen.
 _BATCHES = (16, 8, 4, 2, 1)
 
 Place = Literal["resident", "host", "disk"]
@@ -77,8 +76,8 @@ def plan_run(
     """Plan a run. Without a budget everything fits and the blocks are resident.
 
     rows_per_example: token sequences that an example makes. hardware: the machine, with its budgets and
-    rates; None is this one, without rates. choose_batch: take the largest batch that fits, up to 16, in place of
-    the configuration's. framework: bytes of the imported libraries, measured where it is None.
+    rates; None is this one, without rates. choose_batch: take the largest batch that fits, up to 16, in
+    place of the configuration's. framework: bytes of the imported libraries, measured where it is None.
 
     Raises `UserError` for bits, targets and residencies that contradict the checkpoint. An architecture that
     is not known gives a plan that does not fit, with what is not accounted for.
@@ -138,7 +137,7 @@ class _Task:
             config.space,
             self._targets(),
             config.rank,
-            self.residual,  # type: ignore[arg-type]
+            self.residual,
         )
         self.shapes = self._trainable()
         self.can_stream = self.bits == (outline.bits or "none")
@@ -213,7 +212,7 @@ class _Task:
         return 4 * sum(shape.numel() for shape in shapes.values())
 
     def curvature_bytes(self) -> int:
-        """Of Sigma's state, from the class itself; the diagonal one, as large as the adapters, is computed."""
+        """Of Sigma's state, from the class itself; the diagonal one is as large as the adapters."""
         if self.config.estimator == "mezo" or self.config.curvature == "none":
             return 0
         if self.config.curvature == "diagonal":
@@ -251,15 +250,19 @@ class _Task:
         """Positions whose logits are read: every one of lm and chat tasks, else one a row."""
         return rows * length if self.config.task in ("lm", "chat") else rows
 
+    def eval_batch(self, batch: int) -> int:
+        """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""
+        asked = self.config.eval_batch_size
+        return asked if batch >= self.config.batch_size else min(asked, 2 * batch)
+
     def passes(self, option: _Option) -> tuple[Activations, Activations]:
         """A step's traversal and an evaluation's."""
-        rows = option.batch * self.rows_per_example
-        training = Pass(rows, option.length, self.branches(), self.sites(rows, option.length), option.chunk)
-        more = min(self.config.eval_batch_size, max(option.batch, 1) * 2) * self.rows_per_example
-        asked = self.config.eval_batch_size * self.rows_per_example
-        rows = asked if option.batch >= self.config.batch_size else min(more, asked)
-        evaluation = Pass(rows, option.length, EVALUATION, self.sites(rows, option.length), option.chunk)
         away = option.place != "resident"
+        rows = option.batch * self.rows_per_example
+        sites = self.sites(rows, option.length)
+        training = Pass(rows, option.length, self.branches(), sites, option.chunk)
+        rows = self.eval_batch(option.batch) * self.rows_per_example
+        evaluation = Pass(rows, option.length, EVALUATION, self.sites(rows, option.length), option.chunk)
         return self._rehearsed(away, training, self.trained), self._rehearsed(away, evaluation, None)
 
     def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:
@@ -344,6 +347,7 @@ def _evaluate(task: _Task, option: _Option, gives_back: bool) -> Plan:
         blocks=len(sizes),
         blocks_on_device=kept,
         batch_size=option.batch,
+        eval_batch_size=task.eval_batch(option.batch),
         max_length=option.length,
         branch_chunk=option.chunk,
         device_type=task.device,
@@ -446,7 +450,10 @@ def _together(task: _Task, option: _Option) -> int:
 
 
 def _choose(task: _Task, choose_batch: bool) -> Plan:
-    batches = _BATCHES if choose_batch else (task.config.batch_size,)
+    most = task.hardware.batch_size if task.hardware else None
+    batches = [batch for batch in _BATCHES if batch <= (most or LARGEST_BATCH)]
+    if not choose_batch:
+        batches = [task.config.batch_size]
     tried: list[Plan] = []
     for batch in batches:
         plans = [
@@ -483,6 +490,8 @@ def _best(task: _Task, option: _Option) -> Plan:
 def _places(task: _Task) -> Iterator[Place]:
     """Residencies that are possible, the fastest first."""
     wanted = task.config.residency
+    if wanted == "auto" and task.hardware is not None:
+        wanted = task.hardware.residency
     if wanted != "auto":
         yield wanted
         return
@@ -522,7 +531,8 @@ def _reasons(task: _Task, best: Plan, plans: Sequence[Plan], choose_batch: bool)
     )
     if best.branch_chunk != task.config.branch_chunk:
         parts.append("smaller chunks than usual, so that it fits: every weight is unpacked more often")
-    if choose_batch and best.batch_size < LARGEST_BATCH:
+    most = (task.hardware.batch_size if task.hardware else None) or LARGEST_BATCH
+    if choose_batch and best.batch_size < most:
         parts.append(f"batch {2 * best.batch_size} does not fit")
     return "; ".join(parts)
 
@@ -587,6 +597,7 @@ def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
         blocks=0,
         blocks_on_device=0,
         batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
         max_length=config.max_length,
         branch_chunk=config.branch_chunk,
         device_type=config.device,
@@ -596,8 +607,3 @@ def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
         why=f"it cannot be planned: {reason}",
         unaccounted=(f"{reason}: everything but the bytes of its tensors", *outline.unaccounted),
     )
-
-
-def available_bytes() -> int:
-    """Free memory of this machine."""
-    return int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""A traversal on the meta device: which tensors a pass makes, and how much of them is alive at the worst moment.
+"""A traversal on the meta device: what a pass makes, and how much of it is alive at the worst moment.
 
 The Hugging Face model itself runs, with its first blocks, on tensors without memory; so do the block
 wrapper, the chunks, the branch-aware linears and the head of `stream/` and `model/`. There are no formulas
@@ -117,7 +117,7 @@ class _Linear(BranchLinear):
 
 
 class Rehearsal:
-    """A model on the meta device, ready to run. `module` is taken over and cannot be used for anything else."""
+    """A model on the meta device, ready to run. `module` is taken over: it is of no other use afterwards."""
 
     def __init__(
         self,
@@ -155,11 +155,11 @@ class Rehearsal:
             pending=True if trained is not None and trained.space != "lora" else None,
             residency=Resident(),
         )
-        layers = self.module.get_submodule(self.anatomy.prefix)
+        layers: Any = self.module.get_submodule(self.anatomy.prefix)
         updates = SimpleNamespace(apply=lambda index: False)
         stand_in.pending = updates if stand_in.pending else None
         for index, block in enumerate(self.blocks):
-            layers[index] = PresentBlock(stand_in, index)  # type: ignore[index, arg-type]
+            layers[index] = PresentBlock(stand_in, index)  # type: ignore[arg-type]
             block.train(False)
         try:
             self.state.set(wanted.branches, 1e-3, directions)
@@ -167,7 +167,7 @@ class Rehearsal:
                 self._traverse(wanted)
         finally:
             for index, block in enumerate(self.blocks):
-                layers[index] = block  # type: ignore[index]
+                layers[index] = block
                 for names in (("mlp",), ("fc1", "activation_fn", "fc2")):
                     for name in names:
                         block.__dict__.pop(name, None)
