@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,8 +77,7 @@ class Sampler:
 
     def now(self) -> int:
         """RssAnon."""
-        self._status.seek(0)
-        text = self._status.read(4096)
+        text = os.pread(self._status.fileno(), 4096, 0)  # the thread and the caller share the file
         at = text.index(b"RssAnon:")
         return int(text[at + 8 : text.index(b"kB", at)]) * 1024
 
@@ -205,6 +205,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """One row of the table."""
     plan = ask("plan", folder, case)
     training, inference = ask("train", folder, case), ask("inference", folder, case)
+    sizes = [plan["peak_bytes"], training["measured_bytes"], inference["measured_bytes"]]
+    print(case.name, *(size // _MIB for size in sizes), file=sys.stderr, flush=True)
     return {
         "config": case.name,
         "predicted_bytes": plan["peak_bytes"],

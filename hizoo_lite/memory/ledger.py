@@ -90,7 +90,7 @@ def measure(setup: Setup) -> Ledger:
     rest = [*model.module.parameters(), *model.module.buffers()]
     found["small_parameters"] = count.tensors(rest)
     found["scratch"] = count.tensors(model.scratch._buffers.values())
-    found["curvature"] = count.tensors(_tensors_of(vars(stepper.curvature)))
+    found["curvature"] = count.tensors(_tensors_of(_state(stepper.curvature)))
     return _placed(found, model.device.type)
 
 
@@ -137,6 +137,11 @@ def _in_host_memory(model: Model, count: _Count) -> int:
         blocks = count.tensors(fetcher.source._blocks.values())
     away = sum(model.checkpoint.nbytes(name) for name in model.away) if model.residency.name == "host" else 0
     return blocks + away
+
+
+def _state(curvature: Any) -> dict[str, Any]:
+    """Without the Sigma of the last step, which is dropped as the next one begins."""
+    return {name: value for name, value in vars(curvature).items() if name != "_drawn"}
 
 
 def _changed_bytes(model: Model) -> int:

@@ -98,10 +98,10 @@ class Plan:
 
     def settings(self) -> str:
         """What was chosen, in words."""
-        where = {"resident": "all blocks resident", "host": "from host memory", "disk": "from disk"}[
-            self.residency
-        ]
-        if self.residency != "resident":
-            where = f"{self.blocks_on_device} of {self.blocks} blocks on the device, the others {where}"
+        where = {"resident": "all blocks resident", "host": "host memory", "disk": "disk"}[self.residency]
+        if self.residency != "resident" and self.blocks_on_device == self.blocks:
+            where = f"all blocks on the device, embeddings and head from {where}"
+        elif self.residency != "resident":
+            where = f"{self.blocks_on_device} of {self.blocks} blocks on the device, the others from {where}"
         chunk = "" if self.branch_chunk == "auto" else f", branch chunk {self.branch_chunk}"
         return f"{where}, batch {self.batch_size} x {self.max_length}{chunk}"

@@ -470,11 +470,11 @@ def _choose(task: _Task, choose_batch: bool) -> Plan:
 
 
 def _best(task: _Task, option: _Option) -> Plan:
-    """The configuration with the largest chunk that fits; the last one where none does."""
+    """The configuration with the largest chunk that fits; the smallest where none does."""
     chunks: list[int | Literal["auto"]] = [task.config.branch_chunk]
     has_budget = task.budgets.device_bytes is not None
-    if task.config.branch_chunk == "auto" and has_budget:
-        rows = _together(task, option) // 2
+    if task.config.branch_chunk == "auto" and has_budget and _may_fit(task, option):
+        rows = _together(task, option)  # the same for a step, and less for an evaluation
         while rows >= 1:
             chunks.append(rows)
             rows //= 2
@@ -485,6 +485,15 @@ def _best(task: _Task, option: _Option) -> Plan:
             break
     assert plan is not None
     return plan
+
+
+def _may_fit(task: _Task, option: _Option) -> bool:
+    """Whether the weights leave room for a pass: else smaller chunks need not be looked at."""
+    budget = task.budgets.device_bytes or 0
+    sizes = task.block_bytes(option.place != "resident")
+    held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
+    outside = sum(task.anatomy.outside.values()) if option.place == "resident" else 0
+    return held + outside + (task.framework if task.device == "cpu" else CONTEXT_BYTES) < budget
 
 
 def _places(task: _Task) -> Iterator[Place]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, Branches, BranchState, ModelKind
@@ -31,8 +32,8 @@ from hizoo_lite.stream.head import logits_at
 from hizoo_lite.stream.residency import Resident
 
 META = torch.device("meta")
-#: Blocks that are rehearsed: the first, whose input is the embeddings, and two that follow it.
-_BLOCKS = 3
+#: Blocks that are rehearsed: the first, whose input is the embeddings, and one whose input is a block's.
+_BLOCKS = 2
 #: The part of a block that treats every token alike, by its first and last module.
 _MLPS = (("mlp", "mlp"), ("fc1", "fc2"), ("intermediate", "output"))
 #: Bytes an element of a tile that storing an update takes beside the tile itself; a tile has 2^19 elements on
@@ -116,6 +117,36 @@ class _Linear(BranchLinear):
             yield 0, self.scratch.take("weight", shape, self.compute, device)
 
 
+class _TwoChunks:
+    """A block that answers from its third chunk on with tensors of the right shapes: nothing is new then."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.calls = block, 0
+        self.forms: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls > 2:
+            rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
+            return tree_map_only(_Form, lambda form: form.made(rows), self.forms)
+        out = self.block(*args, **kwargs)
+        self.forms = tree_map_only(Tensor, lambda t: _Form(tuple(t.shape[1:]), t.dtype), out)
+        return out
+
+
+class _Form:
+    """Shape behind the rows, and dtype."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def made(self, rows: int) -> Tensor:
+        return torch.empty(rows, *self.shape, dtype=self.dtype, device=META)
+
+
 class Rehearsal:
     """A model on the meta device, ready to run. `module` is taken over: it is of no other use afterwards."""
 
@@ -159,7 +190,9 @@ class Rehearsal:
         updates = SimpleNamespace(apply=lambda index: False)
         stand_in.pending = updates if stand_in.pending else None
         for index, block in enumerate(self.blocks):
-            layers[index] = PresentBlock(stand_in, index)  # type: ignore[arg-type]
+            present = PresentBlock(stand_in, index)  # type: ignore[arg-type]
+            present.block[0] = _TwoChunks(block)  # type: ignore[call-overload]
+            layers[index] = present
             block.train(False)
         try:
             self.state.set(wanted.branches, 1e-3, directions)
