@@ -1,4 +1,4 @@
-"""Hardware profiles: every shipped one is sound and plans models; a wrong one is refused with all its faults."""
+"""Hardware profiles: every shipped one plans models; a wrong one is refused with all its faults."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_names_and_broken_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--profile: got 'abacus', which is no file; allowed: .*rtx4090-24gb"):
+    with pytest.raises(
+        UserError, match=r"--profile: got 'abacus', which is no file; allowed: .*rtx4090-24gb"
+    ):
         hardware.find("abacus")
     (tmp_path / "x.toml").write_text("device = = 3\n")
     with pytest.raises(UserError, match="not valid TOML"):

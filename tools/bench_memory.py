@@ -39,11 +39,13 @@ class Case(NamedTuple):
     residency: str
     rows: int
     length: int
+    chunk: int | str = "auto"
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.bits} {self.space} {self.residency} {self.rows}x{self.length}"
+        chunk = "" if self.chunk == "auto" else f" chunk {self.chunk}"
+        return f"{self.bits} {self.space} {self.residency} {self.rows}x{self.length}{chunk}"
 
 
 CASES = [
@@ -59,6 +61,7 @@ CASES = [
     Case("int8", "dense", "disk", 2, 64),
     Case("nf4", "lora", "resident", 1, 512),
     Case("nf4", "lora", "disk", 16, 128),
+    Case("nf4", "lora", "resident", 8, 256, 1),
 ]
 QUICK = [CASES[0], CASES[3], CASES[5], CASES[6]]
 
@@ -93,7 +96,7 @@ def config_of(case: Case, folder: str) -> Any:
     return TrainConfig(
         model=folder, task="sst2", device="cpu", space=case.space, residency=case.residency,
         dense_update="residual", batch_size=case.rows, max_length=case.length, double_quant=False,
-        eval_batch_size=case.rows, device_budget=BUDGET,
+        eval_batch_size=case.rows, device_budget=BUDGET, branch_chunk=case.chunk,
     )  # fmt: skip
 
 
@@ -124,6 +127,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     config = config_of(case, folder)
     model = load(folder, device="cpu", double_quant=False, residency=case.residency, device_budget=BUDGET)
     loaded = sampler.now()
+    model.branch_chunk = config.branch_chunk
     traversal = Traversal(model)
     batch = make_batch(case.rows, case.length)
     found: dict[str, Any] = {"framework": framework, "loaded": loaded, "load_peak": sampler.peak_bytes}

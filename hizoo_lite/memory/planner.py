@@ -9,6 +9,7 @@ after the imports where a run is planned for this machine, a constant for anothe
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.ledger import Ledger
 from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.plan import Plan
-from hizoo_lite.memory.rehearsal import Activations, Pass, Rehearsal, Trained
+from hizoo_lite.memory.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
 from hizoo_lite.memory.rss import resident
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model import skeleton
@@ -140,6 +141,7 @@ class _Task:
             self.residual,
         )
         self.shapes = self._trainable()
+        few_blocks(self.module, self.anatomy.prefix, self.model_config)
         self.can_stream = self.bits == (outline.bits or "none")
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._passes: dict[tuple[Any, ...], Activations] = {}
@@ -269,9 +271,8 @@ class _Task:
         key = (away, wanted, trained)
         if key not in self._passes:
             if away not in self._rehearsals:
-                module = skeleton.build(self.model_config, self.kind) if self._rehearsals else self.module
                 self._rehearsals[away] = Rehearsal(
-                    module,
+                    copy.deepcopy(self.module),
                     self.model_config,
                     self.kind,
                     self.anatomy,
@@ -488,9 +489,11 @@ def _best(task: _Task, option: _Option) -> Plan:
 
 
 def _may_fit(task: _Task, option: _Option) -> bool:
-    """Whether the weights leave room for a pass: else smaller chunks need not be looked at."""
+    """Whether the weights leave room for a pass: else smaller chunks and batches need not be looked at."""
     budget = task.budgets.device_bytes or 0
     sizes = task.block_bytes(option.place != "resident")
+    if option.place == "host" and sum(sizes) > budget + (task.budgets.host_bytes or math.inf):
+        return False
     held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
     outside = sum(task.anatomy.outside.values()) if option.place == "resident" else 0
     return held + outside + (task.framework if task.device == "cpu" else CONTEXT_BYTES) < budget
@@ -563,7 +566,8 @@ def _nearest(task: _Task, plan: Plan) -> Plan | None:
             place for place in ("host", "disk") if place != plan.residency and _is_possible(task, place)
         ]
     batch, length = plan.batch_size, plan.max_length
-    while True:
+    places = [place for place in places if _may_fit(task, _Option(place, 1, length, 1))]
+    while places:
         for place in places:
             found = _best(task, _Option(place, batch, length, "auto"))
             if found.fits:
@@ -573,7 +577,8 @@ def _nearest(task: _Task, plan: Plan) -> Plan | None:
         elif length > 32:
             length //= 2
         else:
-            return None
+            break
+    return None
 
 
 def _is_possible(task: _Task, place: str) -> bool:

@@ -147,6 +147,16 @@ class _Form:
         return torch.empty(rows, *self.shape, dtype=self.dtype, device=META)
 
 
+def few_blocks(module: nn.Module, prefix: str, config: Any) -> nn.Module:
+    """The module without the blocks that need not be rehearsed; every kind of layer stays."""
+    layers = module.get_submodule(prefix)
+    assert isinstance(layers, nn.ModuleList)
+    types = list(getattr(config.get_text_config(), "layer_types", None) or [])
+    count = max([_BLOCKS, *(types.index(kind) + 1 for kind in set(types))])
+    del layers[count:]
+    return module
+
+
 class Rehearsal:
     """A model on the meta device, ready to run. `module` is taken over: it is of no other use afterwards."""
 
@@ -218,19 +228,16 @@ class Rehearsal:
     # ------------------------------------------------------------------------------------ the model
 
     def _keep_few_blocks(self) -> None:
-        layers = self.module.get_submodule(self.anatomy.prefix)
-        assert isinstance(layers, nn.ModuleList)
-        types = list(getattr(self.config.get_text_config(), "layer_types", None) or [])
-        count = max([_BLOCKS, *(types.index(kind) + 1 for kind in set(types))])
-        del layers[count:]
+        few_blocks(self.module, self.anatomy.prefix, self.config)
+        layers: Any = self.module.get_submodule(self.anatomy.prefix)
         self.blocks = list(layers)
         for block in self.blocks:
             block.register_forward_pre_hook(partial(self._enter, "attention"))
             block.register_forward_hook(partial(self._leave, "between"))
             for first, last in _MLPS:
                 if first in block._modules and last in block._modules:
-                    block._modules[first].register_forward_pre_hook(partial(self._enter, "mlp"))  # type: ignore[union-attr]
-                    block._modules[last].register_forward_hook(partial(self._leave, "attention"))  # type: ignore[union-attr]
+                    block._modules[first].register_forward_pre_hook(partial(self._enter, "mlp"))
+                    block._modules[last].register_forward_hook(partial(self._leave, "attention"))
                     break
 
     def _enter(self, owner: str, *_: Any) -> None:
