@@ -52,7 +52,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "plan", "profiles", "quantize", "train", "eval", "generate"])
+@pytest.mark.parametrize(
+    "command", ["demo", "doctor", "plan", "profiles", "quantize", "train", "eval", "generate"]
+)
 def test_every_command_has_help_with_examples(command: str) -> None:
     shown = call(command, "--help")
     assert shown.exit_code == 0

@@ -257,6 +257,17 @@ def test_bits_that_contradict_the_checkpoint_are_refused(streamable: Path) -> No
         planned(streamable, bits="int8")
 
 
+def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"quantize it once, .* --bits nf4"):
+        planned(tmp_path / "plain", residency="disk")
+    small = {"vocab_size": 500, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    make_random_model.make("tinyllama-1.1b", tmp_path / "twice", layers=2, overrides=small)
+    assert planned(tmp_path / "twice", residency="disk").fits
+    with pytest.raises(UserError, match="--no-double-quant"):
+        planned(tmp_path / "twice", residency="disk", space="dense")
+
+
 # --------------------------------------------------------------------------------- large models
 
 

@@ -142,7 +142,9 @@ class _Task:
         )
         self.shapes = self._trainable()
         few_blocks(self.module, self.anatomy.prefix, self.model_config)
-        self.can_stream = self.bits == (outline.bits or "none")
+        twice = any(len(linear.stored) == 3 for linear in self.anatomy.inside())
+        self.needs_own_scales = self.in_weights and not self.residual and twice
+        self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._passes: dict[tuple[Any, ...], Activations] = {}
 
@@ -504,6 +506,10 @@ def _places(task: _Task) -> Iterator[Place]:
     wanted = task.config.residency
     if wanted == "auto" and task.hardware is not None:
         wanted = task.hardware.residency
+    if wanted == "disk" and not task.can_stream:
+        raise UserError(
+            f"--residency: got disk, but its blocks cannot be streamed as they are stored; {_remedy(task)}"
+        )
     if wanted != "auto":
         yield wanted
         return
@@ -593,12 +599,24 @@ def _refusal(task: _Task, plan: Plan, nearest: Plan | None) -> str:
     else:
         parts.append("not even one short row fits")
     if not task.can_stream:
-        parts.append(
-            "quantize it once, its blocks can then be streamed from disk: hizoo-lite quantize --model "
-            f"{task.config.model} --bits {task.bits} --out DIR"
-        )
+        parts.append(_remedy(task))
     parts.append(f"as it is, a budget of {format_bytes(plan.peak_bytes)} is needed")
     return "; ".join(parts)
+
+
+def _remedy(task: _Task) -> str:
+    """What makes a checkpoint streamable."""
+    if task.needs_own_scales and task.outline.bits is not None:
+        return (
+            "to train the weights of a streamed model they must be quantized with --no-double-quant, "
+            "or use --dense-update residual"
+        )
+    bits = "nf4" if task.bits == "none" else task.bits
+    more = " --no-double-quant" if task.needs_own_scales else ""
+    return (
+        "quantize it once, its blocks can then be streamed from disk: hizoo-lite quantize --model "
+        f"{task.config.model} --bits {bits}{more} --out DIR"
+    )
 
 
 def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
