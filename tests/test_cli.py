@@ -52,7 +52,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "quantize", "train", "eval", "generate", "report"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "doctor", "plan", "profiles", "quantize", "train", "eval", "generate", "report"],
+)
 def test_every_command_has_help_with_examples(command: str) -> None:
     shown = call(command, "--help")
     assert shown.exit_code == 0

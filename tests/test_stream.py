@@ -337,7 +337,7 @@ def test_a_run_over_its_budget_ends_before_anything_is_written(tmp_path: Path) -
     settings = short_run(tmp_path, device_budget="1MiB", residency="auto", bits="nf4")
     folder = tmp_path / "quantized"
     Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
-    with pytest.raises(BudgetError, match="--device-budget: got 1.00 MiB, "):
+    with pytest.raises(BudgetError, match=r"--device-budget: got 1\.00 MiB, "):
         fit(TrainConfig(**{**settings, "model": str(folder)}))
     assert not (tmp_path / "run").exists()
 

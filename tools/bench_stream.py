@@ -288,33 +288,27 @@ def against_zo2() -> list[list[Any]]:
 
 def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: int = 8) -> int:
     """Everything on a GPU while blocks stream: two slots, what is outside of blocks, adapters, a pass."""
+    import torch
     import transformers
     from make_random_model import SHAPES
-    from torch import nn
 
-    from hizoo_lite.memory.estimate import Widths, activation_bytes
-    from hizoo_lite.model.blocks import find_blocks
+    from hizoo_lite.base import Branches
+    from hizoo_lite.memory.outline import Outline, dissect
+    from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
     from hizoo_lite.model.skeleton import build
-    from hizoo_lite.stream.chunks import plan_chunks
 
     config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
     module = build(config, "causal")
-    module.tie_weights()
-    blocks = find_blocks(module).modules
-    linears = [m for m in blocks[0].modules() if isinstance(m, nn.Linear)]
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    elements = sum(out * features for out, features in shapes)
-    packed = elements // 2 + elements // 64 + elements // 64 // 256 * 4  # codes, absmax, its own absmax
-    small = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 1)
-    gathered = (
-        2 * config.hidden_size * rows * length
-    )  # embedding rows; the matrix itself and the head stay away
-    positions = sum(2 * p.numel() for n, p in module.named_parameters() if "embed_positions" in n)
-    adapters = len(blocks) * 2 * sum(rank * sum(pair) for pair in shapes[:1])
-    widths = Widths.of(config, shapes, compute_bytes=2)
-    chunks = plan_chunks("auto", rows, length, branches, "cuda")
-    activations = activation_bytes(widths, chunks, rows, length, branches, "cuda")
-    return 2 * packed + gathered + positions + 4 * small + 3 * 4 * adapters + activations
+    outline = Outline.of_shapes(Path(), {"dtype": "bfloat16"}, module)
+    anatomy = dissect(outline, module, "causal", "nf4", True, "cuda")
+    outside = sum(anatomy.outside.values()) - sum(anatomy.away.values())
+    attention = [x.shape for x in anatomy.inside() if x.name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
+    adapters = 4 * rank * sum(sum(pair) for pair in attention)
+    rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cuda", away=True)
+    wanted = Pass(rows, length, Branches(base=branches % 2 == 1, pairs=branches // 2), rows)
+    made = rehearsal.run(wanted, Trained("lora", rank=rank)).peak_bytes
+    slots = 2 * max(anatomy.travel_bytes())
+    return slots + outside + anatomy.small_bytes + 2 * adapters + made
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, generate, quantize, report, train
+from hizoo_lite.cli import demo, doctor, evaluate, generate, plan, profiles, quantize, report, train
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
@@ -45,6 +45,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
+app.command("plan")(plan.command)
+app.command("profiles")(profiles.command)
 app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)

@@ -17,18 +17,28 @@ _LITTLE_DISK_BYTES = 5 * 2**30
 _NF4_HALF_GAP = 0.1521
 
 
-def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False) -> None:
+def command(
+    json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="rates of products, copies and disk")] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="write them as a profile for `hizoo-lite plan`")
+    ] = None,
+) -> None:
     """Tell what this machine can do: libraries, processor, memory, GPUs, 4-bit kernels, hub.
 
     Examples:
 
     hizoo-lite doctor
 
+    hizoo-lite doctor --measure --out here.toml
+
     hizoo-lite doctor --json
     """
     from hizoo_lite.cli import output
 
     report = examine()
+    if measure or out is not None:
+        report["measured"] = _measure(out)
     if json:
         output.print_json(report)
         return
@@ -42,6 +52,19 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
         typer.echo(f"problem: {problem}")
     if not report["problems"]:
         typer.echo("no problems found")
+
+
+def _measure(out: str | None) -> dict[str, Any]:
+    """A few seconds of measuring on the device of a run; a profile of it in `out`."""
+    from hizoo_lite.memory import speed
+    from hizoo_lite.model.skeleton import choose_device
+
+    device = choose_device("auto")
+    found = speed.measure(device)
+    if out is not None:
+        speed.write_profile(Path(out), found, device)
+        typer.echo(f"wrote {out}", err=True)
+    return found
 
 
 def examine() -> dict[str, Any]:
@@ -155,6 +178,8 @@ def _problems(report: dict[str, Any]) -> list[str]:
 def _shown(name: str, value: Any) -> str:
     from hizoo_lite.memory.sizes import format_bytes
 
+    if isinstance(value, float):
+        return f"{value / 1e9:.3g}e9/s"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(key, item)}" for key, item in value.items())
     if isinstance(value, list):

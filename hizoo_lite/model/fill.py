@@ -35,7 +35,7 @@ Where = Literal["device", "host", "disk"]
 _TRAVELLING = frozenset({"weight", "weight.absmax", "weight.nested_absmax", "SCB"})
 
 #: A parameter of a block that is no linear and no embedding may have this many elements.
-_SMALL_ELEMENTS = 1 << 16
+SMALL_ELEMENTS = 1 << 16
 
 #: Elements of embedding and head compared at a time where both of a tied pair are stored.
 _COMPARED_ELEMENTS = 1 << 19
@@ -115,7 +115,7 @@ class Filler:
                 if isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
                     continue
                 for leaf, parameter in layer.named_parameters(recurse=False):
-                    if parameter.ndim >= 3 or parameter.numel() > _SMALL_ELEMENTS:
+                    if parameter.ndim >= 3 or parameter.numel() > SMALL_ELEMENTS:
                         path = ".".join(p for p in (self.blocks.prefix, str(number), name, leaf) if p)
                         raise UserError(
                             f"{type(self.module).__name__}: {path} {tuple(parameter.shape)} is no linear "
@@ -201,7 +201,7 @@ class Filler:
         """Large matrices outside of the blocks, where the blocks stream."""
         outside = self.where != "device" and not self._in_block(name)
         is_float = self.checkpoint.dtype(stored) in (torch.bfloat16, torch.float16, torch.float32)
-        return outside and is_float and math.prod(self.checkpoint.shape(stored)) > _SMALL_ELEMENTS
+        return outside and is_float and math.prod(self.checkpoint.shape(stored)) > SMALL_ELEMENTS
 
     def _away(self, stored: str) -> AwayWeight:
         """The one away form of a stored matrix; a tied head shares the embedding's."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hizoo_lite.base import Bits, ComputeDtype, ModelKind
-from hizoo_lite.memory.allocator import keep_heap
+from hizoo_lite.memory.allocator import keep_heap, map_large
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
@@ -50,7 +50,10 @@ def load(
     Raises `UserError`, naming file, tensor or argument, where something is missing, contradictory,
     malformed, damaged (its checksum differs) or not supported.
     """
-    keep_heap()
+    if device_budget is None and host_budget is None:
+        keep_heap()
+    else:
+        map_large()  # slower, but the peak is what the planner says
     checkpoint = Checkpoint.open(source, revision=revision)
     checkpoint.verify()
     chosen = skeleton.choose_bits(bits, checkpoint.quantized_bits)

@@ -46,6 +46,11 @@ def resolve(source: str | Path, revision: str | None) -> Path:
     return _download(text, revision, [*SMALL_FILES, weights])
 
 
+def resolve_small(source: str | Path, revision: str | None) -> Path:
+    """A folder with the config.json of a Hub id, and the index of its weights where there is one."""
+    return _download(str(source), revision, ["config.json", INDEX_FILE])
+
+
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     at = f"{repo} (revision {revision})" if revision else repo
     try:

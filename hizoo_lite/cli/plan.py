@@ -1,0 +1,211 @@
+"""`hizoo-lite plan`: whether a run fits, where every byte goes, and how fast it can be at most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hizoo_lite.base import ModelKind
+    from hizoo_lite.memory.hardware import Hardware
+    from hizoo_lite.memory.outline import Outline
+    from hizoo_lite.memory.plan import Plan
+    from hizoo_lite.train.config import TrainConfig
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="folder or hub id (of which only config.json and index are read)")
+    ],
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="machine, see `hizoo-lite profiles`; else this one"),
+    ] = None,
+    device_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="e.g. 24GiB")] = None,
+    host_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="e.g. 32GiB")] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
+    kind: Annotated[str, typer.Option(metavar="auto|causal|masked|classifier")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    task: Annotated[
+        str, typer.Option(help="lm and chat read logits at every token, others at labels")
+    ] = "sst2",
+    bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
+    double_quant: Annotated[bool | None, typer.Option("--double-quant/--no-double-quant")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
+    space: Annotated[str | None, typer.Option(metavar="lora|dense|scales")] = None,
+    dense_update: Annotated[str | None, typer.Option(metavar="requantize|residual")] = None,
+    rank: Annotated[str | None, typer.Option(metavar="INT")] = None,
+    targets: Annotated[str | None, typer.Option(metavar="auto|attention|all-linear|NAMES")] = None,
+    estimator: Annotated[str | None, typer.Option(metavar="hizoo|mezo")] = None,
+    curvature: Annotated[str | None, typer.Option(metavar="none|diagonal|grouped|factored")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="INT", help="without it the largest that fits, up to 16")
+    ] = None,
+    eval_batch_size: Annotated[str | None, typer.Option(metavar="INT")] = None,
+    max_length: Annotated[str | None, typer.Option(metavar="INT")] = None,
+    branch_chunk: Annotated[str | None, typer.Option(metavar="auto|INT")] = None,
+    residency: Annotated[str | None, typer.Option(metavar="auto|resident|host|disk")] = None,
+    rows_per_example: Annotated[int, typer.Option(min=1, help="token sequences of an example")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="a picture, one bar a residency")
+    ] = None,
+) -> None:
+    """Predict memory and least time of a run, from a model's headers alone. Exit code 3 where nothing fits.
+
+    Examples:
+
+    hizoo-lite plan --model models/llama-2-7b --profile rtx4090-24gb
+
+    hizoo-lite plan --model models/opt-13b --device-budget 8GiB --batch-size 4 --out plan.png
+
+    hizoo-lite plan --model models/opt-1.3b --space dense --bits nf4 --profile laptop-16gb-cpu --json
+    """
+    from hizoo_lite.train.config_file import resolve
+
+    names = (
+        "device_budget host_budget device revision task bits double_quant compute_dtype space dense_update "
+        "rank targets estimator curvature batch_size eval_batch_size max_length branch_chunk residency kind "
+        "model"
+    )
+    flags = locals()
+    given = {name: flags[name] for name in names.split() if flags[name] is not None}
+    if estimator == "mezo":
+        given["lr"] = "1e-6"  # mezo has no automatic one; it does not matter here
+    config = resolve(None, given)
+    from hizoo_lite.cli import output
+    from hizoo_lite.errors import BudgetError
+    from hizoo_lite.memory import planner
+
+    hardware = _hardware(profile)
+    config, budget_of = _with_budget(config, hardware)
+    outline, found = find_outline(config)
+    plan = planner.plan_run(
+        config, outline, found, rows_per_example, hardware=hardware, choose_batch=batch_size is None
+    )
+    if json:
+        output.print_json({"model": model, "profile": profile, **plan.to_json()})
+    else:
+        _print(plan, config, budget_of)
+    if out is not None:
+        _draw(Path(out), config, outline, found, rows_per_example, hardware, plan)
+    if not plan.fits:
+        raise BudgetError(f"nothing fits: {plan.why}")
+
+
+def _hardware(profile: str | None) -> Hardware | None:
+    from hizoo_lite.memory import hardware
+
+    return None if profile is None else hardware.find(profile)
+
+
+def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
+    """The budget of this machine where nothing else was said, and where the budget is from."""
+    if hardware is not None:
+        return config, hardware.name
+    if config.device_budget or config.host_budget:
+        return config, "the budget that was given"
+    import psutil
+    import torch
+
+    from hizoo_lite.model.skeleton import choose_device
+
+    free = psutil.virtual_memory().available
+    if choose_device(config.device).type == "cuda":
+        on_device = torch.cuda.mem_get_info()[0]
+        return replace(
+            config, device_budget=f"{on_device}B", host_budget=f"{free}B"
+        ), "this machine's free memory"
+    return replace(config, device_budget=f"{free}B"), "this machine's free memory"
+
+
+def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
+    """What can be known without reading a weight: the headers of a folder, else config.json alone."""
+    import json as json_module
+
+    from hizoo_lite.errors import UserError
+    from hizoo_lite.memory.outline import Outline
+    from hizoo_lite.model import skeleton
+    from hizoo_lite.quant import Checkpoint, hub
+    from hizoo_lite.train import setup
+
+    source = setup.model_path(config.model)
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        folder = hub.resolve_small(source, config.revision)
+    has_weights = (folder / hub.INDEX_FILE).is_file() or (folder / hub.SINGLE_FILE).is_file()
+    if has_weights and Path(source).expanduser().exists():
+        checkpoint = Checkpoint.open(folder)
+        return Outline.of(checkpoint), _kind(config, checkpoint.config)
+    try:
+        content = json_module.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder / 'config.json'} cannot be read: {error}") from error
+    kind = _kind(config, content)
+    try:
+        module = skeleton.build(skeleton.read_config(folder, kind, 2), kind)
+    except UserError:  # the planner says what it does not know
+        return Outline(folder, content, {}, None), kind
+    return Outline.of_shapes(folder, content, module), kind
+
+
+def _kind(config: TrainConfig, content: Any) -> ModelKind:
+    from hizoo_lite.errors import UserError
+    from hizoo_lite.train.setup import _KINDS
+
+    if config.kind != "auto":
+        return config.kind
+    name = (content.get("architectures") or ["(none)"])[0]
+    for ending, kind in _KINDS.items():
+        if name.endswith(ending):
+            return kind
+    raise UserError(f"--kind: the architecture {name!r} does not tell; allowed: causal, masked, classifier")
+
+
+def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
+    from hizoo_lite.cli import output
+    from hizoo_lite.memory.sizes import format_bytes
+
+    typer.echo(f"{config.model}: {config.space}, {plan.settings()}")
+    verdict = "fits" if plan.fits else "does not fit"
+    output.print_table(f"{verdict}: {budget_of}", ["owner", "size", ""], plan.table())
+    typer.echo(f"why: {plan.why}")
+    if plan.seconds_lower_bound is not None:
+        parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in plan.bounds.items())
+        typer.echo(f"a step takes at least {plan.seconds_lower_bound:.3g} s: {parts}")
+    if plan.moved_bytes:
+        typer.echo(f"moved to the device each step: {format_bytes(plan.moved_bytes)}")
+    for text in plan.unaccounted:
+        typer.echo(f"not accounted for: {text}")
+
+
+def _draw(
+    path: Path,
+    config: TrainConfig,
+    outline: Outline,
+    kind: ModelKind,
+    rows_per_example: int,
+    hardware: Hardware | None,
+    plan: Plan,
+) -> None:
+    """One bar for each residency that is possible with the batch of the plan."""
+    from hizoo_lite.memory import picture, planner
+
+    if plan.blocks == 0:
+        return
+    sized = replace(config, batch_size=plan.batch_size, eval_batch_size=plan.eval_batch_size)
+    places = ["resident", *(["host"] if plan.device_type == "cuda" else [])]
+    bits = config.bits or outline.bits
+    if (outline.bits or "none") == (bits or "nf4"):
+        places.append("disk")
+    bars = {}
+    for place in places:
+        one: Any = place
+        bars[place] = planner.plan_run(
+            replace(sized, residency=one), outline, kind, rows_per_example, hardware=hardware
+        )
+    picture.draw(path, config.model, plan, bars)
+    typer.echo(f"wrote {path}", err=True)

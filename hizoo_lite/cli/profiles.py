@@ -1,0 +1,38 @@
+"""`hizoo-lite profiles`: the machines that a run can be planned for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False) -> None:
+    """List the hardware profiles that `hizoo-lite plan --profile` takes.
+
+    Examples:
+
+    hizoo-lite profiles
+
+    hizoo-lite profiles --json
+    """
+    from hizoo_lite.cli import output
+    from hizoo_lite.memory import hardware
+    from hizoo_lite.memory.sizes import format_bytes
+
+    found = {name: hardware.find(name) for name in hardware.names()}
+    if json:
+        output.print_json({"profiles": {name: asdict(machine) for name, machine in found.items()}})
+        return
+    rows = [
+        [
+            name,
+            machine.device,
+            format_bytes(machine.device_budget_bytes),
+            format_bytes(machine.host_budget_bytes),
+            f"{machine.operations[machine.compute] / 1e12:.3g} {machine.compute}",
+        ]
+        for name, machine in found.items()
+    ]
+    output.print_table("hardware profiles", ["name", "device", "usable", "host", "Tflop/s"], rows)

@@ -1,0 +1,354 @@
+"""The planner: what it predicts is what live objects hold and what a pass makes; what fits, fits."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import make_random_model
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hizoo_lite.base import EVALUATION, Batch, Branches, UserError
+from hizoo_lite.cli import app
+from hizoo_lite.memory import ledger, planner
+from hizoo_lite.memory.estimate import pass_bytes
+from hizoo_lite.memory.outline import Outline, dissect
+from hizoo_lite.memory.plan import Plan
+from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
+from hizoo_lite.memory.tally import FusedAttention, Tally
+from hizoo_lite.model import skeleton
+from hizoo_lite.model.load import load
+from hizoo_lite.noise import generator
+from hizoo_lite.quant import Checkpoint
+from hizoo_lite.quant.layout import Linear, linear_forms
+from hizoo_lite.quant.shards import Form
+from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.train import setup
+from hizoo_lite.train.config import TrainConfig
+from tests.architectures import TINY_CONFIGS, save_tiny
+
+FRAMEWORK = 300 << 20
+EXACT = ("embeddings_and_head", "resident_blocks", "block_slots", "adapters", "curvature", "small_parameters")
+
+
+def answer_batch(vocabulary: int, rows: int, length: int) -> Batch:
+    """A label at the end of every row."""
+    ids = torch.from_numpy(generator(0, "ids").integers(5, vocabulary, (rows, length)))
+    one = torch.arange(rows)
+    last = torch.full((rows,), length - 2)
+    return Batch(ids, torch.ones_like(ids), None, one, last, one, ids[:, -1], one, one, one, "answer")
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    chosen = {"device": "cpu", "compute_dtype": "float32", "batch_size": 4, "max_length": 16, "rank": 2}
+    return TrainConfig(model=str(folder), task="sst2", **{**chosen, "eval_batch_size": 4, **changes})
+
+
+def planned(folder: Path, kind: Any = "causal", **changes: Any) -> Plan:
+    config = config_of(folder, **changes)
+    return planner.plan_run(config, Checkpoint.open(folder), kind, framework=FRAMEWORK)
+
+
+def live(config: TrainConfig, kind: Any) -> Any:
+    """The parts of a run that hold memory, after two steps."""
+    model = load(
+        config.model, kind=kind, bits=config.bits, device="cpu", compute_dtype="float32",
+        double_quant=config.double_quant and config.space == "lora", residency=config.residency,
+    )  # fmt: skip
+    space = setup.make_space(config)
+    space.attach(model, seed=0)
+    stepper = setup.make_stepper(config, Traversal(model), space, None, None)
+    batch = answer_batch(model.config.vocab_size, rows=4, length=16)
+    for step in range(2):
+        stepper.step(step, batch)
+    stepper.close()
+    return SimpleNamespace(model=model, space=space, stepper=stepper)
+
+
+@pytest.fixture(scope="module")
+def streamable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized checkpoint with matrices that stay away, and more blocks than slots."""
+    out = tmp_path_factory.mktemp("random") / "model"
+    small = {"vocab_size": 2000, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    make_random_model.make(
+        "tinyllama-1.1b", out, double_quant=False, layers=3, overrides={**small, "intermediate_size": 256}
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------- what is held
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "gpt2"])
+def test_predicted_owners_equal_the_bytes_of_live_objects(name: str, bits: Any, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path, dtype=torch.bfloat16)
+    config = config_of(tmp_path, bits=bits, targets="all-linear")
+    check_owners(planned(tmp_path, bits=bits, targets="all-linear"), live(config, "causal"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"space": "dense", "dense_update": "residual"},
+        {"space": "dense"},
+        {"space": "scales"},
+        {"space": "dense", "curvature": "factored"},
+        {"curvature": "diagonal"},
+        {"curvature": "none"},
+        {"curvature_per": "row"},
+        {"estimator": "mezo", "lr": 1e-6},
+        {"residency": "disk"},
+        {"residency": "host"},
+        {"residency": "disk", "space": "dense", "dense_update": "residual"},
+    ],
+    ids=str,
+)
+def test_every_space_curvature_and_residency_is_counted(changes: dict[str, Any], streamable: Path) -> None:
+    check_owners(planned(streamable, **changes), live(config_of(streamable, **changes), "causal"))
+
+
+def check_owners(plan: Plan, parts: Any) -> None:
+    measured = ledger.measure(parts)
+    found = {owner: measured.device.get(owner, 0) for owner in EXACT}
+    assert {owner: plan.ledger.device.get(owner, 0) for owner in EXACT} == found
+    parts.model.residency.close()
+
+
+# ------------------------------------------------------------------------------ what a pass makes
+
+
+@pytest.mark.parametrize("branches", [Branches(), Branches(base=False), EVALUATION], ids=str)
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
+def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path, dtype=torch.bfloat16)
+    trained = Trained("lora", "all-linear", 2) if branches.count > 1 else None
+    rows, length = 4, 48
+    model = load(tmp_path, bits="nf4", device="cpu", compute_dtype="bf16")
+    directions = {}
+    if trained is not None:
+        space = setup.make_space(config_of(tmp_path, targets="all-linear"))
+        space.attach(model, seed=0)
+        directions = {key: torch.zeros_like(value) for key, value in space.parameters.items()}
+    batch = answer_batch(model.config.vocab_size, rows=rows, length=length)
+    batch.attention_mask[-1, length // 2 :] = 0
+    traversal = Traversal(model)
+    traversal.losses(batch, branches, 1e-3, directions)  # scratch is there from now on
+    scratch = sum(buffer.numel() for buffer in model.scratch._buffers.values())
+    with Tally() as tally, FusedAttention():
+        traversal.losses(batch, branches, 1e-3, directions)
+    rehearsed = rehearse(tmp_path, Pass(rows, length, branches, rows), trained)
+    assert sum(rehearsed.scratch.values()) == scratch
+    assert rehearsed.peak_bytes - scratch == pytest.approx(tally.peak_bytes, rel=0.03)
+
+
+def rehearse(folder: Path, wanted: Pass, trained: Trained | None) -> Any:
+    config = skeleton.read_config(folder, "causal", 2)
+    module = skeleton.build(config, "causal")
+    anatomy = dissect(Outline.of(Checkpoint.open(folder)), module, "causal", "nf4", True, "cpu")
+    rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cpu", away=False)
+    return rehearsal.run(wanted, trained)
+
+
+@pytest.mark.parametrize("name", [n for n, tiny in TINY_CONFIGS.items() if tiny.kind == "masked"])
+@pytest.mark.parametrize("kind", ["masked", "classifier"])
+def test_encoders_and_classifiers_can_be_planned(name: str, kind: Any, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path, dtype=torch.bfloat16)
+    plan = planned(tmp_path, kind)
+    assert plan.fits
+    assert plan.ledger.device["adapters"] > 0
+    assert plan.moments["attention"] > 0
+
+
+def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
+    model = load(streamable, device="cpu")
+    sizes = [
+        pass_bytes(model, rows, length, branches)
+        for rows, length, branches in ((2, 16, 1), (2, 16, 2), (2, 16, 3), (4, 16, 3), (4, 64, 3))
+    ]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(sizes)
+
+
+# ---------------------------------------------------------------------------------- what fits
+
+
+@pytest.mark.parametrize("residency", ["resident", "disk"])
+def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, streamable: Path) -> None:
+    large: Any = {"residency": residency, "branch_chunk": 1, "batch_size": 16, "max_length": 256}
+    most = planned(streamable, device_budget="100GiB", **large)
+    same = planned(streamable, device_budget=f"{most.peak_bytes}B", **large)
+    less = planned(streamable, device_budget=f"{most.peak_bytes - 1}B", **large)
+    assert most.fits
+    assert same.fits
+    assert same.peak_bytes == most.peak_bytes
+    assert not less.fits
+    assert less.nearest is not None
+    assert less.nearest.fits
+    assert less.nearest.peak_bytes < most.peak_bytes
+
+
+def test_blocks_stream_from_disk_where_they_do_not_fit_and_stay_where_they_do(streamable: Path) -> None:
+    resident = planned(streamable, device_budget="100GiB")
+    assert (resident.residency, resident.blocks_on_device) == ("resident", 3)
+    few = planned(streamable, device_budget=f"{resident.peak_bytes - 1}B")
+    assert few.residency == "disk"
+    assert few.fits
+    assert few.peak_bytes < resident.peak_bytes
+    assert "resident needs" in few.why
+
+
+def test_nothing_fits_into_nothing_and_quantizing_is_proposed(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    plan = planned(tmp_path, device_budget="1MiB")
+    assert not plan.fits
+    assert plan.nearest is None
+    assert "hizoo-lite quantize --model" in plan.why
+    assert "a budget of" in plan.why
+
+
+def test_a_batch_that_is_left_open_is_the_largest_that_fits(streamable: Path) -> None:
+    config = config_of(streamable, max_length=256, residency="resident", branch_chunk=1)
+    outline = Outline.of(Checkpoint.open(streamable))
+
+    def choose(budget: int) -> Plan:
+        sized = replace(config, device_budget=f"{budget}B")
+        return planner.plan_run(sized, outline, "causal", choose_batch=True, framework=FRAMEWORK)
+
+    assert choose(100 << 30).batch_size == 16
+    four = replace(config, batch_size=16, device_budget="100GiB")
+    whole = planner.plan_run(four, outline, "causal", framework=FRAMEWORK).peak_bytes
+    assert choose(whole - (1 << 20)).batch_size < 16
+
+
+# -------------------------------------------------------------------------- what is not known
+
+
+def test_unknown_dtypes_are_reported_and_never_taken_for_known_ones(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    outline = Outline.of(Checkpoint.open(tmp_path))
+    name = "model.layers.1.mlp.up_proj.weight"
+    forms = {**outline.forms, name: Form(torch.float8_e4m3fn, outline.forms[name].shape)}
+    plan = planner.plan_run(config_of(tmp_path), outline._replace(forms=forms), "causal", framework=FRAMEWORK)
+    assert any(name in text and "float8_e4m3fn" in text for text in plan.unaccounted)
+
+
+def test_unknown_quantization_and_architecture_are_reported(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**content, "quantization_config": {"quant_method": "gptq"}})
+    )
+    assert any("gptq" in text for text in planned(tmp_path).unaccounted)
+    (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "no-such-model"}))
+    plan = planned(tmp_path)
+    assert not plan.fits
+    assert "not a configuration this transformers knows" in plan.unaccounted[0]
+
+
+def test_bits_that_contradict_the_checkpoint_are_refused(streamable: Path) -> None:
+    with pytest.raises(UserError, match="already quantized to 'nf4'"):
+        planned(streamable, bits="int8")
+
+
+def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"quantize it once, .* --bits nf4"):
+        planned(tmp_path / "plain", residency="disk")
+    small = {"vocab_size": 500, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    make_random_model.make("tinyllama-1.1b", tmp_path / "twice", layers=2, overrides=small)
+    assert planned(tmp_path / "twice", residency="disk").fits
+    with pytest.raises(UserError, match="--no-double-quant"):
+        planned(tmp_path / "twice", residency="disk", space="dense")
+
+
+# --------------------------------------------------------------------------------- large models
+
+
+def large(shape: str, folder: Path) -> Outline:
+    """Headers as `hizoo-lite quantize` would write them, of a model that is not there."""
+    config = make_random_model._config(shape, None, {})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    module = skeleton.build(config, "causal")
+    plain = Outline.of_shapes(folder, {"dtype": "bfloat16"}, module)
+    forms: dict[str, Form] = {}
+    for name, form in plain.forms.items():
+        inside = ".layers." in name and len(form.shape) == 2
+        linear = Linear(name, form.shape, False) if inside else None  # type: ignore[arg-type]
+        forms |= linear_forms(linear, "nf4", True, b"{}") if linear else {name: form}
+    return Outline(folder, plain.config, forms, "nf4")
+
+
+def test_a_70b_model_is_planned_in_under_two_seconds(tmp_path: Path) -> None:
+    outline = large("llama-2-70b", tmp_path)
+    config = config_of(tmp_path, compute_dtype="bf16", batch_size=16, max_length=256, device_budget="24GiB")
+    began = time.process_time()
+    plan = planner.plan_run(config, outline, "causal", framework=FRAMEWORK)
+    assert time.process_time() - began < 2.0
+    assert plan.fits
+    assert plan.residency == "disk"
+    assert 0 < plan.blocks_on_device < 80
+    blocks = plan.ledger.device["resident_blocks"] + plan.moved_bytes
+    assert blocks / 2**30 == pytest.approx(68.45e9 * 4.127 / 8 / 2**30, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_prints_owners_choice_and_what_is_missing(streamable: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    done = call(
+        "--model", str(streamable), "--device-budget", "2GiB", "--max-length", "256", "--out", str(picture)
+    )
+    assert done.exit_code == 0, done.stderr
+    for text in ("framework", "between blocks", "resident blocks", "peak", "why: ", "not accounted for"):
+        assert text in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> None:
+    done = call("--model", str(streamable), "--profile", "edge-4gb-cpu", "--json", "--estimator", "mezo")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    keys = {"fits", "residency", "blocks", "blocks_on_device", "batch_size", "branch_chunk", "peak_bytes"}
+    keys |= {"host_peak_bytes", "ledger", "why", "nearest", "unaccounted", "seconds_lower_bound", "bounds"}
+    assert keys <= set(found)
+    assert found["peak_bytes"] == sum(found["ledger"]["device"].values())
+    assert found["seconds_lower_bound"] > 0
+
+
+def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(streamable: Path) -> None:
+    folder = str(streamable)
+    arguments = ("--model", folder, "--batch-size", "16", "--residency", "resident", "--branch-chunk", "1")
+    whole = json.loads(call(*arguments, "--device-budget", "9GiB", "--json").stdout)["peak_bytes"]
+    done = call(*arguments, "--device-budget", f"{whole - (8 << 20)}B")
+    assert done.exit_code == 3
+    assert "nothing fits: " in done.stderr
+    assert "fits, with" in done.stderr
+
+
+def test_a_wrong_flag_and_a_missing_model_end_with_code_two(tmp_path: Path) -> None:
+    assert call("--model", str(tmp_path), "--batch-size", "0").exit_code == 2
+    missing = call("--model", str(tmp_path))
+    assert missing.exit_code == 2
+    assert "config.json cannot be read" in missing.stderr
+
+
+def test_a_folder_with_only_a_configuration_is_planned_from_its_shapes(tmp_path: Path) -> None:
+    large("llama-2-7b", tmp_path)
+    done = call("--model", str(tmp_path), "--profile", "rtx4090-24gb", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["residency"] == "resident"
+    assert any("no header was read" in text for text in found["unaccounted"])

@@ -1,0 +1,290 @@
+"""Predicted beside measured peak memory, training beside inference, and backpropagation beside both.
+
+    python tools/bench_memory.py [--quick] [--json FILE] [--layers N] [--only TEXT]
+
+A random Llama (shape tinyllama-1.1b with 4 blocks) is written once in NF4 and int8. Every figure is the peak
+of RssAnon, sampled each millisecond from before the imports on, of a fresh process that loads the model and
+then takes steps (`train`), evaluates the same batch (`inference`), or backpropagates through a PEFT LoRA on
+bitsandbytes' layers (`backprop`). The prediction is that of the planner, which has seen the headers only; its
+`framework` is measured in a fresh process too. Batches are padded on the right, with one label a row.
+
+The columns: predicted and measured peak of training, their difference, the measured peak of inference, and
+training over inference. With --quick: four configurations and no backpropagation at 8 x 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_STEPS = 2
+_MIB = 1 << 20
+#: More than any of the cases takes: a run with a budget gives large buffers back (memory/allocator.py).
+BUDGET = "64GiB"
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    bits: str
+    space: str  # lora, or dense with a residual
+    residency: str
+    rows: int
+    length: int
+    chunk: int | str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        chunk = "" if self.chunk == "auto" else f" chunk {self.chunk}"
+        return f"{self.bits} {self.space} {self.residency} {self.rows}x{self.length}{chunk}"
+
+
+CASES = [
+    Case("nf4", "lora", "resident", 8, 256),
+    Case("nf4", "lora", "resident", 2, 64),
+    Case("nf4", "lora", "disk", 8, 256),
+    Case("nf4", "lora", "disk", 2, 64),
+    Case("int8", "lora", "resident", 8, 256),
+    Case("int8", "lora", "disk", 2, 256),
+    Case("nf4", "dense", "resident", 8, 64),
+    Case("nf4", "dense", "disk", 8, 256),
+    Case("int8", "dense", "resident", 2, 256),
+    Case("int8", "dense", "disk", 2, 64),
+    Case("nf4", "lora", "resident", 1, 512),
+    Case("nf4", "lora", "disk", 16, 128),
+    Case("nf4", "lora", "resident", 8, 256, 1),
+]
+QUICK = [CASES[0], CASES[3], CASES[5], CASES[6]]
+
+
+# --------------------------------------------------------------------------------- a child process
+
+
+class Sampler:
+    """The peak of this process's anonymous memory, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._status = open("/proc/self/status", "rb", buffering=0)  # noqa: SIM115 - for the process's life
+        self._done = threading.Event()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def now(self) -> int:
+        """RssAnon."""
+        text = os.pread(self._status.fileno(), 4096, 0)  # the thread and the caller share the file
+        at = text.index(b"RssAnon:")
+        return int(text[at + 8 : text.index(b"kB", at)]) * 1024
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.001):
+            self.peak_bytes = max(self.peak_bytes, self.now())
+
+
+def config_of(case: Case, folder: str) -> Any:
+    """The configuration of a case, as `train` would have it."""
+    from hizoo_lite.train.config import TrainConfig
+
+    return TrainConfig(
+        model=folder, task="sst2", device="cpu", space=case.space, residency=case.residency,
+        dense_update="residual", batch_size=case.rows, max_length=case.length, double_quant=False,
+        eval_batch_size=case.rows, device_budget=BUDGET, branch_chunk=case.chunk,
+    )  # fmt: skip
+
+
+def make_batch(rows: int, length: int) -> Any:
+    """Random tokens; the last row is shorter than the others; a label at the end of every row."""
+    import torch
+
+    from hizoo_lite.base import Batch
+    from hizoo_lite.noise import generator
+
+    ids = torch.from_numpy(generator(0, "ids").integers(5, 32000, (rows, length)))
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 :] = 0
+    one = torch.arange(rows)
+    last = mask.sum(1) - 1
+    return Batch(ids, mask, None, one, last, one, ids[:, 0], one, one, one, "answer")
+
+
+def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[str, Any]:
+    """Load, then steps or evaluations; what is there afterwards, by owner."""
+    import hizoo_lite.train.fit  # noqa: F401 - what a run imports
+    from hizoo_lite.memory.allocator import trim
+    from hizoo_lite.model.load import load
+    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.train import setup
+
+    framework = sampler.now()
+    config = config_of(case, folder)
+    model = load(folder, device="cpu", double_quant=False, residency=case.residency, device_budget=BUDGET)
+    loaded = sampler.now()
+    model.branch_chunk = config.branch_chunk
+    traversal = Traversal(model)
+    batch = make_batch(case.rows, case.length)
+    found: dict[str, Any] = {"framework": framework, "loaded": loaded, "load_peak": sampler.peak_bytes}
+    if training:
+        space = setup.make_space(config)
+        space.attach(model, seed=0)
+        stepper = setup.make_stepper(config, traversal, space, None, None)
+        trim()
+        for step in range(_STEPS):
+            stepper.step(step, batch)
+        found["scratch"] = {key[0]: value.numel() for key, value in model.scratch._buffers.items()}
+    else:
+        trim()
+        for _ in range(_STEPS):
+            traversal.losses(batch)
+    return found
+
+
+def run_backprop(case: Case, folder: str) -> dict[str, Any]:
+    """PEFT LoRA on bitsandbytes' layers, AdamW; transformers in bf16."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    )
+    tuned.train()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-6)
+    batch = make_batch(case.rows, case.length)
+    for _ in range(_STEPS):
+        logits = (
+            tuned(batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=2).logits[:, 0].float()
+        )
+        torch.nn.functional.cross_entropy(logits, batch.token_id).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {}
+
+
+def serve(mode: str, folder: str, text: str) -> None:
+    """What a child does: print its figures as JSON."""
+    sampler = Sampler()
+    case = Case(*json.loads(text))
+    began = time.perf_counter()
+    if mode == "plan":
+        from hizoo_lite.memory import planner
+        from hizoo_lite.quant import Checkpoint
+
+        planner.framework_bytes()
+        plan = planner.plan_run(config_of(case, folder), Checkpoint.open(folder), "causal")
+        found: dict[str, Any] = plan.to_json()
+    elif mode == "backprop":
+        found = run_backprop(case, folder)
+    else:
+        found = run_ours(case, folder, mode == "train", sampler)
+    found["measured_bytes"] = sampler.peak_bytes
+    found["seconds"] = time.perf_counter() - began
+    print(json.dumps(found))
+
+
+# --------------------------------------------------------------------------------------- the parent
+
+
+def ask(mode: str, folder: Path, case: Case) -> dict[str, Any]:
+    """The figures of a fresh process."""
+    command = [sys.executable, __file__, "--serve", mode, str(folder), json.dumps(list(case))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{mode} {case.name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """One row of the table."""
+    plan = ask("plan", folder, case)
+    training, inference = ask("train", folder, case), ask("inference", folder, case)
+    sizes = [plan["peak_bytes"], training["measured_bytes"], inference["measured_bytes"]]
+    print(case.name, *(size // _MIB for size in sizes), file=sys.stderr, flush=True)
+    return {
+        "config": case.name,
+        "predicted_bytes": plan["peak_bytes"],
+        "measured_bytes": training["measured_bytes"],
+        "inference_bytes": inference["measured_bytes"],
+        "error": plan["peak_bytes"] / training["measured_bytes"] - 1,
+        "training_over_inference": training["measured_bytes"] / inference["measured_bytes"],
+        "ledger": plan["ledger"],
+        "training": training,
+        "inference": inference,
+    }
+
+
+def main() -> None:
+    from reporting import make_parser, publish
+
+    parser = make_parser(__doc__)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--only", default="", help="configurations with this text in their name")
+    parser.add_argument("--folder", type=Path, help="where the models are, or are written to and kept")
+    parser.add_argument("--no-backprop", action="store_true")
+    parser.add_argument("--serve", nargs=3, metavar=("MODE", "FOLDER", "CASE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(*arguments.serve)
+        return
+    from make_random_model import make
+
+    cases = [case for case in (QUICK if arguments.quick else CASES) if arguments.only in case.name]
+    with tempfile.TemporaryDirectory() as scratch:
+        home = arguments.folder or Path(scratch)
+        for bits in sorted({case.bits for case in cases} | {"nf4"}):
+            if not (home / bits).exists():
+                make("tinyllama-1.1b", home / bits, bits=bits, double_quant=False, layers=arguments.layers)
+        rows = [measure(case, home / case.bits) for case in cases]
+        figures: dict[str, Any] = {"rows": rows}
+        if not arguments.no_backprop:
+            case = CASES[0]._replace(rows=2) if arguments.quick else CASES[0]
+            figures["backprop"] = ask("backprop", home / case.bits, case)
+            ours = next((row for row in rows if row["config"] == case.name), None) or measure(
+                case, home / case.bits
+            )
+            streamed = case._replace(residency="disk")
+            figures["backprop_over_ours"] = figures["backprop"]["measured_bytes"] / ours["measured_bytes"]
+            found = next((row for row in rows if row["config"] == streamed.name), None)
+            if found:
+                figures["backprop_over_streamed"] = (
+                    figures["backprop"]["measured_bytes"] / found["measured_bytes"]
+                )
+    columns = [
+        "configuration",
+        "predicted MiB",
+        "measured MiB",
+        "error %",
+        "inference MiB",
+        "training/inference",
+    ]
+    table = [
+        [
+            row["config"],
+            row["predicted_bytes"] // _MIB,
+            row["measured_bytes"] // _MIB,
+            100 * row["error"],
+            row["inference_bytes"] // _MIB,
+            row["training_over_inference"],
+        ]
+        for row in rows
+    ]
+    title = f"Peak anonymous memory, tinyllama-1.1b with {arguments.layers} blocks"
+    publish(title, columns, table, figures, arguments)
+    for key in ("backprop_over_ours", "backprop_over_streamed"):
+        if key in figures:
+            print(f"{key}: {figures[key]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
