@@ -22,8 +22,6 @@ memory.json has
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import time
@@ -236,9 +234,8 @@ def predicted_owners(plan: Path) -> dict[str, int]:
 
 
 def measured_owners(setup: Any) -> dict[str, int]:
-    """What the ledger finds in the parts of a run; empty where there is no ledger."""
-    name = "hizoo_lite.memory.ledger"
-    if importlib.util.find_spec(name) is None:
-        return {}
-    measured = importlib.import_module(name).measure(setup)
-    return {str(owner): int(size) for owner, size in measured.items()}
+    """What the ledger finds in the parts of a run."""
+    from hizoo_lite.memory.ledger import measure
+
+    measured = measure(setup)
+    return {**measured.device, **measured.host}

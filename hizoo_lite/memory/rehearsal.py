@@ -28,6 +28,7 @@ from hizoo_lite.spaces.lora import LoRADelta
 from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.spaces.weights import Tile, WeightDelta, tiles
 from hizoo_lite.stream.block import PresentBlock
+from hizoo_lite.stream.chunks import Chunks, plan_chunks
 from hizoo_lite.stream.head import logits_at
 from hizoo_lite.stream.residency import Resident
 
@@ -177,6 +178,8 @@ class Rehearsal:
         self.tally, self.state = Tally(), BranchState()
         self.buffers = _Buffers(self.tally)
         self.trunk_name = str(module.base_model_prefix)
+        if kind == "classifier" and config.get_text_config().pad_token_id is None:  # the encoder will say
+            config.get_text_config().pad_token_id = module.config.get_text_config().pad_token_id = 0  # type: ignore[union-attr, operator]
         self._keep_few_blocks()
         self.linears = {linear.name: linear for linear in anatomy.linears}
         self.placed: dict[str, _Linear] = {}
@@ -191,14 +194,18 @@ class Rehearsal:
         stand_in = SimpleNamespace(
             blocks=self.blocks,
             state=self.state,
-            branch_chunk=wanted.chunk,
             device=torch.device(self.device_type),
-            pending=True if trained is not None and trained.space != "lora" else None,
+            pending=None,
             residency=Resident(),
+            observer=None,
         )
+        redrawn = trained is not None and trained.space != "lora"
+
+        def chunks(rows: int, length: int, branches: int) -> Chunks:
+            return plan_chunks(wanted.chunk, rows, length, branches, self.device_type, redrawn)
+
+        stand_in.chunks = chunks
         layers: Any = self.module.get_submodule(self.anatomy.prefix)
-        updates = SimpleNamespace(apply=lambda index: False)
-        stand_in.pending = updates if stand_in.pending else None
         for index, block in enumerate(self.blocks):
             present = PresentBlock(stand_in, index)  # type: ignore[arg-type]
             present.block[0] = _TwoChunks(block)  # type: ignore[call-overload]

@@ -283,10 +283,26 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
     folder.create(replace(resolved, out=str(folder.path)))
+    _write_plan(folder, setup)
     if setup.config.resume:
         folder.keep_metrics(position.step)
         listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
     return position
+
+
+def _write_plan(folder: RunFolder, setup: Setup) -> None:
+    plan = setup.plan
+    if plan is None:
+        return
+    owners = {**plan.ledger.device, **plan.ledger.host}
+    folder.write_plan(
+        {
+            **plan.to_json(),
+            "owners": owners,
+            "predicted_peak_bytes": plan.peak_bytes,
+            "budget_bytes": plan.device_budget_bytes,
+        }
+    )
 
 
 def _accelerator(setup: Setup, folder: RunFolder) -> Accelerator:

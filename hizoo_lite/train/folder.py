@@ -104,6 +104,10 @@ class RunFolder:
         """Replace summary.json."""
         write_text(self._summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Replace plan.json."""
+        write_text(self.plan, json.dumps(plain(plan), indent=2, allow_nan=False) + "\n")
+
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """Replace memory.json."""
         write_text(self.memory, json.dumps(plain(record), allow_nan=False) + "\n")

@@ -14,6 +14,7 @@ from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, spaces, tasks
 from hizoo_lite.base import Curvature, Estimator, Example, ModelKind, Space, UserError
 from hizoo_lite.memory.estimate import pass_bytes
+from hizoo_lite.memory.plan import Plan
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
@@ -21,7 +22,7 @@ from hizoo_lite.spaces.scales import CLIP
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.train import schedules
+from hizoo_lite.train import planning, schedules
 from hizoo_lite.train.config import EMBEDDED, TrainConfig
 from hizoo_lite.train.step import Stepper
 
@@ -50,6 +51,7 @@ class Setup:
     traversal: Traversal
     space: Space
     stepper: Stepper
+    plan: Plan | None  # of its memory; None where the model could not be rehearsed
 
 
 def build(
@@ -69,6 +71,7 @@ def build(
         raise UserError(
             f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
         )
+    plan = planned(config, task, splits, model)
     model = model or load_model(config, task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
     space = space or make_space(config)
@@ -76,7 +79,17 @@ def build(
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, space, estimator, curvature)
     prepare_blocks(model, config, encoder, splits.train, stepper.estimator.branches(0).count, space)
-    return Setup(config, model, task, splits, encoder, traversal, space, stepper)
+    return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
+
+
+def planned(config: TrainConfig, task: Task, splits: Splits, model: Model | None) -> Plan | None:
+    """The plan of the run; `BudgetError` where it does not fit. `model`: one that is loaded already."""
+    if model is not None:
+        return planning.plan(config, model.checkpoint, model.kind, task, splits.train)
+    source = model_path(config.model)
+    kind = find_kind(source, config.revision, task) if config.kind == "auto" else config.kind
+    checkpoint = Checkpoint.open(source, revision=config.revision)
+    return planning.plan(config, checkpoint, kind, task, splits.train)
 
 
 def prepare_blocks(

@@ -45,7 +45,7 @@ def summarize(
         "adapter": "final",
         "trainable_parameters": sum(shape.numel() for shape in trainable(setup.space).values()),
         "budget_bytes": config.budget_bytes,
-        "predicted_peak_bytes": None,
+        "predicted_peak_bytes": None if setup.plan is None else setup.plan.peak_bytes,
         "measured_peak_bytes": measured_peak_bytes,
         "inference_peak_bytes": before.get("inference_peak_bytes"),
         "model_bytes": model.nbytes(),
