@@ -265,7 +265,8 @@ def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> N
     make_random_model.make("tinyllama-1.1b", tmp_path / "twice", layers=2, overrides=small)
     assert planned(tmp_path / "twice", residency="disk").fits
     with pytest.raises(UserError, match="--no-double-quant"):
-        planned(tmp_path / "twice", residency="disk", space="dense")
+        planned(tmp_path / "twice", residency="disk", space="scales")
+    assert planned(tmp_path / "twice", residency="disk", space="dense").fits  # codes and scales stay
 
 
 # --------------------------------------------------------------------------------- large models

@@ -163,6 +163,7 @@ def test_a_run_on_cuda_shows_its_allocator(folder: Path) -> None:
 
 def test_an_older_run_says_what_is_missing(folder: Path) -> None:
     (folder / "memory.json").unlink()
+    (folder / "plan.json").unlink()
     text = text_of(write_report([folder], with_png=False).html)
     assert "memory.json is missing: memory was not sampled, only its peak is known." in text
     assert "plan.json is missing" in text

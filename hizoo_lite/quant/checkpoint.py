@@ -220,9 +220,11 @@ def _indexed_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Tensor
     names = content.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map: an object of tensor name -> file wanted, got {names!r}")
-    for name, shard in names.items():
+    for shard in names.values():
         if not isinstance(shard, str):
-            raise UserError(f"{index}: weight_map: {name}: the name of a file wanted, got {shard!r}")
+            raise UserError(
+                f"{index}: weight_map names {shard!r}; a .safetensors file inside the folder is wanted"
+            )
     shards = {shard: _shard(folder, index, shard) for shard in dict.fromkeys(names.values())}
     for name, shard in names.items():
         if name not in shards[shard].entries:
