@@ -482,7 +482,9 @@ def test_scales_in_eight_bits_are_made_float32_unless_they_are_away(tmp_path: Pa
     for space in (Requantized(), Scales()):
         model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
         Streamed(model)
-        with pytest.raises(UserError, match="scales in 8 bits that are not in memory; quantize the model again"):
+        with pytest.raises(
+            UserError, match="scales in 8 bits that are not in memory; quantize the model again"
+        ):
             space.attach(model, seed=0)
 
 
