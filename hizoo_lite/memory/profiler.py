@@ -69,6 +69,7 @@ class Profiler:
         most_samples: int = MOST_SAMPLES,
     ) -> None:
         self.device, self.meter = device, meter
+        self.on_peak: Callable[[int], None] = lambda peak_bytes: None  # is told the peak of steps
         self._read, self._clock = read or make_reader(device), clock
         self._timeline, self._peaks = Timeline(most_samples), Peaks()
         self._totals: dict[str, _Total] = {}
@@ -201,6 +202,7 @@ class Profiler:
         total.peak_bytes = max(total.peak_bytes, peak)
         if self._phase == "train":
             self._peaks.add(self._step, peak)
+            self.on_peak(peak)
         total.sampling_seconds += self._clock() - began
 
     def _total(self, phase: str) -> _Total:
@@ -238,4 +240,4 @@ def measured_owners(setup: Any) -> dict[str, int]:
     from hizoo_lite.memory.ledger import measure
 
     measured = measure(setup)
-    return {**measured.device, **measured.host}
+    return {owner: size for owner, size in {**measured.device, **measured.host}.items() if size}

@@ -62,7 +62,10 @@ def reset_peak() -> bool:
 
 
 class PeakMeter:
-    """The peak of each phase of a run, and of the whole; on a CUDA `device`, of torch's allocator there."""
+    """The peak of each phase of a run, and of the whole.
+
+    Of anonymous memory, which a budget is about; on a CUDA `device`, of torch's allocator there.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
@@ -101,7 +104,8 @@ class PeakMeter:
 
             return torch.cuda.max_memory_allocated(self._cuda)
         now = resident()
-        return now.total_bytes if now.peak_bytes is None else now.peak_bytes
+        peak_bytes = now.total_bytes if now.peak_bytes is None else now.peak_bytes
+        return peak_bytes - (now.file_bytes or 0)  # mapped files are clean and reclaimable
 
     def overall_bytes(self) -> int:
         """The peak of all phases."""

@@ -203,7 +203,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
     position = _begin(setup, folder, listener)
     _start_tracker(accelerator, setup.config)
     meter = PeakMeter(setup.model.device)
-    with Interrupt() as interrupt, _profiled(setup, meter) as profiler:
+    with Interrupt() as interrupt, _profiled(setup, meter, budget) as profiler:
         loop = Loop(
             setup,
             folder,
@@ -236,9 +236,10 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
 
 
 @contextmanager
-def _profiled(setup: Setup, meter: PeakMeter) -> Iterator[Profiler]:
-    """A profiler that the model's blocks report to while this is open."""
+def _profiled(setup: Setup, meter: PeakMeter, budget: Budget) -> Iterator[Profiler]:
+    """A profiler that the model's blocks report to while this is open, and that tells the budget of peaks."""
     profiler = Profiler(setup.model.device, meter)
+    profiler.on_peak = budget.check
     setup.model.observer = profiler
     try:
         yield profiler
