@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from hizoo_lite.base import BranchState
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
-LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+LEAST_TOKENS = {"cpu": 512, "cuda": 1024}
 #: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
 LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 4096}
@@ -55,14 +55,15 @@ def plan_chunks(
 ) -> Chunks:
     """For a batch of `rows` sequences of `length` tokens, folded `branches` times.
 
-    auto: as much together as the batch with one branch. redrawn: the noise of weights is drawn in each chunk.
-    halvings: how often the chunks have been halved because memory ran out.
+    auto: a few rows, fewer than the batch has, since all branches of all rows lie between the blocks.
+    redrawn: the noise of weights is drawn in each chunk. halvings: how often chunks have been halved because
+    memory ran out.
     """
     if wanted != "auto":
         together, slices = min(wanted, rows), 1
     else:
         least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[device_type]
-        together = min(rows, max(-(-rows // branches), -(-least // (branches * length))))
+        together = min(rows, max(-(-rows // branches**2), -(-least // (branches * length))))
         slices = -(-branches * length // max(least, rows * length)) if together == 1 else 1
     while halvings and together > 1:
         together, halvings = -(-together // 2), halvings - 1
@@ -129,11 +130,12 @@ def in_chunks(
 ) -> Any:
     """What `block(*args, **kwargs)` gives, computed `size` rows at a time.
 
-    Of a tuple the first tensor, the hidden states, is kept; attention probabilities are nobody's here.
-
-    The first axis of everything that has `branches * rows` entries there is branch after branch.
+    The hidden states are replaced in place, chunk by chunk: nobody reads a block's input after the block, so
+    one tensor serves all blocks of a pass. Of a tuple the first tensor is kept; attention probabilities are
+    nobody's here. The first axis of what has `branches * rows` entries there is branch after branch.
     """
     folded = state.branches.count * rows
+    hidden = args[0] if args else kwargs["hidden_states"]
     result: Any = None
     diverged = state.mark()
     for first in range(0, rows, size):
@@ -149,7 +151,11 @@ def in_chunks(
         state.restore(diverged)
         given = [_mapped(cut, value, "") for value in args]
         named = {name: _mapped(cut, value, name) for name, value in kwargs.items()}
-        result = _placed(block(*given, **named), result, state.branches.count, rows, part)
+        if result is None:
+            result = block(*given, **named)
+            result = _placed(result, _room(result, hidden, state.branches.count, rows), part)
+        else:
+            result = _placed(block(*given, **named), result, part)
     return _flat(result)
 
 
@@ -167,18 +173,25 @@ def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) ->
     return value
 
 
-def _placed(chunk: Any, whole: Any, branches: int, rows: int, part: slice) -> Any:
-    """Copy a chunk's output to its rows of the whole, (branches, rows, ...), which the first chunk makes."""
+def _room(chunk: Any, hidden: Tensor, branches: int, rows: int) -> Any:
+    """Where a block's output goes, of the form of a chunk's; tensors are (branches, rows, ...)."""
     if isinstance(chunk, Tensor):
-        by_row = chunk.view(branches, part.stop - part.start, *chunk.shape[1:])
-        if whole is None:
-            whole = torch.empty(branches, rows, *chunk.shape[1:], dtype=chunk.dtype, device=chunk.device)
-        whole[:, part] = by_row
+        if chunk.shape[1:] == hidden.shape[1:] and chunk.dtype == hidden.dtype and hidden.is_contiguous():
+            return hidden.view(branches, rows, *hidden.shape[1:])
+        return torch.empty(branches, rows, *chunk.shape[1:], dtype=chunk.dtype, device=chunk.device)
+    if type(chunk) in (tuple, list) and len(chunk) > 0:
+        return type(chunk)([_room(chunk[0], hidden, branches, rows), *(None for _ in chunk[1:])])
+    return None
+
+
+def _placed(chunk: Any, whole: Any, part: slice) -> Any:
+    """Copy a chunk's output to its rows of the whole."""
+    if isinstance(chunk, Tensor):
+        whole[:, part] = chunk.view(whole.shape[0], part.stop - part.start, *chunk.shape[1:])
         return whole
     if type(chunk) in (tuple, list) and len(chunk) > 0:
-        first = None if whole is None else whole[0]
         rest = (None if isinstance(item, Tensor) else item for item in chunk[1:])
-        return type(chunk)([_placed(chunk[0], first, branches, rows, part), *rest])
+        return type(chunk)([_placed(chunk[0], whole[0], part), *rest])
     return chunk
 
 
