@@ -178,10 +178,10 @@ def serve(mode: str, folder: str, text: str) -> None:
     case = Case(*json.loads(text))
     began = time.perf_counter()
     if mode == "plan":
-        from hizoo_lite.memory import planner
+        from hizoo_lite.memory import planner, subject
         from hizoo_lite.quant import Checkpoint
 
-        planner.framework_bytes()
+        subject.framework_bytes()
         plan = planner.plan_run(config_of(case, folder), Checkpoint.open(folder), "causal")
         found: dict[str, Any] = plan.to_json()
     elif mode == "backprop":

@@ -43,15 +43,17 @@ GPU_MEMORY_OF_ZO2_GB = {  # arXiv 2503.12668, table 2: batch 1, length 2048, fp1
 
 
 def serve(arguments: Any) -> None:
-    """Load, then take one step for every line on standard input."""
+    """Load, then take one step for every line on standard input.
+
+    The peak on CPU is VmData: every private writable page asked for, an upper bound of anonymous memory.
+    """
     contender, folder = arguments.serve
     if contender == "capped":
         cap = arguments.cap_mib << 20
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     import torch
 
-    from hizoo_lite.base import EVALUATION
-    from hizoo_lite.memory.rss import resident
+    from hizoo_lite.memory.rss import private_bytes
     from hizoo_lite.model.load import load
     from hizoo_lite.stream.residency import Streamed
 
@@ -85,10 +87,8 @@ def serve(arguments: Any) -> None:
             if isinstance(model.residency, Streamed):
                 answer["waited"] = model.residency.waited_seconds - waited
                 answer["moved"] = model.residency.moved_bytes - moved
-        answer["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else peak_anonymous_bytes()
-        answer["anon_bytes"] = resident().anon_bytes
+        answer["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else private_bytes()
         print(json.dumps(answer), flush=True)
-    assert EVALUATION.count == 1
 
 
 def make_stepper(model: Any) -> Any:
@@ -149,12 +149,6 @@ def drop_cache(folder: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def peak_anonymous_bytes() -> int:
-    """VmData: every private writable page that was asked for, an upper bound of the anonymous memory."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmData")).split()[1]) * 1024
 
 
 # --------------------------------------------------------------------------------------- the parent

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hizoo_lite.cli.options import DeviceBudget, Residency
+
 if TYPE_CHECKING:
     from hizoo_lite.train.config import TrainConfig
     from hizoo_lite.train.events import Listener
@@ -27,12 +29,8 @@ def command(
     kind: Annotated[str | None, typer.Option(metavar="auto|causal|masked|classifier")] = None,
     compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
-    residency: Annotated[
-        str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")
-    ] = None,
-    device_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")
-    ] = None,
+    residency: Residency = None,
+    device_budget: DeviceBudget = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a prompt and its answer")] = None,
     batch_size: Annotated[int | None, typer.Option(help="examples of a batch")] = None,
     examples: Annotated[

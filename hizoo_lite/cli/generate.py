@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hizoo_lite.cli.options import DeviceBudget, Residency
+
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
 
@@ -31,12 +33,8 @@ def command(
     bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
     compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
-    residency: Annotated[
-        str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")
-    ] = None,
-    device_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")
-    ] = None,
+    residency: Residency = None,
+    device_budget: DeviceBudget = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
 ) -> None:
     """Continue a text.

@@ -9,12 +9,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import Field
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from hizoo_lite.train.config import choices, kinds, members, settings
 from hizoo_lite.train.config_file import flag
+
+#: What the commands that only run a model say about where its blocks live.
+Residency = Annotated[str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")]
+DeviceBudget = Annotated[str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")]
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:

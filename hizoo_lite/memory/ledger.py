@@ -94,6 +94,11 @@ def measure(setup: Setup) -> Ledger:
     return _placed(found, model.device.type)
 
 
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers, shared memory counted once."""
+    return _Count().tensors(_tensors_of(value))
+
+
 def _placed(found: dict[str, int], device_type: str) -> Ledger:
     disk = {"changed_blocks": found.pop("changed_blocks")}
     if device_type == "cpu":

@@ -9,37 +9,25 @@ after the imports where a run is planned for this machine, a constant for anothe
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from hizoo_lite import curvature as curvatures
-from hizoo_lite import estimators
-from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
+from hizoo_lite.base import ModelKind, UserError
 from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.ledger import Ledger
-from hizoo_lite.memory.outline import Outline, dissect
+from hizoo_lite.memory.outline import Outline
 from hizoo_lite.memory.plan import Plan
-from hizoo_lite.memory.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
-from hizoo_lite.memory.rss import resident
 from hizoo_lite.memory.sizes import format_bytes
-from hizoo_lite.model import skeleton
+from hizoo_lite.memory.subject import Option, Subject, Unknown
 from hizoo_lite.quant.checkpoint import Checkpoint
-from hizoo_lite.spaces.targets import resolve_targets
-from hizoo_lite.stream.choose import Budgets
+from hizoo_lite.stream.choose import Place
 from hizoo_lite.stream.chunks import plan_chunks
 from hizoo_lite.train.config import TrainConfig
 
-#: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
-#: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
-FRAMEWORK_BYTES = 320_000_000
-#: What the first steps add to it: kernels of oneDNN, modules that are imported late; 3 to 5 MiB, measured.
-FIRST_USE_BYTES = 5 << 20
 #: CUDA's context, cuBLAS workspaces and kernels on the device, and its libraries on the host. Not measured
 #: by this project yet; typical of CUDA 12.
 CONTEXT_BYTES = 600 << 20
@@ -52,16 +40,6 @@ HEAP_SHARE = 0.5
 LARGEST_BATCH = 16
 #: What is tried where a batch is chosen.
 _BATCHES = (16, 8, 4, 2, 1)
-
-Place = Literal["resident", "host", "disk"]
-
-
-@functools.cache
-def framework_bytes() -> int:
-    """Anonymous memory of this process with a run's libraries imported, at the first call."""
-    import hizoo_lite.train.fit  # noqa: F401 - what a run imports
-
-    return resident().anon_bytes or FRAMEWORK_BYTES
 
 
 def plan_run(
@@ -85,282 +63,78 @@ def plan_run(
     """
     outline = checkpoint if isinstance(checkpoint, Outline) else Outline.of(checkpoint)
     try:
-        task = _Task(config, outline, kind, rows_per_example, hardware, framework)
-    except _Unknown as error:
+        subject = Subject(config, outline, kind, rows_per_example, hardware, framework)
+    except Unknown as error:
         return _unknown(config, outline, str(error))
-    return _choose(task, choose_batch)
-
-
-class _Unknown(Exception):
-    """The architecture is not one that can be rehearsed."""
-
-
-class _Option(NamedTuple):
-    """One configuration to look at."""
-
-    place: Place
-    batch: int
-    length: int
-    chunk: int | Literal["auto"]
-
-
-class _Task:
-    """What is to be planned: the model, dissected, and everything about the run that does not change."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        outline: Outline,
-        kind: ModelKind,
-        rows_per_example: int,
-        hardware: Hardware | None,
-        framework: int | None,
-    ) -> None:
-        self.config, self.outline, self.kind, self.hardware = config, outline, kind, hardware
-        self.rows_per_example = rows_per_example
-        self.bits: Bits = skeleton.choose_bits(config.bits, outline.bits)
-        self.device = hardware.device if hardware else skeleton.choose_device(config.device).type
-        self.compute = self._compute()
-        self.budgets = self._budgets()
-        self.framework = self._framework(framework)
-        if self.device == "cpu":
-            self.framework += FIRST_USE_BYTES
-        self.in_weights = config.space != "lora"
-        self.residual = config.space == "dense" and config.dense_update == "residual"
-        double_quant = config.double_quant and not self.in_weights
-        try:
-            self.model_config = skeleton.read_config(outline.folder, kind, num_labels=2)
-            self.module = skeleton.build(self.model_config, kind)
-        except UserError as error:
-            raise _Unknown(str(error)) from error
-        self.anatomy = dissect(outline, self.module, kind, self.bits, double_quant, self.device)
-        self.trained = Trained(
-            config.space,
-            self._targets(),
-            config.rank,
-            self.residual,
-        )
-        self.shapes = self._trainable()
-        few_blocks(self.module, self.anatomy.prefix, self.model_config)
-        twice = any(len(linear.stored) == 3 for linear in self.anatomy.inside())
-        self.needs_own_scales = self.in_weights and not self.residual and twice
-        self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
-        self._rehearsals: dict[bool, Rehearsal] = {}
-        self._passes: dict[tuple[Any, ...], Activations] = {}
-
-    # ------------------------------------------------------------------------------------- settings
-
-    def _compute(self) -> torch.dtype:
-        names = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-        if self.config.compute_dtype != "auto":
-            return names[self.config.compute_dtype]
-        if self.hardware is not None:
-            return names[self.hardware.compute]
-        return skeleton.choose_compute("auto", skeleton.choose_device(self.config.device))
-
-    def _budgets(self) -> Budgets:
-        given = Budgets.parse(self.config.device_budget, self.config.host_budget, torch.device(self.device))
-        if self.hardware is None:
-            return given
-        device, host = self.hardware.device_budget_bytes, self.hardware.host_budget_bytes
-        return Budgets(given.device_bytes or device, given.host_bytes or host or device)
-
-    def _framework(self, given: int | None) -> int:
-        if given is not None:
-            return given
-        if self.hardware is not None:
-            return FRAMEWORK_BYTES
-        return framework_bytes()
-
-    def _targets(self) -> str:
-        if self.config.targets != "auto":
-            return self.config.targets
-        return "all-linear" if self.in_weights else "attention"
-
-    def _trainable(self) -> dict[str, torch.Size]:
-        """Shapes of what is trained, by name: in memory or in the blocks."""
-        linears = {linear.name: linear for linear in self.anatomy.linears}
-        stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
-        chosen = resolve_targets(stand_in, self.trained.targets)
-        shapes: dict[str, torch.Size] = {}
-        for name in chosen:
-            rows, columns = linears[name].shape
-            if self.config.space == "lora":
-                shapes[f"{name}.lora_A.weight"] = torch.Size((self.config.rank, columns))
-                shapes[f"{name}.lora_B.weight"] = torch.Size((rows, self.config.rank))
-            elif self.config.space == "dense":
-                shapes[f"{name}.weight"] = torch.Size((rows, columns))
-            else:
-                count = rows if self.bits == "int8" else -(-rows * columns // 64)
-                shapes[f"{name}.absmax"] = torch.Size((count,))
-        self.heads = self._heads(linears)
-        return {**shapes, **self.heads}
-
-    def _heads(self, linears: Mapping[str, Any]) -> dict[str, torch.Size]:
-        if self.kind != "classifier":
-            return {}
-        trunk = str(self.module.base_model_prefix) + "."
-        found = {}
-        for name, linear in linears.items():
-            if not name.startswith(trunk) or f"{name}.weight" in self.anatomy.outside:
-                found[f"{name}.weight"] = torch.Size(linear.shape)
-                if self.module.get_submodule(name).bias is not None:
-                    found[f"{name}.bias"] = torch.Size(linear.shape[:1])
-        return found
-
-    # ------------------------------------------------------------------------------------ quantities
-
-    def adapter_bytes(self) -> int:
-        """Of trainable tensors in memory."""
-        shapes = self.shapes if not self.in_weights else self.heads
-        return 4 * sum(shape.numel() for shape in shapes.values())
-
-    def curvature_bytes(self) -> int:
-        """Of Sigma's state, from the class itself; the diagonal one is as large as the adapters."""
-        if self.config.estimator == "mezo" or self.config.curvature == "none":
-            return 0
-        if self.config.curvature == "diagonal":
-            return 4 * sum(shape.numel() for shape in self.shapes.values())
-        options = {"per": self.config.curvature_per} if self.config.curvature == "grouped" else {}
-        state = curvatures.get(self.config.curvature, **options)
-        state.start(self.shapes)
-        from hizoo_lite.memory.ledger import _Count, _tensors_of
-
-        return _Count().tensors(_tensors_of(vars(state)))
-
-    def weight_noise_bytes(self) -> int:
-        """Factors of the directions of weights, and HiZOO-L's sums over rows and columns, in float64."""
-        if not self.in_weights or self.config.curvature != "factored" or self.config.estimator == "mezo":
-            return 0
-        return 20 * sum(sum(shape) for name, shape in self.shapes.items() if name not in self.heads)
-
-    def block_bytes(self, streamed: bool) -> list[int]:
-        """Of every block as the run holds it."""
-        extra = 2 if self.residual else 0
-        if streamed:
-            return self.anatomy.travel_bytes(extra)
-        sizes = self.anatomy.block_bytes(extra)
-        if self.in_weights and not self.residual:
-            for linear in self.anatomy.inside():  # double quantization is undone
-                if len(linear.stored) == 3:
-                    sizes[linear.block or 0] += 3 * linear.stored[1] - linear.stored[2]
-        return sizes
-
-    def branches(self) -> Branches:
-        """The most branches of a step."""
-        return estimators.get(self.config.estimator).branches(0)
-
-    def sites(self, rows: int, length: int) -> int:
-        """Positions whose logits are read: every one of lm and chat tasks, else one a row."""
-        return rows * length if self.config.task in ("lm", "chat") else rows
-
-    def eval_batch(self, batch: int) -> int:
-        """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""
-        asked = self.config.eval_batch_size
-        return asked if batch >= self.config.batch_size else min(asked, 2 * batch)
-
-    def passes(self, option: _Option) -> tuple[Activations, Activations]:
-        """A step's traversal and an evaluation's."""
-        away = option.place != "resident"
-        rows = option.batch * self.rows_per_example
-        sites = self.sites(rows, option.length)
-        training = Pass(rows, option.length, self.branches(), sites, option.chunk)
-        rows = self.eval_batch(option.batch) * self.rows_per_example
-        evaluation = Pass(rows, option.length, EVALUATION, self.sites(rows, option.length), option.chunk)
-        return self._rehearsed(away, training, self.trained), self._rehearsed(away, evaluation, None)
-
-    def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:
-        key = (away, wanted, trained)
-        if key not in self._passes:
-            if away not in self._rehearsals:
-                self._rehearsals[away] = Rehearsal(
-                    copy.deepcopy(self.module),
-                    self.model_config,
-                    self.kind,
-                    self.anatomy,
-                    self.bits,
-                    self.compute,
-                    self.device,
-                    away,
-                )
-            self._passes[key] = self._rehearsals[away].run(wanted, trained)
-        return self._passes[key]
-
-
-class _Named(NamedTuple):
-    """What `resolve_targets` asks of a model."""
-
-    linears: Mapping[str, Any]
-    block_prefix: str
-    config: Any
+    return _choose(subject, choose_batch)
 
 
 # ---------------------------------------------------------------------------------------- one option
 
 
-def _evaluate(task: _Task, option: _Option, gives_back: bool) -> Plan:
+def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     """The ledger of one configuration, with as many blocks on the device as fit."""
-    training, evaluation = task.passes(option)
+    training, evaluation = subject.passes(option)
     worst = max(training, evaluation, key=lambda one: one.peak_bytes)
     scratch = {k: max(training.scratch.get(k, 0), evaluation.scratch.get(k, 0)) for k in training.scratch}
     activations = _owned(worst.worst)
     if sum(activations.values()) + sum(scratch.values()) < LOADING_BYTES:
         activations = {"loading": LOADING_BYTES - sum(scratch.values())}
     streamed = option.place != "resident"
-    sizes = task.block_bytes(streamed)
-    outside = sum(task.anatomy.outside.values())
-    away = sum(task.anatomy.away.values()) if streamed else 0
-    adapters = task.adapter_bytes()
+    sizes = subject.block_bytes(streamed)
+    outside = sum(subject.anatomy.outside.values())
+    away = sum(subject.anatomy.away.values()) if streamed else 0
+    adapters = subject.adapter_bytes()
     device = {
-        "framework": CONTEXT_BYTES if task.device == "cuda" else task.framework,
+        "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
         "embeddings_and_head": outside - away,
-        "small_parameters": task.anatomy.small_bytes,
+        "small_parameters": subject.anatomy.small_bytes,
         "adapters": adapters,
-        "noise": adapters + task.weight_noise_bytes(),
+        "noise": adapters + subject.weight_noise_bytes(),
         "scratch": sum(scratch.values()),
         **activations,
     }
-    host = {"curvature": task.curvature_bytes(), "noise": 2 * adapters}
-    if task.device == "cpu" and not gives_back:
+    host = {"curvature": subject.curvature_bytes(), "noise": 2 * adapters}
+    if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
     kept = len(sizes)
     slots = 0
     if streamed:
         kept, slots = _kept(
-            task, sizes, sum(device.values()) + (sum(host.values()) if task.device == "cpu" else 0)
+            subject, sizes, sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
         )
         away_blocks = sorted(sizes, reverse=True)[: len(sizes) - kept]
         device["block_slots"] = slots
         device["resident_blocks"] = sum(sizes) - sum(away_blocks)
         if option.place == "host":
             host["pinned_host"] = sum(away_blocks) + away
-        elif task.device == "cuda":
+        elif subject.device == "cuda":
             host["prefetch_buffers"] = slots
     else:
         device["resident_blocks"] = sum(sizes)
     moved = sum(sorted(sizes, reverse=True)[: len(sizes) - kept]) if streamed else 0
-    disk = {"changed_blocks": moved} if option.place == "disk" and task.in_weights else {}
-    ledger = _ledger(task, device, host, disk)
-    host_budget = task.budgets.host_bytes if task.device == "cuda" else None
-    fits = _within(ledger.device_bytes, task.budgets.device_bytes) and _within(ledger.host_bytes, host_budget)
+    disk = {"changed_blocks": moved} if option.place == "disk" and subject.in_weights else {}
+    ledger = _ledger(subject, device, host, disk)
+    host_budget = subject.budgets.host_bytes if subject.device == "cuda" else None
+    on_device = _within(ledger.device_bytes, subject.budgets.device_bytes)
     return Plan(
-        fits=fits,
+        fits=on_device and _within(ledger.host_bytes, host_budget),
         ledger=ledger,
         residency=option.place,
         blocks=len(sizes),
         blocks_on_device=kept,
         batch_size=option.batch,
-        eval_batch_size=task.eval_batch(option.batch),
+        eval_batch_size=subject.eval_batch(option.batch),
         max_length=option.length,
         branch_chunk=option.chunk,
-        device_type=task.device,
-        device_budget_bytes=task.budgets.device_bytes,
+        device_type=subject.device,
+        device_budget_bytes=subject.budgets.device_bytes,
         host_budget_bytes=host_budget,
         gives_back=gives_back,
         moments=training.moments,
         moved_bytes=moved,
-        bounds=_bounds(task, option, moved),
-        unaccounted=_unaccounted(task),
+        bounds=_bounds(subject, option, moved),
+        unaccounted=_unaccounted(subject),
     )
 
 
@@ -373,9 +147,9 @@ def _owned(worst: Mapping[str, int]) -> dict[str, int]:
     return {names.get(owner, owner): size for owner, size in worst.items() if size}
 
 
-def _ledger(task: _Task, device: dict[str, int], host: dict[str, int], disk: dict[str, int]) -> Ledger:
+def _ledger(subject: Subject, device: dict[str, int], host: dict[str, int], disk: dict[str, int]) -> Ledger:
     """On a CPU everything is in one memory."""
-    if task.device == "cuda":
+    if subject.device == "cuda":
         host["framework"] = CUDA_HOST_BYTES
         return Ledger(device, host, disk)
     for owner, size in host.items():
@@ -383,12 +157,12 @@ def _ledger(task: _Task, device: dict[str, int], host: dict[str, int], disk: dic
     return Ledger(device, {}, disk)
 
 
-def _kept(task: _Task, sizes: Sequence[int], taken: int) -> tuple[int, int]:
+def _kept(subject: Subject, sizes: Sequence[int], taken: int) -> tuple[int, int]:
     """(blocks that may stay on the device, bytes of the slots), as `stream/residency.py` decides it."""
     largest = max(sizes, default=0)
-    budget = task.budgets.device_bytes
+    budget = subject.budgets.device_bytes
     slots = min(2, len(sizes)) * largest
-    if budget is None or task.config.residency != "auto":
+    if budget is None or subject.config.residency != "auto":
         return 0, slots
     free = budget - taken
     if sum(sizes) <= free:
@@ -396,12 +170,12 @@ def _kept(task: _Task, sizes: Sequence[int], taken: int) -> tuple[int, int]:
     return max(0, min(len(sizes) - 2, (free - slots) // max(largest, 1))), slots
 
 
-def _unaccounted(task: _Task) -> tuple[str, ...]:
-    found = list(task.anatomy.unaccounted)
+def _unaccounted(subject: Subject) -> tuple[str, ...]:
+    found = list(subject.anatomy.unaccounted)
     found.append("the task's data and the tokenizer")
-    if task.device == "cuda":
+    if subject.device == "cuda":
         found.append("fragmentation of the device allocator; the context is a typical value, not measured")
-    if task.config.task not in ("lm", "chat") and task.config.max_length:
+    if subject.config.task not in ("lm", "chat") and subject.config.max_length:
         found.append("logits of answers with more than one token")
     return tuple(found)
 
@@ -409,116 +183,117 @@ def _unaccounted(task: _Task) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------- speed
 
 
-def _bounds(task: _Task, option: _Option, moved: int) -> dict[str, float]:
+def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     """Least seconds of a step, by what takes them; empty where no rates are known."""
-    machine = task.hardware
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(task.compute, "float32")
+    machine = subject.hardware
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(subject.compute, "float32")
     rate = machine.rate(name) if machine else None
     if machine is None or rate is None:
         return {}
-    branches, rows = task.branches(), option.batch * task.rows_per_example
+    branches, rows = subject.branches(), option.batch * subject.rows_per_example
     tokens = branches.count * rows * option.length
-    elements = task.anatomy.parameters
-    heads = sum(math.prod(x.shape) for x in task.anatomy.linears if x.block is None)
-    operations = 2 * tokens * elements + 2 * branches.count * task.sites(rows, option.length) * heads
-    if task.in_weights:
-        trained = sum(shape.numel() for shape in task.shapes.values())
+    elements = subject.anatomy.parameters
+    heads = sum(math.prod(x.shape) for x in subject.anatomy.linears if x.block is None)
+    operations = 2 * tokens * elements + 2 * branches.count * subject.sites(rows, option.length) * heads
+    if subject.in_weights:
+        trained = sum(shape.numel() for shape in subject.shapes.values())
         operations += 2 * 2 * branches.pairs * rows * option.length * trained
-    chunks = -(-rows // _together(task, option))
-    packed = sum(task.block_bytes(False))
-    unpacked = elements * task.compute.itemsize
+    chunks = -(-rows // _together(subject, option))
+    packed = sum(subject.block_bytes(False))
+    unpacked = elements * subject.compute.itemsize
     bounds = {
         "products": operations / rate,
         "unpacking": chunks * (packed + 2 * unpacked) / machine.device_bandwidth,
     }
-    if task.in_weights:  # drawn in every chunk and for the update: written and read once, in float32
+    if subject.in_weights:  # drawn in every chunk and for the update: written and read once, in float32
         bounds["noise"] = (chunks + 1) * 8 * elements / machine.device_bandwidth
     if moved:
-        both = 2 if task.in_weights else 1
-        if task.device == "cuda":
+        both = 2 if subject.in_weights else 1
+        if subject.device == "cuda":
             bounds["host_to_device"] = both * moved / machine.host_to_device
         if option.place == "disk":
             bounds["disk"] = both * moved / machine.disk
     return bounds
 
 
-def _together(task: _Task, option: _Option) -> int:
+def _together(subject: Subject, option: Option) -> int:
     """Rows that go through a block together."""
-    rows = option.batch * task.rows_per_example
-    count = task.branches().count
-    return plan_chunks(option.chunk, rows, option.length, count, task.device, task.in_weights).rows
+    rows = option.batch * subject.rows_per_example
+    count = subject.branches().count
+    return plan_chunks(option.chunk, rows, option.length, count, subject.device, subject.in_weights).rows
 
 
 # -------------------------------------------------------------------------------------------- choice
 
 
-def _choose(task: _Task, choose_batch: bool) -> Plan:
-    most = task.hardware.batch_size if task.hardware else None
+def _choose(subject: Subject, choose_batch: bool) -> Plan:
+    most = subject.hardware.batch_size if subject.hardware else None
     batches = [batch for batch in _BATCHES if batch <= (most or LARGEST_BATCH)]
     if not choose_batch:
-        batches = [task.config.batch_size]
+        batches = [subject.config.batch_size]
     tried: list[Plan] = []
     for batch in batches:
         plans = [
-            _best(task, _Option(place, batch, task.config.max_length, "auto")) for place in _places(task)
+            _best(subject, Option(place, batch, subject.config.max_length, "auto"))
+            for place in _places(subject)
         ]
         tried += plans
         fitting = [plan for plan in plans if plan.fits]
         if fitting:
             best = min(fitting, key=_slowness)
-            return replace(best, why=_reasons(task, best, plans, choose_batch))
+            return replace(best, why=_reasons(subject, best, plans, choose_batch))
     closest = min(tried, key=lambda plan: (_excess(plan), plan.peak_bytes))
-    nearest = _nearest(task, closest)
-    return replace(closest, nearest=nearest, why=_refusal(task, closest, nearest))
+    nearest = _nearest(subject, closest)
+    return replace(closest, nearest=nearest, why=_refusal(subject, closest, nearest))
 
 
-def _best(task: _Task, option: _Option) -> Plan:
+def _best(subject: Subject, option: Option) -> Plan:
     """The configuration with the largest chunk that fits; the smallest where none does."""
-    chunks: list[int | Literal["auto"]] = [task.config.branch_chunk]
-    has_budget = task.budgets.device_bytes is not None
-    if task.config.branch_chunk == "auto" and has_budget and _may_fit(task, option):
-        rows = _together(task, option)  # the same for a step, and less for an evaluation
+    chunks: list[int | Literal["auto"]] = [subject.config.branch_chunk]
+    has_budget = subject.budgets.device_bytes is not None
+    if subject.config.branch_chunk == "auto" and has_budget and _may_fit(subject, option):
+        rows = _together(subject, option)  # the same for a step, and less for an evaluation
         while rows >= 1:
             chunks.append(rows)
             rows //= 2
     plan = None
     for chunk in chunks:
-        plan = _evaluate(task, option._replace(chunk=chunk), gives_back=has_budget)
+        plan = _evaluate(subject, option._replace(chunk=chunk), gives_back=has_budget)
         if plan.fits:
             break
     assert plan is not None
     return plan
 
 
-def _may_fit(task: _Task, option: _Option) -> bool:
+def _may_fit(subject: Subject, option: Option) -> bool:
     """Whether the weights leave room for a pass: else smaller chunks and batches need not be looked at."""
-    budget = task.budgets.device_bytes or 0
-    sizes = task.block_bytes(option.place != "resident")
-    if option.place == "host" and sum(sizes) > budget + (task.budgets.host_bytes or math.inf):
+    budget = subject.budgets.device_bytes or 0
+    sizes = subject.block_bytes(option.place != "resident")
+    if option.place == "host" and sum(sizes) > budget + (subject.budgets.host_bytes or math.inf):
         return False
     held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
-    outside = sum(task.anatomy.outside.values()) if option.place == "resident" else 0
-    return held + outside + (task.framework if task.device == "cpu" else CONTEXT_BYTES) < budget
+    outside = sum(subject.anatomy.outside.values()) if option.place == "resident" else 0
+    return held + outside + (subject.framework if subject.device == "cpu" else CONTEXT_BYTES) < budget
 
 
-def _places(task: _Task) -> Iterator[Place]:
+def _places(subject: Subject) -> Iterator[Place]:
     """Residencies that are possible, the fastest first."""
-    wanted = task.config.residency
-    if wanted == "auto" and task.hardware is not None:
-        wanted = task.hardware.residency
-    if wanted == "disk" and not task.can_stream:
+    wanted = subject.config.residency
+    if wanted == "auto" and subject.hardware is not None:
+        wanted = subject.hardware.residency
+    if wanted == "disk" and not subject.can_stream:
         raise UserError(
-            f"--residency: got disk, but its blocks cannot be streamed as they are stored; {_remedy(task)}"
+            f"--residency: got disk, but its blocks cannot be streamed as they are stored; {_remedy(subject)}"
         )
     if wanted != "auto":
         yield wanted
         return
     yield "resident"
-    if task.budgets.device_bytes is None:
+    if subject.budgets.device_bytes is None:
         return
-    if task.device == "cuda":
+    if subject.device == "cuda":
         yield "host"
-    if task.can_stream:
+    if subject.can_stream:
         yield "disk"
 
 
@@ -534,7 +309,7 @@ def _excess(plan: Plan) -> int:
     return over + max(0, host - (plan.host_budget_bytes or host))
 
 
-def _reasons(task: _Task, best: Plan, plans: Sequence[Plan], choose_batch: bool) -> str:
+def _reasons(subject: Subject, best: Plan, plans: Sequence[Plan], choose_batch: bool) -> str:
     """Why this one."""
     if best.device_budget_bytes is None:
         return "no budget was given: all blocks stay on the device"
@@ -547,9 +322,9 @@ def _reasons(task: _Task, best: Plan, plans: Sequence[Plan], choose_batch: bool)
     parts.append(
         f"{best.settings()}: {format_bytes(best.peak_bytes)} of {format_bytes(best.device_budget_bytes)}"
     )
-    if best.branch_chunk != task.config.branch_chunk:
+    if best.branch_chunk != subject.config.branch_chunk:
         parts.append("smaller chunks than usual, so that it fits: every weight is unpacked more often")
-    most = (task.hardware.batch_size if task.hardware else None) or LARGEST_BATCH
+    most = (subject.hardware.batch_size if subject.hardware else None) or LARGEST_BATCH
     if choose_batch and best.batch_size < most:
         parts.append(f"batch {2 * best.batch_size} does not fit")
     return "; ".join(parts)
@@ -564,18 +339,18 @@ def _needs(plan: Plan) -> str:
     return f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.device_budget_bytes)}"
 
 
-def _nearest(task: _Task, plan: Plan) -> Plan | None:
+def _nearest(subject: Subject, plan: Plan) -> Plan | None:
     """The first change that makes it fit: residency, batch, length; None where none does."""
     places = [plan.residency]
-    if task.config.residency != "auto":
+    if subject.config.residency != "auto":
         places += [
-            place for place in ("host", "disk") if place != plan.residency and _is_possible(task, place)
+            place for place in ("host", "disk") if place != plan.residency and _is_possible(subject, place)
         ]
     batch, length = plan.batch_size, plan.max_length
-    places = [place for place in places if _may_fit(task, _Option(place, 1, length, 1))]
+    places = [place for place in places if _may_fit(subject, Option(place, 1, length, 1))]
     while places:
         for place in places:
-            found = _best(task, _Option(place, batch, length, "auto"))
+            found = _best(subject, Option(place, batch, length, "auto"))
             if found.fits:
                 return replace(found, why=f"fits with {found.settings()}")
         if batch > 1:
@@ -587,35 +362,35 @@ def _nearest(task: _Task, plan: Plan) -> Plan | None:
     return None
 
 
-def _is_possible(task: _Task, place: str) -> bool:
-    return task.can_stream if place == "disk" else task.device == "cuda"
+def _is_possible(subject: Subject, place: str) -> bool:
+    return subject.can_stream if place == "disk" else subject.device == "cuda"
 
 
-def _refusal(task: _Task, plan: Plan, nearest: Plan | None) -> str:
+def _refusal(subject: Subject, plan: Plan, nearest: Plan | None) -> str:
     """What is missing, and what would make it fit."""
     parts = [f"{plan.settings()} needs {_needs(plan)}"]
     if nearest is not None:
         parts.append(f"{nearest.settings()} fits, with {format_bytes(nearest.peak_bytes)}")
     else:
         parts.append("not even one short row fits")
-    if not task.can_stream:
-        parts.append(_remedy(task))
+    if not subject.can_stream:
+        parts.append(_remedy(subject))
     parts.append(f"as it is, a budget of {format_bytes(plan.peak_bytes)} is needed")
     return "; ".join(parts)
 
 
-def _remedy(task: _Task) -> str:
+def _remedy(subject: Subject) -> str:
     """What makes a checkpoint streamable."""
-    if task.needs_own_scales and task.outline.bits is not None:
+    if subject.needs_own_scales and subject.outline.bits is not None:
         return (
             "to train the weights of a streamed model they must be quantized with --no-double-quant, "
             "or use --dense-update residual"
         )
-    bits = "nf4" if task.bits == "none" else task.bits
-    more = " --no-double-quant" if task.needs_own_scales else ""
+    bits = "nf4" if subject.bits == "none" else subject.bits
+    more = " --no-double-quant" if subject.needs_own_scales else ""
     return (
         "quantize it once, its blocks can then be streamed from disk: hizoo-lite quantize --model "
-        f"{task.config.model} --bits {bits}{more} --out DIR"
+        f"{subject.config.model} --bits {bits}{more} --out DIR"
     )
 
 

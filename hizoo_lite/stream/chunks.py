@@ -1,7 +1,7 @@
 """A long folded batch goes through a block in chunks, the branches of a row kept together.
 
 A block's inner activations (the MLP's above all) are several times the size of what it takes in and gives
-out. In chunks they take no more than one plain forward of the batch would. A block sees nothing of other
+out. In chunks a step takes about the memory of one plain forward of the batch. A block sees nothing of other
 rows, so the losses are the same but for the rounding of products with fewer rows. Where a chunk is a single
 long row, its MLP, which sees nothing of other tokens either, goes through in slices of tokens.
 """

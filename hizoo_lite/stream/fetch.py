@@ -1,10 +1,9 @@
 """Moving the bytes of blocks into the slots of the compute device beside the computation.
 
 On CPU a thread reads into the slot itself. On CUDA a second stream copies page-locked host memory into it;
-events order the two streams, so that the loop does not wait for the device (but where changed blocks go
-to disk). From disk to CUDA the thread
-reads into one of two page-locked buffers first. There is one thread and one copy stream, each in order: a
-block that is stored and then fetched again comes back changed.
+events order the two streams, so that the loop does not wait for the device (but where changed blocks go to
+disk). From disk to CUDA the thread reads into one of two page-locked buffers first. There is one thread and
+one copy stream, each in order: a block that is stored and then fetched again comes back changed.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class TrainConfig:
     branch_chunk: int | Literal["auto"] = _setting(
         "auto",
         "token sequences that go through a block together, with all their branches; "
-        "auto: as many as make one plain forward of the batch",
+        "auto: a few, so that a step takes about the memory of a plain forward",
         group="Memory",
         minimum=1,
     )

@@ -56,7 +56,12 @@ def _rows(
     loss = None if config.loss == "auto" else config.loss
     limit = min(config.max_length, tokenizer.model_max_length)
     encoder = Encoder(tokenizer, kind, task, limit, loss=loss)
-    return max((len(encoder.encode(e, training=True).rows) for e in examples[:_SAMPLE]), default=1)
+    return rows_per_example(encoder, examples, training=True)
+
+
+def rows_per_example(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> int:
+    """The most token sequences that one of the first examples makes."""
+    return max((len(encoder.encode(e, training=training).rows) for e in examples[:_SAMPLE]), default=1)
 
 
 def _refusal(found: Plan) -> str:

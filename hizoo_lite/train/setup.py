@@ -34,8 +34,6 @@ _KINDS: dict[str, ModelKind] = {
     "ForPreTraining": "masked",
     "ForSequenceClassification": "classifier",
 }
-#: Examples that are encoded beforehand, to see how many token sequences one makes.
-_SAMPLE = 32
 _DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -110,13 +108,13 @@ def prepare_blocks(
     model.branch_chunk = config.branch_chunk
     if not isinstance(model.residency, Streamed):
         return
-    few = [encoder.encode(example, training=branches > 1) for example in examples[:_SAMPLE]]
-    rows = max(len(example.rows) for example in few)
-    trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
-    model.residency.reserved_bytes = max(
-        pass_bytes(model, rows * config.batch_size, encoder.max_length, branches, trainable),
-        pass_bytes(model, rows * config.eval_batch_size, encoder.max_length, 1),
-    )
+    if model.residency.budget_bytes is not None:
+        rows = planning.rows_per_example(encoder, examples, training=branches > 1)
+        trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
+        model.residency.reserved_bytes = max(
+            pass_bytes(model, rows * config.batch_size, encoder.max_length, branches, trainable),
+            pass_bytes(model, rows * config.eval_batch_size, encoder.max_length, 1),
+        )
     model.residency.scratch = None if config.out is None else Path(config.out)
     model.residency.prepare()
 

@@ -1,0 +1,242 @@
+"""What a plan is about: a model, dissected, a run's settings, and the bytes that follow from both.
+
+Nothing here chooses; `planner.py` asks for one configuration after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from hizoo_lite import curvature as curvatures
+from hizoo_lite import estimators
+from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
+from hizoo_lite.memory.hardware import Hardware
+from hizoo_lite.memory.ledger import tensor_bytes
+from hizoo_lite.memory.outline import Outline, dissect
+from hizoo_lite.memory.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
+from hizoo_lite.memory.rss import resident
+from hizoo_lite.model import skeleton
+from hizoo_lite.spaces.targets import resolve_targets
+from hizoo_lite.stream.choose import Budgets, Place
+from hizoo_lite.train.config import TrainConfig
+
+#: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
+#: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
+FRAMEWORK_BYTES = 320_000_000
+#: What the first steps add to it: kernels of oneDNN, modules that are imported late; 3 to 5 MiB, measured.
+FIRST_USE_BYTES = 5 << 20
+
+
+@functools.cache
+def framework_bytes() -> int:
+    """Anonymous memory of this process with a run's libraries imported, at the first call."""
+    import hizoo_lite.train.fit  # noqa: F401 - what a run imports
+
+    return resident().anon_bytes or FRAMEWORK_BYTES
+
+
+class Unknown(Exception):
+    """The architecture is not one that can be rehearsed."""
+
+
+class Option(NamedTuple):
+    """One configuration to look at."""
+
+    place: Place
+    batch: int
+    length: int
+    chunk: int | Literal["auto"]
+
+
+class Subject:
+    """What is to be planned: the model, dissected, and everything about the run that does not change."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        outline: Outline,
+        kind: ModelKind,
+        rows_per_example: int,
+        hardware: Hardware | None,
+        framework: int | None,
+    ) -> None:
+        self.config, self.outline, self.kind, self.hardware = config, outline, kind, hardware
+        self.rows_per_example = rows_per_example
+        self.bits: Bits = skeleton.choose_bits(config.bits, outline.bits)
+        self.device = hardware.device if hardware else skeleton.choose_device(config.device).type
+        self.compute = self._compute()
+        self.budgets = self._budgets()
+        self.framework = self._framework(framework)
+        if self.device == "cpu":
+            self.framework += FIRST_USE_BYTES
+        self.in_weights = config.space != "lora"
+        self.residual = config.space == "dense" and config.dense_update == "residual"
+        double_quant = config.double_quant and not self.in_weights
+        try:
+            self.model_config = skeleton.read_config(outline.folder, kind, num_labels=2)
+            self.module = skeleton.build(self.model_config, kind)
+        except UserError as error:
+            raise Unknown(str(error)) from error
+        self.anatomy = dissect(outline, self.module, kind, self.bits, double_quant, self.device)
+        self.trained = Trained(
+            config.space,
+            self._targets(),
+            config.rank,
+            self.residual,
+        )
+        self.shapes = self._trainable()
+        few_blocks(self.module, self.anatomy.prefix, self.model_config)
+        twice = any(len(linear.stored) == 3 for linear in self.anatomy.inside())
+        self.needs_own_scales = self.in_weights and not self.residual and twice
+        self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
+        self._rehearsals: dict[bool, Rehearsal] = {}
+        self._passes: dict[tuple[Any, ...], Activations] = {}
+
+    # ------------------------------------------------------------------------------------- settings
+
+    def _compute(self) -> torch.dtype:
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+        if self.config.compute_dtype != "auto":
+            return names[self.config.compute_dtype]
+        if self.hardware is not None:
+            return names[self.hardware.compute]
+        return skeleton.choose_compute("auto", skeleton.choose_device(self.config.device))
+
+    def _budgets(self) -> Budgets:
+        given = Budgets.parse(self.config.device_budget, self.config.host_budget, torch.device(self.device))
+        if self.hardware is None:
+            return given
+        device, host = self.hardware.device_budget_bytes, self.hardware.host_budget_bytes
+        return Budgets(given.device_bytes or device, given.host_bytes or host or device)
+
+    def _framework(self, given: int | None) -> int:
+        if given is not None:
+            return given
+        if self.hardware is not None:
+            return FRAMEWORK_BYTES
+        return framework_bytes()
+
+    def _targets(self) -> str:
+        if self.config.targets != "auto":
+            return self.config.targets
+        return "all-linear" if self.in_weights else "attention"
+
+    def _trainable(self) -> dict[str, torch.Size]:
+        """Shapes of what is trained, by name: in memory or in the blocks."""
+        linears = {linear.name: linear for linear in self.anatomy.linears}
+        stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
+        chosen = resolve_targets(stand_in, self.trained.targets)
+        shapes: dict[str, torch.Size] = {}
+        for name in chosen:
+            rows, columns = linears[name].shape
+            if self.config.space == "lora":
+                shapes[f"{name}.lora_A.weight"] = torch.Size((self.config.rank, columns))
+                shapes[f"{name}.lora_B.weight"] = torch.Size((rows, self.config.rank))
+            elif self.config.space == "dense":
+                shapes[f"{name}.weight"] = torch.Size((rows, columns))
+            else:
+                count = rows if self.bits == "int8" else -(-rows * columns // 64)
+                shapes[f"{name}.absmax"] = torch.Size((count,))
+        self.heads = self._heads(linears)
+        return {**shapes, **self.heads}
+
+    def _heads(self, linears: Mapping[str, Any]) -> dict[str, torch.Size]:
+        if self.kind != "classifier":
+            return {}
+        trunk = str(self.module.base_model_prefix) + "."
+        found = {}
+        for name, linear in linears.items():
+            if not name.startswith(trunk) or f"{name}.weight" in self.anatomy.outside:
+                found[f"{name}.weight"] = torch.Size(linear.shape)
+                if self.module.get_submodule(name).bias is not None:
+                    found[f"{name}.bias"] = torch.Size(linear.shape[:1])
+        return found
+
+    # ------------------------------------------------------------------------------------ quantities
+
+    def adapter_bytes(self) -> int:
+        """Of trainable tensors in memory."""
+        shapes = self.shapes if not self.in_weights else self.heads
+        return 4 * sum(shape.numel() for shape in shapes.values())
+
+    def curvature_bytes(self) -> int:
+        """Of Sigma's state, from the class itself; the diagonal one is as large as the adapters."""
+        if self.config.estimator == "mezo" or self.config.curvature == "none":
+            return 0
+        if self.config.curvature == "diagonal":
+            return 4 * sum(shape.numel() for shape in self.shapes.values())
+        options = {"per": self.config.curvature_per} if self.config.curvature == "grouped" else {}
+        state = curvatures.get(self.config.curvature, **options)
+        state.start(self.shapes)
+        return tensor_bytes(vars(state))
+
+    def weight_noise_bytes(self) -> int:
+        """Factors of the directions of weights, and HiZOO-L's sums over rows and columns, in float64."""
+        if not self.in_weights or self.config.curvature != "factored" or self.config.estimator == "mezo":
+            return 0
+        return 20 * sum(sum(shape) for name, shape in self.shapes.items() if name not in self.heads)
+
+    def block_bytes(self, streamed: bool) -> list[int]:
+        """Of every block as the run holds it."""
+        extra = 2 if self.residual else 0
+        if streamed:
+            return self.anatomy.travel_bytes(extra)
+        sizes = self.anatomy.block_bytes(extra)
+        if self.in_weights and not self.residual:
+            for linear in self.anatomy.inside():  # double quantization is undone
+                if len(linear.stored) == 3:
+                    sizes[linear.block or 0] += 3 * linear.stored[1] - linear.stored[2]
+        return sizes
+
+    def branches(self) -> Branches:
+        """The most branches of a step."""
+        return estimators.get(self.config.estimator).branches(0)
+
+    def sites(self, rows: int, length: int) -> int:
+        """Positions whose logits are read: every one of lm and chat tasks, else one a row."""
+        return rows * length if self.config.task in ("lm", "chat") else rows
+
+    def eval_batch(self, batch: int) -> int:
+        """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""
+        asked = self.config.eval_batch_size
+        return asked if batch >= self.config.batch_size else min(asked, 2 * batch)
+
+    def passes(self, option: Option) -> tuple[Activations, Activations]:
+        """A step's traversal and an evaluation's."""
+        away = option.place != "resident"
+        rows = option.batch * self.rows_per_example
+        sites = self.sites(rows, option.length)
+        training = Pass(rows, option.length, self.branches(), sites, option.chunk)
+        rows = self.eval_batch(option.batch) * self.rows_per_example
+        evaluation = Pass(rows, option.length, EVALUATION, self.sites(rows, option.length), option.chunk)
+        return self._rehearsed(away, training, self.trained), self._rehearsed(away, evaluation, None)
+
+    def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:
+        key = (away, wanted, trained)
+        if key not in self._passes:
+            if away not in self._rehearsals:
+                self._rehearsals[away] = Rehearsal(
+                    copy.deepcopy(self.module),
+                    self.model_config,
+                    self.kind,
+                    self.anatomy,
+                    self.bits,
+                    self.compute,
+                    self.device,
+                    away,
+                )
+            self._passes[key] = self._rehearsals[away].run(wanted, trained)
+        return self._passes[key]
+
+
+class _Named(NamedTuple):
+    """What `resolve_targets` asks of a model."""
+
+    linears: Mapping[str, Any]
+    block_prefix: str
+    config: Any
