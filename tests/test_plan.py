@@ -181,17 +181,29 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
 
 @pytest.mark.parametrize("residency", ["resident", "disk"])
 def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, streamable: Path) -> None:
-    large: Any = {"residency": residency, "branch_chunk": 1, "batch_size": 16, "max_length": 256}
-    most = planned(streamable, device_budget="100GiB", **large)
-    same = planned(streamable, device_budget=f"{most.peak_bytes}B", **large)
-    less = planned(streamable, device_budget=f"{most.peak_bytes - 1}B", **large)
-    assert most.fits
+    large: Any = {"residency": residency, "batch_size": 16, "max_length": 256}
+    usual = planned(streamable, device_budget="100GiB", **large)
+    least = planned(streamable, device_budget="1MiB", **large)  # refused, in the chunks that take the least
+    same = planned(streamable, device_budget=f"{least.peak_bytes}B", **large)
+    less = planned(streamable, device_budget=f"{least.peak_bytes - 1}B", **large)
+    assert usual.fits
+    assert not usual.halvings
+    assert least.peak_bytes < usual.peak_bytes
     assert same.fits
-    assert same.peak_bytes == most.peak_bytes
+    assert same.peak_bytes == least.peak_bytes
     assert not less.fits
     assert less.nearest is not None
     assert less.nearest.fits
-    assert less.nearest.peak_bytes < most.peak_bytes
+    assert less.nearest.peak_bytes < least.peak_bytes
+
+
+def test_chunks_are_halved_no_more_than_the_budget_asks_for(streamable: Path) -> None:
+    large: Any = {"residency": "resident", "batch_size": 16, "max_length": 256}
+    usual = planned(streamable, device_budget="100GiB", **large)
+    once = planned(streamable, device_budget=f"{usual.peak_bytes - 1}B", **large)
+    assert once.fits
+    assert once.halvings == 1
+    assert "chunks 1/2 of the usual" in once.settings()
 
 
 def test_blocks_stream_from_disk_where_they_do_not_fit_and_stay_where_they_do(streamable: Path) -> None:

@@ -29,7 +29,7 @@ def pass_bytes(model: Model, rows: int, length: int, branches: int, trainable: i
     )
     folded = EVALUATION if branches == 1 else Branches(base=branches % 2 == 1, pairs=branches // 2)
     sites = rows if model.kind != "classifier" else 0
-    wanted = Pass(rows, length, folded, sites, model.branch_chunk)
+    wanted = Pass(rows, length, folded, sites, model.branch_chunk, model.halvings)
     peak = rehearsal.run(wanted, _trained(model) if branches > 1 else None).peak_bytes
     return peak + 3 * _FLOAT32 * trainable
 

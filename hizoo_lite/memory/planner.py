@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -25,7 +24,7 @@ from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.memory.subject import Option, Subject, Unknown
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.stream.choose import Place
-from hizoo_lite.stream.chunks import plan_chunks
+from hizoo_lite.stream.chunks import MOST_SLICES, plan_chunks
 from hizoo_lite.train.config import TrainConfig
 
 #: CUDA's context, cuBLAS workspaces and kernels on the device, and its libraries on the host. Not measured
@@ -126,7 +125,8 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         batch_size=option.batch,
         eval_batch_size=subject.eval_batch(option.batch),
         max_length=option.length,
-        branch_chunk=option.chunk,
+        branch_chunk=subject.config.branch_chunk,
+        halvings=option.halvings,
         device_type=subject.device,
         device_budget_bytes=subject.budgets.device_bytes,
         host_budget_bytes=host_budget,
@@ -220,7 +220,15 @@ def _together(subject: Subject, option: Option) -> int:
     """Rows that go through a block together."""
     rows = option.batch * subject.rows_per_example
     count = subject.branches().count
-    return plan_chunks(option.chunk, rows, option.length, count, subject.device, subject.in_weights).rows
+    return plan_chunks(
+        subject.config.branch_chunk,
+        rows,
+        option.length,
+        count,
+        subject.device,
+        subject.in_weights,
+        option.halvings,
+    ).rows
 
 
 # -------------------------------------------------------------------------------------------- choice
@@ -234,8 +242,7 @@ def _choose(subject: Subject, choose_batch: bool) -> Plan:
     tried: list[Plan] = []
     for batch in batches:
         plans = [
-            _best(subject, Option(place, batch, subject.config.max_length, "auto"))
-            for place in _places(subject)
+            _best(subject, Option(place, batch, subject.config.max_length)) for place in _places(subject)
         ]
         tried += plans
         fitting = [plan for plan in plans if plan.fits]
@@ -248,20 +255,25 @@ def _choose(subject: Subject, choose_batch: bool) -> Plan:
 
 
 def _best(subject: Subject, option: Option) -> Plan:
-    """The configuration with the largest chunk that fits; the smallest where none does."""
-    chunks: list[int | Literal["auto"]] = [subject.config.branch_chunk]
+    """The configuration with the largest chunks that fit; the smallest where none do."""
     has_budget = subject.budgets.device_bytes is not None
-    if subject.config.branch_chunk == "auto" and has_budget and _may_fit(subject, option):
-        rows = _together(subject, option)  # the same for a step, and less for an evaluation
-        while rows >= 1:
-            chunks.append(rows)
-            rows //= 2
-    plan = None
-    for chunk in chunks:
-        plan = _evaluate(subject, option._replace(chunk=chunk), gives_back=has_budget)
-        if plan.fits:
-            break
-    assert plan is not None
+
+    def halved(times: int) -> Plan:
+        return _evaluate(subject, option._replace(halvings=times), gives_back=has_budget)
+
+    plan = halved(0)
+    if plan.fits or not has_budget:
+        return plan
+    too_few, enough = 0, _together(subject, option).bit_length() + MOST_SLICES.bit_length()
+    plan = halved(enough)
+    if plan.fits:
+        while enough - too_few > 1:
+            between = (too_few + enough) // 2
+            tried = halved(between)
+            if tried.fits:
+                plan, enough = tried, between
+            else:
+                too_few = between
     return plan
 
 
@@ -322,7 +334,7 @@ def _reasons(subject: Subject, best: Plan, plans: Sequence[Plan], choose_batch: 
     parts.append(
         f"{best.settings()}: {format_bytes(best.peak_bytes)} of {format_bytes(best.device_budget_bytes)}"
     )
-    if best.branch_chunk != subject.config.branch_chunk:
+    if best.halvings:
         parts.append("smaller chunks than usual, so that it fits: every weight is unpacked more often")
     most = (subject.hardware.batch_size if subject.hardware else None) or LARGEST_BATCH
     if choose_batch and best.batch_size < most:
@@ -347,10 +359,10 @@ def _nearest(subject: Subject, plan: Plan) -> Plan | None:
             place for place in ("host", "disk") if place != plan.residency and _is_possible(subject, place)
         ]
     batch, length = plan.batch_size, plan.max_length
-    places = [place for place in places if _may_fit(subject, Option(place, 1, length, 1))]
+    places = [place for place in places if _may_fit(subject, Option(place, 1, length))]
     while places:
         for place in places:
-            found = _best(subject, Option(place, batch, length, "auto"))
+            found = _best(subject, Option(place, batch, length))
             if found.fits:
                 return replace(found, why=f"fits with {found.settings()}")
         if batch > 1:
@@ -407,6 +419,7 @@ def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
         eval_batch_size=config.eval_batch_size,
         max_length=config.max_length,
         branch_chunk=config.branch_chunk,
+        halvings=0,
         device_type=config.device,
         device_budget_bytes=None,
         host_budget_bytes=None,

@@ -29,7 +29,7 @@ from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.spaces.weights import Tile, WeightDelta, tiles
 from hizoo_lite.stream.block import PresentBlock
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
-from hizoo_lite.stream.head import logits_at
+from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
 from hizoo_lite.stream.residency import Resident
 
 META = torch.device("meta")
@@ -59,6 +59,7 @@ class Pass(NamedTuple):
     branches: Branches
     sites: int  # positions whose logits are read, over all rows
     chunk: int | Literal["auto"] = "auto"
+    halvings: int = 0  # of chunks and logits, so that it fits
 
 
 class Activations(NamedTuple):
@@ -202,7 +203,9 @@ class Rehearsal:
         redrawn = trained is not None and trained.space != "lora"
 
         def chunks(rows: int, length: int, branches: int) -> Chunks:
-            return plan_chunks(wanted.chunk, rows, length, branches, self.device_type, redrawn)
+            return plan_chunks(
+                wanted.chunk, rows, length, branches, self.device_type, redrawn, wanted.halvings
+            )
 
         stand_in.chunks = chunks
         layers: Any = self.module.get_submodule(self.anatomy.prefix)
@@ -305,7 +308,8 @@ class Rehearsal:
         tally.owner = "logits"
         sites = torch.zeros(wanted.sites, dtype=torch.int64, device=META)
         vocabulary = self.config.get_text_config().vocab_size
-        pieces = logits_at(self.module, self.trunk_name, hidden, sites, sites, vocabulary)
+        limit_bytes = LOGITS_BYTES >> wanted.halvings
+        pieces = logits_at(self.module, self.trunk_name, hidden, sites, sites, vocabulary, limit_bytes)
         for _, (_, logits) in zip(range(2), pieces, strict=False):
             wide = logits.double()
             exponentials = torch.empty_like(wide)  # inside of logsumexp

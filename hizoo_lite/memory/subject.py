@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,7 +50,7 @@ class Option(NamedTuple):
     place: Place
     batch: int
     length: int
-    chunk: int | Literal["auto"]
+    halvings: int = 0  # of chunks and logits
 
 
 class Subject:
@@ -208,12 +208,13 @@ class Subject:
 
     def passes(self, option: Option) -> tuple[Activations, Activations]:
         """A step's traversal and an evaluation's."""
-        away = option.place != "resident"
+        away, chunk = option.place != "resident", self.config.branch_chunk
         rows = option.batch * self.rows_per_example
         sites = self.sites(rows, option.length)
-        training = Pass(rows, option.length, self.branches(), sites, option.chunk)
+        training = Pass(rows, option.length, self.branches(), sites, chunk, option.halvings)
         rows = self.eval_batch(option.batch) * self.rows_per_example
-        evaluation = Pass(rows, option.length, EVALUATION, self.sites(rows, option.length), option.chunk)
+        sites = self.sites(rows, option.length)
+        evaluation = Pass(rows, option.length, EVALUATION, sites, chunk, option.halvings)
         return self._rehearsed(away, training, self.trained), self._rehearsed(away, evaluation, None)
 
     def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:

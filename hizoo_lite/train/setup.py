@@ -6,7 +6,7 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,9 @@ def build(
     space.attach(model, config.seed)
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, space, estimator, curvature)
-    chosen = config
-    if plan is not None and plan.device_budget_bytes is not None:  # the plan's chunks, not usual ones, fit
-        chosen = replace(config, branch_chunk=plan.branch_chunk)
-    prepare_blocks(model, chosen, encoder, splits.train, stepper.estimator.branches(0).count, space)
+    if plan is not None:  # the plan's chunks, not usual ones, fit
+        model.halvings = max(model.halvings, plan.halvings)
+    prepare_blocks(model, config, encoder, splits.train, stepper.estimator.branches(0).count, space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
 
 
