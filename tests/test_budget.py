@@ -74,6 +74,22 @@ def test_where_nothing_smaller_exists_the_pass_fails(tmp_path: Path) -> None:
         budget.fitting(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
+def test_a_limit_that_rose_is_tried_before_smaller_chunks(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", device="cpu")
+    rises = iter([False, True, False])  # before the pass, after the first refusal, after the second
+    refusals = iter([MemoryError, MemoryError])
+    budget = Budget(10**9, model, renew=lambda: next(rises))
+
+    def work() -> str:
+        for refusal in refusals:
+            raise refusal
+        return "done"
+
+    assert budget.fitting(work) == "done"
+    assert (model.halvings, budget.retries) == (1, 1)
+
+
 def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", device="cpu")
@@ -106,6 +122,32 @@ with enforced(limit, torch.device("cpu")):
     assert resident().anon_bytes < limit
 torch.ones(300 << 20, dtype=torch.uint8)
 print("sound")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "sound\n", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux alone")
+def test_stacks_that_nobody_touches_do_not_count() -> None:
+    code = """
+import threading
+import torch
+from hizoo_lite.memory.budget import enforced
+from hizoo_lite.memory.rss import resident
+limit = resident().anon_bytes + (100 << 20)
+with enforced(limit, torch.device("cpu")) as renew:
+    assert not renew()
+    threading.stack_size(80 << 20)
+    done = threading.Event()
+    threading.Thread(target=done.wait).start()
+    try:
+        torch.ones(60 << 20, dtype=torch.uint8)
+    except RuntimeError:
+        assert renew()
+        torch.ones(60 << 20, dtype=torch.uint8)
+        print("sound")
+    done.set()
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -2,9 +2,10 @@
 
 On CUDA torch's allocator gets what the budget leaves beside the context and the libraries. On Linux the
 process's private writable memory is limited (RLIMIT_DATA) by what it has now and what the budget leaves of
-anonymous memory: an allocation beyond it fails cleanly. Elsewhere the peak is only compared with the budget
-after each step. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is its
-result, to the rounding of products with fewer rows.
+anonymous memory: an allocation beyond it fails cleanly. That limit counts what is mapped and never touched
+(most of a thread's stack), so it is set anew before each pass. Elsewhere the peak is only compared with the
+budget after each step. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is
+its result, to the rounding of products with fewer rows.
 """
 
 from __future__ import annotations
@@ -24,20 +25,32 @@ from hizoo_lite.model.model import Model
 
 Result = TypeVar("Result")
 
+#: A limit that rose by less is no reason to try again.
+_NOTICEABLE_BYTES = 1 << 20
+
 #: Halvings after which nothing of a pass is left to be made smaller: see `Model.chunks`.
 MOST_HALVINGS = 10
 
-#: What the C++ allocators say when they are refused; there is no exception type of its own on CPU.
-_REFUSALS = ("can't allocate memory", "out of memory", "not enough memory")
+#: What C++ allocators say when they are refused; on CPU there is no exception type of its own. The last is
+#: oneDNN's word for it.
+_REFUSALS = ("can't allocate memory", "out of memory", "not enough memory", "could not create a primitive")
+
+
+#: Sets the system's limit anew; whether that allows more than before.
+Renew = Callable[[], bool]
 
 
 class Budget:
     """What a run may take of a device's memory; None for no limit."""
 
     def __init__(
-        self, limit_bytes: int | None, model: Model, report: Callable[[str], None] = lambda text: None
+        self,
+        limit_bytes: int | None,
+        model: Model,
+        report: Callable[[str], None] = lambda text: None,
+        renew: Renew = lambda: False,
     ) -> None:
-        self.limit_bytes, self.model, self.report = limit_bytes, model, report
+        self.limit_bytes, self.model, self.report, self.renew = limit_bytes, model, report, renew
         self.retries = 0  # passes that were repeated, or steps that went over
 
     def fitting(self, work: Callable[[], Result]) -> Result:
@@ -45,15 +58,17 @@ class Budget:
 
         Raises `BudgetError` where nothing smaller exists.
         """
+        self.renew()
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._smaller("memory ran out")
             gc.collect()
             self._give_back()
+            if not self.renew():
+                self._smaller("memory ran out")
 
     def check(self, peak_bytes: int) -> None:
         """After a step: chunks become smaller where its peak was over the budget."""
@@ -81,16 +96,16 @@ class Budget:
 
 
 @contextmanager
-def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[None]:
+def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[Renew]:
     """While this is open, the system refuses this process memory beyond the budget."""
     if limit_bytes is None:
-        yield
+        yield lambda: False
     elif device.type == "cuda":
         with _cuda_cap(limit_bytes, device):
-            yield
+            yield lambda: False
     else:
-        with _data_cap(limit_bytes):
-            yield
+        with _data_cap(limit_bytes) as renew:
+            yield renew
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -119,11 +134,11 @@ def _cuda_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _data_cap(limit_bytes: int) -> Iterator[None]:
+def _data_cap(limit_bytes: int) -> Iterator[Renew]:
     """RLIMIT_DATA at what is mapped now and what the budget leaves; nothing where there is no such limit."""
-    taken, mapped = resident().anon_bytes, private_bytes()
-    if taken is None or mapped is None:
-        yield
+    taken = resident().anon_bytes
+    if taken is None or private_bytes() is None:
+        yield lambda: False
         return
     if limit_bytes <= taken:
         raise BudgetError(
@@ -132,11 +147,19 @@ def _data_cap(limit_bytes: int) -> Iterator[None]:
         )
     import resource
 
-    old = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = mapped + max(0, limit_bytes - taken)
-    ceiling = [limit for limit in (*old, wanted) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(ceiling), old[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    now = 0
+
+    def renew() -> bool:
+        nonlocal now
+        untouched = (private_bytes() or 0) - (resident().anon_bytes or 0)
+        before, now = now, min([*ceilings, limit_bytes + max(0, untouched)])
+        resource.setrlimit(resource.RLIMIT_DATA, (now, hard))
+        return now > before + _NOTICEABLE_BYTES
+
+    renew()
     try:
-        yield
+        yield renew
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, old)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

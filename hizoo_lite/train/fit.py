@@ -95,11 +95,11 @@ def fit(
     config = replace(_checked(config, folder), out=str(folder.path))
     device = loaded.device if loaded is not None else choose_device(config.device)
     limit_bytes = Budgets.parse(config.device_budget, config.host_budget, device).device_bytes
-    with _threads(config.threads), enforced(limit_bytes, device):
+    with _threads(config.threads), enforced(limit_bytes, device) as renew:
         setup = _built(config, loaded, space, estimator, curvature)
         _announce(setup, listener)
         try:
-            return _run(setup, folder, listener, Budget(limit_bytes, setup.model, listener.message))
+            return _run(setup, folder, listener, Budget(limit_bytes, setup.model, listener.message, renew))
         finally:
             setup.stepper.close()
 
