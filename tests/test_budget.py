@@ -138,9 +138,9 @@ from hizoo_lite.memory.rss import resident
 limit = resident().anon_bytes + (100 << 20)
 with enforced(limit, torch.device("cpu")) as renew:
     assert not renew()
-    threading.stack_size(80 << 20)
     done = threading.Event()
-    threading.Thread(target=done.wait).start()
+    for _ in range(12):
+        threading.Thread(target=done.wait).start()
     try:
         torch.ones(60 << 20, dtype=torch.uint8)
     except RuntimeError:

@@ -5,17 +5,17 @@
 A random Llama (shape tinyllama-1.1b with 4 blocks) is written once in NF4 and int8. Every figure is the peak
 of RssAnon, sampled each millisecond from before the imports on, of a fresh process that loads the model and
 then evaluates a batch (`inference`; with what the space adds, a dense one its residual), takes steps on it
-(`train`), or backpropagates through a PEFT LoRA on bitsandbytes' layers (`backprop`). The prediction is the
-planner's, which has seen the headers only; its `framework` is measured in a fresh process too. Batches are
-padded on the right, with one label a row.
+and evaluates it, as a run does (`train`), or backpropagates through a PEFT LoRA on bitsandbytes' layers
+(`backprop`). The prediction is the planner's, which has seen the headers only; its `framework` is measured in
+a fresh process too. Batches are padded on the right, with one label a row.
 
 Training is measured twice: under a budget of 1.05 times the peak of inference, held as in a run (the plan's
 chunks, the system's limit), and in the usual chunks without a limit (`usual_`). Where the plan says that the
 budget cannot be met, the smallest chunks are taken, without a limit, and `held` is false.
 
-The columns: predicted and measured peak of training, their difference, the measured peak of inference,
-training over inference; the same of usual chunks. With --quick: 2 blocks, two configurations, backpropagation
-at 2 x 64.
+The columns: predicted and measured peak of a run, their difference, the measured peak of inference, the
+steps' peak over it; the first three of usual chunks. With --quick: 2 blocks, two configurations,
+backpropagation at 2 x 64.
 """
 
 from __future__ import annotations
@@ -154,11 +154,13 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
             space.attach(model, seed=0)
         stepper = setup.make_stepper(config, traversal, space, None, None) if training else None
         trim()
-        for step in range(_STEPS):
-            if stepper is not None:
+        if stepper is not None:
+            for step in range(_STEPS):
                 stepper.step(step, batch)
-            else:
-                traversal.losses(batch)
+            found["step_bytes"] = sampler.peak_bytes
+            trim()
+        for _ in range(_STEPS):
+            traversal.losses(batch)
     scratch = {key[0]: value.numel() for key, value in model.scratch._buffers.items()}
     return {**found, "halvings": model.halvings, "retries": budget.retries, "scratch": scratch}
 
@@ -237,7 +239,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "measured_bytes": training["measured_bytes"],
         "inference_bytes": inference["measured_bytes"],
         "error": plan["peak_bytes"] / training["measured_bytes"] - 1,
-        "training_over_inference": training["measured_bytes"] / inference["measured_bytes"],
+        "training_over_inference": training["step_bytes"] / inference["measured_bytes"],
         "held": plan is not usual_plan,
         "usual_predicted_bytes": usual_plan["peak_bytes"],
         "usual_measured_bytes": usual["measured_bytes"],

@@ -2,8 +2,8 @@
 
 On CUDA torch's allocator gets what the budget leaves beside the context and the libraries. On Linux the
 process's private writable memory is limited (RLIMIT_DATA) by what it has now and what the budget leaves of
-anonymous memory: an allocation beyond it fails cleanly. That limit counts what is mapped and never touched
-(most of a thread's stack), so it is set anew before each pass. Elsewhere the peak is only compared with the
+anonymous memory: an allocation beyond it fails cleanly. That limit counts a thread's stack as a whole, most
+of which is never touched, so it is set anew before each pass. Elsewhere the peak is only compared with the
 budget after each step. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is
 its result, to the rounding of products with fewer rows.
 """
@@ -19,14 +19,11 @@ import torch
 
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.allocator import trim
-from hizoo_lite.memory.rss import private_bytes, resident
+from hizoo_lite.memory.rss import private_bytes, resident, thread_count
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model.model import Model
 
 Result = TypeVar("Result")
-
-#: A limit that rose by less is no reason to try again.
-_NOTICEABLE_BYTES = 1 << 20
 
 #: Halvings after which nothing of a pass is left to be made smaller: see `Model.chunks`.
 MOST_HALVINGS = 10
@@ -136,8 +133,8 @@ def _cuda_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _data_cap(limit_bytes: int) -> Iterator[Renew]:
     """RLIMIT_DATA at what is mapped now and what the budget leaves; nothing where there is no such limit."""
-    taken = resident().anon_bytes
-    if taken is None or private_bytes() is None:
+    taken, mapped = resident().anon_bytes, private_bytes()
+    if taken is None or mapped is None:
         yield lambda: False
         return
     if limit_bytes <= taken:
@@ -149,14 +146,18 @@ def _data_cap(limit_bytes: int) -> Iterator[Renew]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    stack_bytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if stack_bytes == resource.RLIM_INFINITY:
+        stack_bytes = 0
+    threads_before = thread_count()
     now = 0
 
     def renew() -> bool:
         nonlocal now
-        untouched = (private_bytes() or 0) - (resident().anon_bytes or 0)
-        before, now = now, min([*ceilings, limit_bytes + max(0, untouched)])
+        stacks = max(0, thread_count() - threads_before) * stack_bytes
+        before, now = now, min([*ceilings, mapped + limit_bytes - taken + stacks])
         resource.setrlimit(resource.RLIMIT_DATA, (now, hard))
-        return now > before + _NOTICEABLE_BYTES
+        return now > before
 
     renew()
     try:

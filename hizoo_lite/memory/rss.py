@@ -52,6 +52,11 @@ def private_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), None)
 
 
+def thread_count() -> int:
+    """The threads of this process, those of libraries as well. Linux only."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def reset_peak() -> bool:
     """Set VmHWM back to the resident size; False where the system does not permit it."""
     try:

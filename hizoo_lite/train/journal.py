@@ -1,0 +1,255 @@
+"""journal.bin: one checksummed record of fixed size a step, from which the trained state can be rebuilt.
+
+A step is a pure function of its scalars: z comes from (seed, step, name), so that the losses' few numbers are
+all that a run learns from its data. With the initial state they give every later one, without the model
+(`replay.py`); MeZO (2305.17333, section 2.1) notes the same of seeds and projected gradients.
+
+The file, little-endian: a header of 32 bytes (magic, version, branches, size of a record, checksum), then the
+records. A record's CRC-32 continues the one before it, so that one that is lost, doubled or moved is seen
+too. What a killed process or a full disk left incomplete at the end is recognized and dropped.
+
+Nothing but the standard library is imported: `hizoo_lite.edge` writes the same file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hizoo_lite.errors import StorageError, UserError
+
+MAGIC = b"HIZOOJNL"
+VERSION = 1
+#: magic, version, branches, bytes of a record, nothing, CRC-32 of what is before it
+_HEADER = struct.Struct("<8sHHI12sI")
+#: step, seed, data position, losses, halvings, flags, nothing, gradient, curvature, smoothing, lr, decay
+_FIXED = struct.Struct("<QQQBBB5sddddd")
+_CHECKSUM = struct.Struct("<I4s")
+_SKIPPED, _CLIPPED, _CURVED = 1, 2, 4
+_MASK = (1 << 64) - 1
+
+
+class Record(NamedTuple):
+    """The scalars of one step."""
+
+    step: int
+    seed: int  # of the run
+    position: int  # examples that earlier steps have drawn: where in the data's order this step begins
+    losses: tuple[float, ...]  # mean loss of each branch
+    projected_grad: float  # after clipping; NaN in a skipped step
+    curvature: float | None  # of the directions; None where it was not measured
+    smoothing: float  # weight of that observation
+    lr: float  # 0.0 in a skipped step
+    decay: float  # of the weights, already times lr
+    skipped: bool = False  # a loss was not finite: nothing was changed
+    clipped: bool = False  # the projected gradient was cut to the limit
+    halvings: int = 0  # of the chunks that the losses were computed in
+
+
+def record_bytes(branches: int) -> int:
+    """Bytes of a record of a step with at most so many branches."""
+    return _FIXED.size + 8 * branches + _CHECKSUM.size
+
+
+class Journal:
+    """The journal of a run that is going on: `append` once a step. A context manager."""
+
+    def __init__(self, path: Path, branches: int) -> None:
+        """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
+
+        What is incomplete at its end is cut off. Raises `UserError` where it is another kind of journal or
+        damaged, `StorageError` where it cannot be written.
+        """
+        self.path, self.branches = path, branches
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+        try:
+            self._checksum, self._end = self._prepare()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _prepare(self) -> tuple[int, int]:
+        """The checksum to go on from, and where."""
+        if os.fstat(self._file).st_size < _HEADER.size:  # new, or killed before its header was whole
+            header = _header(self.branches)
+            os.ftruncate(self._file, 0)
+            self._write(header, 0)
+            return zlib.crc32(header), len(header)
+        found, checksum = _scan(self.path)
+        branches = _branches(self.path)
+        if branches != self.branches:
+            raise UserError(
+                f"{self.path}: was made for {branches} branches a step, this run has {self.branches}"
+            )
+        end = _HEADER.size + len(found) * record_bytes(branches)
+        os.ftruncate(self._file, end)
+        return checksum, end
+
+    def append(self, record: Record) -> None:
+        """Add a record. It is in the file when this returns, or not at all: then `StorageError`."""
+        data, checksum = _packed(record, self.branches, self._checksum)
+        try:
+            self._write(data, self._end)
+        except StorageError:
+            os.ftruncate(self._file, self._end)  # so that a later record does not follow half of this one
+            raise
+        self._end, self._checksum = self._end + len(data), checksum
+
+    def truncate(self, steps: int) -> None:
+        """Drop the records from step number `steps` on."""
+        kept = [record for record in read(self.path) if record.step < steps]
+        header = _header(self.branches)
+        self._checksum = zlib.crc32(header)
+        for record in kept:
+            _, self._checksum = _packed(record, self.branches, self._checksum)
+        self._end = len(header) + len(kept) * record_bytes(self.branches)
+        os.ftruncate(self._file, self._end)
+
+    def sync(self) -> None:
+        """Force what was appended to the disk: it then outlives a power failure too."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, data: bytes, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._file, data[done:], offset + done)
+            except OSError as error:
+                raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+def read(path: Path) -> list[Record]:
+    """Every complete record, in order. `UserError` where the file is no journal, or damaged inside."""
+    return _scan(path)[0]
+
+
+def _scan(path: Path) -> tuple[list[Record], int]:
+    """The records, and the checksum that the next one continues."""
+    branches = _branches(path)
+    size = record_bytes(branches)
+    checksum = zlib.crc32(_header(branches))
+    found: list[Record] = []
+    for index, (data, is_last) in enumerate(_pieces(path, size)):
+        record, after = _unpacked(data, branches, checksum)
+        if record is None:
+            if is_last:
+                break
+            raise UserError(f"{path}: record {index} is damaged; the steps before it can be replayed")
+        if found and record.step <= found[-1].step:
+            raise UserError(f"{path}: record {index} is of step {record.step}, after {found[-1].step}")
+        found.append(record)
+        checksum = after
+    return found, checksum
+
+
+def _pieces(path: Path, size: int) -> Iterator[tuple[bytes, bool]]:
+    """The file's records as bytes, and whether each is the last whole one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_HEADER.size)
+            data = file.read(size)
+            while len(data) == size:
+                following = file.read(size)
+                yield data, len(following) < size
+                data = following
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _header(branches: int) -> bytes:
+    data = _HEADER.pack(MAGIC, VERSION, branches, record_bytes(branches), bytes(12), 0)[:-4]
+    return data + struct.pack("<I", zlib.crc32(data))
+
+
+def _branches(path: Path) -> int:
+    """Of a record, from the header."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_HEADER.size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) < _HEADER.size or data[:8] != MAGIC:
+        raise UserError(f"{path}: is not a journal")
+    _, version, branches, _, _, _ = _HEADER.unpack(data)
+    if version != VERSION:
+        raise UserError(f"{path}: version: got {version}, this program reads {VERSION}")
+    if data != _header(branches):
+        raise UserError(f"{path}: its header is damaged")
+    return int(branches)
+
+
+def _packed(record: Record, branches: int, checksum: int) -> tuple[bytes, int]:
+    """A record's bytes, and their checksum."""
+    if len(record.losses) > branches:
+        raise ValueError(f"journal: {len(record.losses)} losses in a record of {branches}")
+    flags = _SKIPPED * record.skipped | _CLIPPED * record.clipped
+    flags |= _CURVED * (record.curvature is not None)
+    curvature = math.nan if record.curvature is None else record.curvature
+    losses = (*record.losses, *[math.nan] * (branches - len(record.losses)))
+    data = _FIXED.pack(
+        record.step,
+        record.seed & _MASK,
+        record.position,
+        len(record.losses),
+        record.halvings,
+        flags,
+        bytes(5),
+        record.projected_grad,
+        curvature,
+        record.smoothing,
+        record.lr,
+        record.decay,
+    )
+    data += struct.pack(f"<{branches}d", *losses)
+    checksum = zlib.crc32(data, checksum)
+    return data + _CHECKSUM.pack(checksum, bytes(4)), checksum
+
+
+def _unpacked(data: bytes, branches: int, checksum: int) -> tuple[Record | None, int]:
+    """The inverse of `_packed`; None where the checksum is not that of the bytes."""
+    body = data[: -_CHECKSUM.size]
+    checksum = zlib.crc32(body, checksum)
+    if data[-_CHECKSUM.size :] != _CHECKSUM.pack(checksum, bytes(4)):
+        return None, checksum
+    step, seed, position, count, halvings, flags, _, grad, curvature, smoothing, lr, decay = _FIXED.unpack(
+        body[: _FIXED.size]
+    )
+    if count > branches:
+        return None, checksum
+    losses = struct.unpack(f"<{branches}d", body[_FIXED.size :])[:count]
+    record = Record(
+        step,
+        seed,
+        position,
+        losses,
+        grad,
+        curvature if flags & _CURVED else None,
+        smoothing,
+        lr,
+        decay,
+        bool(flags & _SKIPPED),
+        bool(flags & _CLIPPED),
+        halvings,
+    )
+    return record, checksum

@@ -1,0 +1,159 @@
+"""journal.bin: what is written is read again; what is torn is dropped; what is damaged is named."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hizoo_lite.errors import StorageError, UserError
+from hizoo_lite.train.journal import Journal, Record, read, record_bytes
+
+FLOATS = st.floats(allow_nan=False)
+RECORDS = st.builds(
+    Record,
+    step=st.integers(0, 2**40),
+    seed=st.integers(0, 2**63),
+    position=st.integers(0, 2**40),
+    losses=st.lists(FLOATS, min_size=1, max_size=3).map(tuple),
+    projected_grad=FLOATS,
+    curvature=st.none() | FLOATS,
+    smoothing=FLOATS,
+    lr=FLOATS,
+    decay=FLOATS,
+    skipped=st.booleans(),
+    clipped=st.booleans(),
+    halvings=st.integers(0, 10),
+)
+
+
+def record(step: int) -> Record:
+    return Record(step, 7, 4 * step, (0.5, 0.6, 0.4), 1.5 * step, 3.0, 0.1, 1e-3, 0.0)
+
+
+def write(path: Path, count: int) -> None:
+    with Journal(path, 3) as journal:
+        for step in range(count):
+            journal.append(record(step))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(RECORDS, max_size=5, unique_by=lambda r: r.step))
+def test_records_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, found: list[Record]
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.bin"
+    wanted = sorted(found, key=lambda r: r.step)
+    with Journal(path, 3) as journal:
+        for one in wanted:
+            journal.append(one)
+    assert read(path) == wanted
+    assert path.stat().st_size == 32 + len(wanted) * record_bytes(3)
+
+
+def test_a_skipped_step_keeps_its_losses(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    with Journal(path, 3) as journal:
+        journal.append(Record(0, 1, 0, (math.inf, math.nan), math.nan, None, 0.0, 0.0, 0.0, skipped=True))
+    (found,) = read(path)
+    assert found.skipped
+    assert found.curvature is None
+    assert (found.losses[0], math.isnan(found.losses[1])) == (math.inf, True)
+
+
+def test_a_record_torn_at_any_byte_is_dropped_and_the_journal_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 3)
+    whole = path.read_bytes()
+    for length in range(len(whole) - record_bytes(3), len(whole)):
+        path.write_bytes(whole[:length])
+        assert [r.step for r in read(path)] == [0, 1]
+        with Journal(path, 3) as journal:
+            journal.append(record(2))
+        assert path.read_bytes() == whole
+    for length in range(32):  # killed before the header was whole
+        path.write_bytes(whole[:length])
+        write(path, 3)
+        assert path.read_bytes() == whole
+
+
+def test_a_last_record_of_which_not_all_bytes_arrived_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 3)
+    data = bytearray(path.read_bytes())
+    data[-40:] = bytes(40)  # the file has its length, the disk not its content
+    path.write_bytes(data)
+    assert [r.step for r in read(path)] == [0, 1]
+
+
+def test_any_flipped_bit_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 4)
+    whole = path.read_bytes()
+    for position in range(len(whole) - record_bytes(3)):
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"damaged|not a journal|version"):
+            read(path)
+
+
+def test_a_record_that_is_missing_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 4)
+    data, size = path.read_bytes(), record_bytes(3)
+    path.write_bytes(data[: 32 + size] + data[32 + 2 * size :])
+    with pytest.raises(UserError, match="record 1 is damaged"):
+        read(path)
+
+
+def test_records_can_be_taken_back(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.bin", tmp_path / "b.bin"
+    write(path, 5)
+    write(other, 5)
+    with Journal(path, 3) as journal:
+        journal.truncate(2)
+        assert [r.step for r in read(path)] == [0, 1]
+        for step in range(2, 5):
+            journal.append(record(step))
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_what_is_not_this_journal_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    path.write_bytes(b"something else, which is long enough for a header")
+    with pytest.raises(UserError, match="is not a journal"):
+        Journal(path, 3)
+    path.unlink()
+    write(path, 1)
+    with pytest.raises(UserError, match="made for 3 branches a step, this run has 2"):
+        Journal(path, 2)
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "nowhere.bin")
+    with pytest.raises(StorageError, match="cannot be written"):
+        Journal(tmp_path / "no" / "journal.bin", 3)
+
+
+def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal.bin"
+    plain, room = os.pwrite, [300]
+
+    def narrow(file: int, data: bytes, offset: int) -> int:
+        if room[0] == 0:
+            raise OSError(28, "No space left on device")
+        done = plain(file, data[: room[0]], offset)
+        room[0] -= done
+        return done
+
+    with Journal(path, 3) as journal:
+        monkeypatch.setattr(os, "pwrite", narrow)
+        journal.append(record(0))
+        journal.append(record(1))
+        with pytest.raises(StorageError, match="No space left"):
+            journal.append(record(2))
+    assert [r.step for r in read(path)] == [0, 1]
+    assert path.stat().st_size == 32 + 2 * record_bytes(3)
