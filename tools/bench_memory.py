@@ -48,6 +48,7 @@ class Case(NamedTuple):
     rows: int
     length: int
     budget_bytes: int = AMPLE
+    halvings: int | None = None  # of chunks; None is what the plan says
 
     @property
     def name(self) -> str:
@@ -136,7 +137,9 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
 
     found: dict[str, Any] = {"framework": sampler.now()}
     config = config_of(case, folder)
-    halvings = planner.plan_run(config, Checkpoint.open(folder), "causal").halvings
+    halvings = case.halvings
+    if halvings is None:
+        halvings = planner.plan_run(config, Checkpoint.open(folder), "causal").halvings
     trim()
     limit = None if case.budget_bytes == AMPLE else case.budget_bytes
     with enforced(limit, torch.device("cpu")) as renew:
@@ -230,9 +233,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     usual, usual_plan = ask("train", folder, case), ask("plan", folder, case)
     held = case._replace(budget_bytes=int(HELD * inference["measured_bytes"]))
     plan = ask("plan", folder, held)
-    training = ask("train", folder, held if plan["fits"] else case)
-    if not plan["fits"]:
-        plan = usual_plan
+    training = ask("train", folder, held if plan["fits"] else case._replace(halvings=plan["halvings"]))
     row = {
         "config": case.name,
         "predicted_bytes": plan["peak_bytes"],
@@ -240,7 +241,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "inference_bytes": inference["measured_bytes"],
         "error": plan["peak_bytes"] / training["measured_bytes"] - 1,
         "training_over_inference": training["step_bytes"] / inference["measured_bytes"],
-        "held": plan is not usual_plan,
+        "held": plan["fits"],
         "usual_predicted_bytes": usual_plan["peak_bytes"],
         "usual_measured_bytes": usual["measured_bytes"],
         "usual_error": usual_plan["peak_bytes"] / usual["measured_bytes"] - 1,
