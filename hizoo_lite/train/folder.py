@@ -70,7 +70,7 @@ class RunFolder:
             raise UserError(
                 f"--resume: {self.path} holds no run (no config.toml); leave --resume out to begin one"
             )
-        return config_file.resolve(str(self._config))
+        return config_file.read(self._config)
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, where it is not there, and write the settings."""
