@@ -15,6 +15,7 @@ from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.budget import MOST_HALVINGS, Budget, enforced, is_out_of_memory
 from hizoo_lite.memory.rss import resident
 from hizoo_lite.model.load import load
+from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
@@ -42,7 +43,7 @@ def test_a_pass_is_repeated_in_smaller_chunks_and_gives_the_same_losses(tmp_path
     traversal, batch = Traversal(model), tiny_task_batch("causal", rows=8, length=24)
     wanted = traversal.losses(batch).per_example
     reports: list[str] = []
-    budget = Budget(10**9, model, reports.append)
+    budget = Budget(Budgets(10**9, 10**9), model, reports.append)
     traversal.guard = budget.fitting
     rows: list[int] = []
 
@@ -62,7 +63,7 @@ def test_a_pass_is_repeated_in_smaller_chunks_and_gives_the_same_losses(tmp_path
 def test_where_nothing_smaller_exists_the_pass_fails(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", device="cpu")
-    budget = Budget(10**6, model)
+    budget = Budget(Budgets(10**6, 10**6), model)
 
     def never() -> None:
         raise MemoryError
@@ -79,7 +80,7 @@ def test_a_limit_that_rose_is_tried_before_smaller_chunks(tmp_path: Path) -> Non
     model = load(tmp_path, bits="nf4", device="cpu")
     rises = iter([False, True, False])  # before the pass, after the first refusal, after the second
     refusals = iter([MemoryError, MemoryError])
-    budget = Budget(10**9, model, renew=lambda: next(rises))
+    budget = Budget(Budgets(10**9, 10**9), model, renew=lambda: next(rises))
 
     def work() -> str:
         for refusal in refusals:
@@ -94,13 +95,13 @@ def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> No
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", device="cpu")
     reports: list[str] = []
-    budget = Budget(10**6, model, reports.append)
+    budget = Budget(Budgets(10**6, 10**6), model, reports.append)
     budget.check(10**6)
     assert (model.halvings, budget.retries) == (0, 0)
     budget.check(2 * 10**6)
     assert (model.halvings, budget.retries) == (1, 1)
     assert "1.91 MiB was over the budget" in reports[0]
-    Budget(None, model).check(10**12)
+    Budget(Budgets(None, None), model).check(10**12)
     assert model.halvings == 1
 
 

@@ -194,13 +194,6 @@ def test_a_configuration_is_resolved_without_importing_torch() -> None:
     assert "'torch'" not in done.stdout
 
 
-def test_the_device_budget_counts_before_the_hosts() -> None:
-    both = TrainConfig(**MINIMAL, device_budget="1GiB", host_budget="2GiB")
-    assert both.budget_bytes == 2**30
-    assert replace(both, device_budget=None).budget_bytes == 2**31
-    assert replace(both, device_budget=None, device="cuda").budget_bytes is None
-
-
 def test_curvature_settings_reach_the_curvature() -> None:
     from hizoo_lite.curvature import Diagonal, Grouped
     from hizoo_lite.train.setup import make_curvature

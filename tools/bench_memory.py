@@ -132,6 +132,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     from hizoo_lite.memory.budget import Budget, enforced
     from hizoo_lite.model.load import load
     from hizoo_lite.quant import Checkpoint
+    from hizoo_lite.stream.choose import Budgets
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import setup
 
@@ -150,7 +151,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         found |= {"loaded": sampler.now(), "load_peak": sampler.peak_bytes}
         model.halvings = halvings
         traversal, batch = Traversal(model), make_batch(case.rows, case.length)
-        budget = Budget(limit, model, renew=renew)
+        budget = Budget(Budgets(limit, limit), model, renew=renew)
         traversal.guard = budget.fitting
         space = setup.make_space(config)
         if training or case.space != "lora":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hizoo_lite.cli.options import DeviceBudget, Residency
+from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
 
 if TYPE_CHECKING:
     from hizoo_lite.train.config import TrainConfig
@@ -31,6 +31,7 @@ def command(
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
     residency: Residency = None,
     device_budget: DeviceBudget = None,
+    profile: Profile = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a prompt and its answer")] = None,
     batch_size: Annotated[int | None, typer.Option(help="examples of a batch")] = None,
     examples: Annotated[
@@ -66,7 +67,8 @@ def command(
     }
     from hizoo_lite.cli import output, progress
 
-    config = _config(adapter, {name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = _config(adapter, of_profile(profile, given) | given)
     result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
     if json:
         output.print_json(result)
@@ -97,7 +99,7 @@ def _evaluate(
     """The result as it is printed: scores by name, the loss first."""
     from hizoo_lite.errors import UserError
     from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train import saved, setup
+    from hizoo_lite.train import planning, saved, setup
     from hizoo_lite.train.evaluate import evaluate
 
     task = setup.find_task(config.task)
@@ -107,8 +109,10 @@ def _evaluate(
     model = setup.load_model(config, task)
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
 
+    workload = planning.evaluated(encoder, part)
+
     def prepare() -> None:
-        setup.prepare_blocks(model, config, encoder, part, branches=1)
+        setup.prepare_blocks(model, config, workload, branches=1)
 
     if adapter is not None:
         saved.attach_adapter(model, adapter, prepare)

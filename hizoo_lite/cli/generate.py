@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hizoo_lite.cli.options import DeviceBudget, Residency
+from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -35,6 +35,7 @@ def command(
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N")] = None,
     residency: Residency = None,
     device_budget: DeviceBudget = None,
+    profile: Profile = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
 ) -> None:
     """Continue a text.
@@ -50,6 +51,7 @@ def command(
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
     given = {name: value for name, value in flags.items() if value is not None}
+    given = of_profile(profile, given) | given
     loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
     text = continue_text(loaded, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
@@ -64,6 +66,7 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
 
     from hizoo_lite.errors import UserError
     from hizoo_lite.memory.estimate import pass_bytes
+    from hizoo_lite.memory.workload import cache_bytes
     from hizoo_lite.model.load import load
     from hizoo_lite.stream.residency import Streamed
     from hizoo_lite.train import saved, setup
@@ -89,8 +92,8 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
     loaded = load(setup.model_path(source), kind="causal", **flags)
     if isinstance(loaded.residency, Streamed):
         tokens = min(length, loaded.positions or length)
-        cache_bytes = 8 * tokens * len(loaded.blocks) * int(loaded.config.get_text_config().hidden_size)
-        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, 1) + cache_bytes
+        cache = cache_bytes(loaded.config, 1, tokens)
+        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, 1) + cache
         loaded.residency.scratch = None if adapter is None else saved.find_adapter(adapter)
     if adapter is not None:
         saved.attach_adapter(loaded, adapter)

@@ -7,7 +7,7 @@ its TOML file are reported together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Annotated, Any, Optional
 
@@ -19,6 +19,20 @@ from hizoo_lite.train.config_file import flag
 #: What the commands that only run a model say about where its blocks live.
 Residency = Annotated[str | None, typer.Option(metavar="auto|resident|host|disk", help="of blocks")]
 DeviceBudget = Annotated[str | None, typer.Option(metavar="SIZE", help="memory of the device, e.g. 24GiB")]
+Profile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="machine, see `hizoo-lite profiles`: its budgets and residency"),
+]
+
+
+def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a profile says about device and memory, but for what is `given`. UserError for no such profile."""
+    if profile is None:
+        return {}
+    from hizoo_lite.memory import hardware
+
+    found = hardware.find(profile).settings(given)
+    return {name: value for name, value in found.items() if name != "batch_size"}
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hizoo_lite.memory.hardware import Hardware
     from hizoo_lite.memory.outline import Outline
     from hizoo_lite.memory.plan import Plan
+    from hizoo_lite.memory.workload import Workload
     from hizoo_lite.train.config import TrainConfig
 
 
@@ -79,19 +80,22 @@ def command(
     from hizoo_lite.cli import output
     from hizoo_lite.errors import BudgetError
     from hizoo_lite.memory import planner
+    from hizoo_lite.memory.workload import Demand, Workload
 
     hardware = _hardware(profile)
     config, budget_of = _with_budget(config, hardware)
     outline, found = find_outline(config)
+    each = Demand(rows_per_example, rows_per_example)
+    workload = Workload(each, each)
     plan = planner.plan_run(
-        config, outline, found, rows_per_example, hardware=hardware, choose_batch=batch_size is None
+        config, outline, found, workload, hardware=hardware, choose_batch=batch_size is None
     )
     if json:
         output.print_json({"model": model, "profile": profile, **plan.to_json()})
     else:
         _print(plan, config, budget_of)
     if out is not None:
-        _draw(Path(out), config, outline, found, rows_per_example, hardware, plan)
+        _draw(Path(out), config, outline, found, workload, hardware, plan)
     if not plan.fits:
         raise BudgetError(f"nothing fits: {plan.why}")
 
@@ -187,7 +191,7 @@ def _draw(
     config: TrainConfig,
     outline: Outline,
     kind: ModelKind,
-    rows_per_example: int,
+    workload: Workload,
     hardware: Hardware | None,
     plan: Plan,
 ) -> None:
@@ -205,7 +209,7 @@ def _draw(
     for place in places:
         one: Any = place
         bars[place] = planner.plan_run(
-            replace(sized, residency=one), outline, kind, rows_per_example, hardware=hardware
+            replace(sized, residency=one), outline, kind, workload, hardware=hardware
         )
     picture.draw(path, config.model, plan, bars)
     typer.echo(f"wrote {path}", err=True)

@@ -21,13 +21,16 @@ def train(
 ) -> None:
     """Tune a model and write a run folder.
 
-    Flags override the TOML file. Ctrl-C ends the run after the step in progress, with everything saved.
+    Flags override the TOML file, both override a machine's --profile. Ctrl-C ends the run after the step in
+    progress, with everything saved.
 
     Examples:
 
     hizoo-lite train --model models/opt-125m --task sst2 --data data/sst2 --out runs/sst2
 
     hizoo-lite train --config sst2-lora --model models/opt-125m --data data/sst2 --steps 2000
+
+    hizoo-lite train --model models/opt-1.3b --task sst2 --data data/sst2 --profile rtx4060ti-16gb
 
     hizoo-lite train --resume --out runs/sst2
     """

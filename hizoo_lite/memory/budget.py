@@ -3,9 +3,10 @@
 On CUDA torch's allocator gets what the budget leaves beside the context and the libraries. On Linux the
 process's private writable memory is limited (RLIMIT_DATA) by what it has now and what the budget leaves of
 anonymous memory: an allocation beyond it fails cleanly. That limit counts a thread's stack as a whole, most
-of which is never touched, so it is set anew before each pass. Elsewhere the peak is only compared with the
-budget after each step. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is
-its result, to the rounding of products with fewer rows.
+of which is never touched, so it is set anew before each pass. Elsewhere, and for the host's budget of a run
+on CUDA (whose driver maps memory of its own), the peak is only compared with the budget after each step that
+is sampled. Whatever is hit, a pass is repeated in smaller chunks; its noise is the same, so is its result, to
+the rounding of products with fewer rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hizoo_lite.memory.allocator import trim
 from hizoo_lite.memory.rss import private_bytes, resident, thread_count
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model.model import Model
+from hizoo_lite.stream.choose import Budgets
 
 Result = TypeVar("Result")
 
@@ -38,16 +40,16 @@ Renew = Callable[[], bool]
 
 
 class Budget:
-    """What a run may take of a device's memory; None for no limit."""
+    """What a run may take of the device's memory, and of the host's where that is another one."""
 
     def __init__(
         self,
-        limit_bytes: int | None,
+        limits: Budgets,
         model: Model,
         report: Callable[[str], None] = lambda text: None,
         renew: Renew = lambda: False,
     ) -> None:
-        self.limit_bytes, self.model, self.report, self.renew = limit_bytes, model, report, renew
+        self.limits, self.model, self.report, self.renew = limits, model, report, renew
         self.retries = 0  # passes that were repeated, or steps that went over
 
     def fitting(self, work: Callable[[], Result]) -> Result:
@@ -67,16 +69,23 @@ class Budget:
             if not self.renew():
                 self._smaller("memory ran out")
 
-    def check(self, peak_bytes: int) -> None:
-        """After a step: chunks become smaller where its peak was over the budget."""
-        if self.limit_bytes is not None and peak_bytes > self.limit_bytes:
+    def check(self, peak_bytes: int, host_peak_bytes: int | None = None) -> None:
+        """After a step: chunks become smaller where its peak was over the budget.
+
+        host_peak_bytes: of anonymous memory; None where the device is the host.
+        """
+        if _is_over(peak_bytes, self.limits.device_bytes):
             self._smaller(f"a peak of {format_bytes(peak_bytes)} was over the budget", stop=False)
+        elif host_peak_bytes is not None and _is_over(host_peak_bytes, self.limits.host_bytes):
+            peak = format_bytes(host_peak_bytes)
+            self._smaller(f"a peak of {peak} on the host was over its budget", stop=False)
 
     def _smaller(self, why: str, stop: bool = True) -> None:
         self.retries += 1
         if self.model.halvings >= MOST_HALVINGS:
             if stop:
-                limit = "the memory there is" if self.limit_bytes is None else format_bytes(self.limit_bytes)
+                given = self.limits.device_bytes
+                limit = "the memory there is" if given is None else format_bytes(given)
                 raise BudgetError(
                     f"--device-budget: {why} and nothing of a pass can be made smaller; {limit} is not enough"
                 )
@@ -90,6 +99,10 @@ class Budget:
             torch.cuda.empty_cache()
         else:
             trim()
+
+
+def _is_over(size_bytes: int, limit_bytes: int | None) -> bool:
+    return limit_bytes is not None and size_bytes > limit_bytes
 
 
 @contextmanager

@@ -14,10 +14,13 @@ from hizoo_lite.spaces.lora import LoRADelta
 _FLOAT32 = 4
 
 
-def pass_bytes(model: Model, rows: int, length: int, branches: int, trainable: int = 0) -> int:
+def pass_bytes(
+    model: Model, rows: int, length: int, branches: int, trainable: int = 0, sites: int | None = None
+) -> int:
     """Bytes of a traversal of `rows` sequences of `length` tokens in `branches` branches.
 
     trainable: parameters held in memory; their noise is there for two steps, their directions for one.
+    sites: positions whose logits are read; without it one a row.
     """
     config = copy.deepcopy(model.config)
     module = skeleton.build(config, model.kind)
@@ -28,7 +31,7 @@ def pass_bytes(model: Model, rows: int, length: int, branches: int, trainable: i
         module, config, model.kind, anatomy, model.bits, model.compute, model.device.type, away
     )
     folded = EVALUATION if branches == 1 else Branches(base=branches % 2 == 1, pairs=branches // 2)
-    sites = rows if model.kind != "classifier" else 0
+    sites = 0 if model.kind == "classifier" else rows if sites is None else sites
     wanted = Pass(rows, length, folded, sites, model.branch_chunk, model.halvings)
     peak = rehearsal.run(wanted, _trained(model) if branches > 1 else None).peak_bytes
     return peak + 3 * _FLOAT32 * trainable

@@ -10,7 +10,7 @@ by dtype (`bf16`, `fp16`, `float32`). On a CPU there is one memory, and no `host
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,23 @@ class Hardware:
     def compute(self) -> Literal["bf16", "fp16", "float32"]:
         """The dtype of products: the first of bf16, fp16, float32 that it multiplies."""
         return next(dtype for dtype in _DTYPES if dtype in self.operations)
+
+    def settings(self, given: Container[str]) -> dict[str, Any]:
+        """The settings of a run on this machine by their names in `TrainConfig`, but for those `given`.
+
+        On a CPU there is one budget: who gave either has given it.
+        """
+        budgets = {"device_budget": self.device_budget_bytes, "host_budget": self.host_budget_bytes}
+        if self.device == "cpu" and "host_budget" in given:
+            budgets = {}
+        found: dict[str, Any] = {name: f"{size}B" for name, size in budgets.items() if size is not None}
+        if self.device == "cpu":
+            found["device"] = "cpu"
+        if self.residency != "auto":
+            found["residency"] = self.residency
+        if self.batch_size is not None:
+            found["batch_size"] = self.batch_size
+        return {name: value for name, value in found.items() if name not in given}
 
     def rate(self, dtype: str) -> float | None:
         """Operations a second that a product in `dtype` really reaches."""

@@ -33,6 +33,7 @@ OWNERS: Mapping[str, str] = {
     "logits": "hidden states at labels, logits, log-probabilities",
     "update": "temporaries of an update of weights",
     "loading": "buffers of checksums and of one tensor while loading",
+    "cache": "keys and values, while an evaluation writes",
     "heap": "freed memory that the allocator keeps",
     "prefetch_buffers": "page-locked buffers between disk and device",
     "pinned_host": "blocks and large matrices in host memory",

@@ -22,6 +22,7 @@ from hizoo_lite.memory.outline import Outline
 from hizoo_lite.memory.plan import Plan
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.memory.subject import Option, Subject, Unknown
+from hizoo_lite.memory.workload import ONE_ROW, Workload
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.stream.choose import Place
 from hizoo_lite.stream.chunks import MOST_SLICES, plan_chunks
@@ -45,7 +46,7 @@ def plan_run(
     config: TrainConfig,
     checkpoint: Checkpoint | Outline,
     kind: ModelKind,
-    rows_per_example: int = 1,
+    workload: Workload = ONE_ROW,
     *,
     hardware: Hardware | None = None,
     choose_batch: bool = False,
@@ -53,16 +54,17 @@ def plan_run(
 ) -> Plan:
     """Plan a run. Without a budget everything fits and the blocks are resident.
 
-    rows_per_example: token sequences that an example makes. hardware: the machine, with its budgets and
-    rates; None is this one, without rates. choose_batch: take the largest batch that fits, up to 16, in
-    place of the configuration's. framework: bytes of the imported libraries, measured where it is None.
+    workload: what the examples make, and the longest of them, in place of the configuration's `max_length`.
+    hardware: the machine, with its budgets and rates; None is this one, without rates. choose_batch: take the
+    largest batch that fits, up to 16, in place of the configuration's. framework: bytes of the imported
+    libraries, measured where it is None.
 
     Raises `UserError` for bits, targets and residencies that contradict the checkpoint. An architecture that
     is not known gives a plan that does not fit, with what is not accounted for.
     """
     outline = checkpoint if isinstance(checkpoint, Outline) else Outline.of(checkpoint)
     try:
-        subject = Subject(config, outline, kind, rows_per_example, hardware, framework)
+        subject = Subject(config, outline, kind, workload, hardware, framework)
     except Unknown as error:
         return _unknown(config, outline, str(error))
     return _choose(subject, choose_batch)
@@ -175,8 +177,8 @@ def _unaccounted(subject: Subject) -> tuple[str, ...]:
     found.append("the task's data and the tokenizer")
     if subject.device == "cuda":
         found.append("fragmentation of the device allocator; the context is a typical value, not measured")
-    if subject.config.task not in ("lm", "chat") and subject.config.max_length:
-        found.append("logits of answers with more than one token")
+    if subject.config.task not in ("lm", "chat") and subject.workload.length is None:
+        found.append("logits of answers with more than one token, and what an evaluation that writes keeps")
     return tuple(found)
 
 
@@ -187,14 +189,16 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     """Least seconds of a step, by what takes them; empty where no rates are known."""
     machine = subject.hardware
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(subject.compute, "float32")
-    rate = machine.rate(name) if machine else None
+    # a dtype that the machine has no products in takes at least the time of those that it has
+    rate = (machine.rate(name) or machine.rate(machine.compute)) if machine else None
     if machine is None or rate is None:
         return {}
-    branches, rows = subject.branches(), option.batch * subject.rows_per_example
+    branches, rows = subject.branches(), subject.rows(option.batch)
+    sites = subject.sites(option.batch, subject.workload.training, option.length)
     tokens = branches.count * rows * option.length
     elements = subject.anatomy.parameters
     heads = sum(math.prod(x.shape) for x in subject.anatomy.linears if x.block is None)
-    operations = 2 * tokens * elements + 2 * branches.count * subject.sites(rows, option.length) * heads
+    operations = 2 * tokens * elements + 2 * branches.count * sites * heads
     if subject.in_weights:
         trained = sum(shape.numel() for shape in subject.shapes.values())
         operations += 2 * 2 * branches.pairs * rows * option.length * trained
@@ -218,7 +222,7 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
 
 def _together(subject: Subject, option: Option) -> int:
     """Rows that go through a block together."""
-    rows = option.batch * subject.rows_per_example
+    rows = subject.rows(option.batch)
     count = subject.branches().count
     return plan_chunks(
         subject.config.branch_chunk,
@@ -241,9 +245,7 @@ def _choose(subject: Subject, choose_batch: bool) -> Plan:
         batches = [subject.config.batch_size]
     tried: list[Plan] = []
     for batch in batches:
-        plans = [
-            _best(subject, Option(place, batch, subject.config.max_length)) for place in _places(subject)
-        ]
+        plans = [_best(subject, Option(place, batch, subject.length)) for place in _places(subject)]
         tried += plans
         fitting = [plan for plan in plans if plan.fits]
         if fitting:

@@ -69,7 +69,8 @@ class Profiler:
         most_samples: int = MOST_SAMPLES,
     ) -> None:
         self.device, self.meter = device, meter
-        self.on_peak: Callable[[int], None] = lambda peak_bytes: None  # is told the peak of steps
+        # is told the peak of steps, and that of the host where it is not the device
+        self.on_peak: Callable[[int, int | None], None] = lambda peak_bytes, host_peak_bytes: None
         self._read, self._clock = read or make_reader(device), clock
         self._timeline, self._peaks = Timeline(most_samples), Peaks()
         self._totals: dict[str, _Total] = {}
@@ -202,7 +203,7 @@ class Profiler:
         total.peak_bytes = max(total.peak_bytes, peak)
         if self._phase == "train":
             self._peaks.add(self._step, peak)
-            self.on_peak(peak)
+            self.on_peak(peak, self.meter.host_lap_bytes())
         total.sampling_seconds += self._clock() - began
 
     def _total(self, phase: str) -> _Total:

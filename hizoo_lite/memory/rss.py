@@ -75,6 +75,7 @@ class PeakMeter:
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._overall_bytes = self._phase_bytes = 0
+        self._resettable = False  # whether VmHWM begins with the last call of `host_lap_bytes`
 
     def restart(self) -> None:
         """Begin a new phase, with freed pages given back. The peak so far is kept for `overall_bytes`."""
@@ -90,6 +91,18 @@ class PeakMeter:
         self._phase_bytes = max(self._phase_bytes, lap)
         self._reset()
         return lap
+
+    def host_lap_bytes(self) -> int | None:
+        """On CUDA: the peak of the host's anonymous memory since the last call, page-locked blocks included.
+
+        What is held now where the kernel does not permit the reset; None on a CPU, whose peak `lap_bytes` is.
+        """
+        if self._cuda is None:
+            return None
+        now = resident()
+        peak_bytes = now.peak_bytes if self._resettable else None
+        self._resettable = reset_peak()
+        return (now.total_bytes if peak_bytes is None else peak_bytes) - (now.file_bytes or 0)
 
     def phase_bytes(self) -> int:
         """The peak since `restart`; an upper bound of it where the kernel does not permit the reset."""

@@ -20,6 +20,7 @@ from hizoo_lite.memory.ledger import tensor_bytes
 from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
 from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.workload import Demand, Workload, cache_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.stream.choose import Budgets, Place
@@ -61,12 +62,13 @@ class Subject:
         config: TrainConfig,
         outline: Outline,
         kind: ModelKind,
-        rows_per_example: int,
+        workload: Workload,
         hardware: Hardware | None,
         framework: int | None,
     ) -> None:
         self.config, self.outline, self.kind, self.hardware = config, outline, kind, hardware
-        self.rows_per_example = rows_per_example
+        self.workload = workload
+        self.length = workload.length or config.max_length  # tokens of the longest row
         self.bits: Bits = skeleton.choose_bits(config.bits, outline.bits)
         self.device = hardware.device if hardware else skeleton.choose_device(config.device).type
         self.compute = self._compute()
@@ -197,9 +199,14 @@ class Subject:
         """The most branches of a step."""
         return estimators.get(self.config.estimator).branches(0)
 
-    def sites(self, rows: int, length: int) -> int:
-        """Positions whose logits are read: every one of lm and chat tasks, else one a row."""
-        return rows * length if self.config.task in ("lm", "chat") else rows
+    def rows(self, batch: int) -> int:
+        """Token sequences of a step."""
+        return batch * self.workload.training.rows
+
+    def sites(self, batch: int, demand: Demand, length: int) -> int:
+        """Positions whose logits are read: every one of lm and chat tasks, else what the examples make."""
+        every = batch * demand.rows * length
+        return every if self.config.task in ("lm", "chat") else min(every, batch * demand.sites)
 
     def eval_batch(self, batch: int) -> int:
         """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""
@@ -208,14 +215,29 @@ class Subject:
 
     def passes(self, option: Option) -> tuple[Activations, Activations]:
         """A step's traversal and an evaluation's."""
-        away, chunk = option.place != "resident", self.config.branch_chunk
-        rows = option.batch * self.rows_per_example
-        sites = self.sites(rows, option.length)
-        training = Pass(rows, option.length, self.branches(), sites, chunk, option.halvings)
-        rows = self.eval_batch(option.batch) * self.rows_per_example
-        sites = self.sites(rows, option.length)
-        evaluation = Pass(rows, option.length, EVALUATION, sites, chunk, option.halvings)
-        return self._rehearsed(away, training, self.trained), self._rehearsed(away, evaluation, None)
+        away = option.place != "resident"
+        training = self._pass(option.batch, self.workload.training, option, self.branches())
+        batch = self.eval_batch(option.batch)
+        evaluation = self._rehearsed(
+            away, self._pass(batch, self.workload.evaluation, option, EVALUATION), None
+        )
+        return self._rehearsed(away, training, self.trained), self._with_cache(evaluation, batch, option)
+
+    def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
+        sites = self.sites(batch, demand, option.length)
+        rows, chunk = batch * demand.rows, self.config.branch_chunk
+        return Pass(rows, option.length, branches, sites, chunk, option.halvings)
+
+    def _with_cache(self, evaluation: Activations, batch: int, option: Option) -> Activations:
+        """Where an evaluation writes, keys and values are beside what its passes make."""
+        length = self.workload.written
+        if not length:
+            return evaluation
+        if option.length < self.length:
+            length = min(length, option.length)
+        cache = cache_bytes(self.model_config, batch, length)
+        worst = {**evaluation.worst, "cache": cache}
+        return evaluation._replace(worst=worst, peak_bytes=evaluation.peak_bytes + cache)
 
     def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:
         key = (away, wanted, trained)

@@ -18,7 +18,7 @@ from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.stream.block import install
-from hizoo_lite.stream.choose import Budgets, ResidencyName, choose
+from hizoo_lite.stream.choose import Budgets, Limits, ResidencyName, choose
 from hizoo_lite.stream.residency import Streamed
 
 
@@ -86,6 +86,7 @@ def load(
         stored_names=filler.stored_names,
         away=set(filler.away),
         new_parameters=filler.new,
+        limits=Limits(residency, device_budget, host_budget),
     )
     if where != "resident":
         model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)

@@ -13,6 +13,7 @@ from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdat
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.stream.choose import Limits
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
 from hizoo_lite.stream.residency import Resident
 
@@ -41,6 +42,7 @@ class Model:
     away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
+    limits: Limits = field(default_factory=Limits)  # what `load` was told
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
     observer: Observer | None = None  # is told when a block or the head has run
     branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together

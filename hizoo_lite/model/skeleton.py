@@ -42,7 +42,11 @@ _TOKENIZER_FILES = (
 #: Elements from which on a tensor made by `torch.empty` is taken for a parameter.
 _LARGE_ELEMENTS = 1 << 16
 CPUINFO = Path("/proc/cpuinfo")
-_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+_COMPUTE: dict[ComputeDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 def read_config(folder: Path, kind: ModelKind, num_labels: int) -> Any:
@@ -172,6 +176,11 @@ def choose_compute(wanted: ComputeDtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+def compute_name(dtype: torch.dtype) -> ComputeDtype:
+    """The name of a dtype of products."""
+    return next(name for name, known in _COMPUTE.items() if known == dtype)
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.files import aside
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub, layout
@@ -30,7 +31,6 @@ from hizoo_lite.quant.shards import (
     HASHED_CHUNK_BYTES,
     Form,
     ShardWriter,
-    aside,
     file_bytes,
     named_errors,
     sha256_of,

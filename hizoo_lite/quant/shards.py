@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import UserError
+from hizoo_lite.files import aside, sync_folder, write_text
 from hizoo_lite.quant.tensorfile import DTYPE_NAMES
 
 HASHED_CHUNK_BYTES = 8_000_000  # read at a time where a file is hashed
@@ -97,7 +98,7 @@ class ShardWriter:
                 self._hash_the_rest()
                 self._file.close()
                 os.replace(self._aside, self.path)
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         except BaseException:
             self._abandon()
             raise
@@ -180,30 +181,10 @@ def sha256_of(path: Path, buffer: bytearray, advanced: Callable[[int], None] | N
     return found.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole, on disk when this returns. Raises `UserError` where that fails."""
-    beside = aside(path)
-    with named_errors(path):
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            _sync_folder(path.parent)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_text` of a JSON object."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def aside(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
-    return path.with_name(f".{path.name}.tmp")
+    """Replace a JSON file as a whole. Raises `UserError`, naming it, where that fails."""
+    with named_errors(path):
+        write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -232,14 +213,3 @@ def _header(tensors: Mapping[str, Form], metadata: Mapping[str, str] | None) -> 
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     return header, {name: len(header) + offset for name, offset in offsets.items()}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames last, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,6 +40,20 @@ class Budgets(NamedTuple):
         return cls(given[0], given[1])
 
 
+class Limits(NamedTuple):
+    """What `load` was told about memory, as it was given; a run of the model has the same, unless told."""
+
+    residency: ResidencyName = "auto"
+    device_budget: str | int | None = None
+    host_budget: str | int | None = None
+
+    def settings(self) -> dict[str, str]:
+        """Those that were given, as fields of `TrainConfig`."""
+        sizes = {"device_budget": self.device_budget, "host_budget": self.host_budget}
+        texts = {k: f"{v}B" if isinstance(v, int) else v for k, v in sizes.items() if v is not None}
+        return {"residency": self.residency, **texts}
+
+
 def choose(
     wanted: ResidencyName, device: torch.device, checkpoint: Checkpoint, bits: Bits, budgets: Budgets
 ) -> Place:

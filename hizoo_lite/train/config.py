@@ -157,6 +157,12 @@ class TrainConfig:
     resume: bool = _setting(False, "continue from the newest checkpoint in the run folder", group="Run")
     tracker: TrackerName = _setting("none", "experiment tracker, through accelerate", group="Run")
 
+    profile: str | None = _setting(
+        None,
+        "machine, by the name of a hardware profile or its file: its budgets, residency and batch size "
+        "where none are given, its rates in the plan",
+        group="Memory",
+    )
     device_budget: str | None = _setting(
         None,
         "memory of the device that the run may take, e.g. 24GiB; exit code 3 where it cannot do with it",
@@ -186,17 +192,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """The budget that the measured peak is held against; None where none was given."""
-        budget = self.device_budget or (self.host_budget if self.device in ("auto", "cpu") else None)
-        return None if budget is None else parse_bytes(budget)
-
 
 #: What may differ between a run and its continuation: none of these changes what a step computes.
 MAY_CHANGE_ON_RESUME = {
     *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
-    *("device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
+    *("profile", "device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
 }
 
 

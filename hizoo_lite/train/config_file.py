@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite.errors import UserError
+from hizoo_lite.memory import hardware
 from hizoo_lite.train.config import (
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
@@ -54,9 +56,10 @@ def find(path_or_name: str) -> Path:
 
 
 def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = None) -> TrainConfig:
-    """Defaults, then the file, then the flags (texts by field name). UserError with every problem of both.
+    """Defaults, then the profile, the file, the flags (texts by field name). UserError with every problem.
 
-    With `resume` and without a `config` the run folder's own config.toml is the file.
+    With `resume` and without a `config` the run folder's own config.toml is the file. That is complete: only
+    a profile that is given anew fills what it leaves open.
     """
     flags = flags or {}
     file = find(config) if config is not None else _of_run(flags)
@@ -66,11 +69,40 @@ def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = 
     for name, text in flags.items():
         values[name], origin[name] = _parsed(name, text), flag(name)
 
+    if config is not None or file is None or "profile" in flags:
+        values = with_profile(values, found)
+
     def where(name: str) -> str:
         return origin.get(name, flag(name))
 
     refuse(found + problems(values, where))
     return TrainConfig(**values)
+
+
+def read(path: Path) -> TrainConfig:
+    """The settings of a run as it resolved them. UserError with every problem."""
+    found: list[str] = []
+    origin: dict[str, str] = {}
+    values = _read(path, found, origin)
+    refuse(found + problems(values, lambda name: origin.get(name, name)))
+    return TrainConfig(**values)
+
+
+def with_profile(values: Mapping[str, Any], found: list[str] | None = None) -> dict[str, Any]:
+    """The settings and, for those that are not given, the profile's that they name.
+
+    UserError where there is no such profile; with `found` that is added to it.
+    """
+    name = values.get("profile")
+    if not isinstance(name, str):
+        return dict(values)
+    try:
+        return {**hardware.find(name).settings(values), **values}
+    except UserError as error:
+        if found is None:
+            raise
+        found.append(str(error))
+        return dict(values)
 
 
 def _of_run(flags: Mapping[str, str | bool]) -> Path | None:

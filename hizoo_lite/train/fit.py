@@ -23,17 +23,18 @@ from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserEr
 from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
+from hizoo_lite.memory.allocator import map_large
 from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory
 from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
-from hizoo_lite.model.skeleton import choose_device
+from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.config import ComputeName, TrainConfig
+from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
@@ -41,12 +42,6 @@ from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
-
-_COMPUTE_NAMES: dict[torch.dtype, ComputeName] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "float32",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +89,14 @@ def fit(
     folder = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
     config = replace(_checked(config, folder), out=str(folder.path))
     device = loaded.device if loaded is not None else choose_device(config.device)
-    limit_bytes = Budgets.parse(config.device_budget, config.host_budget, device).device_bytes
-    with _threads(config.threads), enforced(limit_bytes, device) as renew:
+    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    if loaded is not None and limits.device_bytes is not None:
+        map_large()  # which `load` does where it is told the budget
+    with _threads(config.threads), enforced(limits.device_bytes, device) as renew:
         setup = _built(config, loaded, space, estimator, curvature)
         _announce(setup, listener)
         try:
-            return _run(setup, folder, listener, Budget(limit_bytes, setup.model, listener.message, renew))
+            return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, renew))
         finally:
             setup.stepper.close()
 
@@ -158,12 +155,30 @@ def _configured(
     if isinstance(curvature, Grouped):
         named["curvature_per"] = curvature.per
     if isinstance(model, TrainConfig):
-        return replace(model, **options, **named), None
+        return _with_budgets(replace(model, **options, **named)), None
     if isinstance(model, Model):
         named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
-        named |= {"device": str(model.device), "compute_dtype": _COMPUTE_NAMES[model.compute]}
-        return TrainConfig(**options, **named), model
-    return TrainConfig(model=str(model), **options, **named), None
+        named |= {"device": str(model.device), "compute_dtype": compute_name(model.compute)}
+        named["residency"] = _residency(model, options.pop("residency", "auto"))
+        options = {**model.limits.settings(), **config_file.with_profile(options)}
+        return TrainConfig(**{**options, **named}), model
+    return TrainConfig(model=str(model), **config_file.with_profile(options), **named), None
+
+
+def _with_budgets(config: TrainConfig) -> TrainConfig:
+    """A configuration made in Python says nothing but None for what is not given: the budgets."""
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return TrainConfig(**config_file.with_profile(given))
+
+
+def _residency(model: Model, wanted: str) -> str:
+    """Of a loaded model: as it was loaded. UserError where another is asked for."""
+    if wanted not in ("auto", model.residency.name):
+        raise UserError(
+            f"residency: got {wanted!r}, but the model was loaded with its blocks {model.residency.name}; "
+            f"allowed: {model.residency.name}, auto, or load(..., residency={wanted!r})"
+        )
+    return model.limits.residency
 
 
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -279,7 +294,7 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
     """Where the run starts: at zero in a new folder, or at the newest checkpoint of the one that is there."""
     found = checkpoint.newest(folder.checkpoints) if setup.config.resume else None
     position = Position() if found is None else checkpoint.load(found, setup.stepper)
-    compute: ComputeName = _COMPUTE_NAMES[setup.model.compute]
+    compute = compute_name(setup.model.compute)
     resolved = replace(
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
@@ -302,6 +317,7 @@ def _write_plan(folder: RunFolder, setup: Setup) -> None:
             "owners": owners,
             "predicted_peak_bytes": plan.peak_bytes,
             "budget_bytes": plan.device_budget_bytes,
+            "profile": setup.config.profile,
         }
     )
 

@@ -1,19 +1,20 @@
 """The run folder: config.toml, metrics.jsonl, checkpoints/, adapter/, summary.json, memory.json, the report.
 
 A folder is used for one run. A new run refuses a folder with anything in it; `--resume` continues the
-one that is there. Files are written aside and renamed, metrics line by line and flushed.
+one that is there. Files are replaced as a whole (see `files.py`), metrics are written line by line and
+flushed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import UserError
+from hizoo_lite.files import write_text
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig
 
@@ -24,13 +25,6 @@ def next_free(name: str) -> Path:
     while path.exists():
         path, number = Path(f"{name}-{number}"), number + 1
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def plain(value: Any) -> Any:
@@ -76,7 +70,7 @@ class RunFolder:
             raise UserError(
                 f"--resume: {self.path} holds no run (no config.toml); leave --resume out to begin one"
             )
-        return config_file.resolve(str(self._config))
+        return config_file.read(self._config)
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, where it is not there, and write the settings."""

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from hizoo_lite.base import Example, ModelKind, UserError
 from hizoo_lite.errors import BudgetError
+from hizoo_lite.memory import hardware
+from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.plan import Plan
 from hizoo_lite.memory.planner import plan_run
 from hizoo_lite.memory.sizes import format_bytes
-from hizoo_lite.model.skeleton import read_tokenizer
+from hizoo_lite.memory.subject import framework_bytes
+from hizoo_lite.memory.workload import Demand, Workload
+from hizoo_lite.model.skeleton import choose_compute, choose_device, compute_name, read_tokenizer
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.train.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -20,22 +27,26 @@ _log = logging.getLogger(__name__)
 #: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
 _REHEARSAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
-#: Examples that are encoded beforehand, to see how many token sequences one makes.
-_SAMPLE = 32
+#: Examples of a part that are encoded beforehand, about half a millisecond each. Where there are more, the
+#: longest row is taken to be as long as the limit allows.
+MOST_ENCODED = 4096
 
 
-def plan(
-    config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, task: Task, examples: Sequence[Example]
-) -> Plan | None:
+def plan(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, workload: Workload) -> Plan | None:
     """The plan of a run on such examples. Raises `BudgetError` where there is a budget that cannot be met.
 
     None for a model that cannot be rehearsed; with a budget that is an error, without one it only goes
     without a prediction.
     """
     has_budget = config.device_budget is not None or config.host_budget is not None
-    rows = _rows(config, checkpoint, kind, task, examples)
+    device = choose_device(config.device)
+    machine = _machine(config, device)
+    framework = None
+    if machine is not None:  # its rates; dtype and libraries are those that are here
+        compute = compute_name(choose_compute(config.compute_dtype, device))
+        config, framework = replace(config, compute_dtype=compute), framework_bytes()
     try:
-        found = plan_run(config, checkpoint, kind, rows)
+        found = plan_run(config, checkpoint, kind, workload, hardware=machine, framework=framework)
     except _REHEARSAL_ERRORS as error:
         if has_budget or isinstance(error, UserError):
             raise
@@ -46,22 +57,72 @@ def plan(
     return found
 
 
-def _rows(
-    config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, task: Task, examples: Sequence[Example]
-) -> int:
-    """The most token sequences that an example makes; 1 without a tokenizer, which is refused later."""
+def _machine(config: TrainConfig, device: torch.device) -> Hardware | None:
+    """The profile's machine, for its rates; None without a profile, and for one of another kind of device."""
+    if config.profile is None:
+        return None
+    machine = hardware.find(config.profile)
+    if machine.device != device.type:
+        _log.warning(
+            "--profile: %s is a %s machine and the run is on %s: its budgets count, its rates do not",
+            machine.name,
+            machine.device,
+            device.type,
+        )
+        return None
+    return replace(machine, residency="auto")  # the configuration has the profile's where that counts
+
+
+def find_encoder(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, task: Task) -> Encoder | None:
+    """The encoder of a model that is not loaded yet; None without a tokenizer, which is refused later."""
     tokenizer = read_tokenizer(checkpoint.folder)
     if tokenizer is None:
-        return 1
+        return None
     loss = None if config.loss == "auto" else config.loss
     limit = min(config.max_length, tokenizer.model_max_length)
-    encoder = Encoder(tokenizer, kind, task, limit, loss=loss)
-    return rows_per_example(encoder, examples, training=True)
+    return Encoder(tokenizer, kind, task, limit, loss=loss)
 
 
-def rows_per_example(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> int:
-    """The most token sequences that one of the first examples makes."""
-    return max((len(encoder.encode(e, training=training).rows) for e in examples[:_SAMPLE]), default=1)
+def workload(encoder: Encoder, splits: Splits, *, dev: bool) -> Workload:
+    """What the examples of a run make: those of training, and those that are evaluated (`dev`: these too)."""
+    evaluated = [*splits.test, *(splits.dev if dev else ())]
+    training, longest = _demand(encoder, splits.train, training=True)
+    evaluation, also = _demand(encoder, evaluated, training=False)
+    return _workload(encoder, training, evaluation, max(longest, also))
+
+
+def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
+    """What examples make that are only evaluated."""
+    found, longest = _demand(encoder, examples, training=False)
+    return _workload(encoder, found, found, longest)
+
+
+def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: int) -> Workload:
+    length = min(encoder.max_length, longest + 1)  # a row ends before the last token of its answer
+    writes = encoder.task.kind == "completion" and encoder.model_kind == "causal"
+    written = min(encoder.max_length, length + encoder.max_new_tokens) if writes else 0
+    return Workload(training, evaluation, length, written)
+
+
+def _demand(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> tuple[Demand, int]:
+    """The most rows and sites of an example, and the tokens of the longest row.
+
+    Of more than `MOST_ENCODED` examples the first ones are encoded; of the others only the answers are
+    counted, where they are other answers, as if each took a row of its own.
+    """
+    rows = sites = longest = 1
+    for example in examples[:MOST_ENCODED]:
+        encoded = encoder.encode(example, training=training)
+        rows, sites = max(rows, len(encoded.rows)), max(sites, len(encoded.sites))
+        longest = max(longest, *map(len, encoded.rows))
+    if len(examples) <= MOST_ENCODED:
+        return Demand(rows, sites), longest
+    only_one = encoder.model_kind != "causal" or encoder.task.kind == "lm" or encoder.task.chat
+    if not only_one and not (training and encoder.loss == "answer"):
+        seen = {tuple(example.answers) for example in examples[:MOST_ENCODED]}
+        others = (e.answers for e in examples[MOST_ENCODED:] if tuple(e.answers) not in seen)
+        rows = max(rows, max(map(len, others), default=1))
+    return Demand(rows, max(sites, rows)), encoder.max_length
 
 
 def _refusal(found: Plan) -> str:

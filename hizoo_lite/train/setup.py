@@ -5,21 +5,22 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, spaces, tasks
-from hizoo_lite.base import Curvature, Estimator, Example, ModelKind, Space, UserError
+from hizoo_lite.base import Curvature, Estimator, ModelKind, Space, UserError
 from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.memory.plan import Plan
+from hizoo_lite.memory.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces.scales import CLIP
-from hizoo_lite.stream.residency import Streamed
+from hizoo_lite.stream.choose import Budgets
+from hizoo_lite.stream.residency import Resident, Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.train import planning, schedules
@@ -69,7 +70,7 @@ def build(
         raise UserError(
             f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
         )
-    plan = planned(config, task, splits, model)
+    plan, workload = planned(config, task, splits, model)
     model = model or load_model(config, task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
     space = space or make_space(config)
@@ -78,44 +79,70 @@ def build(
     stepper = make_stepper(config, traversal, space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
-    prepare_blocks(model, config, encoder, splits.train, stepper.estimator.branches(0).count, space)
+    prepare_blocks(model, config, workload, stepper.estimator.branches(0).count, space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
 
 
-def planned(config: TrainConfig, task: Task, splits: Splits, model: Model | None) -> Plan | None:
-    """The plan of the run; `BudgetError` where it does not fit. `model`: one that is loaded already."""
-    if model is not None:
-        return planning.plan(config, model.checkpoint, model.kind, task, splits.train)
-    source = model_path(config.model)
-    kind = find_kind(source, config.revision, task) if config.kind == "auto" else config.kind
-    checkpoint = Checkpoint.open(source, revision=config.revision)
-    return planning.plan(config, checkpoint, kind, task, splits.train)
+def planned(
+    config: TrainConfig, task: Task, splits: Splits, model: Model | None
+) -> tuple[Plan | None, Workload]:
+    """The plan of the run, and what its examples make; `BudgetError` where it does not fit.
+
+    `model`: one that is loaded already, whose blocks stay where they are.
+    """
+    if model is None:
+        source = model_path(config.model)
+        kind = find_kind(source, config.revision, task) if config.kind == "auto" else config.kind
+        checkpoint = Checkpoint.open(source, revision=config.revision)
+    else:
+        kind, checkpoint = model.kind, model.checkpoint
+        if isinstance(model.residency, Resident):
+            config = replace(config, residency="resident")
+    encoder = planning.find_encoder(config, checkpoint, kind, task)
+    workload = ONE_ROW
+    if encoder is not None:
+        workload = planning.workload(encoder, splits, dev=config.eval_every > 0)
+    return planning.plan(config, checkpoint, kind, workload), workload
 
 
 def prepare_blocks(
-    model: Model,
-    config: TrainConfig,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    branches: int,
-    space: Space | None = None,
+    model: Model, config: TrainConfig, workload: Workload, branches: int, space: Space | None = None
 ) -> None:
-    """Lay out the blocks of a streamed model for passes over such examples.
+    """Lay out the blocks of a streamed model for passes over such examples; 1 branch only evaluates.
 
     Raises `BudgetError` where the budget does not allow it, before anything is written.
     """
     model.branch_chunk = config.branch_chunk
     if not isinstance(model.residency, Streamed):
         return
+    if model.limits.residency == "auto" and not model.residency.is_laid_out:  # of the run, not of loading
+        model.residency.budget_bytes = budgets(config, model).device_bytes
     if model.residency.budget_bytes is not None:
-        rows = planning.rows_per_example(encoder, examples, training=branches > 1)
-        trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
-        model.residency.reserved_bytes = max(
-            pass_bytes(model, rows * config.batch_size, encoder.max_length, branches, trainable),
-            pass_bytes(model, rows * config.eval_batch_size, encoder.max_length, 1),
-        )
+        model.residency.reserved_bytes = _reserved_bytes(model, config, workload, branches, space)
     model.residency.scratch = None if config.out is None else Path(config.out)
     model.residency.prepare()
+
+
+def _reserved_bytes(
+    model: Model, config: TrainConfig, workload: Workload, branches: int, space: Space | None
+) -> int:
+    """What passes need besides the weights."""
+    length = workload.length or config.max_length
+    trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
+    batch, each = config.eval_batch_size, workload.evaluation
+    needed = pass_bytes(model, batch * each.rows, length, 1, sites=batch * each.sites)
+    if workload.written:
+        needed += cache_bytes(model.config, batch, workload.written)
+    if branches > 1:
+        batch, each = config.batch_size, workload.training
+        training = pass_bytes(model, batch * each.rows, length, branches, trainable, batch * each.sites)
+        needed = max(needed, training)
+    return needed
+
+
+def budgets(config: TrainConfig, model: Model) -> Budgets:
+    """What the run may take on the model's device; on a CPU the smaller of both budgets."""
+    return Budgets.parse(config.device_budget, config.host_budget, model.device)
 
 
 def make_splits(config: TrainConfig, task: Task) -> Splits:

@@ -12,7 +12,7 @@ from hizoo_lite.base import trainable
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.stream.residency import Streamed
-from hizoo_lite.train.setup import Setup
+from hizoo_lite.train.setup import Setup, budgets
 
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 
@@ -44,7 +44,8 @@ def summarize(
         "test_examples": before.get("examples"),
         "adapter": "final",
         "trainable_parameters": sum(shape.numel() for shape in trainable(setup.space).values()),
-        "budget_bytes": config.budget_bytes,
+        "budget_bytes": budgets(config, model).device_bytes,
+        "profile": config.profile,
         "predicted_peak_bytes": None if setup.plan is None else setup.plan.peak_bytes,
         "measured_peak_bytes": measured_peak_bytes,
         "inference_peak_bytes": before.get("inference_peak_bytes"),
