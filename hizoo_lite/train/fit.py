@@ -76,7 +76,8 @@ def fit(
     """Tune `model` and write the run folder.
 
     Args:
-        model: a whole configuration, a loaded model, or its folder or hub id.
+        model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
+            with unless `options` has others), or its folder or hub id.
         space, estimator, curvature: objects in place of the names in the configuration.
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace.
