@@ -24,6 +24,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.stream.choose import Budgets
+from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import planning, setup
 from hizoo_lite.train.config import TrainConfig
@@ -171,6 +172,36 @@ def test_eval_and_generate_take_a_profile(command: str, machine: Path, monkeypat
         found = CliRunner().invoke(app, [*call, *given])
         assert found.exit_code == 0, found.output
     assert [options["device_budget"] for options in seen] == [f"{2 * GIB}B", "3GiB"]
+
+
+def test_eval_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ["eval", "--model", "embedded", "--task", "embedded", "--data", "embedded", "--examples", "8"]
+    found = CliRunner().invoke(app, [*call, "--device-budget", "4MiB"])
+    assert found.exit_code == 3
+    assert "--device-budget: got 4.00 MiB" in found.stderr
+    calls = 0
+    plain = Traversal._losses
+
+    def first_refused(self: Traversal, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise MemoryError
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Traversal, "_losses", first_refused)
+    found = CliRunner().invoke(app, [*call, "--device-budget", "2GiB", "--json", "--quiet"])
+    assert found.exit_code == 0
+    assert "memory ran out: going on with smaller chunks" in found.stderr
+    assert json.loads(found.stdout)["examples"] == 8
+
+    def never(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hizoo_lite.train.setup.load", never)
+    found = CliRunner().invoke(app, [*call, "--device-budget", "2GiB"])
+    assert found.exit_code == 3
+    assert "memory ran out while the model was loaded" in found.stderr
 
 
 def test_fit_takes_a_profile(machine: Path, tmp_path: Path) -> None:
