@@ -22,7 +22,9 @@ from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.memory.workload import Demand, Workload, cache_bytes
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.stream.choose import Budgets
+from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import planning, setup
 from hizoo_lite.train.config import TrainConfig
@@ -139,10 +141,9 @@ def test_a_profile_that_is_not_there_is_refused_with_those_that_are(command: str
         "generate": ["--model", "embedded", "--prompt", "The"],
     }[command]
     found = CliRunner().invoke(app, [command, *more, "--profile", "rtx9090"])
-    text = found.output + str(found.exception)
-    assert found.exit_code != 0
-    assert "--profile: got 'rtx9090', which is no file" in text
-    assert "laptop-16gb-cpu" in text
+    assert found.exit_code == 2
+    assert "--profile: got 'rtx9090', which is no file" in found.stderr
+    assert "laptop-16gb-cpu" in found.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -173,6 +174,36 @@ def test_eval_and_generate_take_a_profile(command: str, machine: Path, monkeypat
     assert [options["device_budget"] for options in seen] == [f"{2 * GIB}B", "3GiB"]
 
 
+def test_eval_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ["eval", "--model", "embedded", "--task", "embedded", "--data", "embedded", "--examples", "8"]
+    found = CliRunner().invoke(app, [*call, "--device-budget", "4MiB"])
+    assert found.exit_code == 3
+    assert "--device-budget: got 4.00 MiB" in found.stderr
+    calls = 0
+    plain = Traversal._losses
+
+    def first_refused(self: Traversal, *args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise MemoryError
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Traversal, "_losses", first_refused)
+    found = CliRunner().invoke(app, [*call, "--device-budget", "2GiB", "--json", "--quiet"])
+    assert found.exit_code == 0
+    assert "memory ran out: going on with smaller chunks" in found.stderr
+    assert json.loads(found.stdout)["examples"] == 8
+
+    def never(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hizoo_lite.train.setup.load", never)
+    found = CliRunner().invoke(app, [*call, "--device-budget", "2GiB"])
+    assert found.exit_code == 3
+    assert "memory ran out while the model was loaded" in found.stderr
+
+
 def test_fit_takes_a_profile(machine: Path, tmp_path: Path) -> None:
     settings = without(short_run(tmp_path, steps=1), "model", "batch_size")
     config = fit("embedded", profile=str(machine), **settings).setup.config
@@ -201,9 +232,7 @@ def test_a_run_has_the_budgets_of_load_unless_it_gets_its_own(tmp_path: Path) ->
 
 
 def test_a_loaded_model_keeps_its_residency(tmp_path: Path) -> None:
-    from hizoo_lite.quant.quantize import Quantization
-
-    Quantization("hizoo_lite/demo", tmp_path / "nf4", kind="causal", bits="nf4").run()
+    Quantization(setup.model_path("embedded"), tmp_path / "nf4", kind="causal", bits="nf4").run()
     model = hz.load(tmp_path / "nf4", device="cpu", residency="disk")
     settings = without(short_run(tmp_path, steps=1), "model", "device")
     with pytest.raises(UserError, match=r"residency: got 'resident', but the model was loaded.* disk"):
@@ -336,7 +365,7 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     assert part.length == 64
     assert part.evaluation.rows >= whole.evaluation.rows
     assert part.training.rows == 2
-    odd = replace(splits.train[0], answers=(" a", " b c", " d", " e f", " g"))
+    odd = splits.train[0]._replace(answers=(" a", " b c", " d", " e f", " g"))
     with_odd = replace(splits, train=[*splits.train, odd])
     assert planning.workload(encoder, with_odd, dev=False).training.rows == 5
     shorter = replace(splits, train=splits.train[:1], test=splits.test[:1])

@@ -9,6 +9,11 @@ import typer
 from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hizoo_lite.base import Example
+    from hizoo_lite.stream.choose import Budgets
+    from hizoo_lite.tasks import Task
     from hizoo_lite.train.config import TrainConfig
     from hizoo_lite.train.events import Listener
 
@@ -98,17 +103,39 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
     from hizoo_lite.errors import UserError
-    from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train import planning, saved, setup
-    from hizoo_lite.train.evaluate import evaluate
+    from hizoo_lite.memory.budget import enforced
+    from hizoo_lite.model.skeleton import choose_device
+    from hizoo_lite.stream.choose import Budgets
+    from hizoo_lite.train import setup
 
     task = setup.find_task(config.task)
     part = getattr(setup.make_splits(config, task), split)[:limit]
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
-    model = setup.load_model(config, task)
-    encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+    device = choose_device(config.device)
+    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    with enforced(limits.device_bytes, device):
+        return _measured(config, limits, task, part, adapter, split, listener)
 
+
+def _measured(
+    config: TrainConfig,
+    limits: Budgets,
+    task: Task,
+    part: Sequence[Example],
+    adapter: str | None,
+    split: str,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The same, of the examples `part`."""
+    from hizoo_lite.memory.budget import Budget, loading
+    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.train import planning, saved, setup
+    from hizoo_lite.train.evaluate import evaluate
+
+    with loading():
+        model = setup.load_model(config, task)
+    encoder = setup.make_encoder(model, task, config.max_length, config.loss)
     workload = planning.evaluated(encoder, part)
 
     def prepare() -> None:
@@ -117,8 +144,10 @@ def _evaluate(
     if adapter is not None:
         saved.attach_adapter(model, adapter, prepare)
     prepare()
+    traversal = Traversal(model)
+    traversal.guard = Budget(limits, model, listener.message).fitting
     listener.phase("evaluate", len(part))
-    found = evaluate(Traversal(model), encoder, part, config.eval_batch_size, advanced=listener.advanced)
+    found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()
     return {
         "model": config.model,

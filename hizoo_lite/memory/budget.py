@@ -118,6 +118,20 @@ def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[Renew]:
             yield renew
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """While this is open memory that is refused is a `BudgetError`: nothing can be made smaller yet."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"--device-budget: memory ran out while the model was loaded ({error}); "
+            "--residency disk needs the least, see hizoo-lite plan"
+        ) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation was refused."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -19,7 +19,7 @@ _PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("scratch", ("scratch",), "#009E73"),
     (
         "activations",
-        ("between_blocks", "attention", "mlp", "logits", "update", "loading", "heap"),
+        ("between_blocks", "attention", "mlp", "logits", "cache", "update", "loading", "heap"),
         "#E69F00",
     ),
 )

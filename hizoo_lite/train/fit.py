@@ -24,7 +24,7 @@ from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory
+from hizoo_lite.memory.budget import Budget, enforced, loading
 from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
@@ -76,7 +76,8 @@ def fit(
     """Tune `model` and write the run folder.
 
     Args:
-        model: a whole configuration, a loaded model, or its folder or hub id.
+        model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
+            with unless `options` has others), or its folder or hub id.
         space, estimator, curvature: objects in place of the names in the configuration.
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace.
@@ -93,31 +94,13 @@ def fit(
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
     with _threads(config.threads), enforced(limits.device_bytes, device) as renew:
-        setup = _built(config, loaded, space, estimator, curvature)
+        with loading():
+            setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
         _announce(setup, listener)
         try:
             return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, renew))
         finally:
             setup.stepper.close()
-
-
-def _built(
-    config: TrainConfig,
-    model: Model | None,
-    space: Space | None,
-    estimator: Estimator | None,
-    curvature: Curvature | None,
-) -> Setup:
-    """The parts of the run. `BudgetError` where even they do not fit."""
-    try:
-        return build(config, model=model, space=space, estimator=estimator, curvature=curvature)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BudgetError(
-            f"--device-budget: memory ran out while the model was loaded ({error}); "
-            "--residency disk needs the least, see hizoo-lite plan"
-        ) from error
 
 
 @contextmanager
