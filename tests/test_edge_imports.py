@@ -11,6 +11,9 @@ MODULES = [
     "hizoo_lite.arrays",
     "hizoo_lite.base",
     "hizoo_lite.curvature",
+    "hizoo_lite.edge.__main__",
+    "hizoo_lite.edge.tokenizer",
+    "hizoo_lite.edge.train",
     "hizoo_lite.estimators",
     "hizoo_lite.noise",
     "hizoo_lite.tasks",
@@ -21,9 +24,11 @@ MODULES = [
     "hizoo_lite.train.folder",
     "hizoo_lite.train.interrupt",
     "hizoo_lite.train.loop",
+    "hizoo_lite.train.parts",
     "hizoo_lite.train.schedules",
     "hizoo_lite.train.step",
     "hizoo_lite.train.summary",
+    "hizoo_lite.train.watch",
 ]
 
 #: Blocks what the device has not; also what only the command line and the report need.

@@ -25,6 +25,8 @@ from hizoo_lite.tensors import TorchArrays, batch_tensors
 class Traversal:
     """Evaluates branches of a model. Stateless between calls; never changes a weight."""
 
+    writes = True
+
     def __init__(self, model: Model) -> None:
         self.model = model
         self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see memory/budget.py

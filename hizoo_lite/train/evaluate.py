@@ -21,6 +21,11 @@ Prediction = int | str
 class Writer(BranchLosses, Protocol):
     """A model that is evaluated: its losses, and what it writes."""
 
+    @property
+    def writes(self) -> bool:
+        """Whether `write` is there; a training graph has losses alone, and a completion then no metric."""
+        ...
+
     def write(
         self,
         prompts: Sequence[list[int]],
@@ -75,7 +80,7 @@ def evaluate(
         total += float(losses.per_example.sum())
         if encoder.task.kind == "choice":
             predictions += chosen(losses, batch)
-        elif encoder.task.kind == "completion":
+        elif encoder.task.kind == "completion" and model.writes:
             predictions += complete(model, encoder, part)
         advanced(len(part))
     metrics = encoder.task.scores(examples, predictions) if predictions else []
