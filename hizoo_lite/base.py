@@ -1,6 +1,7 @@
 """The interfaces of every axis: what a member must provide, and the values that travel between them.
 
-Every other module imports this one; it imports none of them but `errors`. A step is
+Every other module imports this one; it imports none of them but `errors`, and torch not at all: what runs
+beside onnxruntime, with numpy alone, shares the records and the axes that are not about modules. A step is
 
     Batch -> Branches (folded into the batch axis) -> per-branch, per-example losses
           -> Estimate (projected gradient, curvature) -> Curvature.observe -> update
@@ -17,16 +18,24 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from hizoo_lite.errors import TooManyBadSteps as TooManyBadSteps
 from hizoo_lite.errors import UserError as UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from hizoo_lite.arrays import Arrays
+
+#: A tensor of torch or an array of numpy: of whichever library the run computes with.
+Array = Any
+Shape = Sequence[int]
 
 Bits = Literal["nf4", "fp4", "int8", "none"]
 ModelKind = Literal["causal", "masked", "classifier"]
@@ -107,14 +116,14 @@ class Curvature(ABC):
     updates_with_new_scale: bool = False
 
     @abstractmethod
-    def start(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Lay out the state for the trainable tensors, by name."""
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
+        """Lay out the state for the trainable tensors, by name, in arrays of that library; torch if None."""
 
     @abstractmethod
-    def scale(self, name: str) -> Tensor:
+    def scale(self, name: str) -> Array:
         """Sigma^(1/2), broadcastable to parameter `name`, float32, on CPU."""
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def factors(self, name: str) -> tuple[Array, Array | None]:
         """Sigma^(1/2) of a matrix as (row factor, column factor), whose product is `scale(name)`.
 
         () or (rows, 1), and (1, columns) or None for 1; of a vector () or (rows,), and None. For weights
@@ -123,23 +132,23 @@ class Curvature(ABC):
         return self.scale(name), None
 
     @abstractmethod
-    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+    def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Take in rows `first_row` .. of this step's z of parameter `name`; row 0 begins it anew."""
 
     @abstractmethod
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d of the direction d = scale * z that was seen, with smoothing in (0, 1]."""
 
-    def update_scale(self, name: str) -> Tensor:
+    def update_scale(self, name: str) -> Array:
         """The factor of z in the update."""
         return self.scale(name)
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Array]:
         """Every tensor that a resumed run needs."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """The inverse of `state_dict`."""
 
 
@@ -171,8 +180,8 @@ class Stored(NamedTuple):
         return self.owner.get_buffer(self.name)
 
 
-class PackedWeight(nn.Module, ABC):
-    """A weight matrix in its stored form. Its buffers never change because they were used.
+class PackedWeight(ABC):
+    """A weight matrix in its stored form; a member is an `nn.Module` too. Use never changes its buffers.
 
     `shape` is (out_features, in_features). The product of a linear layer is
     `x @ unpacked.T * row_scale`, where `unpacked` is what `unpack` writes. Only `store` changes a buffer.
@@ -216,6 +225,14 @@ class PackedWeight(nn.Module, ABC):
         What the stored form cannot hold is rounded at random so that the expectation of what is decoded
         is `values`; `rounding` is on their device. Values that were decoded are stored as they were.
         """
+
+    @abstractmethod
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """The module's."""
+
+    @abstractmethod
+    def get_buffer(self, target: str) -> Tensor:
+        """The module's."""
 
     def nbytes(self) -> int:
         """Bytes of the stored form."""
@@ -281,7 +298,7 @@ class Space(Protocol):
     """
 
     name: str
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Array]
 
     @property
     def weights(self) -> TrainedWeights | None:
@@ -301,7 +318,7 @@ class Space(Protocol):
         ...
 
 
-def trainable(space: Space) -> dict[str, torch.Size]:
+def trainable(space: Space) -> dict[str, Shape]:
     """The shapes of everything that an attached space trains, by name."""
     shapes = {name: value.shape for name, value in space.parameters.items()}
     return shapes if space.weights is None else {**shapes, **space.weights.shapes}
@@ -373,7 +390,9 @@ class TrainedWeights(PendingUpdates, Protocol):
 
 
 class Batch(NamedTuple):
-    """Tokens of one batch and the places where a loss is read. All integer tensors int64, on CPU.
+    """Tokens of one batch and the places where a loss is read. All arrays int64, on the host.
+
+    A task makes it of numpy arrays; `tensors.batch_tensors` makes torch's of it for a traversal.
 
     A *row* is one token sequence. A *site* is one (row, position) whose logits are needed. A *scored
     token* is a vocabulary entry looked up at a site. A *slot* is one candidate answer of one example:
@@ -384,16 +403,16 @@ class Batch(NamedTuple):
     and `gold` is the class index.
     """
 
-    input_ids: Tensor  # (rows, length), right-padded
-    attention_mask: Tensor  # (rows, length), 1 where a token is
-    token_type_ids: Tensor | None  # (rows, length) or None
-    site_row: Tensor  # (sites,)
-    site_position: Tensor  # (sites,) the position whose logits predict the token
-    token_site: Tensor  # (scored,) index into the sites
-    token_id: Tensor  # (scored,) vocabulary index
-    token_slot: Tensor  # (scored,) index into the slots
-    slot_example: Tensor  # (slots,) index of the example; slots of one example are adjacent
-    gold: Tensor  # (examples,) causal / masked: index into slots; classifier: class index
+    input_ids: Array  # (rows, length), right-padded
+    attention_mask: Array  # (rows, length), 1 where a token is
+    token_type_ids: Array | None  # (rows, length) or None
+    site_row: Array  # (sites,)
+    site_position: Array  # (sites,) the position whose logits predict the token
+    token_site: Array  # (scored,) index into the sites
+    token_id: Array  # (scored,) vocabulary index
+    token_slot: Array  # (scored,) index into the slots
+    slot_example: Array  # (slots,) index of the example; slots of one example are adjacent
+    gold: Array  # (examples,) causal / masked: index into slots; classifier: class index
     loss: Literal["answer", "choice", "class"]
     # "answer": mean negative log-likelihood of the gold slot's tokens; "choice": cross-entropy over the
     # example's slots, each scored by its mean token log-probability (MeZO 2305.17333, which trains its
@@ -402,7 +421,36 @@ class Batch(NamedTuple):
     @property
     def examples(self) -> int:
         """How many examples the batch holds."""
-        return self.gold.shape[0]
+        return len(self.gold)
+
+
+class Losses(NamedTuple):
+    """What one pass returns, on the host."""
+
+    per_example: Array  # (branches, examples) float64
+    scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
+
+    def mean(self) -> Array:
+        """The loss of each branch, (branches,)."""
+        return self.per_example.mean(1)
+
+
+class BranchLosses(Protocol):
+    """What takes a batch through the model for all branches: the traversal, or a graph of onnxruntime."""
+
+    def arrays(self) -> Arrays:
+        """The library, and the device, of its parameters and directions."""
+        ...
+
+    def losses(
+        self,
+        batch: Batch,
+        branches: Branches = ...,
+        mu: float = ...,
+        directions: Mapping[str, Array] | None = ...,
+    ) -> Losses:
+        """Losses of every branch on `batch`; `directions` d by parameter name, on the device."""
+        ...
 
 
 class Example(NamedTuple):

@@ -10,7 +10,7 @@ normal_ on the same core). Their z is drawn tile by tile of rows by torch's own 
 seeded with a hash of (run seed, step, parameter name, first row): on CPU a Mersenne twister, whose stream
 does not depend on the number of threads, on CUDA a Philox. The two differ, so a run in the weights replays
 on its own kind of device only. torch's CPU generator uses 32 bits of its seed: of the 13 000 tiles that
-7e9 weights have, two are alike in one step of fifty, which does no harm.
+7e9 weights have, two are alike in one step of fifty, which does no harm. torch is imported there alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from hizoo_lite.arrays import Arrays, host_arrays
+from hizoo_lite.base import Array
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def generator(seed: int, *words: int | str) -> np.random.Generator:
@@ -35,13 +41,22 @@ def generator(seed: int, *words: int | str) -> np.random.Generator:
 GENERATORS = {"parameters": "numpy-philox", "cpu": "torch-cpu", "cuda": "torch-cuda"}
 
 
+def drawn(seed: int, step: int, name: str, shape: Sequence[int]) -> np.ndarray:
+    """Standard normal z of parameter `name` at `step`: `shape`, float32."""
+    return generator(seed, step, name).standard_normal(tuple(shape), dtype=np.float32)
+
+
 def normal(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
-    """Standard normal z of parameter `name` at `step`: `shape`, float32, on CPU."""
-    return torch.from_numpy(generator(seed, step, name).standard_normal(tuple(shape), dtype=np.float32))
+    """`drawn` as a tensor, on CPU."""
+    import torch
+
+    return torch.from_numpy(drawn(seed, step, name, shape))
 
 
 def tile_generator(device: torch.device, seed: int, *words: int | str) -> torch.Generator:
     """A fresh torch generator on `device` whose stream is a pure function of the other arguments."""
+    import torch
+
     text = "\x1f".join([str(int(seed)), *map(str, words)])
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return torch.Generator(device).manual_seed(key)
@@ -68,13 +83,14 @@ class StepNoise:
     while a traversal computes. Because every draw is pure, drawing ahead cannot change a result.
     """
 
-    def __init__(self, seed: int, shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, seed: int, shapes: Mapping[str, Sequence[int]], arrays: Arrays | None = None) -> None:
         self.seed = seed
         self.shapes = dict(shapes)
+        self._arrays = arrays or host_arrays()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[int, Future[dict[str, Array]]] | None = None
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __call__(self, step: int) -> dict[str, Array]:
         """z of every tensor at `step`, by name, float32, on CPU; the next step is drawn meanwhile."""
         if self._ahead is not None and self._ahead[0] == step:
             drawn = self._ahead[1].result()
@@ -87,5 +103,6 @@ class StepNoise:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _draw(self, step: int) -> dict[str, Tensor]:
-        return {name: normal(self.seed, step, name, shape) for name, shape in self.shapes.items()}
+    def _draw(self, step: int) -> dict[str, Array]:
+        own = self._arrays.from_numpy
+        return {name: own(drawn(self.seed, step, name, shape)) for name, shape in self.shapes.items()}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hizoo_lite.base import Curvature, Estimator, UserError
 from hizoo_lite.curvature import CURVATURES, Diagonal, Factored, Grouped, get
-from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS, _add_by_group
+from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS
 from hizoo_lite.estimators import HiZOO, MeZO
+from hizoo_lite.tensors import TorchArrays, add_padded
 from tests import reference
 
 SHAPES = {
@@ -446,10 +447,10 @@ def test_grouped_rows_share_groups_where_there_are_many():
 def test_grouped_adds_by_group_on_a_gpu_what_it_adds_on_a_cpu(bundle):
     norms = torch.rand(50, dtype=torch.float64)
     found = []
-    for device in ("cpu", "cuda"):
+    for add in (TorchArrays().add_by_group, add_padded):
         sums = torch.zeros(-(-50 // bundle), dtype=torch.float64)
         for first in range(0, 50, 7):
-            _add_by_group(norms[first : first + 7], first, bundle, sums, device)
+            add(norms[first : first + 7], first, bundle, sums)
         found.append(sums)
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 

@@ -6,6 +6,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks.collate import collate
 from hizoo_lite.tasks.task import WHERE
 from hizoo_lite.tasks.templates import render
+from hizoo_lite.tensors import batch_tensors
 from tests.tasks_fixtures import (
     answer_text,
     byte_level,
@@ -413,7 +415,7 @@ def test_collate_shifts_rows_sites_and_slots_and_pads_on_the_right():
     assert batch.token_site.tolist() == [0, 0, 1, 1]
     assert batch.token_slot.tolist() == [0, 1, 2, 3]
     assert batch.token_type_ids is None
-    assert all(t.dtype == torch.int64 for t in batch if isinstance(t, torch.Tensor))
+    assert all(t.dtype == np.int64 for t in batch if isinstance(t, np.ndarray))
 
 
 def test_collated_classifier_has_no_sites_and_class_labels():
@@ -440,7 +442,7 @@ def test_slot_scores_of_a_padded_batch_equal_separate_whole_sequences():
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
     encoder = Encoder(llama(), "causal", SST2, 64)
     encoded = [encoder.encode(sst2(text), training=True) for text in ("a fine film .", "bad", "so so")]
-    batch = encoder.collate(encoded)
+    batch = batch_tensors(encoder.collate(encoded))
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         log_p = logits[batch.site_row, batch.site_position].log_softmax(-1)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hizoo_lite.base import Batch
 from hizoo_lite.tasks import Encoder, batch_indices
+from hizoo_lite.tensors import batch_tensors
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import fit
 from hizoo_lite.train.setup import find_task, make_splits
@@ -104,7 +105,7 @@ def backpropagation(config: TrainConfig, targets: list[str], forwards: int) -> d
     steps = forwards // 3
     for step in range(steps):
         picked = batch_indices(len(encoded), config.batch_size, config.seed, step)
-        losses, _ = losses_and_scores(model, encoder.collate([encoded[i] for i in picked]))
+        losses, _ = losses_and_scores(model, batch_tensors(encoder.collate([encoded[i] for i in picked])))
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -167,7 +168,7 @@ def evaluated(model: torch.nn.Module, encoder: Encoder, examples: Sequence[Any])
     for first in range(0, len(examples), 64):
         part = examples[first : first + 64]
         batch = encoder.collate([encoder.encode(example, training=False) for example in part])
-        losses, scores = losses_and_scores(model, batch)
+        losses, scores = losses_and_scores(model, batch_tensors(batch))
         total += float(losses.double().sum())
         picked = scores.view(len(part), -1).argmax(1)
         right += sum(int(p) == example.gold for p, example in zip(picked, part, strict=True))

@@ -6,7 +6,6 @@ Lines are used where stderr is no terminal, and with --quiet.
 from __future__ import annotations
 
 import sys
-import time
 
 from rich.console import Console
 from rich.progress import (
@@ -21,11 +20,7 @@ from rich.progress import (
 
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.step import StepRecord
-
-#: Share of the newest loss in the one that is shown, and of the newest step in forwards a second.
-_SMOOTH = 0.05
-#: Seconds between two plain lines.
-LINE_SECONDS = 10.0
+from hizoo_lite.train.watch import Lines, Watch
 
 
 def listener(quiet: bool = False) -> Listener:
@@ -33,47 +28,7 @@ def listener(quiet: bool = False) -> Listener:
     return Lines() if quiet or not sys.stderr.isatty() else Bars()
 
 
-class _Watch(Listener):
-    """The running means that both kinds show."""
-
-    def __init__(self) -> None:
-        self.label, self.total, self.done = "", 0, 0
-        self.loss: float | None = None
-        self.forwards_per_second: float | None = None
-        self._last = time.perf_counter()
-
-    def phase(self, label: str, total: int, done: int = 0) -> None:
-        """Note what is counted from now on."""
-        self.label, self.total, self.done = label, total, done
-        self._last = time.perf_counter()
-
-    def stepped(self, record: StepRecord) -> None:
-        """Take in a step."""
-        self.done += 1
-        now = time.perf_counter()
-        self.forwards_per_second = _mean(
-            self.forwards_per_second, record.forwards / max(now - self._last, 1e-9)
-        )
-        self._last = now
-        if not record.skipped:
-            self.loss = _mean(self.loss, sum(record.losses) / len(record.losses))
-
-    def advanced(self, units: int) -> None:
-        """Take in examples of an evaluation."""
-        self.done += units
-
-    def state(self) -> str:
-        """Loss and speed, as far as they are known."""
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
-        parts += [] if self.forwards_per_second is None else [f"{self.forwards_per_second:.1f} forwards/s"]
-        return ", ".join(parts)
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTH * (new - old)
-
-
-class Bars(_Watch):
+class Bars(Watch):
     """One bar for each stretch of work."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -118,31 +73,3 @@ class Bars(_Watch):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-class Lines(_Watch):
-    """A line every ten seconds of training, and every message."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._began = self._printed = time.perf_counter()
-        self._first = 0
-
-    def message(self, text: str) -> None:
-        """A line on stderr."""
-        print(text, file=sys.stderr, flush=True)
-
-    def phase(self, label: str, total: int, done: int = 0) -> None:
-        """Begin to count."""
-        super().phase(label, total, done)
-        self._began = self._printed = time.perf_counter()
-        self._first = done
-
-    def stepped(self, record: StepRecord) -> None:
-        """Print now and then."""
-        super().stepped(record)
-        now = time.perf_counter()
-        if now - self._printed >= LINE_SECONDS or self.done == self.total:
-            self._printed = now
-            left = (now - self._began) / (self.done - self._first) * (self.total - self.done)
-            self.message(f"{self.label} {self.done}/{self.total}: {self.state()}, ETA {left:.0f} s")

@@ -104,7 +104,7 @@ def _watcher(quiet: bool) -> Listener:
 
 
 def _lines() -> Listener:
-    from hizoo_lite.cli.progress import LINE_SECONDS, Lines
+    from hizoo_lite.train.watch import LINE_SECONDS, Lines
 
     class _Lines(Lines):
         """A line now and then, and at the end."""

@@ -19,11 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from hizoo_lite.base import Curvature, UserError
-from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable, squared
+from hizoo_lite.arrays import Arrays, host_arrays
+from hizoo_lite.base import Array, Curvature, Shape, UserError
+from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 
 class Diagonal(Curvature):
@@ -47,27 +45,29 @@ class Diagonal(Curvature):
         self.updates_with_new_scale = mode == "reference"
         self.floor = floor
         self.ceiling = ceiling
-        self._h: dict[str, Tensor] = {}
-        self._drawn: dict[str, Tensor] = {}  # the h behind the last `scale`; freed at the next one
-        self._z: dict[str, Tensor] = {}
+        self._h: dict[str, Array] = {}
+        self._drawn: dict[str, Array] = {}  # the h behind the last `scale`; freed at the next one
+        self._z: dict[str, Array] = {}
 
-    def start(self, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Sigma = I."""
-        self._h = {name: torch.ones(shape, dtype=torch.float32) for name, shape in shapes.items()}
+        self._arrays = arrays or host_arrays()
+        xp = self._arrays.xp
+        self._h = {name: xp.ones(tuple(shape), dtype=xp.float32) for name, shape in shapes.items()}
         self._drawn, self._z = {}, {}
 
-    def scale(self, name: str) -> Tensor:
+    def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32 of the parameter's shape."""
         self._drawn[name] = self._h[name]
-        return self._h[name].rsqrt()
+        return self._arrays.rsqrt(self._h[name])
 
-    def update_scale(self, name: str) -> Tensor:
+    def update_scale(self, name: str) -> Array:
         """paper: what `scale` last returned; reference: from the newest Sigma^-1."""
         if self.mode == "reference":
-            return self._h[name].rsqrt()
-        return self._drawn.get(name, self._h[name]).rsqrt()
+            return self._arrays.rsqrt(self._h[name])
+        return self._arrays.rsqrt(self._drawn.get(name, self._h[name]))
 
-    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+    def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Keep z, all rows of it, until `observe`."""
         assert first_row == 0
         assert z.shape == self._h[name].shape
@@ -79,19 +79,23 @@ class Diagonal(Curvature):
         seen, self._z = self._z, {}
         if not is_usable(curvature):
             return
+        arrays = self._arrays
         for name, old in self._h.items():
-            sample = squared(seen[name])
+            factor = arrays.wide(seen[name])
+            factor *= factor
             if self.mode == "paper":
-                sample = sample.sub_(1.0).abs_()
-            factor = sample.mul_(weight * abs(curvature) / 2.0).add_(1.0 - weight)
+                factor = abs(factor - 1.0)
+            factor *= weight * abs(curvature) / 2.0
+            factor += 1.0 - weight
+            factor *= old
             # A new tensor: `_drawn` may still hold the old one for this step's update.
-            self._h[name] = factor.mul_(old).clamp_(self.floor, self.ceiling).to(torch.float32)
+            self._h[name] = arrays.narrow(arrays.xp.clip(factor, self.floor, self.ceiling))
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Array]:
         """Sigma^-1 by parameter name."""
         return dict(self._h)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """The inverse of `state_dict`, after `start` with the same shapes."""
-        self._h = check_state(state, self._h, self.name)
+        self._h = check_state(state, self._h, self.name, self._arrays)
         self._drawn = {}

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.arrays import Arrays, host_arrays
+from hizoo_lite.base import Array, Curvature, Shape, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: (row means, column means) of a matrix, or (all values,) of any other tensor; float32.
-Factors = tuple[Tensor, ...]
+Factors = tuple[Array, ...]
 
 
 class Factored(Curvature):
@@ -47,41 +45,45 @@ class Factored(Curvature):
         self._drawn: dict[str, Factors] = {}
         self._seen: dict[str, tuple[Factors, Factors]] = {}  # factors, and sums of |H'| / c; float64
 
-    def start(self, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Sigma = I."""
-        self._factors = {name: _ones(shape) for name, shape in shapes.items()}
+        self._arrays = arrays or host_arrays()
+        self._factors = {name: self._ones(tuple(shape)) for name, shape in shapes.items()}
         self._drawn, self._seen = {}, {}
 
-    def scale(self, name: str) -> Tensor:
+    def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32 of the parameter's shape."""
         rows, columns = self.factors(name)
         return rows if columns is None else rows * columns
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def factors(self, name: str) -> tuple[Array, Array | None]:
         """The roots of (rows, 1) and (1, columns) of a matrix; of any other tensor the whole of it."""
         self._drawn[name] = self._factors[name]
         return self._roots(self._drawn[name])
 
-    def update_scale(self, name: str) -> Tensor:
+    def update_scale(self, name: str) -> Array:
         """What `scale` last returned for this name."""
         rows, columns = self._roots(self._drawn.get(name, self._factors[name]))
         return rows if columns is None else rows * columns
 
-    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+    def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Add the rows to the sums over rows and columns."""
         if first_row == 0:
             inverse = self._inverse(self._factors[name])
-            wide = tuple(factor.to(z.device, torch.float64) for factor in inverse)
-            self._seen[name] = wide, tuple(torch.zeros_like(factor) for factor in wide)
+            wide = tuple(self._arrays.wide(factor, like=z) for factor in inverse)
+            self._seen[name] = wide, tuple(self._arrays.xp.zeros_like(factor) for factor in wide)
         factors, sums = self._seen[name]
-        sample = z.detach().double().square_().sub_(1.0).abs_()
+        sample = self._arrays.wide(z, like=z)
+        sample *= sample
+        sample -= 1.0
+        sample = abs(sample)
         own = slice(first_row, first_row + z.shape[0]) if z.ndim > 0 else ...
         if len(factors) == 1:
             sums[0][own] = sample * factors[0][own]
             return
         rows, columns = factors
-        sums[0][own] = torch.mv(sample, columns).mul_(rows[own])
-        sums[1].add_(torch.mv(sample.t(), rows[own]).mul_(columns))
+        sums[0][own] = (sample @ columns) * rows[own]
+        sums[1][...] += (sample.T @ rows[own]) * columns
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
@@ -91,21 +93,22 @@ class Factored(Curvature):
             return
         for name, (_, sums) in seen.items():
             old = self._factors[name]
-            others = (old[1].numel(), old[0].numel()) if len(old) == 2 else (1,)
+            others = (len(old[1]), len(old[0])) if len(old) == 2 else (1,)
             self._factors[name] = tuple(
-                ((1.0 - weight) * before.double() + (weight * abs(curvature) / 2.0 / count) * total.cpu())
-                .clamp_(self.floor, self.ceiling)
-                .float()
+                self._bounded(
+                    (1.0 - weight) * self._arrays.wide(before)
+                    + (weight * abs(curvature) / 2.0 / count) * self._arrays.on_host(total)
+                )
                 for before, total, count in zip(old, sums, others, strict=True)
             )
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Array]:
         """Factors as `name/0` (row means, or all values) and `name/1` (column means)."""
         return {f"{name}/{i}": f for name, factors in self._factors.items() for i, f in enumerate(factors)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """The inverse of `state_dict`, after `start` with the same shapes."""
-        loaded = check_state(state, self.state_dict(), self.name)
+        loaded = check_state(state, self.state_dict(), self.name, self._arrays)
         self._factors = {
             name: tuple(loaded[f"{name}/{i}"] for i in range(len(factors)))
             for name, factors in self._factors.items()
@@ -117,16 +120,17 @@ class Factored(Curvature):
         if len(factors) == 1:
             return factors
         rows, columns = factors
-        return (rows / rows.mean()).clamp_(self.floor, self.ceiling), columns
+        return self._bounded(rows / rows.mean()), columns
 
-    def _roots(self, factors: Factors) -> tuple[Tensor, Tensor | None]:
+    def _roots(self, factors: Factors) -> tuple[Array, Array | None]:
         inverse = self._inverse(factors)
-        if len(inverse) == 1:
-            return inverse[0].rsqrt(), None
-        return inverse[0].rsqrt().unsqueeze(1), inverse[1].rsqrt().unsqueeze(0)
+        roots = [self._arrays.rsqrt(factor) for factor in inverse]
+        return (roots[0], None) if len(roots) == 1 else (roots[0][:, None], roots[1][None, :])
 
+    def _bounded(self, values: Array) -> Array:
+        return self._arrays.narrow(self._arrays.xp.clip(values, self.floor, self.ceiling))
 
-def _ones(shape: torch.Size) -> Factors:
-    if len(shape) == 2:
-        return torch.ones(shape[0]), torch.ones(shape[1])
-    return (torch.ones(shape),)
+    def _ones(self, shape: tuple[int, ...]) -> Factors:
+        xp = self._arrays.xp
+        parts = [(n,) for n in shape] if len(shape) == 2 else [shape]
+        return tuple(xp.ones(part, dtype=xp.float32) for part in parts)

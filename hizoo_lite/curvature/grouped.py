@@ -41,12 +41,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.arrays import Arrays, host_arrays
+from hizoo_lite.base import Array, Curvature, Shape, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: Residuals beyond this many standard deviations are cut to it.
@@ -89,12 +87,12 @@ class Grouped(Curvature):
         self.clip = clip
         self.prior = prior
         self.drift = drift
-        self._sigma = torch.empty(0, dtype=torch.float64)
-        self.start({})
+        self._sigma: Array = None  # by group, once started
 
-    def start(self, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Sigma = I."""
-        self._shapes = dict(shapes)
+        self._arrays = arrays or host_arrays()
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._bundle = self._rows_per_group()
         self._slices: dict[str, slice] = {}
         sizes: list[int] = []
@@ -104,36 +102,35 @@ class Grouped(Curvature):
             own = [min(self._bundle, rows - i) * row_size for i in first]
             self._slices[name] = slice(len(sizes), len(sizes) + len(own))
             sizes += own
-        self._sizes = torch.tensor(sizes, dtype=torch.float64)
-        self._drawn: dict[str, Tensor] = {}  # the Sigma behind the last `scale` of each name
-        self._squares: dict[str, Tensor] = {}  # the sum of this step's z^2 over each group, float64
+        self._sizes = self._xp.asarray(sizes, dtype=self._xp.float64)
+        self._drawn: dict[str, Array] = {}  # the Sigma behind the last `scale` of each name
+        self._squares: dict[str, Array] = {}  # the sum of this step's z^2 over each group, float64
         self._reset()
 
-    def scale(self, name: str) -> Tensor:
+    def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32: 0-dim per tensor, (rows, 1, ...) per row."""
         self._drawn[name] = self._sigma
         return self._shaped(name, self._sigma)
 
-    def update_scale(self, name: str) -> Tensor:
+    def update_scale(self, name: str) -> Array:
         """What `scale` last returned for this name: d is the direction whose derivative was measured."""
         return self._shaped(name, self._drawn.get(name, self._sigma))
 
-    def curvatures(self) -> dict[str, Tensor]:
+    def curvatures(self) -> dict[str, Array]:
         """The estimated mean Hessian diagonal of every group, signed, (groups,) float64 by parameter name."""
         return {name: self._mean[part] for name, part in self._slices.items()}
 
-    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+    def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Add the rows to the sums of z^2 over their groups; no float64 copy of z is made."""
         if not self._running:
             return
         part = self._slices[name]
         if first_row == 0:
             groups = part.stop - part.start
-            self._squares[name] = torch.zeros(groups, dtype=torch.float64, device=z.device)
+            self._squares[name] = self._arrays.wide(self._xp.zeros(groups), like=z)
         _, row_size = self._rows(self._shapes[name])
-        rows = z.detach().reshape(-1, row_size)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
-        _add_by_group(norms, first_row, self._bundle, self._squares[name], z.device.type)
+        lengths = self._arrays.row_squares(z.reshape(-1, row_size))
+        self._arrays.add_by_group(lengths, first_row, self._bundle, self._squares[name])
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`.
@@ -147,9 +144,9 @@ class Grouped(Curvature):
         if not self._running:
             self._warm_up(curvature, weight)
             return
-        squares = torch.zeros_like(self._sizes)
+        squares = self._xp.zeros_like(self._sizes)
         for name, sums in seen.items():
-            squares[self._slices[name]] = sums.cpu()
+            squares[self._slices[name]] = self._arrays.on_host(sums)
         lengths = self._sigma * squares
         self._filter(curvature, lengths, weight)
         self._forget(self.drift * weight)
@@ -158,27 +155,33 @@ class Grouped(Curvature):
         else:  # the mean curvature is not positive any more: there is nothing to compare groups with
             self._reset()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Array]:
         """mean (groups,), covariance (groups, groups), moments (4,) = running, level, spread, count."""
         level, spread, count = self._moments
-        moments = torch.tensor([float(self._running), level, spread, count], dtype=torch.float64)
-        return {"mean": self._mean, "covariance": self._covariance.clone(), "moments": moments}
+        xp = self._xp
+        moments = xp.asarray([float(self._running), level, spread, count], dtype=xp.float64)
+        covariance = self._arrays.copied(self._covariance)
+        return {"mean": self._mean, "covariance": covariance, "moments": moments}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """The inverse of `state_dict`, after `start` with the same shapes."""
-        loaded = check_state(state, self.state_dict(), self.name)
+        loaded = check_state(state, self.state_dict(), self.name, self._arrays)
         running, level, spread, count = loaded["moments"].tolist()
         self._mean, self._covariance = loaded["mean"], loaded["covariance"]
         self._running, self._moments = running != 0.0, (level, spread, count)
         self._drawn = {}
-        self._sigma = self._preconditioner() if self._running else torch.ones_like(self._sizes)
+        self._sigma = self._preconditioner() if self._running else self._xp.ones_like(self._sizes)
 
     # ------------------------------------------------------------------------------------- groups
 
-    def _rows(self, shape: torch.Size) -> tuple[int, int]:
+    @property
+    def _xp(self) -> Any:
+        return self._arrays.xp
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many rows a tensor has, and of how many elements."""
         rows = shape[0] if len(shape) > 0 else 1
-        return rows, shape.numel() // max(rows, 1)
+        return rows, math.prod(shape) // max(rows, 1)
 
     def _rows_per_group(self) -> int:
         """1 per row where there are few; the next power of two that keeps the groups few; all per tensor."""
@@ -190,23 +193,24 @@ class Grouped(Curvature):
             bundle *= 2
         return bundle
 
-    def _shaped(self, name: str, sigma: Tensor) -> Tensor:
+    def _shaped(self, name: str, sigma: Array) -> Array:
         """Sigma^(1/2) of a parameter from the values of its groups."""
-        shape, own = self._shapes[name], sigma[self._slices[name]].sqrt().float()
+        shape = self._shapes[name]
+        own = self._arrays.narrow(self._xp.sqrt(sigma[self._slices[name]]))
         if self.per == "tensor" or len(shape) == 0:
             return own.reshape(())
-        return own.repeat_interleave(self._bundle)[: shape[0]].reshape(-1, *(1 for _ in shape[1:]))
+        return self._arrays.repeat(own, self._bundle)[: shape[0]].reshape(-1, *(1 for _ in shape[1:]))
 
     # ------------------------------------------------------------------------------------- filter
 
     def _reset(self) -> None:
         """No evidence."""
-        groups = len(self._sizes)
+        groups, xp = len(self._sizes), self._xp
         self._running = False
         self._moments = (0.0, 0.0, 0.0)  # level or 0, spread (R once running), observations
-        self._mean = torch.zeros(groups, dtype=torch.float64)
-        self._covariance = torch.zeros(groups, groups, dtype=torch.float64)
-        self._sigma = torch.ones_like(self._sizes)
+        self._mean = xp.zeros(groups, dtype=xp.float64)
+        self._covariance = xp.zeros((groups, groups), dtype=xp.float64)
+        self._sigma = xp.ones_like(self._sizes)
 
     def _warm_up(self, curvature: float, weight: float) -> None:
         """Running mean and variance of c under Sigma = I, until the mean is certain; then the prior."""
@@ -224,13 +228,14 @@ class Grouped(Curvature):
             return
         self._running = True
         common = level / float(self._sizes.sum())
-        self._mean = torch.full_like(self._sizes, common)
-        self._covariance = torch.diag(torch.full_like(self._sizes, (self.prior * common) ** 2))
+        xp = self._xp
+        self._mean = xp.full_like(self._sizes, common)
+        self._covariance = xp.diag(xp.full_like(self._sizes, (self.prior * common) ** 2))
         self._covariance += (error / float(self._sizes.sum())) ** 2  # the common mean is not exact either
         explained = (self.prior * common) ** 2 * float(2.0 * self._sizes.sum())
         self._moments = (0.0, max(spread - explained, 0.0), 1.0)
 
-    def _filter(self, curvature: float, lengths: Tensor, weight: float) -> None:
+    def _filter(self, curvature: float, lengths: Array, weight: float) -> None:
         """One step of the filter: mean, covariance and noise."""
         _, spread, count = self._moments
         known = self._covariance @ lengths
@@ -241,7 +246,7 @@ class Grouped(Curvature):
         residual = min(max(curvature - predicted, -bound), bound)
         if variance > 0.0:
             self._mean = self._mean + known * (residual / variance)
-            self._covariance -= torch.outer(known / variance, known)
+            self._covariance -= self._xp.outer(known / variance, known)
         share = max(weight, 1.0 / (count + 10.0))
         surprise = min((curvature - predicted) ** 2, bound**2) - own
         self._moments = (0.0, spread + share * (surprise - spread), count + 1.0)
@@ -251,36 +256,29 @@ class Grouped(Curvature):
         common = self._common()
         if common <= 0.0:
             return
-        most = (self.prior * self._mean.clamp(common / self.clip, common * self.clip)).square()
-        diagonal = self._covariance.diagonal()
-        unknown = (diagonal.clamp(min=0.0) / most).clamp(max=1.0)
-        diagonal.add_(share * (most - diagonal).clamp(min=0.0))
+        clip, diagonal = self._xp.clip, self._diagonal()
+        most = (self.prior * clip(self._mean, common / self.clip, common * self.clip)) ** 2
+        unknown = clip(clip(diagonal, 0.0, None) / most, None, 1.0)
+        diagonal += share * clip(most - diagonal, 0.0, None)
         self._mean = self._mean + share * unknown * (common - self._mean)
 
     def _common(self) -> float:
         """The mean curvature over coordinates."""
         return float(self._average(self._mean))
 
-    def _preconditioner(self) -> Tensor:
+    def _preconditioner(self) -> Array:
         """Sigma by group; exactly 1 while all groups are alike."""
-        cautious = self._mean.clamp(min=0.0) + self._covariance.diagonal().clamp(min=0.0).sqrt()
+        clip = self._xp.clip
+        cautious = clip(self._mean, 0.0, None) + self._xp.sqrt(clip(self._diagonal(), 0.0, None))
         ratio = cautious / self._average(cautious)
-        ratio = ratio.clamp(1.0 / self.clip, self.clip)
+        ratio = clip(ratio, 1.0 / self.clip, self.clip)
         ratio = ratio / ratio.min()
         return self._average(ratio) / ratio
 
-    def _average(self, values: Tensor) -> Tensor:
+    def _diagonal(self) -> Array:
+        """Of the covariance, as a view that can be written."""
+        return self._covariance.reshape(-1)[:: len(self._sizes) + 1]
+
+    def _average(self, values: Array) -> Array:
         """The mean over coordinates of a value by group, 0-dim."""
         return (self._sizes * values).sum() / self._sizes.sum()
-
-
-def _add_by_group(norms: Tensor, first_row: int, bundle: int, sums: Tensor, device: str) -> None:
-    """Add rows' values to the sums of their groups of `bundle` rows; always in the same order."""
-    if device == "cpu":
-        group = torch.arange(first_row, first_row + len(norms)) // bundle
-        sums.index_add_(0, group, norms)
-        return
-    before = first_row % bundle  # on a GPU index_add_ has no order
-    padded = torch.nn.functional.pad(norms, (before, -(before + len(norms)) % bundle)).view(-1, bundle)
-    first = first_row // bundle
-    sums[first : first + len(padded)] += padded.sum(1)

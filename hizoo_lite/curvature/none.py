@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from hizoo_lite.base import Curvature
+from hizoo_lite.arrays import Arrays, host_arrays
+from hizoo_lite.base import Array, Curvature, Shape
 from hizoo_lite.curvature.state import check_smoothing, check_state
 
 
@@ -19,27 +17,28 @@ class NoCurvature(Curvature):
 
     name = "none"
 
-    def start(self, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Nothing to lay out; the names are kept to answer for them alone."""
-        self._names = frozenset(shapes)
+        self._names, self._arrays = frozenset(shapes), arrays or host_arrays()
 
-    def scale(self, name: str) -> Tensor:
+    def scale(self, name: str) -> Array:
         """One, as a 0-dim float32 tensor; `KeyError` for a name that was not given to `start`."""
         if name not in self._names:
             raise KeyError(name)
-        return torch.ones((), dtype=torch.float32)
+        xp = self._arrays.xp
+        return xp.ones((), dtype=xp.float32)
 
-    def see(self, name: str, z: Tensor, first_row: int = 0) -> None:
+    def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Nothing is made of it."""
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Ignore everything but an impossible smoothing, which is an error here as elsewhere."""
         check_smoothing(smoothing)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Array]:
         """Empty."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Accept an empty state only."""
-        check_state(state, {}, self.name)
+        check_state(state, {}, self.name, self._arrays)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from hizoo_lite.base import UserError
+from hizoo_lite.arrays import Arrays
+from hizoo_lite.base import Array, UserError
 
 #: Largest size taken in. float32 losses at mu = 1e-3 cannot exceed 1e45; squares of more would overflow.
 LARGEST = 1e100
@@ -32,21 +30,19 @@ def is_usable(value: float) -> bool:
     return math.isfinite(value) and abs(value) <= LARGEST
 
 
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
+def check_state(
+    state: Mapping[str, Array], expected: Mapping[str, Array], who: str, arrays: Arrays
+) -> dict[str, Array]:
     """Copies of the tensors of `state`; `UserError` unless names, shapes and dtypes are as in `expected`."""
     if set(state) != set(expected):
         odd = ", ".join(sorted(set(state) ^ set(expected)))
         raise UserError(f"curvature {who}: the saved state and this run differ in {odd}")
+    copies = {key: arrays.copied(state[key]) for key in expected}
     for key, want in expected.items():
-        got = state[key]
+        got = copies[key]
         if got.shape != want.shape or got.dtype != want.dtype:
             raise UserError(
                 f"curvature {who}: saved {key} is {tuple(got.shape)} {got.dtype}, "
                 f"this run needs {tuple(want.shape)} {want.dtype}"
             )
-    return {key: state[key].detach().to("cpu", copy=True) for key in expected}
-
-
-def squared(z: Tensor) -> Tensor:
-    """z^2 in float64 on the CPU, where the state lives."""
-    return z.detach().to("cpu", torch.float64).square_()
+    return copies

@@ -11,8 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
-
 from hizoo_lite.memory.allocator import trim
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ class Resident(NamedTuple):
 def resident() -> Resident:
     """The memory of this process now."""
     if not _STATUS.is_file():
+        import psutil
+
         return Resident(psutil.Process().memory_info().rss, None, None, None)
     fields: dict[str, int] = {}
     for line in _STATUS.read_text().splitlines():

@@ -17,7 +17,7 @@ from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.quant.rows import RowReader, check_out
 
 
-class AwayWeight(PackedWeight):
+class AwayWeight(nn.Module, PackedWeight):
     """(rows, columns) floats that are read whenever they are asked for."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, read: RowReader) -> None:

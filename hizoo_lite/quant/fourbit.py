@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.quant import native
@@ -27,7 +27,7 @@ NESTED_BLOCKSIZE = 256
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-class FourBitWeight(PackedWeight):
+class FourBitWeight(nn.Module, PackedWeight):
     """NF4 or FP4 codes of a (out_features, in_features) matrix, flat in row-major order.
 
     codes: (ceil(out * in / 2),) uint8. absmax: (blocks,) float32, or uint8 where double-quantized; then

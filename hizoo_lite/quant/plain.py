@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hizoo_lite.base import PackedWeight, Stored
 from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out
 
 
-class PlainWeight(PackedWeight):
+class PlainWeight(nn.Module, PackedWeight):
     """weight: (out_features, in_features) bf16, fp16 or float32. The tensor is shared, not copied."""
 
     weight: Tensor

@@ -4,23 +4,20 @@ Mapping the file would be simpler, but mapped pages count as the process's own (
 any tensor points at them, and a private mapping counts against RLIMIT_DATA. A read fills exactly one
 fresh tensor. The file is a little-endian u64 with the header's length, a JSON header with dtype, shape
 and byte range of every tensor, and the bytes (https://github.com/huggingface/safetensors, "Format").
-The header is not trusted: ranges must lie in the file, fit shape and dtype, and not overlap.
+The header is not trusted, see `tensorfile.read_header`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hizoo_lite.base import UserError
-
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+from hizoo_lite.tensorfile import read_header, unreadable
 
 _DTYPES = {
     "F64": torch.float64,
@@ -55,7 +52,11 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         """Read and check the header. Raises `UserError`, naming the file, where it is not sound."""
         self.path = path
-        self.entries = _read_header(path)
+        sizes = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+        self.entries = {
+            name: Entry(_DTYPES[found.dtype], found.shape, found.offset, found.nbytes)
+            for name, found in read_header(path, sizes).items()
+        }
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, fresh, on CPU, in its stored dtype."""
@@ -88,75 +89,5 @@ class TensorFile:
                         )
                     done += count
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
         return tensor
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror or error}")
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise UserError(
-                    f"{path}: not a safetensors file, or truncated: {size} bytes, its header claims {length}"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
-        raise UserError(f"{path}: the safetensors header is not sound JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: the safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
-    _check_ranges(path, entries, size)
-    return entries
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
-
-
-def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
-    try:
-        dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: tensor {name}: dtype, shape and data_offsets wanted, got {fields}"
-        ) from error
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise UserError(
-            f"{path}: tensor {name}: shape {shape} and offsets {[begin, end]} must be integers >= 0"
-        )
-    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
-    if dtype is None:
-        raise UserError(f"{path}: tensor {name}: dtype {dtype_name!r}; allowed are {', '.join(_DTYPES)}")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(
-            f"{path}: tensor {name}: {dtype_name} {shape} takes {math.prod(shape) * dtype.itemsize} bytes, "
-            f"its offsets give {end - begin}"
-        )
-    return Entry(dtype, tuple(shape), data_start + begin, end - begin)
-
-
-def _check_ranges(path: Path, entries: dict[str, Entry], size: int) -> None:
-    ordered = sorted((entry.offset, entry.nbytes, name) for name, entry in entries.items() if entry.nbytes)
-    free = 0
-    for offset, nbytes, name in ordered:
-        if offset < free:
-            raise UserError(f"{path}: tensor {name} overlaps another one")
-        free = offset + nbytes
-    if free > size:
-        raise UserError(f"{path}: truncated: {size} bytes, its header claims {free}")

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hizoo_lite import peft_format
 from hizoo_lite.base import BranchState, LinearDelta, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
@@ -22,7 +23,6 @@ from hizoo_lite.spaces.heads import attach_head, branch_values
 from hizoo_lite.spaces.targets import release, resolve_targets
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
-_PEFT_PREFIX = "base_model.model."
 
 
 class LoRADelta(LinearDelta):
@@ -117,20 +117,14 @@ class LoRA:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_config().save_pretrained(folder)
-        tensors = {_PEFT_PREFIX + name: p.cpu().contiguous() for name, p in self.parameters.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors = {peft_format.PREFIX + name: p.cpu().contiguous() for name, p in self.parameters.items()}
+        save_file(tensors, folder / peft_format.TENSOR_FILE, metadata=peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read `adapter_model.safetensors` into the attached parameters."""
-        path = Path(folder) / "adapter_model.safetensors"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; a PEFT adapter folder holds adapter_model.safetensors")
-        tensors = {name.removeprefix(_PEFT_PREFIX): t for name, t in load_file(path).items()}
-        wrong = sorted(set(tensors) ^ set(self.parameters))
-        if wrong:
-            raise UserError(f"{path}: does not fit this model and space; first of {len(wrong)}: {wrong[0]!r}")
+        path = peft_format.tensor_file(folder)
+        tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_file(path).items()}
+        found = {name: value.shape for name, value in tensors.items()}
+        peft_format.check_fits(path, found, {name: value.shape for name, value in self.parameters.items()})
         for name, value in self.parameters.items():
-            if tensors[name].shape != value.shape:
-                got, want = tuple(tensors[name].shape), tuple(value.shape)
-                raise UserError(f"{path}: {name} has shape {got}, the model wants {want}")
             value.copy_(tensors[name])

@@ -21,9 +21,6 @@ from hizoo_lite.spaces.weights import Factors, Part, Tile
 #: No scale becomes smaller.
 LEAST = 1e-7
 
-#: Largest size of the projected gradient unless another is given.
-CLIP = 100.0
-
 
 class ScalesPart(Part):
     """absmax of every block or row, (blocks,) or (out_features,)."""

@@ -8,36 +8,38 @@ losses of order mu^2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, Batch, Branches
+from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
-
-
-class Losses(NamedTuple):
-    """What a traversal returns, float64, on CPU."""
-
-    per_example: Tensor  # (branches, examples)
-    scores: Tensor  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
-
-    def mean(self) -> Tensor:
-        """The loss of each branch, (branches,)."""
-        return self.per_example.mean(dim=1)
+from hizoo_lite.stream.write import Ended, write
+from hizoo_lite.tensors import TorchArrays, batch_tensors
 
 
 class Traversal:
     """Evaluates branches of a model. Stateless between calls; never changes a weight."""
 
+    writes = True
+
     def __init__(self, model: Model) -> None:
         self.model = model
         self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see memory/budget.py
+
+    def arrays(self) -> TorchArrays:
+        """torch's, with parameters on the model's device."""
+        return TorchArrays(self.model.device)
+
+    def write(
+        self, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None = None
+    ) -> list[list[int]]:
+        """See `Writer.write`."""
+        return write(self.model, prompts, pad_id, max_new_tokens, ended)
 
     @torch.no_grad()
     def losses(
@@ -48,7 +50,8 @@ class Traversal:
         directions: Mapping[str, Tensor] | None = None,
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` d by parameter name, on the model's device."""
-        return self.guard(lambda: self._losses(batch, branches, mu, directions or {}))
+        made = batch_tensors(batch)
+        return self.guard(lambda: self._losses(made, branches, mu, directions or {}))
 
     def _losses(
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]

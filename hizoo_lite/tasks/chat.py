@@ -17,17 +17,13 @@ always is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hizoo_lite.base import UserError
 from hizoo_lite.tasks.text import Message
-from hizoo_lite.tasks.tokens import common_prefix, open_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool) -> str:
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool) -> str:
     """The conversation as text; with `prompt` it ends where the assistant's next turn begins."""
     if tokenizer.chat_template:
         turns = [message._asdict() for message in messages]
@@ -39,13 +35,13 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], p
     return "".join(lines) + ("Assistant:" if prompt else "")
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of `chat_text`: a chat template writes its special tokens itself."""
     return open_ids(tokenizer, text, special=not tokenizer.chat_template)
 
 
 def assistant_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str
+    tokenizer: Tokenizer, messages: Sequence[Message], name: str
 ) -> tuple[list[int], list[int]]:
     """(token ids of the conversation, positions of the assistant's tokens).
 

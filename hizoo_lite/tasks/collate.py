@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
+import numpy as np
 
 from hizoo_lite.base import Batch
 
@@ -87,5 +87,5 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     )
 
 
-def _int64(values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _int64(values: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array(values, dtype=np.int64)

@@ -13,17 +13,23 @@ own, which always gets one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from hizoo_lite.base import Batch, Example, ModelKind, UserError
 from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
 from hizoo_lite.tasks.task import Task, where
 from hizoo_lite.tasks.templates import render
-from hizoo_lite.tasks.tokens import Fields, common_prefix, fit, open_ids, pad_id, token_ids, word_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from hizoo_lite.tasks.tokens import (
+    Fields,
+    Tokenizer,
+    common_prefix,
+    fit,
+    open_ids,
+    pad_id,
+    token_ids,
+    word_id,
+)
 
 
 class Encoder:
@@ -43,7 +49,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         model_kind: ModelKind,
         task: Task,
         max_length: int,

@@ -4,23 +4,61 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from hizoo_lite.base import Example, UserError
 from hizoo_lite.tasks.task import where
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Fields = Mapping[str, Any]
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+class Tokenizer(Protocol):
+    """What tasks need of a tokenizer: any of transformers', or `edge.tokenizer.EdgeTokenizer`."""
+
+    @property
+    def eos_token(self) -> str | None: ...
+
+    @property
+    def mask_token(self) -> str | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def unk_token_id(self) -> int | None: ...
+
+    @property
+    def mask_token_id(self) -> int | None: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    @property
+    def is_fast(self) -> bool: ...
+
+    @property
+    def model_max_length(self) -> int: ...
+
+    def __call__(self, text: str, *pair: Any, **options: Any) -> Any: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = ...) -> list[str]: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+
+
+def token_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     """The ids of a text, with the special tokens that the tokenizer adds by itself where `special`."""
     return list(tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
 
 
-def open_ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+def open_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     """`token_ids` without an end-of-sequence token that the tokenizer put at the end by itself."""
     ids = token_ids(tokenizer, text, special)
     end = tokenizer.eos_token
@@ -29,7 +67,7 @@ def open_ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
     return ids
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """What rows are padded with: the pad, else end-of-sequence, else unknown token, else 0.
 
     Padding is on the right under attention mask 0, so that its value never reaches a loss; a tokenizer
@@ -45,7 +83,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return next((index for index in range(length) if first[index] != second[index]), length)
 
 
-def word_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+def word_id(tokenizer: Tokenizer, word: str) -> int:
     """The one token of a word at a mask.
 
     LM-BFF's rule: the token of the word behind a space ("Ġgreat" for RoBERTa; WordPiece ignores the space),
@@ -62,7 +100,7 @@ def word_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     )
 
 
-def spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+def spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     """(first, last + 1) character of every token, or of every word where the tokenizer has no offsets."""
     if not tokenizer.is_fast:
         return [match.span() for match in re.finditer(r"\S+", text)]
@@ -71,7 +109,7 @@ def spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]
 
 
 def fit(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     example: Example,
     cut: str,
     side: Literal["start", "end"],

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
 
+from hizoo_lite import tensorfile
 from hizoo_lite.base import UserError
 from hizoo_lite.train.step import Stepper
 
@@ -49,10 +49,8 @@ def save(folder: Path, position: Position, stepper: Stepper) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     stepper.space.save(aside / _ADAPTER)
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in stepper.curvature.state_dict().items()
-    }
-    save_file(state, aside / _CURVATURE)
+    state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
+    tensorfile.save(aside / _CURVATURE, state)
     record = {**position._asdict(), "step_size": stepper.step_size.state_dict()}
     (aside / _STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, path)
@@ -63,10 +61,10 @@ def load(path: Path, stepper: Stepper) -> Position:
     """Bring `stepper` to the state of a checkpoint. UserError where files are missing or do not fit."""
     try:
         record = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        curvature = load_file(path / _CURVATURE)
+        curvature = tensorfile.load(path / _CURVATURE)
         position = Position(int(record["step"]), int(record["bad_steps"]))
         step_size = {name: float(value) for name, value in record["step_size"].items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error})") from error
     stepper.space.load(path / _ADAPTER)
     stepper.curvature.load_state_dict(curvature)

@@ -1,4 +1,4 @@
-"""Evaluation: the loss and the task's metric on a set of examples, through the same traversal as training.
+"""Evaluation: the loss and the task's metric on a set of examples, through the same pass as training.
 
 Choice tasks pick the answer with the highest mean token log-probability (for classifiers: the largest
 logit); completion tasks write greedily, in batches padded on the left. One forward an example, no branches.
@@ -8,18 +8,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+import numpy as np
 
-from hizoo_lite.base import Batch, Example, Metric
-from hizoo_lite.model.model import Model
-from hizoo_lite.stream.traversal import Losses, Traversal
+from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
 from hizoo_lite.tasks import Encoder
 
 Prediction = int | str
+
+
+class Writer(BranchLosses, Protocol):
+    """A model that is evaluated: its losses, and what it writes."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether `write` is there; a training graph has losses alone, and a completion then no metric."""
+        ...
+
+    def write(
+        self,
+        prompts: Sequence[list[int]],
+        pad_id: int,
+        max_new_tokens: int,
+        ended: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt, the most likely one each time.
+
+        A row ends at its end-of-sequence token (part of the result), or once `ended`, given what all rows
+        have written, says so; `pad_id` fills up the shorter rows.
+        """
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -38,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    traversal: Traversal,
+    model: Writer,
     encoder: Encoder,
     examples: Sequence[Example],
     batch_size: int,
@@ -57,12 +76,12 @@ def evaluate(
     for part in _parts(examples, batch_size):
         check()
         batch = encoder.collate([encoder.encode(example, training=False) for example in part])
-        losses = traversal.losses(batch)
+        losses = model.losses(batch)
         total += float(losses.per_example.sum())
         if encoder.task.kind == "choice":
             predictions += chosen(losses, batch)
-        elif encoder.task.kind == "completion":
-            predictions += complete(traversal.model, encoder, part)
+        elif encoder.task.kind == "completion" and model.writes:
+            predictions += complete(model, encoder, part)
         advanced(len(part))
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
@@ -76,44 +95,23 @@ def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]
 
 def chosen(losses: Losses, batch: Batch) -> list[int]:
     """The index of the answer that scores best, for every example, from an evaluation's losses."""
-    scores = losses.scores[0]
+    scores = np.asarray(losses.scores[0])
     if batch.loss == "class":
-        return scores.argmax(dim=-1).tolist()
-    counts = torch.bincount(batch.slot_example, minlength=batch.examples).tolist()
-    return [int(part.argmax()) for part in scores.split(counts)]
+        return scores.argmax(axis=-1).tolist()
+    counts = np.bincount(batch.slot_example, minlength=batch.examples)
+    return [int(part.argmax()) for part in np.split(scores, np.cumsum(counts)[:-1])]
 
 
-class _AllStopped(StoppingCriteria):
-    """Ends a row once the text it has written holds the stop text after other text."""
-
-    def __init__(self, encoder: Encoder, stop: str, prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = encoder.tokenizer, stop, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        done = [self.stop in text.lstrip("\n") for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
-def complete(model: Model, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+def complete(model: Writer, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
     """The greedy continuation of every example's prompt, up to its end-of-sequence token or stop text."""
     prompts = [encoder.prompt_ids(example) for example in examples]
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), encoder.pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    stops = [] if encoder.stop is None else [_AllStopped(encoder, encoder.stop, length)]
-    written = model.module.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=encoder.max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=encoder.pad_id,
-        stopping_criteria=StoppingCriteriaList(stops),
-    )
-    return encoder.tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+    tokenizer, stop = encoder.tokenizer, encoder.stop
+
+    def stopped(rows: Sequence[Sequence[int]]) -> list[bool]:
+        """Once the text that a row has written holds the stop text after other text."""
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [str(stop) in text.lstrip("\n") for text in texts]
+
+    ended = None if stop is None else stopped
+    written = model.write(prompts, encoder.pad_id, encoder.max_new_tokens, ended)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -8,6 +8,7 @@ One process, one device; process state and trackers are accelerate's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.memory.allocator import map_large
 from hizoo_lite.memory.budget import Budget, enforced, loading
-from hizoo_lite.memory.profiler import Profiler
+from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
@@ -184,7 +185,7 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _announce(setup: Setup, listener: Listener) -> None:
     model, splits, compute = setup.model, setup.splits, str(setup.model.compute).removeprefix("torch.")
-    count = sum(shape.numel() for shape in trainable(setup.space).values())
+    count = sum(math.prod(shape) for shape in trainable(setup.space).values())
     listener.message(
         f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
         f"on {model.device}, products in {compute}, {count:,} trainable parameters"
@@ -206,11 +207,12 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             setup,
             folder,
             position,
-            accelerator=accelerator,
+            log=accelerator.log,
             listener=listener,
             interrupt=interrupt,
             meter=meter,
             profiler=profiler,
+            memory=lambda: profiler.record(owner_list(predicted_owners(folder.plan), measured_owners(setup))),
         )
         failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
@@ -260,7 +262,7 @@ def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:
     """The state as it stands. After a storage error it may be out of reach; the newest checkpoint counts."""
     try:
         loop.save()
-        loop.setup.space.save(folder.adapter)
+        loop.setup.stepper.space.save(folder.adapter)
     except (StorageError, OSError, SafetensorError) as error:
         if not isinstance(failure, StorageError):
             raise StorageError(f"{error}; {_where_it_stands(folder)}") from error

@@ -7,26 +7,56 @@ Everything a step did is in metrics.jsonl before the next one begins. A line has
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-from accelerate import Accelerator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
-from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
 from hizoo_lite.memory.rss import PeakMeter
-from hizoo_lite.tasks import batch_indices
+from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.evaluate import Evaluation, evaluate
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.interrupt import Interrupt
-from hizoo_lite.train.setup import Setup
-from hizoo_lite.train.step import StepRecord
+from hizoo_lite.train.step import Stepper, StepRecord
 
 #: Steps in a row whose losses are not finite before the run is stopped.
 MOST_BAD_STEPS = 20
+
+
+class Parts(Protocol):
+    """What a run is made of, as far as the loop needs it."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    @property
+    def splits(self) -> Splits: ...
+
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def traversal(self) -> Writer: ...
+
+    @property
+    def stepper(self) -> Stepper: ...
+
+
+class Phases(Protocol):
+    """Who looks at memory while the run goes on."""
+
+    def phase(self, name: Literal["evaluate", "train", "save"], step: int) -> AbstractContextManager[None]:
+        """A step, an evaluation or a checkpoint, from its start to its end."""
+        ...
+
+    def measure_inference(self, step: int, forward: Callable[[], object]) -> None:
+        """Call `forward`, an evaluation of a training batch."""
+        ...
 
 
 class Loop:
@@ -34,18 +64,20 @@ class Loop:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: Parts,
         folder: RunFolder,
         position: Position,
         *,
-        accelerator: Accelerator,
+        log: Callable[[dict[str, float], int], object],
         listener: Listener,
         interrupt: Interrupt,
         meter: PeakMeter,
-        profiler: Profiler,
+        profiler: Phases,
+        memory: Callable[[], Mapping[str, Any]],
     ) -> None:
+        """`log` takes scalars and the step; `memory` gives memory.json as it stands."""
         self.setup, self.folder, self.position = setup, folder, position
-        self.accelerator, self.listener = accelerator, listener
+        self.log, self.listener, self.memory = log, listener, memory
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
@@ -71,18 +103,13 @@ class Loop:
         """The checkpoint of where the run stands."""
         with self.profiler.phase("save", self.position.step):
             checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
-        self._write_memory()
+        self.folder.write_memory(self.memory())
 
     def _measure_inference(self) -> None:
         """What one evaluation forward of the next step's batch takes at most."""
         number = self.position.step
         batch = self._batch(number)
         self.profiler.measure_inference(number, lambda: self.setup.traversal.losses(batch))
-
-    def _write_memory(self) -> None:
-        """memory.json as it stands."""
-        owners = owner_list(predicted_owners(self.folder.plan), measured_owners(self.setup))
-        self.folder.write_memory(self.profiler.record(owners))
 
     def _step(self) -> None:
         number = self.position.step
@@ -128,7 +155,7 @@ class Loop:
             }
             if record.curvature is not None:
                 scalars["curvature"] = record.curvature
-            self.accelerator.log({f"train/{name}": value for name, value in scalars.items()}, record.step)
+            self.log({f"train/{name}": value for name, value in scalars.items()}, record.step)
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:
         setup, step = self.setup, self.position.step
@@ -149,9 +176,7 @@ class Loop:
         if inference_peak:
             line["inference_peak_bytes"] = self.meter.phase_bytes()
         self.folder.append_metrics(line)
-        self.accelerator.log(
-            {f"{when}/{name}": value for name, value in {"loss": result.loss, **scores}.items()}, step
-        )
+        self.log({f"{when}/{name}": value for name, value in {"loss": result.loss, **scores}.items()}, step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": result.loss, **scores}.items())
         self.listener.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
         return result

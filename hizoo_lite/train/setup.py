@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite import curvature as curvatures
-from hizoo_lite import estimators, spaces, tasks
+from hizoo_lite import spaces
 from hizoo_lite.base import Curvature, Estimator, ModelKind, Space, UserError
 from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.memory.plan import Plan
@@ -18,13 +17,18 @@ from hizoo_lite.memory.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.spaces.scales import CLIP
 from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.stream.residency import Resident, Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.train import planning, schedules
+from hizoo_lite.train import planning
 from hizoo_lite.train.config import EMBEDDED, TrainConfig
+from hizoo_lite.train.parts import DEMO, run_splits, task_encoder
+from hizoo_lite.train.parts import data_path as data_path
+from hizoo_lite.train.parts import find_task as find_task
+from hizoo_lite.train.parts import make_curvature as make_curvature
+from hizoo_lite.train.parts import make_splits as make_splits
+from hizoo_lite.train.parts import make_stepper as make_stepper
 from hizoo_lite.train.step import Stepper
 
 #: Endings of an architecture's name in config.json, and the kind of model they say.
@@ -35,7 +39,6 @@ _KINDS: dict[str, ModelKind] = {
     "ForPreTraining": "masked",
     "ForSequenceClassification": "classifier",
 }
-_DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,11 @@ class Setup:
     stepper: Stepper
     plan: Plan | None  # of its memory; None where the model could not be rehearsed
 
+    @property
+    def budgets(self) -> Budgets:
+        """What the run may take on the model's device; on a CPU the smaller of both budgets."""
+        return budgets(self.config, self.model)
+
 
 def build(
     config: TrainConfig,
@@ -63,13 +71,7 @@ def build(
 ) -> Setup:
     """Read the data, load the model, attach the space. The objects given stand in for what `config` says."""
     task = find_task(config.task)
-    splits = make_splits(config, task)
-    if config.eval_every and not splits.dev:
-        raise UserError("--eval-every: there are no dev examples; allowed: 0, or --dev-examples above 0")
-    if not splits.test:
-        raise UserError(
-            f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
-        )
+    splits = run_splits(config, task)
     plan, workload = planned(config, task, splits, model)
     model = model or load_model(config, task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
@@ -145,34 +147,9 @@ def budgets(config: TrainConfig, model: Model) -> Budgets:
     return Budgets.parse(config.device_budget, config.host_budget, model.device)
 
 
-def make_splits(config: TrainConfig, task: Task) -> Splits:
-    """The examples of a configuration: a function of its data, its limits and its seed."""
-    return tasks.make_splits(
-        task,
-        data_path(config.data),
-        train_examples=config.train_examples,
-        dev_examples=config.dev_examples,
-        test_examples=config.test_examples,
-        k_shot=config.k_shot,
-        seed=config.seed,
-    )
-
-
-def find_task(name: str) -> Task:
-    """A built-in task, one in a .toml file, or the embedded one."""
-    return tasks.get(_DEMO / "task.toml" if name == EMBEDDED else name)
-
-
-def data_path(data: str | None) -> Path | None:
-    """Where the data is; None means the hub."""
-    if data is None:
-        return None
-    return _DEMO if data == EMBEDDED else Path(data)
-
-
 def model_path(source: str) -> str:
     """The folder or hub id of a model; the package's own for the embedded one."""
-    return str(_DEMO) if source == EMBEDDED else source
+    return str(DEMO) if source == EMBEDDED else source
 
 
 def load_model(config: TrainConfig, task: Task) -> Model:
@@ -213,9 +190,8 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
     """The task's encoder for the model's tokenizer. UserError where the model has none."""
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
-    limit = min(max_length, model.positions or max_length, model.tokenizer.model_max_length)
-    chosen = None if loss == "auto" else loss
-    encoder = Encoder(model.tokenizer, model.kind, task, limit, loss=chosen)  # type: ignore[arg-type]
+    limit = min(max_length, model.positions or max_length)
+    encoder = task_encoder(model.tokenizer, model.kind, task, limit, loss)
     if model.kind == "classifier" and model.config.pad_token_id is None:
         # A decoder's classifier reads the last token that is not padding, and asks its config which that is.
         model.config.pad_token_id = encoder.pad_id
@@ -231,43 +207,3 @@ def make_space(config: TrainConfig) -> Space:
     if config.targets != "auto":
         options.setdefault(config.space, {})["targets"] = config.targets
     return spaces.get(config.space, **options.get(config.space, {}))
-
-
-def make_curvature(config: TrainConfig) -> Curvature:
-    """The curvature that a configuration names, with its own options."""
-    options: dict[str, dict[str, Any]] = {
-        "diagonal": {"mode": config.curvature_mode},
-        "grouped": {"per": config.curvature_per},
-    }
-    return curvatures.get(config.curvature, **options.get(config.curvature, {}))
-
-
-def make_stepper(
-    config: TrainConfig,
-    traversal: Traversal,
-    space: Space,
-    estimator: Estimator | None,
-    curvature: Curvature | None,
-) -> Stepper:
-    """The step of a configuration, on an attached space."""
-    if estimator is None:
-        options = {"every": config.curvature_every} if config.estimator == "hizoo" else {}
-        estimator = estimators.get(config.estimator, **options)
-    measures = any(estimator.branches(step).base for step in range(config.steps))
-    if curvature is None:
-        curvature = make_curvature(config) if measures else curvatures.get("none")
-    course = schedules.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
-    clip = CLIP if config.clip is None and space.name == "scales" else config.clip
-    smoothing = schedules.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
-    return Stepper(
-        traversal,
-        space,
-        estimator,
-        curvature,
-        schedules.step_size(config.lr, course, measures),
-        seed=config.seed,
-        mu=config.mu,
-        smoothing=smoothing,
-        weight_decay=config.weight_decay,
-        clip=clip,
-    )

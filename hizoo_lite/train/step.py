@@ -14,12 +14,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from hizoo_lite.base import Batch, Curvature, Estimator, Space, StepSize, UserError, trainable
+from hizoo_lite.base import (
+    Array,
+    Batch,
+    BranchLosses,
+    Curvature,
+    Estimator,
+    Space,
+    StepSize,
+    UserError,
+    trainable,
+)
 from hizoo_lite.noise import StepNoise
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.schedules import Schedule
 
 
@@ -45,7 +53,7 @@ class Stepper:
 
     def __init__(
         self,
-        traversal: Traversal,
+        traversal: BranchLosses,
         space: Space,
         estimator: Estimator,
         curvature: Curvature,
@@ -57,6 +65,7 @@ class Stepper:
         weight_decay: float = 0.0,
         clip: float | None = None,
     ) -> None:
+        self._arrays = traversal.arrays()
         self.traversal, self.space = traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
         self.seed, self.mu, self.smoothing = seed, mu, smoothing
@@ -66,18 +75,21 @@ class Stepper:
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
                 f"--space {space.name}; allowed: grouped, factored, none"
             )
-        self.noise = StepNoise(seed, {name: p.shape for name, p in space.parameters.items()})
-        curvature.start(trainable(space))
+        self.noise = StepNoise(seed, {name: p.shape for name, p in space.parameters.items()}, self._arrays)
+        curvature.start(trainable(space), self._arrays)
 
-    @torch.no_grad()
     def step(self, step: int, batch: Batch) -> StepRecord:
         """Take step number `step` on `batch`."""
+        with self._arrays.without_gradients():
+            return self._step(step, batch)
+
+    def _step(self, step: int, batch: Batch) -> StepRecord:
         z = self.noise(step)
         directions = self._directions(z, self.curvature.scale)
         branches, weights = self.estimator.branches(step), self.space.weights
         if weights is not None:
             weights.begin(self.seed, step, self.curvature, measured=branches.base)
-        losses = self.traversal.losses(batch, branches, self.mu, directions).mean().numpy()
+        losses = np.asarray(self.traversal.losses(batch, branches, self.mu, directions).mean())
         estimate = self.estimator.estimate(losses, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
@@ -101,15 +113,14 @@ class Stepper:
             return projected_grad, False
         return math.copysign(self.clip, projected_grad), True
 
-    def _directions(self, z: Mapping[str, Tensor], scale: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        device = self.traversal.model.device
-        return {name: (scale(name) * value).to(device, non_blocking=True) for name, value in z.items()}
+    def _directions(self, z: Mapping[str, Array], scale: Callable[[str], Array]) -> dict[str, Array]:
+        return {name: self._arrays.on_device(scale(name) * value) for name, value in z.items()}
 
-    def _update(self, lr: float, projected_grad: float, directions: Mapping[str, Tensor]) -> None:
+    def _update(self, lr: float, projected_grad: float, directions: Mapping[str, Array]) -> None:
         for name, value in self.space.parameters.items():
             if self.weight_decay and not _is_bias_or_norm(name):
-                value.mul_(1 - lr * self.weight_decay)
-            value.add_(directions[name], alpha=-lr * projected_grad)
+                value *= 1 - lr * self.weight_decay
+            self._arrays.add_scaled(value, directions[name], -lr * projected_grad)
 
     def close(self) -> None:
         """End the noise thread."""

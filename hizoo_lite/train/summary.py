@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hizoo_lite.base import trainable
-from hizoo_lite.model.model import Model
 from hizoo_lite.noise import GENERATORS
-from hizoo_lite.stream.residency import Streamed
-from hizoo_lite.train.setup import Setup, budgets
+
+if TYPE_CHECKING:
+    from hizoo_lite.model.model import Model
+    from hizoo_lite.train.setup import Setup
 
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 
@@ -25,30 +27,16 @@ def summarize(
     forward_passes counts the branches of the training steps, not evaluations; tokens_per_second the
     tokens of the batches, each once whatever the number of branches.
     """
-    steps = [line for line in metrics if line["kind"] == "step"]
-    before, after = _last(metrics, "before"), _last(metrics, "after")
-    if after.get("step") != len(steps):  # of an earlier end, before the run was given more steps
-        after = {}
     config, model = setup.config, setup.model
-    metric = setup.task.metric
     return {
-        "steps": len(steps),
-        "skipped_steps": sum(line["skipped"] for line in steps),
-        "forward_passes": sum(line["forwards"] for line in steps),
-        **_speed(steps),
-        "loss_before": before.get("loss"),
-        "loss_after": after.get("loss"),
-        "metric": metric,
-        "metric_before": before.get(metric),
-        "metric_after": after.get(metric),
-        "test_examples": before.get("examples"),
+        **outcome(metrics, setup.task.metric),
         "adapter": "final",
-        "trainable_parameters": sum(shape.numel() for shape in trainable(setup.space).values()),
-        "budget_bytes": budgets(config, model).device_bytes,
+        "trainable_parameters": sum(math.prod(shape) for shape in trainable(setup.space).values()),
+        "budget_bytes": setup.budgets.device_bytes,
         "profile": config.profile,
         "predicted_peak_bytes": None if setup.plan is None else setup.plan.peak_bytes,
         "measured_peak_bytes": measured_peak_bytes,
-        "inference_peak_bytes": before.get("inference_peak_bytes"),
+        "inference_peak_bytes": _last(metrics, "before").get("inference_peak_bytes"),
         "model_bytes": model.nbytes(),
         "device": str(model.device),
         "bits": model.bits,
@@ -68,8 +56,30 @@ def summarize(
     }
 
 
+def outcome(metrics: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """What the lines of metrics.jsonl come to; `metric` is the task's main one."""
+    steps = [line for line in metrics if line["kind"] == "step"]
+    before, after = _last(metrics, "before"), _last(metrics, "after")
+    if after.get("step") != len(steps):  # of an earlier end, before the run was given more steps
+        after = {}
+    return {
+        "steps": len(steps),
+        "skipped_steps": sum(line["skipped"] for line in steps),
+        "forward_passes": sum(line["forwards"] for line in steps),
+        **_speed(steps),
+        "loss_before": before.get("loss"),
+        "loss_after": after.get("loss"),
+        "metric": metric,
+        "metric_before": before.get(metric),
+        "metric_after": after.get(metric),
+        "test_examples": before.get("examples"),
+    }
+
+
 def _streaming(model: Model) -> dict[str, Any]:
     """What a streamed run moved, and how long it waited for it."""
+    from hizoo_lite.stream.residency import Streamed
+
     if not isinstance(model.residency, Streamed):
         return {}
     return {
@@ -96,10 +106,10 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Of Python and of the libraries that decide about numbers; "not installed" for a source checkout."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,131 @@
+"""The few operations of a step whose spelling differs between torch and numpy.
+
+Formulas are written once, over `Arrays.xp` (the library's namespace: what `numpy` and `torch` both have under
+one name with one meaning) and the methods here. `NumpyArrays` is what runs beside onnxruntime; `TorchArrays`
+(`tensors.py`) is loaded when it is first asked for, so that nothing else needs torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from hizoo_lite.base import Array
+
+
+class Arrays(ABC):
+    """One array library, and the device that parameters are on."""
+
+    xp: Any  # torch or numpy
+
+    @abstractmethod
+    def from_numpy(self, value: np.ndarray) -> Array:
+        """The same memory as an array of this library, on the host."""
+
+    @abstractmethod
+    def on_device(self, value: Array) -> Array:
+        """`value` where the parameters are."""
+
+    @abstractmethod
+    def copied(self, value: Array) -> Array:
+        """A contiguous copy on the host, from an array of this library or of numpy."""
+
+    @abstractmethod
+    def wide(self, value: Array, like: Array | None = None) -> Array:
+        """A float64 copy, where `like` is; without it, on the host."""
+
+    @abstractmethod
+    def narrow(self, value: Array) -> Array:
+        """`value` in float32."""
+
+    @abstractmethod
+    def on_host(self, value: Array) -> Array:
+        """`value` on the host."""
+
+    @abstractmethod
+    def rsqrt(self, value: Array) -> Array:
+        """1 / sqrt(value)."""
+
+    @abstractmethod
+    def repeat(self, value: Array, times: int) -> Array:
+        """Every entry of a vector, `times` times in a row."""
+
+    @abstractmethod
+    def row_squares(self, rows: Array) -> Array:
+        """The squared length of every row of a (rows, columns) float32 matrix, (rows,) float64."""
+
+    @abstractmethod
+    def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
+        """Add rows' values to the sums of their groups of `bundle` rows, in place, always in one order."""
+
+    @abstractmethod
+    def add_scaled(self, value: Array, direction: Array, factor: float) -> None:
+        """value += factor * direction, in place."""
+
+    @abstractmethod
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """A context in which nothing is recorded for a backward pass."""
+
+
+class NumpyArrays(Arrays):
+    """numpy, on the host."""
+
+    xp = np
+
+    def from_numpy(self, value: np.ndarray) -> Array:
+        """`value`."""
+        return value
+
+    def on_device(self, value: Array) -> Array:
+        """`value`."""
+        return value
+
+    def copied(self, value: Array) -> Array:
+        """See `Arrays.copied`."""
+        return np.array(value, order="C")
+
+    def wide(self, value: Array, like: Array | None = None) -> Array:
+        """See `Arrays.wide`."""
+        return np.array(value, dtype=np.float64)
+
+    def narrow(self, value: Array) -> Array:
+        """See `Arrays.narrow`."""
+        return np.asarray(value, dtype=np.float32)
+
+    def on_host(self, value: Array) -> Array:
+        """`value`."""
+        return value
+
+    def rsqrt(self, value: Array) -> Array:
+        """See `Arrays.rsqrt`."""
+        return 1 / np.sqrt(value)
+
+    def repeat(self, value: Array, times: int) -> Array:
+        """See `Arrays.repeat`."""
+        return np.repeat(value, times)
+
+    def row_squares(self, rows: Array) -> Array:
+        """See `Arrays.row_squares`."""
+        return np.square(rows, dtype=np.float64).sum(axis=1)
+
+    def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
+        """See `Arrays.add_by_group`."""
+        np.add.at(sums, np.arange(first_row, first_row + len(values)) // bundle, values)
+
+    def add_scaled(self, value: Array, direction: Array, factor: float) -> None:
+        """See `Arrays.add_scaled`."""
+        value += np.float32(factor) * direction
+
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """Nothing to switch off."""
+        return nullcontext()
+
+
+def host_arrays() -> Arrays:
+    """torch's, on the host: what a run computes with unless it says otherwise."""
+    from hizoo_lite.tensors import TorchArrays
+
+    return TorchArrays()

@@ -1,0 +1,155 @@
+"""The training graph of an exported folder: losses of all branches in one run of onnxruntime.
+
+`train.onnx` takes the arrays of a batch by their names, and every trained parameter once a branch,
+(branches, *shape) float32; the rows of the batch are folded over the branches inside. Its outputs are
+`losses`, (branches, examples) float64, and `scores`. A perturbed parameter exists only in the feed: what
+is trained is never changed by a forward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import numpy as np
+
+from hizoo_lite import peft_format, tensorfile
+from hizoo_lite.arrays import NumpyArrays
+from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
+from hizoo_lite.edge.files import read_json
+from hizoo_lite.edge.session import Session, runtime
+
+FORMAT = 1
+_RECORD, _GRAPH, _ADAPTER = "train.json", "train.onnx", "adapter"
+_EXPORTED = "a folder of: hizoo-lite export --to onnx-train"
+
+
+@dataclass(frozen=True)
+class Record:
+    """train.json, checked."""
+
+    kind: ModelKind
+    bits: str
+    shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
+    peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
+    onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """UserError naming file and key where something is missing or of another form."""
+        path = folder / _RECORD
+        found = read_json(path, _EXPORTED)
+        if found.get("format") != FORMAT:
+            raise UserError(f"{path}: format: got {found.get('format')!r}, allowed: {FORMAT}")
+        if found.get("kind") not in get_args(ModelKind):
+            raise UserError(
+                f"{path}: kind: got {found.get('kind')!r}, allowed: {', '.join(get_args(ModelKind))}"
+            )
+        try:
+            shapes = {str(p["name"]): tuple(int(n) for n in p["shape"]) for p in found["parameters"]}
+            names = {str(name): dict(entry) for name, entry in found["onnx_adapter"]["names"].items()}
+            return cls(found["kind"], str(found["bits"]), shapes, dict(found["lora"]), names)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
+
+
+class TrainGraph:
+    """A training graph and the values of its parameters: the model of a run, for steps and evaluations."""
+
+    writes = False
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        """Open the graph and read the initial parameters. UserError where something does not fit."""
+        self.record = Record.read(folder)
+        self.session = Session(folder / _GRAPH, threads)
+        missing = [name for name in self.record.shapes if name not in self.session.inputs]
+        if missing:
+            raise UserError(f"{folder / _GRAPH}: has no input {missing[0]!r}, which {_RECORD} names")
+        self.parameters = read_parameters(folder / _ADAPTER, self.record.shapes)
+        self._arrays = NumpyArrays()
+
+    @property
+    def token_types(self) -> bool:
+        """Whether the model takes token type ids."""
+        return "token_type_ids" in self.session.inputs
+
+    def arrays(self) -> NumpyArrays:
+        """numpy's."""
+        return self._arrays
+
+    def losses(
+        self,
+        batch: Batch,
+        branches: Branches = EVALUATION,
+        mu: float = 0.0,
+        directions: Mapping[str, np.ndarray] | None = None,
+    ) -> Losses:
+        """Losses of every branch on `batch`; `directions` d by parameter name."""
+        feeds = {name: value for name, value in batch._asdict().items() if name in self.session.inputs}
+        for name, value in self.parameters.items():
+            feeds[name] = np.repeat(value[None], branches.count, axis=0)
+            for branch, sign in enumerate(branches.signs):
+                if sign:
+                    assert directions is not None
+                    self._arrays.add_scaled(feeds[name][branch, ...], directions[name], sign * mu)
+        return Losses(*self.session.run(("losses", "scores"), feeds))
+
+    def write(
+        self,
+        prompts: Sequence[list[int]],
+        pad_id: int,
+        max_new_tokens: int,
+        ended: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
+    ) -> NoReturn:
+        """A training graph has no logits to write with."""
+        raise NotImplementedError
+
+
+class GraphSpace:
+    """The parameters of a graph as a space: saved as PEFT saves them, and as an adapter of onnxruntime."""
+
+    weights = None
+
+    def __init__(self, name: str, graph: TrainGraph) -> None:
+        self.name, self.graph, self.parameters = name, graph, graph.parameters
+
+    def attach(self, model: Any, seed: int) -> None:
+        """The parameters are inputs of the graph: nothing is left to do."""
+
+    def save(self, folder: Path | str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(self.graph.record.peft_config, indent=2, sort_keys=True)
+        (folder / peft_format.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        tensors = {peft_format.PREFIX + name: value for name, value in self.parameters.items()}
+        tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+
+    def load(self, folder: Path | str) -> None:
+        """Read what `save` (or PEFT) wrote into the parameters."""
+        for name, value in read_parameters(Path(folder), self.graph.record.shapes).items():
+            self.parameters[name][...] = value
+
+    def save_onnx_adapter(self, path: Path) -> None:
+        """Write the adapter as onnxruntime loads it beside model.onnx (`LoraAdapter`)."""
+        ort, made = runtime(), {}
+        for name, entry in self.graph.record.onnx_names.items():
+            value = self.parameters[name].T if entry.get("transpose") else self.parameters[name]
+            scaled = np.ascontiguousarray(value * np.float32(entry.get("scale", 1.0)))
+            made[entry["input"]] = ort.OrtValue.ortvalue_from_numpy(scaled)
+        adapter = ort.AdapterFormat()
+        adapter.set_adapter_version(FORMAT)
+        adapter.set_model_version(FORMAT)
+        adapter.set_parameters(made)
+        adapter.export_adapter(str(path))
+
+
+def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The parameters of a PEFT folder, float32, in the order of `shapes`."""
+    path = peft_format.tensor_file(folder)
+    found = {name.removeprefix(peft_format.PREFIX): value for name, value in tensorfile.load(path).items()}
+    peft_format.check_fits(path, {name: value.shape for name, value in found.items()}, shapes)
+    return {name: np.array(found[name], dtype=np.float32) for name in shapes}

@@ -1,0 +1,170 @@
+"""A run beside onnxruntime: the same loop, steps, noise and files as `hizoo-lite train`, without torch.
+
+The run folder has config.toml, metrics.jsonl, checkpoints/, adapter/ (PEFT format), adapter.onnx_adapter,
+summary.json and memory.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.base import TooManyBadSteps, UserError
+from hizoo_lite.edge.graph import GraphSpace, TrainGraph
+from hizoo_lite.edge.memory import Memory, held_bytes
+from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.noise import GENERATORS
+from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.train import checkpoint, config_file, parts
+from hizoo_lite.train.checkpoint import Position
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.folder import RunFolder, next_free
+from hizoo_lite.train.interrupt import Interrupt, Interrupted
+from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.step import Stepper
+from hizoo_lite.train.summary import outcome, versions
+
+#: The settings that a run on a device can choose; the others are the graph's.
+SETTINGS = (
+    *("task", "data", "out", "estimator", "curvature", "curvature_mode", "curvature_per", "curvature_every"),
+    *("smoothing", "smoothing_schedule", "mu", "lr", "lr_schedule", "warmup_steps", "clip", "weight_decay"),
+    *("steps", "batch_size", "max_length", "seed", "train_examples", "dev_examples", "test_examples"),
+    *("k_shot", "eval_every", "eval_batch_size", "save_every", "threads", "resume"),
+)
+_CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"
+_PACKAGES = ("hizoo-lite", "numpy", "onnxruntime", "tokenizers")
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeSetup:
+    """The parts of a run."""
+
+    config: TrainConfig
+    task: Task
+    splits: Splits
+    encoder: Encoder
+    traversal: TrainGraph
+    stepper: Stepper
+
+
+def resolve(folder: Path, flags: Mapping[str, str | bool]) -> TrainConfig:
+    """The exported configuration with the flags on top; of a run to be resumed, its own."""
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; allowed: a folder of: hizoo-lite export --to onnx-train")
+    return config_file.resolve(None if flags.get("resume") is True else str(path), flags)
+
+
+def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -> tuple[Path, dict[str, Any]]:
+    """Tune the graph in `folder` and write the run folder; its path, and the summary.
+
+    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved.
+    SIGINT and SIGTERM end the run after the step in progress, with everything saved.
+    """
+    listener = listener or Listener()
+    run = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
+    if config.resume:
+        config_file.check_same_run(run.config(), config)
+    else:
+        run.check_new()
+    config = replace(config, out=str(run.path), device="cpu", compute_dtype="float32")
+    start_bytes = held_bytes()
+    setup = _build(folder, config)
+    count = sum(math.prod(shape) for shape in setup.traversal.record.shapes.values())
+    listener.message(
+        f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
+        f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
+    )
+    try:
+        return run.path, _run(setup, run, listener, start_bytes)
+    finally:
+        setup.stepper.close()
+
+
+def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
+    task = parts.find_task(config.task)
+    splits = parts.run_splits(config, task)
+    graph = TrainGraph(folder, config.threads)
+    tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
+    encoder = parts.task_encoder(tokenizer, graph.record.kind, task, config.max_length, config.loss)
+    stepper = parts.make_stepper(config, graph, GraphSpace(config.space, graph), None, None)
+    return EdgeSetup(config, task, splits, encoder, graph, stepper)
+
+
+def _run(setup: EdgeSetup, folder: RunFolder, listener: Listener, start_bytes: int) -> dict[str, Any]:
+    resume = setup.config.resume
+    earlier = folder.read_summary() if resume else {}
+    found = checkpoint.newest(folder.checkpoints) if resume else None
+    position = Position() if found is None else checkpoint.load(found, setup.stepper)
+    folder.create(replace(setup.config, resume=False))
+    if resume:
+        folder.keep_metrics(position.step)
+        listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
+    meter = PeakMeter()
+    memory = Memory(meter, start_bytes)
+    with Interrupt() as interrupt:
+        loop = Loop(
+            setup,
+            folder,
+            position,
+            log=lambda scalars, step: None,
+            listener=listener,
+            interrupt=interrupt,
+            meter=meter,
+            profiler=memory,
+            memory=memory.record,
+        )
+        failure: Interrupted | TooManyBadSteps | None = None
+        try:
+            loop.run()
+        except (Interrupted, TooManyBadSteps) as error:
+            failure = error
+        listener.finish()
+        loop.save()
+        _save_adapter(setup, folder)
+        peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+        summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted)) | memory.figures()
+        folder.write_summary(summary)
+    if isinstance(failure, TooManyBadSteps):
+        raise failure
+    return summary
+
+
+def _save_adapter(setup: EdgeSetup, folder: RunFolder) -> None:
+    space = setup.stepper.space
+    assert isinstance(space, GraphSpace)
+    space.save(folder.adapter)
+    space.save_onnx_adapter(folder.path / _ONNX_ADAPTER)
+
+
+def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: bool) -> dict[str, Any]:
+    """The keys of `train.summary` that have a meaning here."""
+    config, graph = setup.config, setup.traversal
+    return {
+        **outcome(folder.read_metrics(), setup.task.metric),
+        "adapter": "final",
+        "trainable_parameters": sum(math.prod(shape) for shape in graph.record.shapes.values()),
+        "budget_bytes": None,
+        "predicted_peak_bytes": None,
+        "measured_peak_bytes": peak_bytes,
+        "model_bytes": graph.session.nbytes(),
+        "device": "cpu",
+        "bits": graph.record.bits,
+        "compute_dtype": "float32",
+        "kind": graph.record.kind,
+        "space": config.space,
+        "estimator": setup.stepper.estimator.name,
+        "curvature": setup.stepper.curvature.name,
+        "residency": "resident",
+        "noise": GENERATORS["parameters"],
+        "model": config.model,
+        "task": config.task,
+        "seed": config.seed,
+        "interrupted": interrupted,
+        "versions": versions(_PACKAGES),
+    }

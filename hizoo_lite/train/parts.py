@@ -1,0 +1,103 @@
+"""The parts of a run that need no torch: its data, its encoder, its method. `setup.py` adds the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite import curvature as curvatures
+from hizoo_lite import estimators, tasks
+from hizoo_lite.base import BranchLosses, Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks.tokens import Tokenizer
+from hizoo_lite.train import schedules
+from hizoo_lite.train.config import EMBEDDED, TrainConfig
+from hizoo_lite.train.step import Stepper
+
+#: The embedded model, task and data.
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+#: The largest projected gradient, by space, where the configuration names none (QZO, arXiv 2505.13430).
+_CLIPS = {"scales": 100.0}
+
+
+def make_splits(config: TrainConfig, task: Task) -> Splits:
+    """The examples of a configuration: a function of its data, its limits and its seed."""
+    return tasks.make_splits(
+        task,
+        data_path(config.data),
+        train_examples=config.train_examples,
+        dev_examples=config.dev_examples,
+        test_examples=config.test_examples,
+        k_shot=config.k_shot,
+        seed=config.seed,
+    )
+
+
+def find_task(name: str) -> Task:
+    """A built-in task, one in a .toml file, or the embedded one."""
+    return tasks.get(DEMO / "task.toml" if name == EMBEDDED else name)
+
+
+def data_path(data: str | None) -> Path | None:
+    """Where the data is; None means the hub."""
+    if data is None:
+        return None
+    return DEMO if data == EMBEDDED else Path(data)
+
+
+def run_splits(config: TrainConfig, task: Task) -> Splits:
+    """`make_splits`, with what a run needs: test examples, and dev ones where they are asked for."""
+    splits = make_splits(config, task)
+    if config.eval_every and not splits.dev:
+        raise UserError("--eval-every: there are no dev examples; allowed: 0, or --dev-examples above 0")
+    if not splits.test:
+        raise UserError(
+            f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
+        )
+    return splits
+
+
+def task_encoder(tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, loss: str) -> Encoder:
+    """The task's encoder for sequences of at most `limit` tokens; `loss` is one of `TrainConfig`'s."""
+    chosen: Any = None if loss == "auto" else loss
+    return Encoder(tokenizer, kind, task, min(limit, tokenizer.model_max_length), loss=chosen)
+
+
+def make_curvature(config: TrainConfig) -> Curvature:
+    """The curvature that a configuration names, with its own options."""
+    options: dict[str, dict[str, Any]] = {
+        "diagonal": {"mode": config.curvature_mode},
+        "grouped": {"per": config.curvature_per},
+    }
+    return curvatures.get(config.curvature, **options.get(config.curvature, {}))
+
+
+def make_stepper(
+    config: TrainConfig,
+    traversal: BranchLosses,
+    space: Space,
+    estimator: Estimator | None,
+    curvature: Curvature | None,
+) -> Stepper:
+    """The step of a configuration, on an attached space."""
+    if estimator is None:
+        options = {"every": config.curvature_every} if config.estimator == "hizoo" else {}
+        estimator = estimators.get(config.estimator, **options)
+    measures = any(estimator.branches(step).base for step in range(config.steps))
+    if curvature is None:
+        curvature = make_curvature(config) if measures else curvatures.get("none")
+    course = schedules.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
+    clip = _CLIPS.get(space.name) if config.clip is None else config.clip
+    smoothing = schedules.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
+    return Stepper(
+        traversal,
+        space,
+        estimator,
+        curvature,
+        schedules.step_size(config.lr, course, measures),
+        seed=config.seed,
+        mu=config.mu,
+        smoothing=smoothing,
+        weight_decay=config.weight_decay,
+        clip=clip,
+    )
