@@ -17,3 +17,7 @@ class TooManyBadSteps(RuntimeError):
 
 class StorageError(RuntimeError):
     """A file could not be read or written while the run used it. The message names it; exit code 1."""
+
+
+class ExportError(RuntimeError):
+    """What was exported does not compute what the model computes; it was removed. Exit code 1."""

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, generate, plan, profiles, quantize, report, train
+from hizoo_lite.cli import demo, doctor, evaluate, export, generate, plan, profiles, quantize, report, train
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
@@ -25,12 +25,17 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, RuntimeError) as error:
-            from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
+            from hizoo_lite.errors import BudgetError, ExportError, StorageError, TooManyBadSteps, UserError
 
-            if not isinstance(error, UserError | StorageError | TooManyBadSteps):
+            codes = {
+                BudgetError: NO_BUDGET,
+                StorageError: FAILED,
+                TooManyBadSteps: FAILED,
+                ExportError: FAILED,
+            }
+            if not isinstance(error, (UserError, *codes)):
                 raise
             typer.echo(f"error: {error}", err=True)
-            codes = {BudgetError: NO_BUDGET, StorageError: FAILED, TooManyBadSteps: FAILED}
             raise typer.Exit(codes.get(type(error), BAD_INPUT)) from error
 
 
@@ -52,6 +57,7 @@ app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("report")(report.command)
+app.command("export")(export.command)
 
 
 def main() -> None:

@@ -41,15 +41,13 @@ class HeadDelta(LinearDelta):
 def attach_head(model: Model, wanted: bool | None, parameters: dict[str, Tensor]) -> list[str]:
     """Make the classification head trainable, adding to `parameters`; the names of its linear layers.
 
-    Everything outside the trunk belongs to it, and what the checkpoint lacked (a BERT pooler).
     wanted: None means classifiers only.
     """
     if wanted is False or (wanted is None and model.kind != "classifier"):
         return []
     if model.kind != "classifier":
         raise UserError(f"head: only a classifier's head can be trained, the model is {model.kind!r}")
-    trunk, new = model.trunk_name + ".", set(model.new_parameters)
-    found = [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
+    found = head_layers(model)
     for name in found:
         linear = model.linears[name]
         weight = torch.empty(linear.out_features, linear.in_features, device=model.device)
@@ -61,3 +59,14 @@ def attach_head(model: Model, wanted: bool | None, parameters: dict[str, Tensor]
             parameters[names[1]] = bias
         linear.delta = HeadDelta(weight, bias, names)
     return found
+
+
+def head_layers(model: Model) -> list[str]:
+    """The linear layers of a classifier's head; none of another model.
+
+    Everything outside the trunk belongs to it, and what the checkpoint lacked (a BERT pooler).
+    """
+    if model.kind != "classifier":
+        return []
+    trunk, new = model.trunk_name + ".", set(model.new_parameters)
+    return [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]

@@ -1,0 +1,141 @@
+"""From a PEFT adapter to an .onnx_adapter beside an exported base. Needs numpy, onnxruntime and safetensors.
+
+A (rank, in) becomes the input A' (in, rank), B (out, rank) becomes B' (rank, out) times alpha / rank, so that
+the graph computes x A' B' and nothing else. Layers that the adapter does not touch keep the base's default
+of rank 0. A tuned head goes along in full.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from hizoo_lite.errors import UserError
+from hizoo_lite.export.onnx.files import fingerprint, read_floats
+from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
+from hizoo_lite.train.adapter_files import (
+    PEFT_FILE,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    find_adapter,
+    read_peft_config,
+    scaling,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
+_ADAPTER_VERSION = _MODEL_VERSION = 1
+
+
+def add_adapter(export: Export, source: Path | str, name: str) -> None:
+    """Write the adapter of a run (or a PEFT folder) to the export, and name it in export.json.
+
+    Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
+    made for another base, or does not fit this one.
+    """
+    _check_name(export, name)
+    folder = find_adapter(source)
+    config = read_peft_config(folder)
+    check_base(export, Path(source), config)
+    values = graph_values(export, folder, config)
+    path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    _write(aside, values)
+    os.replace(aside, path)
+    export.record["adapters"][name] = {
+        "file": f"{ADAPTERS}/{path.name}",
+        **describe(path, checksum=True),
+        "source": str(source),
+        "rank": int(config["r"]),
+        "inputs": len(values),
+    }
+    export.write()
+
+
+def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:
+    """UserError where an adapter was made for another model, or for its weights in another form."""
+    base, made_for = export.record["base"], str(config.get("base_model_name_or_path") or "")
+    folder = Path(made_for)
+    known = made_for != "" and (folder / "config.json").is_file()
+    same = fingerprint(folder) == base["fingerprint"] if known else made_for == base["model"]
+    if not same:
+        raise UserError(
+            f"{source}: base_model_name_or_path: got {made_for!r}; the export in {export.path} is of "
+            f"{base['model']!r}, which is another model"
+        )
+    bits = _tuned_bits(source)
+    if bits not in (None, export.record["bits"]):
+        raise UserError(
+            f"{source / 'config.toml'}: bits: got {bits!r}; the export in {export.path} has {export.record['bits']!r}"
+        )
+
+
+def graph_values(export: Export, folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The graph's inputs by name, float32, contiguous. UserError, naming tensor and shape, for others."""
+    path = folder / PEFT_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a PEFT adapter folder holds {PEFT_WEIGHTS}")
+    tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in read_floats(path).items()}
+    lora, head = export.adapter_inputs
+    values: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        match = _LORA.fullmatch(name)
+        if match is None:
+            _check_shape(path, name, value.shape, head.get(name))
+            values[name] = value
+            continue
+        layer, side = match[1], match[2]
+        rank = int(config["r"])
+        sizes = lora.get(layer)
+        wanted = None if sizes is None else ((rank, sizes[0]) if side == "A" else (sizes[1], rank))
+        _check_shape(path, name, value.shape, wanted)
+        values[f"{layer}.lora_{side}"] = value.T if side == "A" else value.T * np.float32(scaling(config))
+    for name in values:
+        other = name[:-1] + ("B" if name.endswith("A") else "A")
+        if name.endswith((".lora_A", ".lora_B")) and other not in values:
+            raise UserError(f"{path}: has {name} without {other}")
+    if not values:
+        raise UserError(f"{path}: holds no tensors")
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in values.items()}
+
+
+def _check_shape(path: Path, name: str, got: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+    if wanted is None:
+        raise UserError(f"{path}: {name}: the exported base has no input for it")
+    if got != wanted:
+        raise UserError(f"{path}: {name} has shape {got}, the exported base wants {wanted}")
+
+
+def _check_name(export: Export, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name: got {name!r}, allowed are letters, digits, '.', '_' and '-'")
+    if name in export.record["adapters"]:
+        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
+
+
+def _tuned_bits(source: Path) -> str | None:
+    """The bits that a run's config.toml names; None where it leaves them to the checkpoint, or there is none."""
+    path = source / "config.toml"
+    if not path.is_file():
+        return None
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")).get("bits")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _write(path: Path, values: dict[str, np.ndarray]) -> None:
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(_ADAPTER_VERSION)
+    adapter.set_model_version(_MODEL_VERSION)
+    adapter.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
+    )
+    adapter.export_adapter(str(path))

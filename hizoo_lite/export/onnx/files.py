@@ -1,0 +1,89 @@
+"""Safetensors files as far as an export needs them without torch: adapters, and what tells models apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from hizoo_lite.errors import UserError
+
+_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
+_INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_SAMPLE_BYTES = 1024  # of a tensor's beginning
+_CHUNK_BYTES = 1 << 20
+
+
+def read_floats(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a small file as float32. UserError, naming the file, where one is no float."""
+    try:
+        entries = safetensors.deserialize(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return {name: _float32(path, name, entry) for name, entry in entries}
+
+
+def _float32(path: Path, name: str, entry: dict) -> np.ndarray:
+    kind, shape = entry["dtype"], entry["shape"]
+    if kind == "BF16":  # the upper half of a float32
+        halves = np.frombuffer(entry["data"], dtype="<u2").astype("<u4")
+        return (halves << 16).view("<f4").reshape(shape)
+    if kind not in _FLOATS:
+        raise UserError(f"{path}: tensor {name} is {kind}, allowed are BF16, {', '.join(_FLOATS)}")
+    return np.frombuffer(entry["data"], dtype=_FLOATS[kind]).astype(np.float32).reshape(shape)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a model from another: SHA-256 of every tensor's name, dtype, shape and first bytes.
+
+    Independent of how the tensors lie in files. Seconds even for the largest models. UserError, naming the
+    file, where one is missing or not sound.
+    """
+    samples: dict[str, bytes] = {}
+    for path in _weight_files(folder):
+        samples.update(_samples(path))
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + b"\0" + samples[name])
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX_FILE
+    if not index.is_file():
+        return [folder / _SINGLE_FILE]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not a sound index: {error}") from error
+
+
+def _samples(path: Path) -> dict[str, bytes]:
+    found = {}
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                file.seek(8 + length + begin)
+                form = json.dumps([entry["dtype"], entry["shape"]]).encode()
+                found[name] = form + file.read(min(_SAMPLE_BYTES, end - begin))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from error
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file, hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

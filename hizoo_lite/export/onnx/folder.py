@@ -1,0 +1,139 @@
+"""The folder of an export, and export.json, which says what is in it. Needs no torch.
+
+    export.json             written last and replaced as a whole: a folder without it is no export
+    model.onnx, model.onnx.data   the base
+    adapters/NAME.onnx_adapter    one file for each adapter
+    genai_config.json       of causal models, for onnxruntime-genai
+    tokenizer.json, ...     as the model has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from hizoo_lite.errors import UserError
+from hizoo_lite.export.onnx.files import sha256_of
+
+FORMAT = 1
+RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
+ADAPTER_SUFFIX = ".onnx_adapter"
+_FIELDS = {"format", "kind", "bits", "int8", "base", "model", "adapters", "check"}
+
+
+class AdapterInputs(NamedTuple):
+    """What an adapter of a base may bring: layers that take A and B, and tensors of the head."""
+
+    lora: Mapping[str, tuple[int, int]]  # layer -> (in_features, out_features)
+    head: Mapping[str, tuple[int, ...]]  # input -> its shape
+
+
+@final
+class Export:
+    """An export that is there. `record` is the content of export.json."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
+
+    @classmethod
+    def open(cls, path: Path | str) -> Export:
+        """Read export.json and see that its files are there as they were written.
+
+        Raises `UserError`, naming file and field, where one is missing, truncated or changed.
+        """
+        export = cls(Path(path), _read(Path(path) / RECORD))
+        for name, about in export.record["model"]["files"].items():
+            _check_file(export.path / name, about)
+        for about in export.record["adapters"].values():
+            _check_file(export.path / about["file"], about)
+        return export
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX file."""
+        return self.path / GRAPH
+
+    @property
+    def kind(self) -> str:
+        """causal, masked or classifier."""
+        return self.record["kind"]
+
+    @property
+    def inputs(self) -> list[str]:
+        """The inputs that every run gives: tokens, and a causal model's caches."""
+        return [given["name"] for given in self.record["model"]["inputs"]]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The outputs in order; the first are the logits."""
+        return list(self.record["model"]["outputs"])
+
+    @property
+    def cache(self) -> list[tuple[int, int]]:
+        """(heads, features of a head) of every layer's keys and values; empty without a cache."""
+        return [(heads, features) for heads, features in self.record["model"]["cache"]]
+
+    @property
+    def adapter_inputs(self) -> AdapterInputs:
+        """What an adapter may bring."""
+        found = self.record["model"]["adapter_inputs"]
+        lora = {name: (sizes[0], sizes[1]) for name, sizes in found["lora"].items()}
+        return AdapterInputs(lora, {name: tuple(shape) for name, shape in found["head"].items()})
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters."""
+        return list(self.record["adapters"])
+
+    def adapter_file(self, name: str) -> Path:
+        """The file of an adapter. UserError where there is none of that name."""
+        if name not in self.record["adapters"]:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"{self.path}: no adapter {name!r}; it has: {known}")
+        return self.path / self.record["adapters"][name]["file"]
+
+    def write(self) -> None:
+        """Replace export.json: a reader sees the old one or the new one."""
+        aside = self.path / f".{RECORD}.tmp"
+        aside.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, self.path / RECORD)
+
+
+def is_export(path: Path) -> bool:
+    """Whether the folder says that it is one."""
+    return (path / RECORD).is_file()
+
+
+def describe(path: Path, checksum: bool) -> dict[str, Any]:
+    """What export.json says of a file."""
+    about: dict[str, Any] = {"bytes": path.stat().st_size}
+    return {**about, "sha256": sha256_of(path)} if checksum else about
+
+
+def _check_file(path: Path, about: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {RECORD} names it")
+    size = path.stat().st_size
+    if size != about["bytes"]:
+        raise UserError(f"{path}: has {size} bytes, {about['bytes']} were written: truncated or changed")
+    if "sha256" in about and sha256_of(path) != about["sha256"]:
+        raise UserError(f"{path}: its sha256 is not the one in {RECORD}: changed or damaged")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; an export that was finished has it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        got = record.get("format") if isinstance(record, dict) else record
+        raise UserError(f"{path}: format: got {got!r}, this version reads {FORMAT}")
+    missing = sorted(_FIELDS - set(record))
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}")
+    return record

@@ -1,0 +1,141 @@
+"""From a traced module to an ONNX model whose weights are read when they are written.
+
+`torch.onnx.export(dynamo=True)` runs the Hugging Face forward itself, once, on tensors without memory, so
+that there is no forward of ours to keep up and no copy of a weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from hizoo_lite.export.onnx.linear import Part
+from hizoo_lite.export.onnx.skeleton import Skeleton
+
+OPSET = 20
+_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.uint8: ir.DataType.UINT8,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+class Input(NamedTuple):
+    """A graph input: its example for tracing (of a size above 1 in every dynamic dimension) and those dimensions."""
+
+    name: str
+    example: Tensor
+    dynamic: Mapping[int, str]  # dimension -> its name
+    default: Part | None = None  # its value where a run gives none
+
+
+def trace(
+    skeleton: Skeleton, wrapper: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], prefix: str
+) -> ir.Model:
+    """The ONNX model of `wrapper(*examples)`.
+
+    wrapper: has the skeleton's module as its child `prefix`; takes the inputs in order, flat, and returns a
+    flat tuple of tensors. The result's initializers are named as in the skeleton's module.
+    """
+    with skeleton.mode:
+        examples = tuple(torch.empty_like(given.example) for given in inputs)
+    dynamic = tuple(dict(given.dynamic) for given in inputs)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            wrapper,
+            examples,
+            input_names=[given.name for given in inputs],
+            output_names=list(outputs),
+            dynamic_shapes=(dynamic,),
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+        )
+        assert program is not None
+        weights = _take_weights(program.model, prefix, skeleton.parts)
+        program.optimize()
+    _give_weights(program.model, weights, skeleton.parts)
+    _give_defaults(program.model, inputs)
+    return program.model
+
+
+def _take_weights(model: ir.Model, prefix: str, parts: Mapping[str, Part]) -> list[ir.Value]:
+    """Make inputs of the weights, named as in the skeleton: what optimizes must not read one.
+
+    Constants that the model's code makes by itself stay what they are.
+    """
+    graph, taken = model.graph, []
+    for name, value in list(graph.initializers.items()):
+        own = name.removeprefix(f"{prefix}.")
+        if own in parts:
+            del graph.initializers[name]
+            value.const_value, value.name = None, own
+            graph.inputs.append(value)
+            taken.append(value)
+    return taken
+
+
+def _give_weights(model: ir.Model, weights: Sequence[ir.Value], parts: Mapping[str, Part]) -> None:
+    """Turn them back into initializers that are read when they are written; equal ones into one."""
+    first: dict[Hashable, ir.Value] = {}
+    for value in weights:
+        model.graph.inputs.remove(value)
+        assert value.name is not None
+        part = parts[value.name]
+        same = value if part.shared is None else first.setdefault(part.shared, value)
+        if same is not value:
+            value.replace_all_uses_with(same)
+        elif value.uses():
+            value.const_value = lazy(part, value.name)
+            model.graph.register_initializer(value)
+
+
+def _give_defaults(model: ir.Model, inputs: Sequence[Input]) -> None:
+    """An input with an initializer of its name may be left out of a run."""
+    by_name = {value.name: value for value in model.graph.inputs}
+    for given in inputs:
+        if given.default is not None:
+            value = by_name[given.name]
+            value.const_value = lazy(given.default, given.name)
+            model.graph.register_initializer(value)
+
+
+def lazy(part: Part, name: str) -> ir.LazyTensor:
+    """The part as ONNX knows it. It is read anew whenever it is asked for, and not kept."""
+
+    def read() -> ir.Tensor:
+        tensor = part.read().contiguous()
+        if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+            return ir.Tensor(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
+        return ir.Tensor(tensor.numpy(), name=name)
+
+    return ir.LazyTensor(read, dtype=_DTYPES[part.dtype], shape=ir.Shape(part.shape), name=name)
+
+
+class _quiet(warnings.catch_warnings):
+    """torch.onnx and torch.export speak to developers of models, in warnings and in logs."""
+
+    def __enter__(self) -> Any:
+        self._loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered
+
+    def __exit__(self, *error: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+        super().__exit__(*error)
