@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory.budget import MOST_HALVINGS, Budget, enforced, is_out_of_memory
+from hizoo_lite.memory.budget import MOST_HALVINGS, Budget, Cap, enforced, is_out_of_memory
 from hizoo_lite.memory.rss import resident
 from hizoo_lite.model.load import load
 from hizoo_lite.stream.choose import Budgets
@@ -78,9 +78,15 @@ def test_where_nothing_smaller_exists_the_pass_fails(tmp_path: Path) -> None:
 def test_a_limit_that_rose_is_tried_before_smaller_chunks(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", device="cpu")
-    rises = iter([False, True, False])  # before the pass, after the first refusal, after the second
+    asked: list[bool] = []
+
+    class RisesOnce(Cap):
+        def renew(self, *, refused: bool = False) -> bool:
+            asked.append(refused)
+            return asked.count(True) == 1
+
     refusals = iter([MemoryError, MemoryError])
-    budget = Budget(Budgets(10**9, 10**9), model, renew=lambda: next(rises))
+    budget = Budget(Budgets(10**9, 10**9), model, cap=RisesOnce())
 
     def work() -> str:
         for refusal in refusals:
@@ -88,6 +94,7 @@ def test_a_limit_that_rose_is_tried_before_smaller_chunks(tmp_path: Path) -> Non
         return "done"
 
     assert budget.fitting(work) == "done"
+    assert asked == [False, True, True]
     assert (model.halvings, budget.retries) == (1, 1)
 
 
@@ -137,15 +144,15 @@ import torch
 from hizoo_lite.memory.budget import enforced
 from hizoo_lite.memory.rss import resident
 limit = resident().anon_bytes + (100 << 20)
-with enforced(limit, torch.device("cpu")) as renew:
-    assert not renew()
+with enforced(limit, torch.device("cpu")) as cap:
+    assert not cap.renew()
     done = threading.Event()
     for _ in range(12):
         threading.Thread(target=done.wait).start()
     try:
         torch.ones(60 << 20, dtype=torch.uint8)
     except RuntimeError:
-        assert renew()
+        assert cap.renew()
         torch.ones(60 << 20, dtype=torch.uint8)
         print("sound")
     done.set()

@@ -143,7 +143,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         halvings = planner.plan_run(config, Checkpoint.open(folder), "causal").halvings
     trim()
     limit = None if case.budget_bytes == AMPLE else case.budget_bytes
-    with enforced(limit, torch.device("cpu")) as renew:
+    with enforced(limit, torch.device("cpu")) as cap:
         model = load(
             folder, device="cpu", double_quant=False, residency=case.residency,
             device_budget=config.device_budget,
@@ -151,7 +151,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         found |= {"loaded": sampler.now(), "load_peak": sampler.peak_bytes}
         model.halvings = halvings
         traversal, batch = Traversal(model), make_batch(case.rows, case.length)
-        budget = Budget(Budgets(limit, limit), model, renew=renew)
+        budget = Budget(Budgets(limit, limit), model, cap=cap)
         traversal.guard = budget.fitting
         space = setup.make_space(config)
         if training or case.space != "lora":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hizoo_lite.base import Example
+    from hizoo_lite.memory.budget import Cap
     from hizoo_lite.stream.choose import Budgets
     from hizoo_lite.tasks import Task
     from hizoo_lite.train.config import TrainConfig
@@ -114,13 +115,14 @@ def _evaluate(
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     device = choose_device(config.device)
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
-    with enforced(limits.device_bytes, device):
-        return _measured(config, limits, task, part, adapter, split, listener)
+    with enforced(limits.device_bytes, device) as cap:
+        return _measured(config, limits, cap, task, part, adapter, split, listener)
 
 
 def _measured(
     config: TrainConfig,
     limits: Budgets,
+    cap: Cap,
     task: Task,
     part: Sequence[Example],
     adapter: str | None,
@@ -145,7 +147,7 @@ def _measured(
         saved.attach_adapter(model, adapter, prepare)
     prepare()
     traversal = Traversal(model)
-    traversal.guard = Budget(limits, model, listener.message).fitting
+    traversal.guard = Budget(limits, model, listener.message, cap).fitting
     listener.phase("evaluate", len(part))
     found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()

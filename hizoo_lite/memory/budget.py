@@ -35,8 +35,16 @@ MOST_HALVINGS = 10
 _REFUSALS = ("can't allocate memory", "out of memory", "not enough memory", "could not create a primitive")
 
 
-#: Sets the system's limit anew; whether that allows more than before.
-Renew = Callable[[], bool]
+#: A limit that rose by less is no reason to try again.
+_NOTICEABLE_BYTES = 1 << 20
+
+
+class Cap:
+    """The system's limit of memory. This one is none, or cannot be set anew."""
+
+    def renew(self, *, refused: bool = False) -> bool:
+        """Set it anew; whether it allows more than before. `refused`: an allocation was."""
+        return False
 
 
 class Budget:
@@ -47,9 +55,9 @@ class Budget:
         limits: Budgets,
         model: Model,
         report: Callable[[str], None] = lambda text: None,
-        renew: Renew = lambda: False,
+        cap: Cap | None = None,
     ) -> None:
-        self.limits, self.model, self.report, self.renew = limits, model, report, renew
+        self.limits, self.model, self.report, self.cap = limits, model, report, cap or Cap()
         self.retries = 0  # passes that were repeated, or steps that went over
 
     def fitting(self, work: Callable[[], Result]) -> Result:
@@ -57,7 +65,7 @@ class Budget:
 
         Raises `BudgetError` where nothing smaller exists.
         """
-        self.renew()
+        self.cap.renew()
         while True:
             try:
                 return work()
@@ -66,7 +74,7 @@ class Budget:
                     raise
             gc.collect()
             self._give_back()
-            if not self.renew():
+            if not self.cap.renew(refused=True):
                 self._smaller("memory ran out")
 
     def check(self, peak_bytes: int, host_peak_bytes: int | None = None) -> None:
@@ -106,16 +114,16 @@ def _is_over(size_bytes: int, limit_bytes: int | None) -> bool:
 
 
 @contextmanager
-def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[Renew]:
+def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[Cap]:
     """While this is open, the system refuses this process memory beyond the budget."""
     if limit_bytes is None:
-        yield lambda: False
+        yield Cap()
     elif device.type == "cuda":
         with _cuda_cap(limit_bytes, device):
-            yield lambda: False
+            yield Cap()
     else:
-        with _data_cap(limit_bytes) as renew:
-            yield renew
+        with _data_cap(limit_bytes) as cap:
+            yield cap
 
 
 @contextmanager
@@ -157,37 +165,55 @@ def _cuda_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+class _DataCap(Cap):
+    """RLIMIT_DATA: what was mapped at first, and what the budget left of anonymous memory then.
+
+    The limit counts what is mapped and never touched. The stacks of later threads are added. What the heap
+    has given back is mapped still, and buffers of other sizes do not come to lie there: that is added where
+    an allocation was refused although the budget is not used up. It can be touched again, so that a peak may
+    pass the budget by some of it; then `Budget.check` makes chunks smaller.
+    """
+
+    def __init__(self, limit_bytes: int, taken: int, mapped: int) -> None:
+        import resource
+
+        self._resource, self._allowance = resource, mapped - taken
+        self.before = resource.getrlimit(resource.RLIMIT_DATA)
+        self._ceilings = [limit for limit in self.before if limit != resource.RLIM_INFINITY]
+        stack_bytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
+        self._stack_bytes = 0 if stack_bytes == resource.RLIM_INFINITY else stack_bytes
+        self._limit_bytes, self._threads = limit_bytes, thread_count()
+        self._given_back = self._now = 0
+        self.renew()
+
+    def renew(self, *, refused: bool = False) -> bool:
+        allowance = self._allowance + max(0, thread_count() - self._threads) * self._stack_bytes
+        if refused:
+            untouched = (private_bytes() or 0) - (resident().anon_bytes or 0)
+            self._given_back = max(self._given_back, untouched - allowance)
+        before, self._now = self._now, self._limit_bytes + allowance + self._given_back
+        self._now = min([*self._ceilings, self._now])
+        self._resource.setrlimit(self._resource.RLIMIT_DATA, (self._now, self.before[1]))
+        return self._now > before + _NOTICEABLE_BYTES
+
+    def close(self) -> None:
+        self._resource.setrlimit(self._resource.RLIMIT_DATA, self.before)
+
+
 @contextmanager
-def _data_cap(limit_bytes: int) -> Iterator[Renew]:
-    """RLIMIT_DATA at what is mapped now and what the budget leaves; nothing where there is no such limit."""
+def _data_cap(limit_bytes: int) -> Iterator[Cap]:
+    """A `_DataCap`; nothing where the system has no such limit."""
     taken, mapped = resident().anon_bytes, private_bytes()
     if taken is None or mapped is None:
-        yield lambda: False
+        yield Cap()
         return
     if limit_bytes <= taken:
         raise BudgetError(
             f"--device-budget: got {format_bytes(limit_bytes)}, but this process has {format_bytes(taken)} "
             "before the model is loaded"
         )
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    ceilings = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    stack_bytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    if stack_bytes == resource.RLIM_INFINITY:
-        stack_bytes = 0
-    threads_before = thread_count()
-    now = 0
-
-    def renew() -> bool:
-        nonlocal now
-        stacks = max(0, thread_count() - threads_before) * stack_bytes
-        before, now = now, min([*ceilings, mapped + limit_bytes - taken + stacks])
-        resource.setrlimit(resource.RLIMIT_DATA, (now, hard))
-        return now > before
-
-    renew()
+    cap = _DataCap(limit_bytes, taken, mapped)
     try:
-        yield renew
+        yield cap
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        cap.close()

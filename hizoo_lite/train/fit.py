@@ -94,12 +94,12 @@ def fit(
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
-    with _threads(config.threads), enforced(limits.device_bytes, device) as renew:
+    with _threads(config.threads), enforced(limits.device_bytes, device) as cap:
         with loading():
             setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
         _announce(setup, listener)
         try:
-            return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, renew))
+            return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
         finally:
             setup.stepper.close()
 
