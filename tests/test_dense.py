@@ -352,7 +352,7 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_nothing_waiting(
 class Recorder(NoCurvature):
     """Notes what it is shown."""
 
-    def start(self, shapes) -> None:
+    def start(self, shapes, arrays=None) -> None:
         super().start(shapes)
         self.seen: dict[str, list[tuple[int, Tensor]]] = {}
 
