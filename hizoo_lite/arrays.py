@@ -20,6 +20,7 @@ class Arrays(ABC):
     """One array library, and the device that parameters are on."""
 
     xp: Any  # torch or numpy
+    name: str  # of the library, and the kind of device: results of one name are bitwise the same
 
     @abstractmethod
     def from_numpy(self, value: np.ndarray) -> Array:
@@ -73,7 +74,7 @@ class Arrays(ABC):
 class NumpyArrays(Arrays):
     """numpy, on the host."""
 
-    xp = np
+    xp, name = np, "numpy"
 
     def from_numpy(self, value: np.ndarray) -> Array:
         """`value`."""

@@ -377,6 +377,10 @@ class TrainedWeights(PendingUpdates, Protocol):
         """The directions of a step; `curvature` sees z during the next traversal where c is `measured`."""
         ...
 
+    def see(self) -> None:
+        """Show `curvature` the z of this step, as a traversal does; for a step that makes none."""
+        ...
+
     def update(self, amount: float, decay: float) -> None:
         """w <- (1 - decay) w - amount * d along the directions of this step, once a block is next present."""
         ...
@@ -440,6 +444,11 @@ class BranchLosses(Protocol):
 
     def arrays(self) -> Arrays:
         """The library, and the device, of its parameters and directions."""
+        ...
+
+    @property
+    def halvings(self) -> int:
+        """How often the chunks that losses are computed in were halved, so that they fit into memory."""
         ...
 
     def losses(

@@ -26,6 +26,12 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def sync_file(path: Path) -> None:
+    """Force a file's content to the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames last, where the system can."""
     if os.name != "posix":

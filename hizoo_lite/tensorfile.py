@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,8 @@ _DTYPES = {
     }.items()
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: Bytes of a value, of every dtype that any file here may have.
+_SIZES = {**{name: dtype.itemsize for name, dtype in _DTYPES.items()}, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class Entry(NamedTuple):
@@ -85,6 +87,23 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         for value in values.values():
             file.write(value.tobytes())
     os.replace(aside, path)
+
+
+def equal(first: Path, second: Path) -> bool:
+    """Whether two files hold the same tensors, bit for bit; their metadata may differ."""
+    a, b = (read_header(path, _SIZES) for path in (first, second))
+    if {n: (e.dtype, e.shape) for n, e in a.items()} != {n: (e.dtype, e.shape) for n, e in b.items()}:
+        return False
+    with open(first, "rb") as one, open(second, "rb") as other:
+        return all(
+            _bytes(one, entry.offset, entry.nbytes) == _bytes(other, b[name].offset, entry.nbytes)
+            for name, entry in a.items()
+        )
+
+
+def _bytes(file: BinaryIO, offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

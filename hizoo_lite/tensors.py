@@ -21,6 +21,7 @@ class TorchArrays(Arrays):
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cpu")
+        self.name = f"torch-{self._device.type}"
 
     def from_numpy(self, value: np.ndarray) -> Tensor:
         """See `Arrays.from_numpy`."""

@@ -60,6 +60,7 @@ class TrainGraph:
     """A training graph and the values of its parameters: the model of a run, for steps and evaluations."""
 
     writes = False
+    halvings = 0  # onnxruntime takes a batch as a whole
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Open the graph and read the initial parameters. UserError where something does not fit."""

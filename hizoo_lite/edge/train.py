@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.train import checkpoint, config_file, parts
+from hizoo_lite.train import begin, config_file, parts
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
@@ -98,20 +99,24 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
 
 def _run(setup: EdgeSetup, folder: RunFolder, listener: Listener, start_bytes: int) -> dict[str, Any]:
     resume = setup.config.resume
-    earlier = folder.read_summary() if resume else {}
-    found = checkpoint.newest(folder.checkpoints) if resume else None
-    position = Position() if found is None else checkpoint.load(found, setup.stepper)
-    folder.create(replace(setup.config, resume=False))
-    if resume:
-        folder.keep_metrics(position.step)
-        listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
     meter = PeakMeter()
     memory = Memory(meter, start_bytes)
-    with Interrupt() as interrupt:
+    with ExitStack() as open_things:
+        enter = open_things.enter_context
+        enter(folder.locked())
+        earlier = folder.read_summary() if resume else {}
+        position = Position()
+        if resume:
+            position, _ = begin.resume(folder, setup.stepper, listener.message)
+            listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
+        folder.create(replace(setup.config, resume=False))
+        journal = enter(begin.open_journal(folder, setup.stepper, position))
+        interrupt = enter(Interrupt())
         loop = Loop(
             setup,
             folder,
             position,
+            journal,
             log=lambda scalars, step: None,
             listener=listener,
             interrupt=interrupt,

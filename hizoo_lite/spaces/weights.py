@@ -152,6 +152,13 @@ class Weights:
             directions = directions._replace(factors=self._factors(self._curvature))
         self._pending, self._waiting = _Pending(directions, amount, decay), set(self._by_block)
 
+    def see(self) -> None:
+        """See `TrainedWeights.see`."""
+        for part in self.parts:
+            if part.name in self._unseen:
+                for tile in part.tiles:
+                    self.direction(part, tile)
+
     def apply(self, block: int) -> bool:
         """Apply what waits for block `block`, which is present; whether its stored buffers changed."""
         if block not in self._waiting:

@@ -41,6 +41,11 @@ class Traversal:
         """See `Writer.write`."""
         return write(self.model, prompts, pad_id, max_new_tokens, ended)
 
+    @property
+    def halvings(self) -> int:
+        """Those of the model."""
+        return self.model.halvings
+
     @torch.no_grad()
     def losses(
         self,

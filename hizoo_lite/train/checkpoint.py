@@ -1,30 +1,35 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, and `state.json` with the step size's state. Noise and batches need no state:
-they are functions of (seed, step). A checkpoint is written aside and renamed: one that has its name is
-complete.
+`curvature.safetensors`, and `state.json` with the step size's state and a checksum of every other file. Noise
+and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
+disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
+one. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hizoo_lite import tensorfile
 from hizoo_lite.base import UserError
+from hizoo_lite.files import sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(\d{6,})")
 _STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
-_ADAPTER = "adapter"
+ADAPTER = "adapter"
+_CHUNK_BYTES = 1 << 20
 
 
 class Position(NamedTuple):
@@ -34,39 +39,154 @@ class Position(NamedTuple):
     bad_steps: int = 0  # steps in a row, up to here, whose losses were not finite
 
 
+def every(folder: Path) -> list[Path]:
+    """The checkpoints in a `checkpoints` folder, the one with the most steps first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=steps_of, reverse=True)
+
+
+def steps_of(path: Path) -> int:
+    """The steps after which a checkpoint was made."""
+    return int(path.name.removeprefix("step-"))
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, or would be."""
+    return folder / f"step-{step:06d}"
+
+
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps in a `checkpoints` folder, None where there is none."""
-    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    """The checkpoint with the most steps, None where there is none."""
+    return next(iter(every(folder)), None)
+
+
+def sound(folder: Path) -> tuple[Path | None, list[UserError]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with those after it.
+
+    Raises UserError where there are checkpoints and none is sound.
+    """
+    refused: list[UserError] = []
+    for path in every(folder):
+        try:
+            check(path)
+        except UserError as error:
+            refused.append(error)
+        else:
+            return path, refused
+    if refused:
+        raise UserError("no checkpoint can be used:\n  " + "\n  ".join(map(str, refused)))
+    return None, []
+
+
+def check(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose other files have the checksums that it names. Else UserError."""
+    state = _state(path)
+    for name, wanted in state["files"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise UserError(f"{path / name}: cannot be read: {error.strerror or error}") from error
+        if found != wanted:
+            raise UserError(f"{path / name}: is damaged: its checksum is not that of {path / _STATE}")
+    return state
 
 
 def save(folder: Path, position: Position, stepper: Stepper) -> Path:
     """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept."""
-    path = folder / f"step-{position.step:06d}"
+    path = path_of(folder, position.step)
     if path.exists():
         return path
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     aside = folder / f".{path.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    stepper.space.save(aside / _ADAPTER)
+    aside.mkdir()
+    stepper.space.save(aside / ADAPTER)
     state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
     tensorfile.save(aside / _CURVATURE, state)
-    record = {**position._asdict(), "step_size": stepper.step_size.state_dict()}
+    written = sorted(file for file in aside.rglob("*") if file.is_file())
+    record = {
+        **position._asdict(),
+        "step_size": stepper.step_size.state_dict(),
+        "halvings": stepper.traversal.halvings,
+        "library": stepper.library,
+        "files": {file.relative_to(aside).as_posix(): _sha256(file) for file in written},
+    }
     (aside / _STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for file in [*written, aside / _STATE]:
+        sync_file(file)
+    for inside in {file.parent for file in written} | {aside}:
+        sync_folder(inside)
     os.replace(aside, path)
+    sync_folder(folder)
     return path
 
 
 def load(path: Path, stepper: Stepper) -> Position:
     """Bring `stepper` to the state of a checkpoint. UserError where files are missing or do not fit."""
+    record = _state(path)
+    curvature = tensorfile.load(path / _CURVATURE)
+    stepper.space.load(path / ADAPTER)
+    stepper.curvature.load_state_dict(curvature)
+    stepper.step_size.load_state_dict(record["step_size"])
+    return Position(record["step"], record["bad_steps"])
+
+
+def halvings(path: Path) -> int:
+    """Those of the chunks in which the run computed when the checkpoint was made."""
+    return int(_state(path)["halvings"])
+
+
+def library(path: Path) -> str:
+    """What the run computed with: `Stepper.library`."""
+    return str(_state(path)["library"])
+
+
+def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
+    """Remove all but the newest `limit` checkpoints, that of the start, and those after `also` steps.
+
+    limit: 0 keeps all.
+    """
+    if limit < 1:
+        return
+    kept = {0, *also}
+    for path in every(folder)[limit:]:
+        if steps_of(path) not in kept:
+            aside = folder / f".{path.name}.old"
+            os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left."""
+    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """state.json, checked."""
     try:
         record = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        curvature = tensorfile.load(path / _CURVATURE)
-        position = Position(int(record["step"]), int(record["bad_steps"]))
-        step_size = {name: float(value) for name, value in record["step_size"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {
+            **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
+            "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
+            "library": str(record["library"]),
+            "files": {_inside(path, name): str(value) for name, value in record["files"].items()},
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error})") from error
-    stepper.space.load(path / _ADAPTER)
-    stepper.curvature.load_state_dict(curvature)
-    stepper.step_size.load_state_dict(step_size)
-    return position
+
+
+def _inside(path: Path, name: str) -> str:
+    """A file's name, which must not lead out of the checkpoint."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UserError(f"{path / _STATE}: files: {name!r} is not inside the checkpoint")
+    return str(name)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -154,7 +154,16 @@ class TrainConfig:
     eval_every: int = _setting(0, "steps between evaluations on dev; 0 for none", group="Run", minimum=0)
     eval_batch_size: int = _setting(32, "examples of an evaluation batch", group="Run", minimum=1)
     save_every: int = _setting(500, "steps between checkpoints; 0 for the end only", group="Run", minimum=0)
-    resume: bool = _setting(False, "continue from the newest checkpoint in the run folder", group="Run")
+    save_total_limit: int = _setting(
+        0,
+        "checkpoints that are kept, the newest, beside the first and the best; 0 for all",
+        group="Run",
+        minimum=0,
+    )
+    keep: Literal["final", "best"] = _setting(
+        "final", "what adapter/ holds in the end: the last step's, or the best on dev", group="Run"
+    )
+    resume: bool = _setting(False, "continue the run that is in the folder, to the bit", group="Run")
     tracker: TrackerName = _setting("none", "experiment tracker, through accelerate", group="Run")
 
     profile: str | None = _setting(
@@ -196,6 +205,7 @@ class TrainConfig:
 #: What may differ between a run and its continuation: none of these changes what a step computes.
 MAY_CHANGE_ON_RESUME = {
     *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
+    *("save_total_limit", "keep"),
     *("profile", "device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
 }
 
@@ -323,6 +333,8 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
+    if values["keep"] == "best" and values["eval_every"] == 0:
+        found.append(f"{where('keep')}: got 'best', but {where('eval_every')} is 0; allowed: final")
     if values["resume"] is True and values["out"] is None:
         found.append(f"{where('out')}: missing, it names the run folder that is to be resumed")
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.train import checkpoint, config_file
+from hizoo_lite.train import begin, checkpoint, config_file
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation
@@ -198,15 +198,20 @@ def _announce(setup: Setup, listener: Listener) -> None:
 def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) -> Run:
     setup.traversal.guard = budget.fitting
     accelerator = _accelerator(setup, folder)
-    earlier = folder.read_summary() if setup.config.resume else {}
-    position = _begin(setup, folder, listener)
-    _start_tracker(accelerator, setup.config)
-    meter = PeakMeter(setup.model.device)
-    with Interrupt() as interrupt, _profiled(setup, meter, budget) as profiler:
+    with ExitStack() as open_things:
+        enter = open_things.enter_context
+        enter(folder.locked())
+        earlier = folder.read_summary() if setup.config.resume else {}
+        position = _begin(setup, folder, listener)
+        journal = enter(begin.open_journal(folder, setup.stepper, position))
+        _start_tracker(accelerator, setup.config)
+        meter = PeakMeter(setup.model.device)
+        interrupt, profiler = enter(Interrupt()), enter(_profiled(setup, meter, budget))
         loop = Loop(
             setup,
             folder,
             position,
+            journal,
             log=accelerator.log,
             listener=listener,
             interrupt=interrupt,
@@ -276,19 +281,19 @@ def _where_it_stands(folder: RunFolder) -> str:
 
 
 def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
-    """Where the run starts: at zero in a new folder, or at the newest checkpoint of the one that is there."""
-    found = checkpoint.newest(folder.checkpoints) if setup.config.resume else None
-    position = Position() if found is None else checkpoint.load(found, setup.stepper)
+    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
+    start = begin.Start(Position())
+    if setup.config.resume:
+        start = begin.resume(folder, setup.stepper, listener.message)
+        setup.model.halvings = max(setup.model.halvings, start.halvings)
+        listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
     compute = compute_name(setup.model.compute)
     resolved = replace(
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
     folder.create(replace(resolved, out=str(folder.path)))
     _write_plan(folder, setup)
-    if setup.config.resume:
-        folder.keep_metrics(position.step)
-        listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
-    return position
+    return start.position
 
 
 def _write_plan(folder: RunFolder, setup: Setup) -> None:

@@ -1,15 +1,17 @@
-"""The run folder: config.toml, metrics.jsonl, checkpoints/, adapter/, summary.json, memory.json, the report.
+"""The run folder: config.toml, metrics.jsonl, journal.bin, checkpoints/, adapter/, summary.json and others.
 
-A folder is used for one run. A new run refuses a folder with anything in it; `--resume` continues the
-one that is there. Files are replaced as a whole (see `files.py`), metrics are written line by line and
-flushed.
+A folder is used for one run, by one process at a time. A new run refuses a folder with anything in it;
+`--resume` continues the one that is there. Files are replaced as a whole (see `files.py`), metrics are
+written line by line and flushed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from hizoo_lite.base import UserError
 from hizoo_lite.files import write_text
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def next_free(name: str) -> Path:
@@ -46,6 +53,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.journal = self.path / "journal.bin"
         self._config = self.path / "config.toml"
         self._summary = self.path / "summary.json"
         self.plan = self.path / "plan.json"
@@ -63,6 +71,28 @@ class RunFolder:
             )
         if any(self.path.iterdir()):
             raise UserError(f"--out: {self.path} is not empty; allowed: a new or empty folder")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this is open, no other process runs in this folder, which is made where it is not there.
+
+        UserError where one does. The system ends the lock with the process, however that ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--out: another process runs in {self.path}; wait for it, end it, or use another folder"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
 
     def config(self) -> TrainConfig:
         """The settings of the run that is here. UserError where there is none."""

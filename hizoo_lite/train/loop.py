@@ -1,7 +1,9 @@
 """The loop: evaluate, step, record, save, until the last step or a request to end.
 
-Everything a step did is in metrics.jsonl before the next one begins. A line has `kind` "step" or "eval";
-`step` is the number of that step, or how many steps had been taken before that evaluation.
+Everything a step did is in metrics.jsonl and then in journal.bin before the next one begins. A line has
+`kind` "step" or "eval"; `step` is the number of that step, or how many steps had been taken before that
+evaluation. What is due after a step (an evaluation on dev, a checkpoint) is looked at when the next one would
+begin, so that a killed run makes up for it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.interrupt import Interrupt
+from hizoo_lite.train.journal import Journal, Record
 from hizoo_lite.train.step import Stepper, StepRecord
 
 #: Steps in a row whose losses are not finite before the run is stopped.
@@ -67,6 +70,7 @@ class Loop:
         setup: Parts,
         folder: RunFolder,
         position: Position,
+        journal: Journal,
         *,
         log: Callable[[dict[str, float], int], object],
         listener: Listener,
@@ -76,7 +80,7 @@ class Loop:
         memory: Callable[[], Mapping[str, Any]],
     ) -> None:
         """`log` takes scalars and the step; `memory` gives memory.json as it stands."""
-        self.setup, self.folder, self.position = setup, folder, position
+        self.setup, self.folder, self.position, self.journal = setup, folder, position, journal
         self.log, self.listener, self.memory = log, listener, memory
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
@@ -86,24 +90,43 @@ class Loop:
     def run(self) -> None:
         """To the end. Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN."""
         splits, total = self.setup.splits, self.setup.config.steps
-        if self.position.step == 0 and not self._recorded("before"):
+        if self.position.step == 0 and self.setup.stepper.space.weights is None:
+            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)  # for `replay`
+        if self.position.step == 0 and not self._recorded("before", 0):
             self.meter.restart()
             self.before = self._evaluate("before", splits.test, inference_peak=True)
             self.meter.restart()
         if self.position.step < total:
             self._measure_inference()
         self.listener.phase("train", total, self.position.step)
+        self._due()
         while self.position.step < total:
             self._step()
+            self._due()
             self.interrupt.check()
         self.listener.finish()
+        if self.setup.config.keep == "best":
+            self.save()
+            self._take_best()
         self.after = self._evaluate("after", splits.test)
 
     def save(self) -> None:
         """The checkpoint of where the run stands."""
+        folder, config = self.folder.checkpoints, self.setup.config
         with self.profiler.phase("save", self.position.step):
-            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
+            self.journal.sync()
+            checkpoint.save(folder, self.position, self.setup.stepper)
+        best = self.best_step()
+        checkpoint.keep(folder, config.save_total_limit, [] if best is None else [best])
         self.folder.write_memory(self.memory())
+
+    def best_step(self) -> int | None:
+        """After how many steps the evaluation on dev was best; the earliest of several. None without one."""
+        name = self.setup.encoder.task.metric
+        sign = -1 if name == "loss" else 1
+        found = [line for line in self.folder.read_metrics() if line.get("when") == "dev"]
+        scored = [(sign * line[name], -line["step"]) for line in found if line[name] is not None]
+        return -max(scored)[1] if scored else None
 
     def _measure_inference(self) -> None:
         """What one evaluation forward of the next step's batch takes at most."""
@@ -126,14 +149,30 @@ class Loop:
                 f"step {number}: the losses of {bad} steps in a row were not finite; "
                 "lower --lr or --mu, or use --compute-dtype float32"
             )
-        config = self.setup.config
-        last = number + 1 == config.steps
-        if config.eval_every and (number + 1) % config.eval_every == 0 and not last:
+
+    def _due(self) -> None:
+        """What `eval_every` and `save_every` ask for where the run stands, and is not there yet."""
+        config, step = self.setup.config, self.position.step
+        if step == 0:
+            return
+        wanted = config.eval_every and step % config.eval_every == 0
+        at_end = step == config.steps and config.keep == "final"  # which is evaluated on the test examples
+        is_best = False
+        if wanted and not at_end and not self._recorded("dev", step):
             self.listener.finish()
             self._evaluate("dev", self.setup.splits.dev)
-            self.listener.phase("train", config.steps, number + 1)
-        if config.save_every and (number + 1) % config.save_every == 0:
+            self.listener.phase("train", config.steps, step)
+            is_best = config.keep == "best" and self.best_step() == step
+        if is_best or (config.save_every and step % config.save_every == 0):
             self.save()
+
+    def _take_best(self) -> None:
+        """The parameters of the best evaluation on dev, in place of the last ones."""
+        step = self.best_step()
+        if step is not None and step != self.position.step:
+            path = checkpoint.path_of(self.folder.checkpoints, step)
+            self.setup.stepper.space.load(path / checkpoint.ADAPTER)
+            self.listener.message(f"best on dev: after {step} steps; that is what is kept")
 
     def _batch(self, number: int) -> Batch:
         config, train, encoder = self.setup.config, self.setup.splits.train, self.setup.encoder
@@ -146,6 +185,7 @@ class Loop:
     def _record(self, record: StepRecord, seconds: float, tokens: int) -> None:
         line = {"kind": "step", **record._asdict(), "seconds": seconds, "tokens": tokens}
         self.folder.append_metrics(line)
+        self.journal.append(self._journalled(record))
         if not record.skipped:
             scalars = {
                 "loss": sum(record.losses) / len(record.losses),
@@ -156,6 +196,23 @@ class Loop:
             if record.curvature is not None:
                 scalars["curvature"] = record.curvature
             self.log({f"train/{name}": value for name, value in scalars.items()}, record.step)
+
+    def _journalled(self, record: StepRecord) -> Record:
+        config = self.setup.config
+        return Record(
+            step=record.step,
+            seed=config.seed,
+            position=record.step * config.batch_size,
+            losses=record.losses,
+            projected_grad=record.projected_grad,
+            curvature=record.curvature,
+            smoothing=record.smoothing,
+            lr=record.lr,
+            decay=record.decay,
+            skipped=record.skipped,
+            clipped=record.clipped,
+            halvings=self.setup.traversal.halvings,
+        )
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:
         setup, step = self.setup, self.position.step
@@ -181,5 +238,6 @@ class Loop:
         self.listener.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
         return result
 
-    def _recorded(self, when: str) -> bool:
-        return any(line.get("when") == when for line in self.folder.read_metrics())
+    def _recorded(self, when: str, step: int) -> bool:
+        lines = self.folder.read_metrics()
+        return any(line.get("when") == when and line["step"] == step for line in lines)

@@ -5,7 +5,8 @@
 
 Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
 trains inside the blocks draws its own z there, and is updated when its block is next present. A step is a
-pure function of (state, step number, batch).
+pure function of (state, step number, batch); without its losses, of (state, its record), which is what
+`replay` takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hizoo_lite.base import (
     Batch,
     BranchLosses,
     Curvature,
+    Estimate,
     Estimator,
     Space,
     StepSize,
@@ -28,6 +30,7 @@ from hizoo_lite.base import (
     trainable,
 )
 from hizoo_lite.noise import StepNoise
+from hizoo_lite.train.journal import Record
 from hizoo_lite.train.schedules import Schedule
 
 
@@ -42,6 +45,8 @@ class StepRecord(NamedTuple):
     forwards: int  # branches evaluated
     skipped: bool  # a loss was not finite: nothing was changed
     clipped: bool = False  # the projected gradient was cut to the limit
+    smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 where none was measured
+    decay: float = 0.0  # of the weights, already times lr
 
 
 class Stepper:
@@ -78,35 +83,80 @@ class Stepper:
         self.noise = StepNoise(seed, {name: p.shape for name, p in space.parameters.items()}, self._arrays)
         curvature.start(trainable(space), self._arrays)
 
+    @property
+    def library(self) -> str:
+        """What state and updates are computed with, such as "torch-cpu": another one rounds differently."""
+        return self._arrays.name
+
     def step(self, step: int, batch: Batch) -> StepRecord:
         """Take step number `step` on `batch`."""
         with self._arrays.without_gradients():
             return self._step(step, batch)
 
     def _step(self, step: int, batch: Batch) -> StepRecord:
-        z = self.noise(step)
-        directions = self._directions(z, self.curvature.scale)
-        branches, weights = self.estimator.branches(step), self.space.weights
-        if weights is not None:
-            weights.begin(self.seed, step, self.curvature, measured=branches.base)
+        z, branches = self.noise(step), self.estimator.branches(step)
+        directions = self._begin(step, z, measured=branches.base)
         losses = np.asarray(self.traversal.losses(batch, branches, self.mu, directions).mean())
         estimate = self.estimator.estimate(losses, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
             return StepRecord(step, values, math.nan, None, 0.0, branches.count, True)
+        grad, clipped = self._clipped(estimate.projected_grad)
+        estimate = estimate._replace(projected_grad=grad)
+        smoothing = 0.0 if estimate.curvature is None else self.smoothing(step)
+        lr, decay = self._learn(step, z, directions, estimate, smoothing)
+        return StepRecord(
+            step, values, *estimate, lr, branches.count, False, clipped, smoothing=smoothing, decay=decay
+        )
+
+    def replay(self, record: Record) -> None:
+        """Take the step that a record of the journal is of, without its losses: the same state, bit for bit.
+
+        Raises UserError where the record does not follow from this state and these settings.
+        """
+        if record.seed != self.seed:
+            raise UserError(f"journal.bin: step {record.step}: seed {record.seed}, the run has {self.seed}")
+        if record.skipped:
+            return
+        with self._arrays.without_gradients():
+            z = self.noise(record.step)
+            directions = self._begin(record.step, z, measured=record.curvature is not None)
+            if self.space.weights is not None:
+                self.space.weights.see()
+            estimate = Estimate(record.projected_grad, record.curvature)
+            found = self._learn(record.step, z, directions, estimate, record.smoothing)
+        if found != (record.lr, record.decay):
+            raise UserError(
+                f"journal.bin: step {record.step}: learning rate and decay were {record.lr}, {record.decay}; "
+                f"these settings and this state give {found[0]}, {found[1]}: it is of another run"
+            )
+
+    def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
+        """The directions of the parameters in memory; those of the weights are drawn when they are needed."""
+        if self.space.weights is not None:
+            self.space.weights.begin(self.seed, step, self.curvature, measured=measured)
+        return self._directions(z, self.curvature.scale)
+
+    def _learn(
+        self,
+        step: int,
+        z: Mapping[str, Array],
+        directions: Mapping[str, Array],
+        estimate: Estimate,
+        smoothing: float,
+    ) -> tuple[float, float]:
+        """What a step changes, from its scalars; the learning rate, and the decay of the weights."""
         if estimate.curvature is not None:
             for name, value in z.items():
                 self.curvature.see(name, value)
-            self.curvature.observe(estimate.curvature, self.smoothing(step))
-        grad, clipped = self._clipped(estimate.projected_grad)
-        estimate = estimate._replace(projected_grad=grad)
+            self.curvature.observe(estimate.curvature, smoothing)
         lr = self.step_size.rate(step, estimate)
         if self.curvature.updates_with_new_scale:
             directions = self._directions(z, self.curvature.update_scale)
-        self._update(lr, grad, directions)
-        if weights is not None:
-            weights.update(lr * grad, lr * self.weight_decay)
-        return StepRecord(step, values, *estimate, lr, branches.count, False, clipped)
+        self._update(lr, estimate.projected_grad, directions)
+        if self.space.weights is not None:
+            self.space.weights.update(lr * estimate.projected_grad, lr * self.weight_decay)
+        return lr, lr * self.weight_decay
 
     def _clipped(self, projected_grad: float) -> tuple[float, bool]:
         if self.clip is None or abs(projected_grad) <= self.clip:

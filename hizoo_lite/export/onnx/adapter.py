@@ -20,7 +20,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
 from hizoo_lite.train.adapter_files import (
-    PEFT_FILE,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
     find_adapter,

@@ -6,9 +6,7 @@ whole export or none.
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

@@ -1,0 +1,180 @@
+"""Rebuild what a run has trained, at any of its steps, from its initial state and its journal alone.
+
+No loss is computed: every step's z is drawn again and moved along by the scalars that the journal keeps. A
+LoRA run needs no model for that, since its initial parameters are in checkpoints/step-000000; a space inside
+the weights begins at the model's own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from hizoo_lite import peft_format, tensorfile
+from hizoo_lite.arrays import Arrays, NumpyArrays
+from hizoo_lite.base import Space, UserError
+from hizoo_lite.train import checkpoint, parts
+from hizoo_lite.train.begin import after
+from hizoo_lite.train.checkpoint import ADAPTER, Position
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.journal import Record
+from hizoo_lite.train.journal import read as read_journal
+from hizoo_lite.train.step import Stepper
+
+
+class Replayed(NamedTuple):
+    """What came of it."""
+
+    steps: int
+    folder: Path  # a checkpoint, with the adapter in it
+    compared: list[str]  # what was there of the same step, and is the same
+    differs: list[str]  # and is not
+
+
+class StoredSpace:
+    """The parameters of a saved adapter, without the model that they are for."""
+
+    name, weights = "lora", None
+
+    def __init__(self, folder: Path, arrays: Arrays) -> None:
+        self.folder, self._arrays = folder, arrays
+        self.parameters = {name: arrays.on_device(arrays.copied(v)) for name, v in self._read(folder).items()}
+
+    def attach(self, model: Any, seed: int) -> NoReturn:
+        """There is no model."""
+        raise NotImplementedError
+
+    def save(self, folder: Path | str) -> None:
+        """Write the parameters beside the settings that they were read with."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.folder / peft_format.CONFIG_FILE, folder / peft_format.CONFIG_FILE)
+        tensors = {
+            peft_format.PREFIX + name: np.asarray(self._arrays.on_host(value))
+            for name, value in self.parameters.items()
+        }
+        tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+
+    def load(self, folder: Path | str) -> None:
+        """Read another adapter of the same shapes."""
+        for name, value in self._read(Path(folder)).items():
+            self.parameters[name][...] = self._arrays.on_device(self._arrays.copied(value))
+
+    def _read(self, folder: Path) -> dict[str, np.ndarray]:
+        found = tensorfile.load(peft_format.tensor_file(folder))
+        return {name.removeprefix(peft_format.PREFIX): value for name, value in found.items()}
+
+
+class _NoModel:
+    """Answers for the library only."""
+
+    halvings = 0
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+
+    def arrays(self) -> Arrays:
+        return self._arrays
+
+    def losses(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError
+
+
+def replay(
+    run: Path,
+    step: int | None = None,
+    out: Path | None = None,
+    stepped: Callable[[int], None] = lambda _: None,
+) -> Replayed:
+    """The state of the run in folder `run` after `step` steps (None: all), as a checkpoint in `out`.
+
+    out: by default `replayed` in the run folder; the checkpoint is `out/step-000123`. What the run folder has
+    of the same step (a checkpoint; the adapter, of the last step) is compared bit for bit. Raises UserError
+    for a step that the journal does not have, or a run that this machine cannot replay.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    records = _records(folder, step)
+    out = folder.path / "replayed" if out is None else out
+    target = checkpoint.path_of(out, len(records))
+    if target.exists():
+        raise UserError(f"--out: {target} exists already; allowed: a folder without it")
+    stepper = _stepper(folder, config)
+    try:
+        position = Position()
+        for record in records:
+            stepper.replay(record)
+            position = after(position, record)
+            stepped(1)
+        written = checkpoint.save(out, position, stepper)
+    finally:
+        stepper.close()
+    return _compared(folder, written, position.step)
+
+
+def _records(folder: RunFolder, step: int | None) -> list[Record]:
+    records = read_journal(folder.journal)
+    for number, record in enumerate(records):
+        if record.step != number:
+            raise UserError(f"{folder.journal}: lacks step {number}: it cannot be replayed from the start")
+    if step is None:
+        return records
+    if not 0 <= step <= len(records):
+        raise UserError(f"--step: got {step}, allowed: 0 to {len(records)}, the steps of {folder.journal}")
+    return records[:step]
+
+
+def _stepper(folder: RunFolder, config: TrainConfig) -> Stepper:
+    """The step of the run, in its initial state."""
+    if config.space != "lora":
+        return _with_model(config)
+    first = checkpoint.path_of(folder.checkpoints, 0)
+    checkpoint.check(first)
+    arrays = _arrays(checkpoint.library(first), first)
+    space: Space = StoredSpace(first / ADAPTER, arrays)
+    return parts.make_stepper(config, _NoModel(arrays), space, None, None)
+
+
+def _arrays(library: str, where: Path) -> Arrays:
+    if library == "numpy":
+        return NumpyArrays()
+    import torch
+
+    from hizoo_lite.tensors import TorchArrays
+
+    device = library.removeprefix("torch-")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{where}: the run was computed with {library}, which is not on this machine")
+    return TorchArrays(torch.device(device))
+
+
+def _with_model(config: TrainConfig) -> Stepper:
+    """Blocks are brought in one after the other, as the updates want them."""
+    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.train import setup
+
+    model = setup.load_model(config, parts.find_task(config.task))
+    space = setup.make_space(config)
+    space.attach(model, config.seed)
+    return parts.make_stepper(config, Traversal(model), space, None, None)
+
+
+def _compared(folder: RunFolder, written: Path, step: int) -> Replayed:
+    """Against what the run itself has written of that step."""
+    pairs: Mapping[Path, Path] = {}
+    theirs = checkpoint.path_of(folder.checkpoints, step)
+    if theirs.is_dir():
+        pairs = {file: theirs / file.relative_to(written) for file in sorted(written.rglob("*.safetensors"))}
+    elif folder.adapter.is_dir() and step == folder.read_summary().get("steps"):
+        adapter = written / ADAPTER
+        pairs = {file: folder.adapter / file.relative_to(adapter) for file in adapter.rglob("*.safetensors")}
+    same: list[str] = []
+    other: list[str] = []
+    for ours, their in pairs.items():
+        (same if tensorfile.equal(ours, their) else other).append(str(their.relative_to(folder.path)))
+    return Replayed(step, written, same, other)
