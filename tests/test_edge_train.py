@@ -19,12 +19,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from hizoo_lite.base import Example
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import Record, TrainGraph
+from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.edge.train import resolve, train
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.report import write_report
+from hizoo_lite.tasks import Encoder, Task
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import fit
 from tests.edge_fixtures import export_training
 from tests.run_fixtures import short_run
@@ -140,7 +144,8 @@ def test_a_resumed_run_is_bitwise_the_same(config: TrainConfig, exported: Path, 
 
 
 def test_the_command_runs_without_torch(exported: Path, tmp_path: Path) -> None:
-    code = "from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = "from hizoo_lite.base import Example
+from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     done = without_torch(
         code, "train", str(exported), "--out", str(tmp_path / "run"), "--steps", "3", "--json"
     )
@@ -154,7 +159,8 @@ def test_the_command_runs_without_torch(exported: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_and_the_run_goes_on(exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code = BLOCKED + "from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = BLOCKED + "from hizoo_lite.base import Example
+from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     arguments = ["train", str(exported), "--out", str(out), "--steps", "1000000"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -227,6 +233,7 @@ def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> Non
     [
         ({"format": 2}, "format: got 2, allowed: 1"),
         ({"kind": "seq2seq"}, "kind: got 'seq2seq', allowed: causal, masked, classifier"),
+        ({"loss": "other"}, "loss: got 'other', allowed: answer, choice, class"),
         ({"parameters": [{"name": "x"}]}, r"not as export writes it \(KeyError: 'shape'\)"),
         ({"parameters": [{"name": "x", "shape": [1]}]}, "has no input 'x'"),
     ],
@@ -243,6 +250,32 @@ def test_an_adapter_of_another_shape_is_named(copied: Path) -> None:
     edited(copied, parameters=record["parameters"])
     with pytest.raises(UserError, match=r"has shape .* the model wants"):
         TrainGraph(copied)
+
+
+def test_a_task_with_another_loss_than_the_graphs_is_refused(
+    exported: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "train.txt").write_text("The day was warm.\n" * 400)
+    changed = replace(config, task="lm", data=str(tmp_path), out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="lm has the loss 'answer', the graph in .* computes 'choice'"):
+        train(exported, changed)
+
+
+def test_a_completion_is_evaluated_by_its_loss_alone(exported: Path) -> None:
+    task = Task(
+        name="stories",
+        kind="completion",
+        build=lambda row: [],
+        scorers={"never": lambda examples, texts: 1.0},
+        causal="{text}",
+        stop=".",
+        max_new_tokens=4,
+    )
+    graph = TrainGraph(exported)
+    encoder = Encoder(EdgeTokenizer(exported), "causal", task, 40)
+    found = evaluate(graph, encoder, [Example({"text": "The soup was"}, (" warm.",), 0)], 2)
+    assert found.metrics == []
+    assert found.loss < 1e-6  # the graph's loss is a choice, here among one
 
 
 def test_an_operator_that_is_not_known_is_the_users_error(copied: Path) -> None:
