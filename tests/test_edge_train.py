@@ -144,8 +144,7 @@ def test_a_resumed_run_is_bitwise_the_same(config: TrainConfig, exported: Path, 
 
 
 def test_the_command_runs_without_torch(exported: Path, tmp_path: Path) -> None:
-    code = "from hizoo_lite.base import Example
-from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = "from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     done = without_torch(
         code, "train", str(exported), "--out", str(tmp_path / "run"), "--steps", "3", "--json"
     )
@@ -159,8 +158,7 @@ from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
 
 def test_ctrl_c_saves_and_the_run_goes_on(exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code = BLOCKED + "from hizoo_lite.base import Example
-from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = BLOCKED + "from hizoo_lite.edge.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     arguments = ["train", str(exported), "--out", str(out), "--steps", "1000000"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
