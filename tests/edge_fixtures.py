@@ -13,10 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hizoo_lite
+from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
@@ -116,6 +118,45 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     (folder / "config.toml").write_text(config_file.write(config))
     for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder)
+    return folder
+
+
+def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
+    """A training graph of a classifier: means of embeddings by type, and a head of every branch's own."""
+    (folder / "adapter").mkdir(parents=True)
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(table)
+
+        def forward(
+            self, ids: Tensor, mask: Tensor, types: Tensor, gold: Tensor, head: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            weights = (mask * (1 + types)).float()
+            features = (self.table[ids] * weights[:, :, None]).sum(1) / mask.sum(1)[:, None]
+            scores = features @ head.transpose(1, 2)
+            log_p = scores.double().log_softmax(-1)
+            return -log_p[:, torch.arange(gold.shape[0]), gold], scores
+
+    ids = torch.arange(6).reshape(2, 3)
+    arguments = (ids, torch.ones_like(ids), ids % 2, torch.tensor([0, 1]), weight.repeat(3, 1, 1))
+    any_size = torch.export.Dim.DYNAMIC
+    dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), {0: any_size}, {0: any_size})
+    names = ["input_ids", "attention_mask", "token_type_ids", "gold", "score.weight"]
+    _export(Graph().eval(), arguments, dynamic, names, ["losses", "scores"], folder / "train.onnx")
+    path = folder / "adapter" / peft_format.TENSOR_FILE
+    save_file({"base_model.model.score.weight": weight}, path)
+    record = {
+        "format": 1,
+        "kind": "classifier",
+        "bits": "none",
+        "loss": "class",
+        "parameters": [{"name": "score.weight", "shape": list(weight.shape)}],
+        "lora": {},
+        "onnx_adapter": {"names": {}},
+    }
+    (folder / "train.json").write_text(json.dumps(record))
     return folder
 
 
