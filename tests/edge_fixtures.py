@@ -9,13 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hizoo_lite
+from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
 from hizoo_lite.model.load import load
+from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tensors import batch_tensors
@@ -115,6 +121,45 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     return folder
 
 
+def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
+    """A training graph of a classifier: means of embeddings by type, and a head of every branch's own."""
+    (folder / "adapter").mkdir(parents=True)
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(table)
+
+        def forward(
+            self, ids: Tensor, mask: Tensor, types: Tensor, gold: Tensor, head: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            weights = (mask * (1 + types)).float()
+            features = (self.table[ids] * weights[:, :, None]).sum(1) / mask.sum(1)[:, None]
+            scores = features @ head.transpose(1, 2)
+            log_p = scores.double().log_softmax(-1)
+            return -log_p[:, torch.arange(gold.shape[0]), gold], scores
+
+    ids = torch.arange(6).reshape(2, 3)
+    arguments = (ids, torch.ones_like(ids), ids % 2, torch.tensor([0, 1]), weight.repeat(3, 1, 1))
+    any_size = torch.export.Dim.DYNAMIC
+    dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), {0: any_size}, {0: any_size})
+    names = ["input_ids", "attention_mask", "token_type_ids", "gold", "score.weight"]
+    _export(Graph().eval(), arguments, dynamic, names, ["losses", "scores"], folder / "train.onnx")
+    path = folder / "adapter" / peft_format.TENSOR_FILE
+    save_file({"base_model.model.score.weight": weight}, path)
+    record = {
+        "format": 1,
+        "kind": "classifier",
+        "bits": "none",
+        "loss": "class",
+        "parameters": [{"name": "score.weight", "shape": list(weight.shape)}],
+        "lora": {},
+        "onnx_adapter": {"names": {}},
+    }
+    (folder / "train.json").write_text(json.dumps(record))
+    return folder
+
+
 def onnx_names(space: LoRA) -> dict[str, dict[str, Any]]:
     """A as it is turned, B turned and scaled: as model.onnx takes them."""
     return {
@@ -139,3 +184,129 @@ def _export(
             external_data=True,
             verbose=False,
         )
+
+
+class _CausalGraph(nn.Module):
+    """Logits and a grown cache of a causal model with adapter inputs, as the contract of model.onnx says."""
+
+    def __init__(self, model: nn.Module, targets: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.layers = model, []
+        for name in targets:
+            parent, _, last = name.rpartition(".")
+            layer = _Adapted(model.get_submodule(name))
+            setattr(model.get_submodule(parent), last, layer)
+            self.layers.append(layer)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor], adapters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        for layer, a, b in zip(self.layers, adapters[::2], adapters[1::2], strict=True):
+            layer.a, layer.b = a, b
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        grown = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+        return (out.logits, *grown)
+
+
+class _Adapted(nn.Module):
+    """A linear layer plus x A B; A (in, rank), B (rank, out), the scale in B."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = self.b = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a @ self.b
+
+
+def tuned_space(rank: int = 2) -> LoRA:
+    """The embedded model's LoRA with values that change what it says."""
+    model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
+    space = LoRA(rank=rank)
+    space.attach(model, 0)
+    for name, value in space.parameters.items():
+        value.add_(normal(4, 0, name, value.shape), alpha=0.1)
+    return space
+
+
+def export_causal(space: LoRA, folder: Path) -> Path:
+    """A folder as `export --to onnx` writes it, of the embedded model, with the adapter "tuned"."""
+    (folder / "adapters").mkdir(parents=True)
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    config = model.config
+    graph = _CausalGraph(model, space.target_names).eval()
+    cache = [
+        torch.zeros(2, config.num_key_value_heads, 5, config.head_dim)
+        for _ in range(2 * config.num_hidden_layers)
+    ]
+    adapters = [value.T.clone() for value in space.parameters.values()]
+    ids = torch.arange(6).reshape(2, 3)
+    arguments = (ids, torch.ones(2, 8, dtype=torch.int64), ids + 5, tuple(cache), tuple(adapters))
+    any_size = torch.export.Dim.DYNAMIC
+    ranks = [{1: any_size} if ".lora_A." in name else {0: any_size} for name in space.parameters]
+    dynamic = (
+        *({0: any_size, 1: any_size} for _ in range(3)),
+        tuple({0: any_size, 2: any_size} for _ in cache),
+        tuple(ranks),
+    )
+    layers = [(n, part) for n in range(config.num_hidden_layers) for part in ("key", "value")]
+    tokens = ["input_ids", "attention_mask", "position_ids"]
+    inputs = [*tokens, *(f"past_key_values.{n}.{part}" for n, part in layers), *space.parameters]
+    outputs = ["logits", *(f"present.{n}.{part}" for n, part in layers)]
+    path = folder / "model.onnx"
+    _export(graph, arguments, dynamic, inputs, outputs, path)
+    empty = {
+        name: np.zeros((v.shape[1], 0) if ".lora_A." in name else (0, v.shape[0]), dtype=np.float32)
+        for name, v in space.parameters.items()
+    }
+    made = onnx.load(path, load_external_data=False)
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(v, name) for name, v in empty.items())
+    onnx.save(made, path)
+    _write_adapter(space, folder / "adapters" / "tuned.onnx_adapter")
+    settings = {"model": {"context_length": config.max_position_embeddings, "eos_token_id": 2}}
+    (folder / "genai_config.json").write_text(json.dumps(settings))
+    return _described(folder, "causal", DEMO, {"tuned": {"file": "adapters/tuned.onnx_adapter"}})
+
+
+def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -> Path:
+    """The same of a masked model or classifier that takes token types; it has no adapters."""
+    folder.mkdir(parents=True)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *given: Tensor) -> Tensor:
+            return self.model(**dict(zip(names, given, strict=True))).logits
+
+    ids = torch.arange(6).reshape(2, 3)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    arguments = (ids, torch.ones_like(ids), torch.zeros_like(ids))
+    _export(Graph().eval(), arguments, ((any_size,) * 3,), names, ["logits"], folder / "model.onnx")
+    return _described(folder, kind, tokenizer, {})
+
+
+def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, Any]) -> Path:
+    record = {"format": 1, "kind": kind, "bits": "none", "model": {}, "adapters": adapters}
+    (folder / "export.json").write_text(json.dumps(record))
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+def _write_adapter(space: LoRA, path: Path) -> None:
+    made = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.ascontiguousarray(value.numpy().T * np.float32(1 if ".lora_A." in name else space.scaling))
+        )
+        for name, value in space.parameters.items()
+    }
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters(made)
+    adapter.export_adapter(str(path))

@@ -353,7 +353,7 @@ class Recorder(NoCurvature):
     """Notes what it is shown."""
 
     def start(self, shapes, arrays=None) -> None:
-        super().start(shapes)
+        super().start(shapes, arrays)
         self.seen: dict[str, list[tuple[int, Tensor]]] = {}
 
     def see(self, name: str, z: Tensor, first_row: int = 0) -> None:

@@ -19,14 +19,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from hizoo_lite.base import Branches, Example
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import Record, TrainGraph
+from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.edge.train import resolve, train
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.report import write_report
+from hizoo_lite.tasks import Encoded, Encoder, Task
+from hizoo_lite.tasks.collate import collate
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import fit
-from tests.edge_fixtures import export_training
+from tests.edge_fixtures import export_classifier, export_training
 from tests.run_fixtures import short_run
 from tests.test_edge_imports import BLOCKED, without_torch
 
@@ -176,6 +181,28 @@ def lines_so_far(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
+def test_a_classifiers_graph_gets_what_it_asks_for(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    table, weight, direction = (
+        draw.standard_normal(shape).astype(np.float32) for shape in ((9, 5), (2, 5), (2, 5))
+    )
+    graph = TrainGraph(export_classifier(tmp_path / "x", torch.from_numpy(table), torch.from_numpy(weight)))
+    assert graph.token_types
+    encoded = [
+        Encoded([[1, 2, 3]], [[0, 0, 1]], [], [], 0, 1, "class"),
+        Encoded([[4, 8]], [[0, 1]], [], [], 0, 0, "class"),
+    ]
+    mu = 0.1
+    found = graph.losses(collate(encoded, 0), Branches(), mu, {"score.weight": direction})
+    means = [(table[1] + table[2] + 2 * table[3]) / 3, (table[4] + 2 * table[8]) / 2]
+    for branch, sign in enumerate((0, 1, -1)):
+        scores = np.array(means) @ (weight + sign * mu * direction).T
+        np.testing.assert_allclose(found.scores[branch], scores, rtol=0, atol=1e-6)
+        losses = np.log(np.exp(scores).sum(1)) - scores[[0, 1], [1, 0]]
+        np.testing.assert_allclose(found.per_example[branch], losses, rtol=0, atol=1e-6)
+    assert np.array_equal(graph.parameters["score.weight"], weight)
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 
@@ -227,6 +254,7 @@ def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> Non
     [
         ({"format": 2}, "format: got 2, allowed: 1"),
         ({"kind": "seq2seq"}, "kind: got 'seq2seq', allowed: causal, masked, classifier"),
+        ({"loss": "other"}, "loss: got 'other', allowed: answer, choice, class"),
         ({"parameters": [{"name": "x"}]}, r"not as export writes it \(KeyError: 'shape'\)"),
         ({"parameters": [{"name": "x", "shape": [1]}]}, "has no input 'x'"),
     ],
@@ -243,6 +271,32 @@ def test_an_adapter_of_another_shape_is_named(copied: Path) -> None:
     edited(copied, parameters=record["parameters"])
     with pytest.raises(UserError, match=r"has shape .* the model wants"):
         TrainGraph(copied)
+
+
+def test_a_task_with_another_loss_than_the_graphs_is_refused(
+    exported: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "train.txt").write_text("The day was warm.\n" * 400)
+    changed = replace(config, task="lm", data=str(tmp_path), out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"lm has the loss 'answer', the graph in .* computes 'choice'"):
+        train(exported, changed)
+
+
+def test_a_completion_is_evaluated_by_its_loss_alone(exported: Path) -> None:
+    task = Task(
+        name="stories",
+        kind="completion",
+        build=lambda row: [],
+        scorers={"never": lambda examples, texts: 1.0},
+        causal="{text}",
+        stop=".",
+        max_new_tokens=4,
+    )
+    graph = TrainGraph(exported)
+    encoder = Encoder(EdgeTokenizer(exported), "causal", task, 40)
+    found = evaluate(graph, encoder, [Example({"text": "The soup was"}, (" warm.",), 0)], 2)
+    assert found.metrics == []
+    assert found.loss < 1e-6  # the graph's loss is a choice, here among one
 
 
 def test_an_operator_that_is_not_known_is_the_users_error(copied: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+<<<<<<< HEAD
 from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
+=======
+from hizoo_lite.cli.options import DeviceBudget, Onnx, Residency, refuse_with_onnx
+>>>>>>> work-h
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +31,7 @@ def command(
     adapter: Annotated[
         str | None, typer.Option(metavar="RUN", help="run folder, or a PEFT adapter's")
     ] = None,
+    onnx: Onnx = None,
     task: Annotated[
         str | None, typer.Option(help="built-in task, or a task's .toml; default: the run's")
     ] = None,
@@ -56,6 +62,8 @@ def command(
     hizoo-lite eval --model models/opt-125m --task sst2 --data data/sst2
 
     hizoo-lite eval --adapter runs/sst2 --json
+
+    hizoo-lite eval --onnx exports/sst2 --adapter sst2 --task sst2 --data data/sst2
     """
     flags = {
         "model": model,
@@ -74,8 +82,20 @@ def command(
     from hizoo_lite.cli import output, progress
 
     given = {name: value for name, value in flags.items() if value is not None}
+<<<<<<< HEAD
     config = _config(adapter, of_profile(profile, given) | given)
     result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
+=======
+    if onnx is not None:
+        from hizoo_lite.edge.answer import eval_config, evaluate_export
+
+        refuse_with_onnx(given)
+        config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
+        result = evaluate_export(folder, adapter, config, split, examples, progress.listener(quiet))
+    else:
+        config = _config(adapter, given)
+        result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
+>>>>>>> work-h
     if json:
         output.print_json(result)
         return
@@ -103,6 +123,7 @@ def _evaluate(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
+<<<<<<< HEAD
     from hizoo_lite.errors import UserError
     from hizoo_lite.memory.budget import enforced
     from hizoo_lite.model.skeleton import choose_device
@@ -137,6 +158,15 @@ def _measured(
 
     with loading():
         model = setup.load_model(config, task)
+=======
+    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.train import parts, saved, setup
+    from hizoo_lite.train.evaluate import evaluate, report
+
+    task = parts.find_task(config.task)
+    part = parts.split_part(config, task, split, limit)
+    model = setup.load_model(config, task)
+>>>>>>> work-h
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
     workload = planning.evaluated(encoder, part)
 
@@ -151,16 +181,5 @@ def _measured(
     listener.phase("evaluate", len(part))
     found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()
-    return {
-        "model": config.model,
-        "adapter": adapter,
-        "task": config.task,
-        "split": split,
-        "examples": found.examples,
-        "metric": found.metric.name,
-        "scores": {"loss": found.loss, **{m.name: m.value for m in found.metrics}},
-        "seconds": found.seconds,
-        "bits": model.bits,
-        "device": str(model.device),
-        "residency": model.residency.name,
-    }
+    about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
+    return report(found, config, adapter, split) | about

@@ -6,11 +6,16 @@ transformers samples from torch's global one.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+<<<<<<< HEAD
 from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
+=======
+from hizoo_lite.cli.options import DeviceBudget, Onnx, Residency, refuse_with_onnx
+>>>>>>> work-h
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -26,6 +31,7 @@ def command(
     adapter: Annotated[
         str | None, typer.Option(metavar="RUN", help="run folder, or a PEFT adapter's")
     ] = None,
+    onnx: Onnx = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from this share of the mass")] = 1.0,
@@ -45,17 +51,34 @@ def command(
     hizoo-lite generate --model embedded --prompt "The soup was"
 
     hizoo-lite generate --adapter runs/sst2 --prompt "The film was" --temperature 0.8 --top-p 0.9
+
+    hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was"
     """
     from hizoo_lite.cli import output
 
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
     given = {name: value for name, value in flags.items() if value is not None}
+<<<<<<< HEAD
     given = of_profile(profile, given) | given
     loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
     text = continue_text(loaded, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+=======
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if onnx is not None:
+        from hizoo_lite.edge import answer
+        from hizoo_lite.edge.model import OnnxModel
+
+        refuse_with_onnx(given if model is None else {**given, "model": model})
+        source = onnx
+        text = answer.continue_text(OnnxModel(Path(onnx), adapter), prompt, max_new_tokens, **sampling)
+    else:
+        loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
+        source = loaded.source
+        text = continue_text(loaded, prompt, max_new_tokens, **sampling)
+>>>>>>> work-h
     if json:
-        output.print_json({"prompt": prompt, "text": text, "model": loaded.source, "adapter": adapter})
+        output.print_json({"prompt": prompt, "text": text, "model": source, "adapter": adapter})
     else:
         typer.echo(prompt + text)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hizoo_lite.train.config import choices, kinds, members, settings
+from hizoo_lite.train.config import choices, kinds, members, refuse, settings
 from hizoo_lite.train.config_file import flag
 
 #: What the commands that only run a model say about where its blocks live.
@@ -33,6 +33,18 @@ def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
     found = hardware.find(profile).settings(given)
     return {name: value for name, value in found.items() if name != "batch_size"}
+
+#: What the commands that only run a model say to run an exported one; --adapter is then a name of its own.
+Onnx = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="run an exported folder in onnxruntime; --adapter is a name in it"),
+]
+
+
+def refuse_with_onnx(given: Mapping[str, object]) -> None:
+    """UserError for settings of a model in torch beside --onnx."""
+    odd = ("model", "bits", "kind", "compute_dtype", "device", "residency", "device_budget")
+    refuse([f"{flag(name)}: got {given[name]!r}, not allowed with --onnx" for name in odd if name in given])
 
 
 def with_settings(function: Callable[..., None]) -> Callable[..., None]:

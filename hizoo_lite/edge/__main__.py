@@ -12,14 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hizoo_lite.edge import train
+from hizoo_lite.edge import answer, train
+from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
 from hizoo_lite.train.config import choices, kinds, members, settings
-from hizoo_lite.train.config_file import flag
+from hizoo_lite.train.config_file import flag, parsed
 from hizoo_lite.train.folder import plain
 from hizoo_lite.train.watch import Lines
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+#: Settings of an evaluation.
+_EVAL_SETTINGS = ("task", "data", "max_length", "eval_batch_size", "seed", "threads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     for name in train.SETTINGS:
         _add_setting(command, name)
     command.set_defaults(command=_train)
+    command = commands.add_parser("eval", help="loss and metric of an exported model on a task, as JSON")
+    command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
+    command.add_argument("--adapter", help="its name in DIR, or a run folder")
+    command.add_argument("--split", choices=("train", "dev", "test"), default="test")
+    command.add_argument("--examples", type=int, help="evaluate this many at most")
+    for name in _EVAL_SETTINGS:
+        _add_setting(command, name)
+    command.set_defaults(command=_eval)
+    command = commands.add_parser("generate", help="continue a text with an exported causal model")
+    command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--adapter", help="its name in DIR, or a run folder")
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the mass")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(command=_generate)
     return parser
 
 
@@ -64,6 +84,28 @@ def _train(given: argparse.Namespace) -> int:
         print(f"interrupted; saved in {folder}; --resume --out {folder} goes on", file=sys.stderr)
         return INTERRUPTED
     print(f"saved in {folder} (adapter, adapter.onnx_adapter, summary.json)", file=sys.stderr)
+    return 0
+
+
+def _eval(given: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(given).items() if name in _EVAL_SETTINGS}
+    config = answer.eval_config(given.folder, given.adapter, parsed(flags))
+    result = answer.evaluate_export(given.folder, given.adapter, config, given.split, given.examples, Lines())
+    print(json.dumps(plain(result), indent=2))
+    return 0
+
+
+def _generate(given: argparse.Namespace) -> int:
+    model = OnnxModel(given.folder, given.adapter)
+    text = answer.continue_text(
+        model,
+        given.prompt,
+        given.max_new_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        seed=given.seed,
+    )
+    print(given.prompt + text)
     return 0
 
 

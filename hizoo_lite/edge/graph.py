@@ -21,6 +21,7 @@ from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
 from hizoo_lite.edge.files import read_json
 from hizoo_lite.edge.session import Session, runtime
+from hizoo_lite.tasks.collate import Loss
 
 FORMAT = 1
 _RECORD, _GRAPH, _ADAPTER = "train.json", "train.onnx", "adapter"
@@ -33,6 +34,7 @@ class Record:
 
     kind: ModelKind
     bits: str
+    loss: Loss  # that the graph computes
     shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
@@ -48,10 +50,12 @@ class Record:
             raise UserError(
                 f"{path}: kind: got {found.get('kind')!r}, allowed: {', '.join(get_args(ModelKind))}"
             )
+        if found.get("loss") not in get_args(Loss):
+            raise UserError(f"{path}: loss: got {found.get('loss')!r}, allowed: {', '.join(get_args(Loss))}")
         try:
             shapes = {str(p["name"]): tuple(int(n) for n in p["shape"]) for p in found["parameters"]}
             names = {str(name): dict(entry) for name, entry in found["onnx_adapter"]["names"].items()}
-            return cls(found["kind"], str(found["bits"]), shapes, dict(found["lora"]), names)
+            return cls(found["kind"], str(found["bits"]), found["loss"], shapes, dict(found["lora"]), names)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
 

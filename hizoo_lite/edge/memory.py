@@ -1,7 +1,7 @@
 """What a run on a device held at most, phase by phase: its memory.json.
 
-    start_bytes           what was held before the graph was opened: the interpreter and the libraries
-    session_bytes         what opening it added
+    start_bytes           what was held before the graph was opened: the interpreter and numpy
+    session_bytes         what opening it added, onnxruntime itself included
     phases                {evaluate, inference, train, save: {peak_bytes, seconds}}
     inference_peak_bytes  of one evaluation forward of the first training batch
     training_peak_bytes   of the steps; training_over_inference is their ratio

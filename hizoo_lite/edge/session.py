@@ -58,11 +58,17 @@ class Session:
         return np.dtype(names[self._types[name]])
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray], adapter: Any = None) -> list[Any]:
-        """Some outputs by name. `adapter`: a `LoraAdapter` that is active in this run."""
+        """Some outputs by name. `adapter`: a `LoraAdapter` that is active in this run.
+
+        UserError where onnxruntime refuses, as it does an adapter of another model.
+        """
         options = runtime().RunOptions()
         if adapter is not None:
             options.add_active_adapter(adapter)
-        return self._session.run(list(outputs), dict(feeds), options)
+        try:
+            return self._session.run(list(outputs), dict(feeds), options)
+        except Exception as error:  # onnxruntime's own classes have no public common base
+            raise UserError(f"{self.path}: a run failed ({error!s:.300})") from error
 
     def nbytes(self) -> int:
         """Of the graph and the data beside it, on disk."""

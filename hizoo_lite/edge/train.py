@@ -93,6 +93,11 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
     encoder = parts.task_encoder(tokenizer, graph.record.kind, task, config.max_length, config.loss)
+    if encoder.loss != graph.record.loss:
+        raise UserError(
+            f"--task: {task.name} has the loss {encoder.loss!r}, the graph in {folder} computes "
+            f"{graph.record.loss!r}; allowed: a task with that loss"
+        )
     stepper = parts.make_stepper(config, graph, GraphSpace(config.space, graph), None, None)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 

@@ -140,6 +140,11 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
+def parsed(flags: Mapping[str, str | bool]) -> dict[str, Any]:
+    """Flags' texts, by field name, as their fields' types; what is none stays a text, for `TrainConfig`."""
+    return {name: _parsed(name, text) for name, text in flags.items()}
+
+
 def _parsed(name: str, text: str | bool) -> Any:
     """A flag's text as its field's type; the text itself where it is none, for `problems` to report."""
     accepted = members(kinds()[name])

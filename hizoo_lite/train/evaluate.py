@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
 from hizoo_lite.tasks import Encoder
+from hizoo_lite.train.config import TrainConfig
 
 Prediction = int | str
 
@@ -86,6 +87,20 @@ def evaluate(
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
     return Evaluation(loss, metrics, predictions, len(examples), time.perf_counter() - began)
+
+
+def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: str) -> dict[str, Any]:
+    """An evaluation as commands print it: scores by name, the loss first."""
+    return {
+        "model": config.model,
+        "adapter": adapter,
+        "task": config.task,
+        "split": split,
+        "examples": found.examples,
+        "metric": found.metric.name,
+        "scores": {"loss": found.loss, **{m.name: m.value for m in found.metrics}},
+        "seconds": found.seconds,
+    }
 
 
 def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, tasks
-from hizoo_lite.base import BranchLosses, Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.base import BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train import schedules
@@ -55,6 +55,14 @@ def run_splits(config: TrainConfig, task: Task) -> Splits:
             f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
         )
     return splits
+
+
+def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
+    """The first `limit` examples of a part of the data. UserError where it is empty."""
+    part: list[Example] = getattr(make_splits(config, task), split)[:limit]
+    if not part:
+        raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
+    return part
 
 
 def task_encoder(tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, loss: str) -> Encoder:

@@ -1,0 +1,98 @@
+"""Evaluation and generation with an exported model: what `eval --onnx` and `generate --onnx` call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hizoo_lite.base import UserError
+from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
+from hizoo_lite.noise import generator
+from hizoo_lite.tasks.tokens import open_ids, pad_id
+from hizoo_lite.train import parts
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.evaluate import evaluate, report
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.folder import RunFolder
+
+
+def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the run that made the adapter, where it is a run folder; the flags on top."""
+    chosen = {**given, "model": str(folder)}
+    if adapter is not None and (Path(adapter) / "config.toml").is_file():
+        return replace(RunFolder(adapter).config(), resume=False, **chosen)
+    return TrainConfig(**chosen)
+
+
+def evaluate_export(
+    folder: Path,
+    adapter: str | None,
+    config: TrainConfig,
+    split: str,
+    limit: int | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """The result as it is printed: scores by name, the loss first."""
+    listener = listener or Listener()
+    task = parts.find_task(config.task)
+    examples = parts.split_part(config, task, split, limit)
+    model = OnnxModel(folder, adapter, config.threads)
+    most = min(config.max_length, model.positions or config.max_length)
+    encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss)
+    listener.phase("evaluate", len(examples))
+    found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=listener.advanced)
+    listener.finish()
+    about = {"bits": model.bits, "device": "cpu", "residency": "resident"}
+    return report(found, config, adapter, split) | about
+
+
+def continue_text(
+    model: OnnxModel,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The text that a causal model writes after `prompt`; a pure function of the arguments.
+
+    temperature 0 takes the most likely token each time; otherwise it is sampled from the most likely ones
+    that hold `top_p` of the probability. Samples are drawn by numpy: they differ from those of torch.
+    """
+    tokenizer = model.tokenizer
+    ids = open_ids(tokenizer, prompt)
+    if not ids:
+        raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
+    if model.positions is not None and len(ids) + max_new_tokens > model.positions:
+        raise UserError(
+            f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "
+            f"allowed: {model.positions} tokens in all, the model's positions"
+        )
+    pick = greedy if temperature == 0 else sampler(temperature, top_p, seed)
+    [written] = model.write([ids], pad_id(tokenizer), max_new_tokens, pick=pick)
+    whole = tokenizer.decode([*ids, *written], skip_special_tokens=True)
+    return whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+
+
+def sampler(temperature: float, top_p: float, seed: int) -> Pick:
+    """Draws tokens: the largest of the logits with Gumbel noise, which is a draw from their softmax."""
+    draw = generator(seed, "generate")
+
+    def pick(logits: np.ndarray) -> np.ndarray:
+        scaled = logits.astype(np.float64) / temperature
+        if top_p < 1.0:
+            order = np.argsort(-scaled, axis=-1, kind="stable")
+            share = np.exp(log_probabilities(np.take_along_axis(scaled, order, axis=-1)))
+            unlikely = share.cumsum(axis=-1) - share >= top_p  # what comes before it is enough
+            unlikely[:, 0] = False
+            np.put_along_axis(
+                scaled, order, np.where(unlikely, -np.inf, np.take_along_axis(scaled, order, -1)), -1
+            )
+        return (scaled + draw.gumbel(size=scaled.shape)).argmax(axis=-1)
+
+    return pick

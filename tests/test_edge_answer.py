@@ -1,0 +1,338 @@
+"""An exported model in onnxruntime scores and writes what the model does in torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hizoo_lite
+from hizoo_lite import tasks
+from hizoo_lite.base import Example, UserError
+from hizoo_lite.cli import app
+from hizoo_lite.cli import generate as in_torch
+from hizoo_lite.edge.__main__ import main
+from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
+from hizoo_lite.edge.model import OnnxModel
+from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.model.load import load
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train.evaluate import Writer, complete, evaluate
+from tests.architectures import save_tiny
+from tests.edge_fixtures import DEMO, export_causal, export_encoder, tuned_space
+from tests.run_fixtures import write_task
+from tests.tasks_fixtures import word_piece
+from tests.test_edge_imports import without_torch
+
+#: float32 on both sides, of mean log-probabilities of a few units.
+ROUNDING = 2e-5
+PROMPTS = ("The soup was", "A dog", "The game on the old day was very")
+
+
+@pytest.fixture(scope="module")
+def space() -> LoRA:
+    return tuned_space()
+
+
+@pytest.fixture(scope="module")
+def exported(space: LoRA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_causal(space, tmp_path_factory.mktemp("export") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    task, folder = write_task(tmp_path_factory.mktemp("data"))
+    return str(task), str(folder)
+
+
+def base() -> hizoo_lite.Model:
+    return load(str(DEMO), kind="causal", bits="none", compute_dtype="float32", device="cpu")
+
+
+def models(exported: Path, space: LoRA, adapter: str | None) -> tuple[OnnxModel, Writer]:
+    """The export and the model in torch, both with the adapter or without."""
+    return OnnxModel(exported, adapter), Traversal(base() if adapter is None else space.model)
+
+
+COMPLETION = Task(
+    name="stories",
+    kind="completion",
+    build=lambda row: [],
+    scorers={"exact": lambda examples, texts: float(np.mean([bool(text) for text in texts]))},
+    causal="{text}",
+    cut="text",
+    stop=".",
+    max_new_tokens=12,
+)
+
+
+@pytest.mark.parametrize("adapter", [None, "tuned"])
+@pytest.mark.parametrize("loss", ["choice", "answer"])
+def test_losses_and_scores_equal_those_of_torch(
+    loss: Any, adapter: str | None, exported: Path, space: LoRA
+) -> None:
+    ours, theirs = models(exported, space, adapter)
+    encoder = Encoder(EdgeTokenizer(exported), "causal", tasks.get("sst2"), 40, loss=loss)
+    examples = [
+        Example({"text": text}, (" bad", " very good"), number % 2) for number, text in enumerate(PROMPTS)
+    ]
+    batch = encoder.collate([encoder.encode(example, training=False) for example in examples])
+    got, want = ours.losses(batch), theirs.losses(batch)
+    np.testing.assert_allclose(got.per_example, want.per_example, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=0, atol=ROUNDING)
+    assert got.per_example.dtype == np.float64
+
+
+def test_the_adapter_changes_the_losses(exported: Path, space: LoRA) -> None:
+    encoder = Encoder(EdgeTokenizer(exported), "causal", tasks.get("sst2"), 40)
+    example = Example({"text": PROMPTS[0]}, (" bad", " good"), 0)
+    batch = encoder.collate([encoder.encode(example, training=False)])
+    with_it, without = (OnnxModel(exported, name).losses(batch).per_example for name in ("tuned", None))
+    assert abs(with_it - without).max() > 0.01
+
+
+def test_rows_taken_a_few_at_a_time_give_the_same_losses(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OnnxModel(exported)
+    encoder = Encoder(model.tokenizer, "causal", tasks.get("sst2"), 40)
+    examples = [Example({"text": text}, (" bad", " very good"), 1) for text in PROMPTS]
+    batch = encoder.collate([encoder.encode(example, training=False) for example in examples])
+    model.losses(batch)
+    whole = model.losses(batch)
+    monkeypatch.setattr("hizoo_lite.edge.model.LOGITS_BYTES", 1)
+    one_by_one = model.losses(batch)
+    np.testing.assert_allclose(one_by_one.scores, whole.scores, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("adapter", [None, "tuned"])
+def test_completions_of_a_padded_batch_equal_those_of_torch(
+    adapter: str | None, exported: Path, space: LoRA
+) -> None:
+    ours, theirs = models(exported, space, adapter)
+    encoder = Encoder(ours.tokenizer, "causal", COMPLETION, 60)
+    examples = [Example({"text": text}, (" x.",), 0) for text in PROMPTS]
+    texts = complete(ours, encoder, examples)
+    assert texts == complete(theirs, encoder, examples)
+    assert any(texts)
+    assert (
+        evaluate(ours, encoder, examples, 2).predictions == evaluate(theirs, encoder, examples, 2).predictions
+    )
+
+
+@pytest.mark.parametrize("adapter", [None, "tuned"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_equals_that_of_torch(
+    prompt: str, adapter: str | None, exported: Path, space: LoRA
+) -> None:
+    model = base() if adapter is None else space.model
+    want = in_torch.continue_text(model, prompt, 24)
+    assert continue_text(OnnxModel(exported, adapter), prompt, 24) == want
+    assert want
+
+
+def test_sampled_text_is_a_function_of_the_seed(exported: Path) -> None:
+    model = OnnxModel(exported)
+    texts = [continue_text(model, "The", 16, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert continue_text(model, "The", 16, temperature=1.5, top_p=1e-6) == continue_text(model, "The", 16)
+
+
+def test_samples_have_the_frequencies_of_the_softmax() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], dtype=np.float32)).repeat(20_000, axis=0)
+    drawn = np.bincount(sampler(1.0, 1.0, 0)(logits), minlength=4) / len(logits)
+    np.testing.assert_allclose(drawn, [0.5, 0.3, 0.15, 0.05], atol=0.015)  # four standard errors
+    cut = np.bincount(sampler(1.0, 0.6, 0)(logits), minlength=4) / len(logits)
+    np.testing.assert_allclose(cut, [0.625, 0.375, 0, 0], atol=0.015)
+
+
+@pytest.mark.parametrize("kind", ["masked", "classifier"])
+def test_encoders_with_token_types_equal_torch(kind: Any, tmp_path: Path) -> None:
+    tokenizer = word_piece()
+    (tmp_path / "model").mkdir()
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {"type_vocab_size": 2, "vocab_size": len(tokenizer)}
+    plain = save_tiny("bert", tmp_path / "model", kind=kind, **changes)
+    exported = export_encoder(plain, kind, tmp_path / "model", tmp_path / "export")
+    ours = OnnxModel(exported)
+    theirs = Traversal(load(tmp_path / "model", kind=kind, bits="none", compute_dtype="float32"))
+    task = tasks.get("rte")
+    texts = [("it was good", "a man is great"), ("the boy was bad. a game", "no"), ("yes", "is it true")]
+    examples = [
+        Example({"premise": a, "hypothesis": b}, ("Yes", "No"), number % 2)
+        for number, (a, b) in enumerate(texts)
+    ]
+    encoder = Encoder(ours.tokenizer, kind, task, 40)
+    batch = encoder.collate([encoder.encode(example, training=False) for example in examples])
+    assert batch.token_type_ids is not None
+    got, want = ours.losses(batch), theirs.losses(batch)
+    np.testing.assert_allclose(got.per_example, want.per_example, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=0, atol=ROUNDING)
+    assert (
+        evaluate(ours, encoder, examples, 2).predictions == evaluate(theirs, encoder, examples, 2).predictions
+    )
+    if kind == "classifier":
+        with pytest.raises(UserError, match="is a classifier model; text is written by a causal one"):
+            continue_text(ours, "the", 4)
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+def test_both_commands_evaluate_alike(
+    exported: Path, data: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--task", data[0], "--data", data[1], "--max-length", "32", "--adapter", "tuned"]
+    done = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags, "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert main(["eval", str(exported), *flags]) == 0
+    alike = json.loads(capsys.readouterr().out)
+    assert {**shown, "seconds": 0} == {**alike, "seconds": 0}
+    assert shown["adapter"] == "tuned"
+    assert 0 < shown["scores"]["loss"] < 5
+    table = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags])
+    assert "accuracy" in table.stdout
+
+
+def test_both_commands_generate_alike(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt", "The soup was", "--max-new-tokens", "8"]
+    done = CliRunner().invoke(app, ["generate", "--onnx", str(exported), *flags])
+    assert done.exit_code == 0, done.output
+    assert main(["generate", str(exported), *flags]) == 0
+    assert capsys.readouterr().out == done.stdout
+    assert done.stdout.startswith("The soup was ")
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_the_commands_run_without_torch(command: str, exported: Path, data: tuple[str, str]) -> None:
+    asked = {
+        "eval": ["--task", data[0], "--data", data[1], "--max-length", "32"],
+        "generate": ["--prompt", "The"],
+    }
+    by_typer = (
+        "Blocked.names -= {'typer', 'rich', 'psutil'}\nfrom hizoo_lite.cli import app\n"
+        f"app(['{command}', '--onnx', *sys.argv[1:]])"
+    )
+    plain = f"from hizoo_lite.edge.__main__ import main\nsys.exit(main(['{command}', *sys.argv[1:]]))"
+    for code in (by_typer, plain):
+        done = without_torch(code, str(exported), *asked[command])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_the_run_of_an_adapter_gives_the_settings(
+    exported: Path, data: tuple[str, str], tmp_path: Path
+) -> None:
+    from hizoo_lite.train.config import TrainConfig
+    from hizoo_lite.train.folder import RunFolder
+
+    run = RunFolder(tmp_path / "run")
+    run.create(TrainConfig(model="embedded", task=data[0], data=data[1], max_length=24, seed=3))
+    shutil.copy(exported / "adapters" / "tuned.onnx_adapter", run.path / "adapter.onnx_adapter")
+    config = eval_config(exported, str(run.path), {"seed": 4})
+    assert (config.max_length, config.seed, config.task) == (24, 4, data[0])
+    by_run = evaluate_export(exported, str(run.path), config, "test")
+    by_name = evaluate_export(exported, "tuned", config, "test")
+    assert by_run["scores"] == by_name["scores"]
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("export.json", r"export\.json: no such file; allowed: a folder of"),
+        ("model.onnx", r"model\.onnx: no such file"),
+        ("model.onnx.data", r"model\.onnx: its external data .* is missing"),
+        ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: no such file"),
+        ("tokenizer.json", r"tokenizer\.json: no such file"),
+    ],
+)
+def test_a_missing_file_is_named(name: str, message: str, copied: Path) -> None:
+    (copied / name).unlink()
+    with pytest.raises(UserError, match=message):
+        OnnxModel(copied, "tuned")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("export.json", r"export\.json: not sound JSON"),
+        ("model.onnx", r"model\.onnx: it is truncated, or no ONNX graph"),
+        ("model.onnx.data", r"model\.onnx: its external data .* truncated"),
+        ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: not an adapter of onnxruntime, or truncated"),
+    ],
+)
+def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> None:
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=message):
+        OnnxModel(copied, "tuned")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 9}, "format: got 9, allowed: 1"),
+        ({"kind": "x"}, "kind: got 'x', allowed: causal, masked, classifier"),
+        ({"adapters": {"tuned": {"file": "../../etc/passwd"}}}, "is outside of the folder"),
+    ],
+)
+def test_a_wrong_record_is_named(changes: dict[str, Any], message: str, copied: Path) -> None:
+    path = copied / "export.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        OnnxModel(copied, "tuned")
+
+
+def test_an_unknown_adapter_is_named_with_those_that_are_there(exported: Path) -> None:
+    with pytest.raises(UserError, match=r"--adapter: got 'other', allowed: an adapter of .* \(tuned\)"):
+        OnnxModel(exported, "other")
+
+
+def test_an_adapter_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    odd = onnxruntime.AdapterFormat()
+    odd.set_adapter_version(1)
+    odd.set_model_version(1)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((2, 2), dtype=np.float32))
+    odd.set_parameters({"no.such.layer": value})
+    odd.export_adapter(str(tmp_path / "odd.onnx_adapter"))
+    model = OnnxModel(exported, str(tmp_path / "odd.onnx_adapter"))
+    with pytest.raises(UserError, match=r"model\.onnx: a run failed"):
+        continue_text(model, "The", 2)
+
+
+def test_flags_of_a_model_in_torch_are_refused_beside_onnx(exported: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["generate", "--onnx", str(exported), "--prompt", "x", "--bits", "nf4", "--model", "m"]
+    )
+    assert done.exit_code == 2
+    assert "--bits: got 'nf4', not allowed with --onnx" in done.output
+    assert "--model: got 'm', not allowed with --onnx" in done.output
+
+
+def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path) -> None:
+    model = OnnxModel(exported)
+    with pytest.raises(UserError, match="allowed: 256 tokens in all"):
+        continue_text(model, "The", 256)
+    assert torch.tensor(model.tokenizer("")["input_ids"]).tolist() == [1]  # the embedded one begins with <s>
+    model.tokenizer._backend.post_processor = None
+    with pytest.raises(UserError, match="--prompt: got no token to begin with"):
+        continue_text(model, "", 2)
