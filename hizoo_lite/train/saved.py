@@ -15,6 +15,7 @@ from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter, read_peft_c
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
+
 def saved_config(path: Path | str | None) -> TrainConfig | None:
     """The settings of the run that made an adapter; None for an adapter without a run."""
     if path is None or not (Path(path) / "config.toml").is_file():

@@ -20,7 +20,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
 from hizoo_lite.train.adapter_files import (
-    PEFT_FILE,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
     find_adapter,
@@ -73,7 +72,8 @@ def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:
     bits = _tuned_bits(source)
     if bits not in (None, export.record["bits"]):
         raise UserError(
-            f"{source / 'config.toml'}: bits: got {bits!r}; the export in {export.path} has {export.record['bits']!r}"
+            f"{source / 'config.toml'}: bits: got {bits!r}; the export in {export.path} has "
+            f"{export.record['bits']!r}"
         )
 
 
@@ -121,7 +121,7 @@ def _check_name(export: Export, name: str) -> None:
 
 
 def _tuned_bits(source: Path) -> str | None:
-    """The bits that a run's config.toml names; None where it leaves them to the checkpoint, or there is none."""
+    """The bits that a run's config.toml names; None where it names none, or there is none."""
     path = source / "config.toml"
     if not path.is_file():
         return None
