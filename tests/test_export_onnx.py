@@ -1,4 +1,4 @@
-"""Exports to ONNX: onnxruntime computes what the model computes, with every adapter, and refuses what does not fit."""
+"""Exports to ONNX: onnxruntime computes what the model computes, with every adapter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hizoo_lite.base import Bits, UserError
@@ -159,7 +160,7 @@ def test_fast_products_of_8_bit_weights_are_recorded_with_their_error(tmp_path: 
         for p in onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).metadata_props
     }
     assert metadata == {"bits": "int8", "int8": "fast"}
-    with pytest.raises(UserError, match="--int8: got 'exact', but .* was made with 'fast'"):
+    with pytest.raises(UserError, match=r"--int8: got 'exact', but .* was made with 'fast'"):
         export_onnx(tmp_path / "second", tmp_path / "onnx", int8="exact")
 
 
@@ -204,8 +205,6 @@ def multiply(product: FourBitProduct | Int8Product, operator: str, columns: int)
     )
     opsets = [make.make_opsetid("", 20), make.make_opsetid("com.microsoft", 1)]
     model = make.make_model(graph, opset_imports=opsets, ir_version=10)
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0]
 
@@ -233,8 +232,6 @@ def test_an_adapter_is_added_without_torch(llama: Path, copy: Path) -> None:
 
 
 def test_bfloat16_adapters_are_read(llama: Path, copy: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     halved = shutil.copytree(llama / "first", tmp_path / "halved")
     weights = halved / "adapter_model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
@@ -288,7 +285,7 @@ def test_a_graph_that_computes_something_else_is_removed(
 
     monkeypatch.setattr(exporting, "cases", shifted)
     with pytest.raises(
-        ExportError, match=r"differs from the model by 2\.\de-04, allowed is 1e-04: forward of 1 x 1"
+        ExportError, match=r"differs from the model by 2\.\d+e-04, allowed is 1e-04: forward of 1 x 1"
     ):
         export_onnx(llama / "first", tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
@@ -296,14 +293,12 @@ def test_a_graph_that_computes_something_else_is_removed(
 
 def test_an_adapter_of_another_base_is_refused(copy: Path, tmp_path: Path) -> None:
     other, _ = tuned(tmp_path / "other", "llama", "nf4", seed=5)
-    with pytest.raises(UserError, match="base_model_name_or_path: got .* which is another model"):
+    with pytest.raises(UserError, match=r"base_model_name_or_path: got .* which is another model"):
         export_onnx(other, copy)
     assert Export.open(copy).adapters == ["first"]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_tensor(llama: Path, copy: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     tensors = load_file(llama / "first/adapter_model.safetensors")
     name = next(n for n in tensors if n.endswith("q_proj.lora_B.weight"))
 
@@ -324,7 +319,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_tensor(llama: Path, copy: Pa
     ):
         with pytest.raises(UserError, match=message):
             add_adapter(Export.open(copy), changed(values), "changed")
-    with pytest.raises(UserError, match="--name: got '../x'"):
+    with pytest.raises(UserError, match=r"--name: got '\.\./x'"):
         add_adapter(Export.open(copy), llama / "second", "../x")
 
 

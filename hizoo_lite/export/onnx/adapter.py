@@ -38,10 +38,10 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
     made for another base, or does not fit this one.
     """
-    _check_name(export, name)
     folder = find_adapter(source)
     config = read_peft_config(folder)
     check_base(export, Path(source), config)
+    _check_name(export, name)
     values = graph_values(export, folder, config)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
     path.parent.mkdir(exist_ok=True)
