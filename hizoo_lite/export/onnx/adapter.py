@@ -41,7 +41,9 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     folder = find_adapter(source)
     config = read_peft_config(folder)
     check_base(export, Path(source), config)
-    _check_name(export, name)
+    check_name(name)
+    if name in export.record["adapters"]:
+        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
     values = graph_values(export, folder, config)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
     path.parent.mkdir(exist_ok=True)
@@ -113,11 +115,10 @@ def _check_shape(path: Path, name: str, got: tuple[int, ...], wanted: tuple[int,
         raise UserError(f"{path}: {name} has shape {got}, the exported base wants {wanted}")
 
 
-def _check_name(export: Export, name: str) -> None:
+def check_name(name: str) -> None:
+    """UserError where an adapter cannot be called so: the name becomes a file's."""
     if not _NAME.fullmatch(name):
         raise UserError(f"--name: got {name!r}, allowed are letters, digits, '.', '_' and '-'")
-    if name in export.record["adapters"]:
-        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
 
 
 def _tuned_bits(source: Path) -> str | None:

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx import folder
-from hizoo_lite.export.onnx.adapter import add_adapter
+from hizoo_lite.export.onnx.adapter import add_adapter, check_name
 from hizoo_lite.export.onnx.check import LIMIT, cases, compare
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import Export
@@ -61,6 +61,7 @@ def export_onnx(
     if not (find_adapter(run) / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to ONNX")
     name = name or run.resolve().name
+    check_name(name)
     if folder.is_export(out):
         export = Export.open(out)
         if int8 not in (None, export.record["int8"]):
@@ -71,7 +72,8 @@ def export_onnx(
         raise UserError(
             f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
         )
-    aside = out.with_name(f".{out.name}.partial")
+    whole = out.absolute()
+    aside = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
