@@ -38,10 +38,12 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
     made for another base, or does not fit this one.
     """
-    _check_name(export, name)
     folder = find_adapter(source)
     config = read_peft_config(folder)
     check_base(export, Path(source), config)
+    check_name(name)
+    if name in export.record["adapters"]:
+        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
     values = graph_values(export, folder, config)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
     path.parent.mkdir(exist_ok=True)
@@ -72,7 +74,8 @@ def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:
     bits = _tuned_bits(source)
     if bits not in (None, export.record["bits"]):
         raise UserError(
-            f"{source / 'config.toml'}: bits: got {bits!r}; the export in {export.path} has {export.record['bits']!r}"
+            f"{source / 'config.toml'}: bits: got {bits!r}; the export in {export.path} has "
+            f"{export.record['bits']!r}"
         )
 
 
@@ -112,15 +115,14 @@ def _check_shape(path: Path, name: str, got: tuple[int, ...], wanted: tuple[int,
         raise UserError(f"{path}: {name} has shape {got}, the exported base wants {wanted}")
 
 
-def _check_name(export: Export, name: str) -> None:
+def check_name(name: str) -> None:
+    """UserError where an adapter cannot be called so: the name becomes a file's."""
     if not _NAME.fullmatch(name):
         raise UserError(f"--name: got {name!r}, allowed are letters, digits, '.', '_' and '-'")
-    if name in export.record["adapters"]:
-        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
 
 
 def _tuned_bits(source: Path) -> str | None:
-    """The bits that a run's config.toml names; None where it leaves them to the checkpoint, or there is none."""
+    """The bits that a run's config.toml names; None where it names none, or there is none."""
     path = source / "config.toml"
     if not path.is_file():
         return None

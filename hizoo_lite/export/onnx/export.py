@@ -18,8 +18,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx import folder
-from hizoo_lite.export.onnx.adapter import add_adapter
-from hizoo_lite.export.onnx.check import LIMIT, check
+from hizoo_lite.export.onnx.adapter import add_adapter, check_name
+from hizoo_lite.export.onnx.check import LIMIT, cases, compare
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.genai import GENAI_CONFIG, genai_config
@@ -28,6 +28,7 @@ from hizoo_lite.export.onnx.linear import AdapterDelta, ExportLinear, Int8Mode
 from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.trace import trace
+from hizoo_lite.memory.allocator import map_large, trim
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
@@ -60,6 +61,7 @@ def export_onnx(
     if not (find_adapter(run) / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to ONNX")
     name = name or run.resolve().name
+    check_name(name)
     if folder.is_export(out):
         export = Export.open(out)
         if int8 not in (None, export.record["int8"]):
@@ -67,8 +69,11 @@ def export_onnx(
         add_adapter(export, run, name)
         return export
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export")
-    aside = out.with_name(f".{out.name}.partial")
+        raise UserError(
+            f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
+        )
+    whole = out.absolute()
+    aside = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -100,6 +105,7 @@ def load_base(run: Path) -> Model:
     stored = checkpoint.quantized_bits or "none"
     as_stored = (options.get("bits") or checkpoint.quantized_bits or "nf4") == stored
     model = _load(source, found, options, as_stored)
+    map_large()  # what is freed is given back: every tensor is read once and dropped
     if model.kind == "classifier" and model.config.pad_token_id is None and model.tokenizer is not None:
         model.config.pad_token_id = pad_id(model.tokenizer)
     return model
@@ -130,8 +136,7 @@ def export_base(model: Model, out: Path, int8: Int8Mode, listener: Listener) -> 
         shutil.copyfile(path, out / path.name)
     if traced.layers:
         write_json(out / GENAI_CONFIG, genai_config(model, traced.layers))
-    export = Export(out, _record(model, traced, skeleton.linears, mode, out))
-    return export
+    return Export(out, _record(model, traced, skeleton.linears, mode, out))
 
 
 def _save(graph: ir.Model, out: Path, listener: Listener) -> None:
@@ -201,15 +206,21 @@ def _record(
 
 
 def _check(export: Export, model: Model, run: Path, name: str, listener: Listener) -> None:
-    """Compare base and adapter with the model; the result goes into export.json."""
-    listener.message("checking against the model")
-    if isinstance(model.residency, Streamed):
-        model.residency.prepare()
-    session = Session(export, sparing=True)
-    fast = export.record["int8"] == "fast"
-    runs = check(session, model, None, fast)
+    """Compare base and adapter with the model; the result goes into export.json.
+
+    The model is done with before onnxruntime loads its own, and cannot be used any more.
+    """
+    listener.message("running the model, to check against it")
+    base = cases(model)
     saved.attach_adapter(model, run)
-    runs += check(session, model, name, fast)
+    tuned = cases(model)
+    if isinstance(model.residency, Streamed):
+        model.residency.close()
+    trim()
+    listener.message("running the export in onnxruntime")
+    fast = export.record["int8"] == "fast"
+    session = Session(export, sparing=not fast)  # the fast products need their own form of the weights
+    runs = [*compare(session, base, None, fast), *compare(session, tuned, name, fast)]
     export.record["check"] = {
         "limit": None if fast else LIMIT,
         "max_abs_difference": max(entry["max_abs_difference"] for entry in runs),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 
 from hizoo_lite.errors import UserError
 
-_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
+_FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 1024  # of a tensor's beginning
 _CHUNK_BYTES = 1 << 20
@@ -26,7 +28,7 @@ def read_floats(path: Path) -> dict[str, np.ndarray]:
     return {name: _float32(path, name, entry) for name, entry in entries}
 
 
-def _float32(path: Path, name: str, entry: dict) -> np.ndarray:
+def _float32(path: Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:
     kind, shape = entry["dtype"], entry["shape"]
     if kind == "BF16":  # the upper half of a float32
         halves = np.frombuffer(entry["data"], dtype="<u2").astype("<u4")

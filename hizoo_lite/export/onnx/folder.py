@@ -1,10 +1,10 @@
 """The folder of an export, and export.json, which says what is in it. Needs no torch.
 
-    export.json             written last and replaced as a whole: a folder without it is no export
-    model.onnx, model.onnx.data   the base
-    adapters/NAME.onnx_adapter    one file for each adapter
-    genai_config.json       of causal models, for onnxruntime-genai
-    tokenizer.json, ...     as the model has them
+export.json             written last and replaced as a whole: a folder without it is no export
+model.onnx, model.onnx.data   the base
+adapters/NAME.onnx_adapter    one file for each adapter
+genai_config.json       of causal models, for onnxruntime-genai
+tokenizer.json, ...     as the model has them
 """
 
 from __future__ import annotations

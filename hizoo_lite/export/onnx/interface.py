@@ -47,15 +47,18 @@ def interface(model: Model, skeleton: Skeleton) -> Interface:
     adapters = _adapter_inputs(model, skeleton, values)
     names = [given.name for given in adapters]
     if model.kind == "causal":
-        caches, presents = [], []
-        for index, (heads, features) in enumerate(layers):
-            for part in ("key", "value"):
-                example = torch.zeros(_BATCH, heads, _PAST, features)
-                caches.append(Input(f"past_key_values.{index}.{part}", example, {0: "batch", 2: "past_length"}))
-                presents.append(f"present.{index}.{part}")
-        tokens = _token_inputs(["input_ids"], _LENGTH) + [
-            Input("attention_mask", _ids(_LENGTH + _PAST), {0: "batch", 1: "total_length"})
+        total = Input("attention_mask", _ids(_LENGTH + _PAST), {0: "batch", 1: "total_length"})
+        tokens = [*_token_inputs(["input_ids"], _LENGTH), total]
+        caches = [
+            Input(
+                f"past_key_values.{index}.{part}",
+                torch.zeros(_BATCH, heads, _PAST, features),
+                {0: "batch", 2: "past_length"},
+            )
+            for index, (heads, features) in enumerate(layers)
+            for part in ("key", "value")
         ]
+        presents = [given.name.replace("past_key_values.", "present.", 1) for given in caches]
         wrapper: nn.Module = _Causal(skeleton.module, values, names)
         return Interface(wrapper, tokens + caches + adapters, ["logits", *presents], layers)
     tokens = _token_inputs(encoder_inputs(model), _LENGTH)
@@ -158,8 +161,8 @@ def _cache_layers(skeleton: Skeleton) -> list[tuple[int, int]]:
     with skeleton.mode:
         cache = skeleton.module(input_ids=_ids(_LENGTH), use_cache=True).past_key_values
     layers = getattr(cache, "layers", None) or []
-    keys = [getattr(layer, "keys", None) for layer in layers]
-    if not keys or any(key is None or key.ndim != 4 for key in keys):
+    keys = [key for layer in layers if (key := getattr(layer, "keys", None)) is not None and key.ndim == 4]
+    if not keys or len(keys) != len(layers):
         name = type(skeleton.module).__name__
         raise UserError(f"{name} keeps no keys and values of its layers; it cannot be exported as causal")
     return [(key.shape[1], key.shape[3]) for key in keys]

@@ -3,8 +3,8 @@
 | stored form | operator | exact |
 |---|---|---|
 | NF4, FP4 | com.microsoft MatMulBnb4 | decoded to the same float32 values |
-| int8 | com.microsoft MatMulNBits, 8 bits, accuracy_level 0 or 4 | to float32 rounding at 0; at 4 activations are quantized too |
-| 16/32 bits | Cast, MatMul | as stored |
+| int8 | com.microsoft MatMulNBits, accuracy_level 0 or 4 | to float32 rounding; at 4 activations in 8 bits |
+| 16/32 bits | Cast, com.microsoft FusedMatMul | as stored |
 
 A layer has no weights while it is traced, only `Part`s that say how each one looks and how it is read.
 """
@@ -30,6 +30,8 @@ _ACCURACY_LEVEL: dict[Int8Mode, int] = {"exact": 0, "fast": 4}
 NBITS_BLOCK = 128
 #: The largest block that MatMulBnb4 takes. A longer one is written as several with the same absmax.
 _LARGEST_BLOCK = 256
+#: A tile of a 16-bit matrix, in float32.
+TILE_BYTES = 64 << 20
 _QUANT_TYPE = {"fp4": 0, "nf4": 1}
 
 #: A weight with its values, from wherever they are.
@@ -81,7 +83,7 @@ class FourBitProduct(Product):
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulBnb4",
             (x, self.codes, self.absmax),
-            self.attributes,
+            dict(self.attributes),
             dtype=torch.float32,
             shape=(*x.shape[:-1], self.attributes["N"]),
             version=1,
@@ -116,7 +118,7 @@ class Int8Product(Product):
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.codes, self.scales),
-            self.attributes,
+            dict(self.attributes),
             dtype=torch.float32,
             shape=(*x.shape[:-1], self.attributes["N"]),
             version=1,
@@ -125,18 +127,38 @@ class Int8Product(Product):
 
 @final
 class PlainProduct(Product):
-    """weight: (out, in) bf16, fp16 or float32."""
+    """weight: (out, in) bf16, fp16 or float32.
+
+    A large one is cast and multiplied in tiles of rows, so that no whole copy in float32 is needed.
+    """
 
     weight: Tensor
-    operator = "MatMul"
+    operator = "FusedMatMul"
 
     def __init__(self, weight: Part) -> None:
         super().__init__()
         self.parts = {"weight": weight}
+        rows, columns = weight.shape
+        height = rows if weight.dtype == torch.float32 else max(1, TILE_BYTES // (4 * columns))
+        self.tiles = [(first, min(first + height, rows)) for first in range(0, rows, height)]
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Product`."""
-        return torch.matmul(x, self.weight.float().t())
+        if len(self.tiles) == 1:
+            return _transposed_product(x, self.weight.float())
+        return torch.cat([_transposed_product(x, self.weight[i:j].float()) for i, j in self.tiles], dim=-1)
+
+
+def _transposed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W', without a transposed copy of W."""
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::FusedMatMul",
+        (x, weight),
+        {"transB": 1},
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], weight.shape[0]),
+        version=1,
+    )
 
 
 class InputValues:

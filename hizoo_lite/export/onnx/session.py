@@ -18,8 +18,8 @@ _ERRORS_ONLY = 3  # warnings speak of the adapter inputs' defaults, one line eac
 class Session:
     """Runs an export on the CPU; adapters are loaded when they are first used.
 
-    threads: of a product; None is onnxruntime's choice. sparing: leave weights in the mapped file instead of
-    copying them to the form that is fastest.
+    threads: of a product; None is onnxruntime's choice. sparing: use weights as they are in the mapped file,
+    in place of copies in the form that is fastest.
     """
 
     def __init__(self, export: Export, *, threads: int | None = None, sparing: bool = False) -> None:
@@ -34,14 +34,22 @@ class Session:
             options.enable_cpu_mem_arena = False
         try:
             self.session = onnxruntime.InferenceSession(
-                str(export.graph), options, providers=["CPUExecutionProvider"]
+                str(export.graph),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if sparing else None,
             )
-        except Exception as error:  # onnxruntime has a class of its own for every code, RuntimeError for others
+        except (
+            Exception
+        ) as error:  # onnxruntime has a class of its own for every code, RuntimeError for others
             raise StorageError(f"{export.graph}: onnxruntime cannot load it: {error}") from error
         self._adapters: dict[str, onnxruntime.LoraAdapter] = {}
 
     def run(
-        self, feeds: Mapping[str, np.ndarray], adapter: str | None = None, outputs: Sequence[str] | None = None
+        self,
+        feeds: Mapping[str, np.ndarray],
+        adapter: str | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
         """The outputs (all of them by default) of one run, with an adapter of the export or the bare base.
 

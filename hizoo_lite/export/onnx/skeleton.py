@@ -112,11 +112,9 @@ class _Source:
     def matrix(self, linear: BranchLinear, weight: PlainWeight | AwayWeight) -> Part:
         """A weight in 16 or 32 bits; shared with the embedding that it is tied to."""
         if isinstance(weight, AwayWeight):
-            stored = self._stored(f"{linear.name}.weight")
-            return Part(weight.shape, weight.dtype, lambda: self.model.checkpoint.read(stored), stored)
+            return self._stored_part(self._stored(f"{linear.name}.weight"))
         if weight.weight.is_meta:
-            shape, dtype = weight.shape, weight.weight.dtype
-            return Part(shape, dtype, lambda: self.model.checkpoint.read(self.model.stored_names[linear.name]))
+            return self._stored_part(self.model.stored_names[linear.name])
         return _here(weight.weight)
 
     def bias(self, linear: BranchLinear) -> Part | None:
@@ -129,8 +127,12 @@ class _Source:
         tensor = getattr(self.model.module.get_submodule(owner), leaf)
         if not tensor.is_meta:
             return _here(tensor)
-        stored, checkpoint = self._stored(name), self.model.checkpoint
-        return Part(checkpoint.shape(stored), checkpoint.dtype(stored), lambda: checkpoint.read(stored), stored)
+        return self._stored_part(self._stored(name))
+
+    def _stored_part(self, stored: str) -> Part:
+        checkpoint = self.model.checkpoint
+        shape, dtype = checkpoint.shape(stored), checkpoint.dtype(stored)
+        return Part(shape, dtype, lambda: checkpoint.read(stored), stored)
 
     def _stored(self, name: str) -> str:
         stored = self._names.find(name) or self._names.find_tied(name)
@@ -140,7 +142,9 @@ class _Source:
 
 def _here(tensor: Tensor) -> Part:
     """A tensor in memory. `shared` is the memory, so that tied tensors are recognized."""
-    return Part(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), (tensor.data_ptr(), tensor.shape))
+    return Part(
+        tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu(), (tensor.data_ptr(), tensor.shape)
+    )
 
 
 def _join(path: str, name: str) -> str:

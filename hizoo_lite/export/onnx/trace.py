@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import ml_dtypes
 import onnx_ir as ir
@@ -32,7 +33,7 @@ _DTYPES = {
 
 
 class Input(NamedTuple):
-    """A graph input: its example for tracing (of a size above 1 in every dynamic dimension) and those dimensions."""
+    """A graph input. The example is above 1 in every dynamic dimension: torch takes 0 and 1 for fixed."""
 
     name: str
     example: Tensor
@@ -123,19 +124,17 @@ def lazy(part: Part, name: str) -> ir.LazyTensor:
     return ir.LazyTensor(read, dtype=_DTYPES[part.dtype], shape=ir.Shape(part.shape), name=name)
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """torch.onnx and torch.export speak to developers of models, in warnings and in logs."""
-
-    def __enter__(self) -> Any:
-        self._loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-        entered = super().__enter__()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return entered
-
-    def __exit__(self, *error: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
-        super().__exit__(*error)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

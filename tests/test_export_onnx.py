@@ -1,0 +1,363 @@
+"""Exports to ONNX: onnxruntime computes what the model computes, with every adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hizoo_lite.base import Bits, UserError
+from hizoo_lite.cli import app
+from hizoo_lite.errors import ExportError, StorageError
+from hizoo_lite.export.onnx import check
+from hizoo_lite.export.onnx import export as exporting
+from hizoo_lite.export.onnx.adapter import add_adapter
+from hizoo_lite.export.onnx.export import export_onnx
+from hizoo_lite.export.onnx.folder import Export
+from hizoo_lite.export.onnx.linear import FourBitProduct, Int8Product
+from hizoo_lite.export.onnx.session import Session
+from hizoo_lite.model.load import load
+from hizoo_lite.model.model import Model
+from hizoo_lite.quant import FourBitWeight, native, pack
+from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.train.saved import attach_adapter
+from tests.architectures import save_tiny
+from tests.run_fixtures import flags, short_run
+
+#: name -> kind; of every one the embeddings, positions, norms, masks and heads are different.
+KINDS = {
+    "llama": "causal",
+    "qwen2": "causal",
+    "qwen3": "causal",
+    "gemma2": "causal",
+    "opt": "causal",
+    "gpt2": "causal",
+    "roberta": "masked",
+    "bert": "classifier",
+}
+LAYERS = {"gpt2": "n_layer"}
+ALL_BITS: tuple[Bits, ...] = ("nf4", "fp4", "int8", "none")
+#: nf4 for every architecture; the other forms where a linear is plain, transposed, tied or a head.
+FAST = {(name, "nf4") for name in KINDS} | {
+    ("llama", "fp4"),
+    ("gpt2", "int8"),
+    ("bert", "int8"),
+    ("qwen2", "none"),
+}
+GRID = [
+    pytest.param(name, bits, marks=[] if (name, bits) in FAST else [pytest.mark.slow])
+    for name in KINDS
+    for bits in ALL_BITS
+]
+
+
+def write_adapter(model: Model, folder: Path, rank: int, seed: int, targets: str = "all-linear") -> Path:
+    """A PEFT adapter that changes the logits by much more than rounding."""
+    space = LoRA(rank=rank, alpha=3.0, targets=targets)
+    space.attach(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for value in space.parameters.values():
+        value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    space.save(folder)
+    space.detach()
+    return folder
+
+
+def tuned(folder: Path, name: str, bits: Bits, **changes: Any) -> tuple[Path, Path]:
+    """A tiny model in its own folder, and two adapters of it: other ranks, other layers."""
+    kind: Any = KINDS[name]
+    save_tiny(name, folder / "source", kind=kind, **{LAYERS.get(name, "num_hidden_layers"): 1}, **changes)
+    source = folder / "source"
+    if bits != "none":
+        Quantization(str(source), folder / "model", kind=kind, bits=bits).run(lambda count: None)
+        source = folder / "model"
+    model = load(source, kind=kind, compute_dtype="float32", device="cpu", residency="resident", bits=bits)
+    first = write_adapter(model, folder / "first", rank=2, seed=1)
+    second = write_adapter(model, folder / "second", rank=3, seed=2, targets="attention")
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama, two adapters of it and the export of the first."""
+    folder = tmp_path_factory.mktemp("llama")
+    first, _ = tuned(folder, "llama", "nf4")
+    export_onnx(first, folder / "onnx")
+    return folder
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    shutil.copytree(llama / "onnx", tmp_path / "onnx")
+    return tmp_path / "onnx"
+
+
+# ----------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize(("name", "bits"), GRID)
+def test_one_session_with_two_adapters_equals_the_model(name: str, bits: Bits, tmp_path: Path) -> None:
+    first, second = tuned(tmp_path, name, bits)
+    export = export_onnx(first, tmp_path / "onnx")
+    assert export.record["check"]["max_abs_difference"] < check.LIMIT
+    export = export_onnx(second, tmp_path / "onnx")
+    assert export.adapters == ["first", "second"]
+    session = Session(export)
+    model = exporting.load_base(first)
+    cases = {None: check.cases(model)}
+    for folder in (first, second):
+        attach_adapter(model, folder)
+        cases[folder.name] = check.cases(model)
+    for adapter in ("first", None, "second", "first"):
+        check.compare(session, cases[adapter], adapter)
+    apart = [
+        np.abs(cases[a][1].logits - cases[b][1].logits).max()
+        for a, b in ((None, "first"), ("first", "second"))
+    ]
+    assert min(apart) > 100 * check.LIMIT
+    operators = {"nf4": "MatMulBnb4", "fp4": "MatMulBnb4", "int8": "MatMulNBits", "none": "FusedMatMul"}
+    assert operators[bits] in export.record["model"]["operators"]
+
+
+def test_rows_padded_on_the_left_write_what_they_would_alone(llama: Path) -> None:
+    session = Session(Export.open(llama / "onnx"))
+    ids = np.array([[0, 0, 0, 9, 8, 7], [3, 4, 5, 6, 7, 8]])
+    both = check.Tokens(ids, np.array([[0, 0, 0, 1, 1, 1], [1] * 6]))
+    alone = check.Tokens(ids[:1, 3:], np.ones((1, 3), np.int64))
+    got, expected = (check.decode(session, tokens, 2, "first") for tokens in (both, alone))
+    np.testing.assert_allclose(got[:1, 3:], expected, atol=check.LIMIT)
+
+
+def test_a_tied_head_and_its_embedding_are_one_tensor(tmp_path: Path) -> None:
+    first, _ = tuned(tmp_path, "qwen2", "none")
+    export = export_onnx(first, tmp_path / "onnx")
+    names = [t.name for t in onnx.load(export.graph, load_external_data=False).graph.initializer]
+    assert "model.embed_tokens.weight" in names
+    assert not any(name.startswith("lm_head") for name in names)
+
+
+def test_fast_products_of_8_bit_weights_are_recorded_with_their_error(tmp_path: Path) -> None:
+    first, _ = tuned(tmp_path, "opt", "int8")
+    record = export_onnx(first, tmp_path / "onnx", int8="fast").record
+    assert record["int8"] == "fast"
+    assert record["check"]["limit"] is None
+    assert check.LIMIT < record["check"]["max_abs_difference"] < 1.0
+    metadata = {
+        p.key: p.value
+        for p in onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).metadata_props
+    }
+    assert metadata == {"bits": "int8", "int8": "fast"}
+    with pytest.raises(UserError, match=r"--int8: got 'exact', but .* was made with 'fast'"):
+        export_onnx(tmp_path / "second", tmp_path / "onnx", int8="exact")
+
+
+@pytest.mark.parametrize("columns", [64, 80, 96, 33])
+@pytest.mark.parametrize("bits", ["nf4", "fp4"])
+def test_4_bit_weights_of_any_width_are_decoded_bit_exactly(bits: native.FourBits, columns: int) -> None:
+    weight = pack(torch.randn(7, columns, generator=torch.Generator().manual_seed(0)), bits)
+    product = FourBitProduct(weight, lambda: weight)  # type: ignore[arg-type]
+    expected = weight.unpack(torch.empty(7, columns))
+    assert np.array_equal(multiply(product, "MatMulBnb4", columns), expected.numpy().T)
+
+
+@pytest.mark.parametrize("blocksize", [32, 256, 512, 4096])
+def test_4_bit_blocks_of_any_size_are_decoded_bit_exactly(blocksize: int) -> None:
+    values = torch.randn(31, 96, generator=torch.Generator().manual_seed(0))
+    codes, absmax = native.quantize_blocks(values, "nf4", blocksize)
+    weight = FourBitWeight("nf4", (31, 96), codes, absmax, blocksize=blocksize)
+    product = FourBitProduct(weight, lambda: weight)
+    expected = weight.unpack(torch.empty(31, 96))
+    assert np.array_equal(multiply(product, "MatMulBnb4", 96), expected.numpy().T)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 200])
+def test_8_bit_weights_are_decoded_to_the_last_bit_of_float32(columns: int) -> None:
+    weight = pack(torch.randn(7, columns, generator=torch.Generator().manual_seed(0)), "int8")
+    product = Int8Product(weight, lambda: weight, "exact")  # type: ignore[arg-type]
+    expected = weight.values(torch.empty(7, columns)).numpy().T
+    np.testing.assert_allclose(multiply(product, "MatMulNBits", columns), expected, rtol=2e-7)
+
+
+def multiply(product: FourBitProduct | Int8Product, operator: str, columns: int) -> np.ndarray:
+    """The identity times the weight, by the operator alone."""
+    make, floats = onnx.helper, onnx.TensorProto.FLOAT
+    names = ["x", *product.parts]
+    node = make.make_node(operator, names, ["y"], domain="com.microsoft", **product.attributes)
+    graph = make.make_graph(
+        [node],
+        "product",
+        [make.make_tensor_value_info("x", floats, [None, columns])],
+        [make.make_tensor_value_info("y", floats, None)],
+        [onnx.numpy_helper.from_array(part.read().numpy(), name) for name, part in product.parts.items()],
+    )
+    opsets = [make.make_opsetid("", 20), make.make_opsetid("com.microsoft", 1)]
+    model = make.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0]
+
+
+# ----------------------------------------------------------------------------------- the folder
+
+
+def test_a_second_adapter_rewrites_nothing_but_the_record(llama: Path, copy: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != "export.json"}
+    export = export_onnx(llama / "second", copy, name="other")
+    assert export.adapters == ["first", "other"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert Export.open(copy).adapter_file("other").is_file()
+
+
+def test_an_adapter_is_added_without_torch(llama: Path, copy: Path) -> None:
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx']))\n"
+        "from hizoo_lite.export.onnx.adapter import add_adapter\n"
+        "from hizoo_lite.export.onnx.folder import Export\n"
+        "add_adapter(Export.open(sys.argv[1]), sys.argv[2], 'other')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(copy), str(llama / "second")], check=True)
+    assert Export.open(copy).adapters == ["first", "other"]
+
+
+def test_bfloat16_adapters_are_read(llama: Path, copy: Path, tmp_path: Path) -> None:
+    halved = shutil.copytree(llama / "first", tmp_path / "halved")
+    weights = halved / "adapter_model.safetensors"
+    save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
+    export = export_onnx(halved, copy)
+    model = exporting.load_base(llama / "first")
+    attach_adapter(model, halved)
+    check.compare(Session(export), check.cases(model), "halved")
+
+
+def test_genai_config_names_the_graphs_inputs(llama: Path) -> None:
+    content = json.loads((llama / "onnx/genai_config.json").read_text())
+    decoder, export = content["model"]["decoder"], Export.open(llama / "onnx")
+    named = [decoder["inputs"][key] for key in ("input_ids", "attention_mask")]
+    named += [decoder["inputs"][f"past_{part}_names"] % 0 for part in ("key", "value")]
+    assert named == export.inputs
+    shown = [decoder["outputs"][f"present_{part}_names"] % 0 for part in ("key", "value")]
+    assert [decoder["outputs"]["logits"], *shown] == export.outputs
+    assert content["search"]["past_present_share_buffer"] is False
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == export.cache[0]
+
+
+def test_no_path_of_this_machine_is_in_the_graph(llama: Path) -> None:
+    assert str(Path(torch.__file__).parents[1]).encode() not in (llama / "onnx/model.onnx").read_bytes()
+
+
+def test_a_run_is_exported_from_the_command_line(tmp_path: Path) -> None:
+    trained = CliRunner().invoke(app, ["train", *flags(short_run(tmp_path, lr=1e-2))])
+    assert trained.exit_code == 0, trained.stderr
+    arguments = ["export", str(tmp_path / "run"), "--to", "onnx", "--out", str(tmp_path / "onnx"), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["adapters"]["run"]["rank"] == 2
+    assert record["check"]["max_abs_difference"] < check.LIMIT
+    assert (tmp_path / "onnx/tokenizer.json").is_file()
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2
+    assert "--name: 'run' is in" in again.stderr
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def test_a_graph_that_computes_something_else_is_removed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.cases
+
+    def shifted(model: Model) -> list[check.Case]:
+        return [case._replace(logits=case.logits + 2e-4) for case in real(model)]
+
+    monkeypatch.setattr(exporting, "cases", shifted)
+    with pytest.raises(
+        ExportError, match=r"differs from the model by 2\.\d+e-04, allowed is 1e-04: forward of 1 x 1"
+    ):
+        export_onnx(llama / "first", tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_base_is_refused(copy: Path, tmp_path: Path) -> None:
+    other, _ = tuned(tmp_path / "other", "llama", "nf4", seed=5)
+    with pytest.raises(UserError, match=r"base_model_name_or_path: got .* which is another model"):
+        export_onnx(other, copy)
+    assert Export.open(copy).adapters == ["first"]
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_tensor(llama: Path, copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "first/adapter_model.safetensors")
+    name = next(n for n in tensors if n.endswith("q_proj.lora_B.weight"))
+
+    def changed(values: dict[str, torch.Tensor]) -> Path:
+        folder = shutil.copytree(llama / "first", tmp_path / "changed", dirs_exist_ok=True)
+        save_file(values, folder / "adapter_model.safetensors")
+        return folder
+
+    for values, message in (
+        (
+            {**tensors, name: torch.zeros(5, 2)},
+            r"q_proj\.lora_B\.weight has shape \(5, 2\), .* wants \(64, 2\)",
+        ),
+        ({n: t for n, t in tensors.items() if n != name}, r"q_proj\.lora_A without .*q_proj\.lora_B"),
+        ({**tensors, "lm_head.weight": torch.zeros(2)}, r"lm_head\.weight: the exported base has no input"),
+        ({**tensors, name: tensors[name].int()}, r"lora_B\.weight is I32, allowed are BF16"),
+        ({}, "holds no tensors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add_adapter(Export.open(copy), changed(values), "changed")
+    with pytest.raises(UserError, match=r"--name: got '\.\./x'"):
+        add_adapter(Export.open(copy), llama / "second", "../x")
+
+
+def test_damaged_files_are_named(copy: Path) -> None:
+    graph, weights, record = copy / "model.onnx", copy / "model.onnx.data", copy / "export.json"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model\.onnx: has .* bytes, .* were written"):
+        Export.open(copy)
+    graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.onnx: its sha256 is not the one"):
+        Export.open(copy)
+    graph.write_bytes(whole)
+    opened = Export.open(copy)
+    weights.rename(copy / "elsewhere")
+    with pytest.raises(UserError, match=r"model\.onnx\.data: missing"):
+        Export.open(copy)
+    with pytest.raises(StorageError, match=r"model\.onnx: onnxruntime cannot load it"):
+        Session(opened)
+    record.write_text('{"format": 9}')
+    with pytest.raises(UserError, match=r"export\.json: format: got 9, this version reads 1"):
+        Export.open(copy)
+    record.write_text('{"format": 1, "kind": "causal"}')
+    with pytest.raises(UserError, match=r"export\.json: lacks adapters, base"):
+        Export.open(copy)
+    record.unlink()
+    with pytest.raises(UserError, match=r"export\.json: missing"):
+        Export.open(copy)
+
+
+def test_a_folder_with_other_things_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and no export"):
+        export_onnx(llama / "first", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_unknown_adapter_is_named(llama: Path) -> None:
+    session = Session(Export.open(llama / "onnx"))
+    with pytest.raises(UserError, match="no adapter 'third'; it has: first"):
+        session.run({}, "third")
