@@ -26,8 +26,8 @@ from hizoo_lite.spaces.targets import release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.residency import Streamed
+from hizoo_lite.train.adapter_files import SPACE_FILE
 
-SPACE_FILE = "hizoo_space.json"
 FORMAT = 1
 _HEAD = "head.safetensors"
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hizoo_lite import spaces
 from hizoo_lite.base import Space, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.spaces.inplace import SPACE_FILE, read_record
+from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter, read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
-
-_PEFT_FILE = "adapter_config.json"
-
-#: Settings of a PEFT adapter that change its product, and the only values that ours reproduces.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-}
-
-
-def find_adapter(path: Path | str) -> Path:
-    """The adapter folder of a run folder, or the path itself. UserError where nothing tuned is in it."""
-    for folder in (RunFolder(path).adapter, Path(path)):
-        if (folder / _PEFT_FILE).is_file() or (folder / SPACE_FILE).is_file():
-            return folder
-    raise UserError(
-        f"--adapter: got {str(path)!r}, allowed: a run folder, or a folder with {_PEFT_FILE} or {SPACE_FILE}"
-    )
 
 
 def saved_config(path: Path | str | None) -> TrainConfig | None:
@@ -51,7 +28,7 @@ def base_model(path: Path | str) -> str:
     folder = find_adapter(path)
     if (folder / SPACE_FILE).is_file():
         return str(read_record(folder)["base_model"])
-    return str(_read(folder).get("base_model_name_or_path") or "")
+    return str(read_peft_config(folder).get("base_model_name_or_path") or "")
 
 
 def attach_adapter(model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None) -> Space:
@@ -85,11 +62,7 @@ def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
 
 
 def _lora(model: Model, folder: Path) -> LoRA:
-    config = _read(folder)
-    for key, values in _SUPPORTED.items():
-        if key in config and config[key] not in values:
-            shown = ", ".join(map(repr, values))
-            raise UserError(f"{folder / _PEFT_FILE}: {key}: got {config[key]!r}, supported: {shown}")
+    config = read_peft_config(folder)
     targets = config["target_modules"]
     space = spaces.LoRA(
         rank=int(config["r"]),
@@ -100,15 +73,3 @@ def _lora(model: Model, folder: Path) -> LoRA:
     space.attach(model, seed=0)
     space.load(folder)
     return space
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / _PEFT_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if missing:
-        raise UserError(f"{path}: no {missing[0]!r}; a LoRA adapter of PEFT has it")
-    return config

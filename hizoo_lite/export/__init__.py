@@ -1,0 +1,1 @@
+"""Exports: what a run has made, in the formats that other programs read."""
