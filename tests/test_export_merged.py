@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.tasks.tokens import pad_id
+from hizoo_lite.train import setup
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.evaluate import evaluate
+from hizoo_lite.train.fit import fit
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
+from tests.run_fixtures import short_run
 from tests.test_load_process import run_python, save_large_llama
 
 AUTO = {
@@ -223,3 +231,224 @@ def test_a_bare_trunk_gets_its_head(tmp_path):
     module = theirs(tmp_path / "out", "classifier")
     assert module.config.num_labels == 4
     torch.testing.assert_close(logits(module), logits(model.module), **FLOAT32)
+
+
+def test_a_classifier_of_a_decoder_knows_what_it_is_padded_with(tmp_path):
+    source = Path(setup.model_path("embedded"))
+    base = Path(shutil.copytree(source, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    del config["pad_token_id"]
+    (base / "config.json").write_text(json.dumps(config))
+    model = load(base, kind="classifier", bits="nf4", compute_dtype="float32", device="cpu")
+    tuned(model, "lora").save(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "out", base_bits="nf4", dtype="float32")
+    module = theirs(tmp_path / "out", "classifier")
+    model.config.pad_token_id = module.config.pad_token_id
+    assert module.config.pad_token_id == pad_id(model.tokenizer)
+    torch.testing.assert_close(logits(module), logits(model.module), **FLOAT32)
+
+
+def test_the_metric_of_a_run_is_that_of_its_merged_model(tmp_path):
+    settings = short_run(tmp_path, task="embedded", data="embedded", steps=60, batch_size=8, rank=8)
+    settings |= {"targets": "all-linear", "train_examples": 400, "dev_examples": 0, "test_examples": 100}
+    run = fit(TrainConfig(**settings, bits="nf4", compute_dtype="float32"))
+    before, after = run.before, run.after
+    assert abs(after.loss - before.loss) > 1e-3
+    merge(tmp_path / "run", tmp_path / "out", dtype="float32")
+    again = {**settings, "model": str(tmp_path / "out"), "bits": "none", "compute_dtype": "float32"}
+    config = TrainConfig(**{**again, "out": str(tmp_path / "unused")})
+    task = setup.find_task("embedded")
+    model = setup.load_model(config, task)
+    encoder = setup.make_encoder(model, task, config.max_length)
+    found = evaluate(Traversal(model), encoder, setup.make_splits(config, task).test, 50)
+    assert found.predictions == after.predictions
+    assert found.metric == after.metric
+    assert found.loss == pytest.approx(after.loss, abs=1e-5)  # of float32 sums in another order
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (run.setup.model.folder / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter without a run, and its base beside it; tests that change them copy both."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny("llama", folder / "base", dtype=torch.bfloat16)
+    tuned(load(folder / "base", bits="nf4", device="cpu"), "lora", rank=2).save(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_bits": None}, r"--base-bits: missing; .*adapter does not say .*; allowed: nf4"),
+        ({"dtype": "bf17"}, "--dtype: got 'bf17', allowed: bf16, fp16, float32"),
+        ({"bits": "int4"}, "--bits: got 'int4', allowed: nf4, fp4, int8, none"),
+        ({"model": "/nowhere/at/all"}, "the folder /nowhere/at/all does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_and_nothing_is_written(adapter, options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        merged.prepare(adapter, tmp_path / "out", **{"base_bits": "nf4", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_folders_are_refused_and_the_same_call_is_not(adapter, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--out: .*out is not empty; allowed: a new or empty folder"):
+        merged.prepare(adapter, out, base_bits="nf4")
+    (out / "thesis.txt").unlink()
+    merge(adapter, out, base_bits="nf4")
+    assert merged.prepare(adapter, out, base_bits="nf4").complete
+    for changed in ({"base_bits": "int8"}, {"base_bits": "nf4", "dtype": "fp16"}):
+        with pytest.raises(UserError, match="holds a finished checkpoint of another model"):
+            merged.prepare(adapter, out, **changed)
+    with pytest.raises(UserError, match="with bits 'none', not 'nf4'"):
+        merged.prepare(adapter, out, base_bits="nf4", bits="nf4")
+    retuned = Path(shutil.copytree(adapter.parent, tmp_path / "retuned")) / "adapter"
+    tensors = load_file(retuned / "adapter_model.safetensors")
+    next(iter(tensors.values())).mul_(1.5)
+    save_file(tensors, retuned / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds a finished checkpoint of another model"):
+        merged.prepare(retuned, out, base_bits="nf4", model=str(adapter.parent / "base"))
+
+
+def test_a_folder_written_half_is_no_checkpoint_and_the_same_call_completes_it(adapter, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    merge(adapter, whole, base_bits="nf4")
+
+    def stop(_: int) -> None:
+        if (half / "block-00000.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merged.prepare(adapter, half, base_bits="nf4").run(stop)
+    assert sorted(path.name for path in half.iterdir()) == [
+        "block-00000.safetensors",
+        "quantize-progress.json",
+    ]
+    with pytest.raises(UserError, match=r"config\.json"):
+        load(half)
+    merge(adapter, half, base_bits="nf4")
+    assert {p.name: p.read_bytes() for p in half.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
+
+
+def change_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(KEY.format("B")), r"pairs of lora_A\.weight and lora_B\.weight wanted"),
+        (lambda t: t.update({"base_model.model.lm_tail.weight": torch.ones(2)}), "'lm_tail.weight'"),
+        (
+            lambda t: t.update({KEY.format(x).replace("q_proj", "x_proj"): torch.ones(2, 2) for x in "AB"}),
+            r"does not fit .*: 'model\.layers\.0\.self_attn\.x_proj'",
+        ),
+        (
+            lambda t: t.update({KEY.format("A"): torch.ones(2, 48)}),
+            r"q_proj has A \(2, 48\) and B \(64, 2\), the model's weight is \(64, 64\)",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(adapter, change, message, tmp_path):
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    change_adapter(own, change)
+    with pytest.raises(UserError, match=message):
+        merge(own, tmp_path / "out", base_bits="nf4")
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_values_too_large_for_fp16_are_refused(adapter, tmp_path):
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    change_adapter(own, lambda tensors: tensors[KEY.format("B")].mul_(1e7))
+    with pytest.raises(UserError, match=r"--dtype: .*q_proj\.weight holds values that fp16 cannot"):
+        merge(own, tmp_path / "out", base_bits="nf4", dtype="fp16")
+
+
+def test_weights_trained_on_another_model_are_refused(tmp_path):
+    for name, seed in (("base", 0), ("other", 1)):
+        save_tiny("llama", tmp_path / name, dtype=torch.bfloat16, seed=seed)
+    save_tiny("llama", tmp_path / "wide", hidden_size=128, dtype=torch.bfloat16)
+    for space, other, message in (
+        ("dense", "other", "its scales differ from the model's: it was made for another one"),
+        ("scales", "wide", r"absmax is \(64,\) torch.float32, the model has \(256,\) torch.float32"),
+    ):
+        model = load(tmp_path / "base", bits="nf4", device="cpu", double_quant=False)
+        tuned(model, space).save(tmp_path / space)
+        with pytest.raises(UserError, match=message):
+            merge(tmp_path / space, tmp_path / "out" / space, model=str(tmp_path / other))
+
+
+def test_block_files_and_record_must_agree(tmp_path):
+    save_tiny("bert", tmp_path / "base", kind="classifier")
+    model = load(tmp_path / "base", kind="classifier", bits="int8", device="cpu")
+    tuned(model, "scales").save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "head.safetensors").rename(tmp_path / "head")
+    with pytest.raises(UserError, match=r"head\.safetensors: no such file"):
+        merged.prepare(tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "adapter" / "block-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hizoo_space\.json and the block files differ about 'bert\.enc"):
+        merged.prepare(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_head_that_nothing_has_values_for_is_refused(tmp_path):
+    whole = save_tiny("bert", tmp_path / "whole", kind="classifier")
+    whole.bert.save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", kind="classifier", bits="nf4", device="cpu")
+    tuned(model, "lora", head=False).save(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"classifier\.\w+ is neither in the checkpoint nor in what was"):
+        merged.prepare(tmp_path / "adapter", tmp_path / "out", base_bits="nf4")
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+MEASURE = """
+import gc, json, re, sys, threading
+from hizoo_lite.export import merged
+
+def memory():
+    status = open("/proc/self/status").read()
+    found = re.findall(r"(RssAnon|VmRSS|VmHWM):\\s+(\\d+)", status)
+    return {key: int(kilobytes) * 1024 for key, kilobytes in found}
+
+tiny, large, out = sys.argv[1:]
+peaks = {}
+for number, (bits, base_bits) in enumerate([("none", "nf4"), ("nf4", "int8")]):
+    options = {"bits": bits, "base_bits": base_bits}
+    merged.prepare(tiny, f"{out}-tiny-{number}", **options).run()  # imports are not the work's
+    gc.collect()
+    before = memory()
+    open("/proc/self/clear_refs", "w").write("5")
+    anonymous = []
+    merged.prepare(large, f"{out}-{number}", **options).run(lambda _: anonymous.append(memory()["RssAnon"]))
+    peaks[bits] = [memory()["VmHWM"] - before["VmRSS"], max(anonymous) - before["RssAnon"]]
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
+def test_no_more_than_one_matrix_is_held(adapter, tmp_path):
+    stored_bytes, largest_bytes = save_large_llama(tmp_path / "large")
+    model = load(tmp_path / "large", bits="nf4", device="cpu")
+    tuned(model, "lora", rank=2).save(tmp_path / "adapter")
+    del model
+    told = run_python(MEASURE, adapter, tmp_path / "adapter", tmp_path / "out").splitlines()[-1]
+    measured = json.loads(told)
+    assert stored_bytes > 130 << 20
+    assert set(measured) == {"none", "nf4"}
+    for peak, anonymous in measured.values():
+        assert max(peak, anonymous) < largest_bytes + (32 << 20)

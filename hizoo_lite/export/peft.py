@@ -15,10 +15,12 @@ from typing import Any
 
 from hizoo_lite.base import UserError
 from hizoo_lite.export.changes import LoRAChanges
+from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub
 from hizoo_lite.quant.shards import aside, named_errors, write_json, write_text
 from hizoo_lite.train import saved, setup
 from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
+from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
 _TOKENIZER_FILES = (
@@ -66,7 +68,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
             "allowed: merged"
         )
     config = read_peft_config(folder)
-    LoRAChanges(folder)  # that all tensors are there
+    changes = LoRAChanges(folder)  # where a tensor is missing, it says so
     settings = saved.saved_config(run)
     source = model or (settings.model if settings else str(config.get("base_model_name_or_path") or ""))
     if not source:
@@ -77,13 +79,13 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     config = {**config, "base_model_name_or_path": name, "inference_mode": True}
     if settings is not None and settings.revision is not None:
         config["revision"] = settings.revision
-    summary = RunFolder(run).read_summary()
     _check_new(out)
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     for file in (folder / PEFT_WEIGHTS, *_tokenizer_files(base)):
         _copy(file, out / file.name)
-    write_text(out / "README.md", _card(config, summary))
+    how = _arguments(base, config, settings, changes)
+    write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
     write_json(out / PEFT_FILE, config)
     return out
 
@@ -105,33 +107,30 @@ def _copy(file: Path, target: Path) -> None:
         aside(target).replace(target)
 
 
-def _card(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def _card(config: Mapping[str, Any], summary: Mapping[str, Any], arguments: list[str]) -> str:
     """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
     name = config["base_model_name_or_path"]
-    head = f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags: [lora, hizoo]\n---\n"
     parts = [
-        head,
+        f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags: [lora, hizoo]\n---\n",
         f"# LoRA adapter for {Path(name).name}\n",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite with forward passes alone "
-        "(HiZOO, arXiv 2402.15173).\n",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite with forward passes alone.\n",
         _figures(summary),
         "## Load it\n",
-        f"```python\n{_snippet(config, summary)}```\n",
+        f"```python\n{_snippet(config, arguments)}```\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _figures(summary: Mapping[str, Any]) -> str:
-    rows = [(shown, summary[key]) for shown, key in _FIGURES.items() if summary.get(key) is not None]
+    """A table of what is known; nothing where nothing is."""
+    shown = dict(_FIGURES)
     metric = summary.get("metric")
-    rows[1:1] = [
-        (f"{metric} {when}", summary[f"metric_{when}"])
-        for when in ("before", "after")
-        if metric not in (None, "loss") and summary.get(f"metric_{when}") is not None
-    ]
+    if metric not in (None, "loss"):
+        shown |= {f"{metric} before": "metric_before", f"{metric} after": "metric_after"}
+    rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
     if not rows:
         return ""
-    lines = [f"| {shown} | {_number(value)} |" for shown, value in rows]
+    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
@@ -139,22 +138,40 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _snippet(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Python that loads base and adapter, with the base quantized as it was tuned."""
+def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
+    """Python that loads base and adapter."""
     auto = _CLASSES.get(str(config.get("task_type")), "AutoModelForMaskedLM")
-    quantization = {
-        "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
-        "fp4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")',
-        "int8": "BitsAndBytesConfig(load_in_8bit=True)",
-    }.get(str(summary.get("bits")))
-    classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if quantization else "")
-    how = f", quantization_config={quantization}" if quantization else ""
+    given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
+    quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
     lines = [
         "from peft import PeftModel",
-        f"from transformers import {classes}",
+        f"from transformers import {auto}, AutoTokenizer{quantizes}",
         "",
-        f"base = {auto}.from_pretrained({json.dumps(config['base_model_name_or_path'])}{how})",
+        f"base = {auto}.from_pretrained({given})",
         "model = PeftModel.from_pretrained(base, ADAPTER)  # this folder",
         "tokenizer = AutoTokenizer.from_pretrained(ADAPTER)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _arguments(
+    base: Path, config: Mapping[str, Any], settings: TrainConfig | None, changes: LoRAChanges
+) -> list[str]:
+    """What transformers must be told to have the base as it was tuned: labels, and how it was quantized."""
+    found = []
+    if config.get("revision"):
+        found.append(f"revision={json.dumps(config['revision'])}")
+    matrices = [value for value in changes.heads.values() if value.ndim == 2]
+    if config.get("task_type") == "SEQ_CLS" and matrices:
+        found.append(f"num_labels={min(value.shape[0] for value in matrices)}")
+    content = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if settings is None or "quantization_config" in content:
+        return found
+    bits = skeleton.choose_bits(settings.bits, None)
+    if bits == "int8":
+        found.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
+    elif bits != "none":
+        nested = f", bnb_4bit_use_double_quant={settings.double_quant}"
+        four = f'load_in_4bit=True, bnb_4bit_quant_type="{bits}"{nested}'
+        found.append(f"quantization_config=BitsAndBytesConfig({four})")
+    return found
