@@ -450,5 +450,7 @@ def test_no_more_than_one_matrix_is_held(adapter, tmp_path):
     measured = json.loads(told)
     assert stored_bytes > 130 << 20
     assert set(measured) == {"none", "nf4"}
+    # measured 20 MiB (16 bits from nf4) and 15 (nf4 from int8): a packed matrix of 1.4 or 2.8 and chunks;
+    # the largest tensor, the embedding, has 16
     for peak, anonymous in measured.values():
-        assert max(peak, anonymous) < largest_bytes + (32 << 20)
+        assert max(peak, anonymous) < largest_bytes + (24 << 20)
