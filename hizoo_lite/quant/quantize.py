@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from hizoo_lite.quant.tensorfile import TensorFile
 PROGRESS_FILE = "quantize-progress.json"
 METADATA = {"format": "pt"}  # what transformers asks of every file
 
-_ALLOWED = ("nf4", "fp4", "int8")
+_ALLOWED: tuple[Bits, ...] = ("nf4", "fp4", "int8")
 _COPIED_BYTES = 4_000_000  # of a tensor, at a time
 _LONGEST = -1.2345678901234567e-100  # as many characters as a float takes in JSON
 _SAMPLES, _SAMPLE_BYTES = 64, 256  # of a file, to tell it from another of the same size
@@ -49,6 +49,31 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 #: Told how many more bytes of the result are written.
 Progress = Callable[[int], None]
+
+
+class Tensors(Protocol):
+    """What a conversion asks of its source: a `Checkpoint`, or one whose values are made when they are read.
+
+    `read` and `read_rows` give the dtype that `dtype` says, or float32 for a matrix that is quantized from
+    more than that.
+    """
+
+    folder: Path  # whose tokenizer and licence go along
+    config: dict[str, Any]
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def files(self) -> list[Path]:
+        """All that the values depend on, beside `config`."""
+        ...
 
 
 class Quantization:
@@ -59,7 +84,7 @@ class Quantization:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | Tensors,
         out: str | Path,
         *,
         kind: ModelKind,
@@ -67,17 +92,16 @@ class Quantization:
         double_quant: bool = True,
         revision: str | None = None,
     ) -> None:
-        """Look at source and target, touching nothing. Raises `UserError` where the work cannot begin."""
-        if bits not in _ALLOWED:
-            raise UserError(f"--bits: got {bits!r}, allowed: {', '.join(_ALLOWED)}")
+        """Look at source and target, touching nothing. Raises `UserError` where the work cannot begin.
+
+        A source that is no folder and no Hub id may be written as it is, with `bits="none"`.
+        """
+        allowed = _ALLOWED if isinstance(source, str | Path) else (*_ALLOWED, "none")
+        if bits not in allowed:
+            raise UserError(f"--bits: got {bits!r}, allowed: {', '.join(allowed)}")
         self.out, self.kind = Path(out), kind
-        self.bits, self.double_quant = bits, double_quant and bits != "int8"
-        self.checkpoint = Checkpoint.open(source, revision=revision)
-        if self.checkpoint.quantized_bits is not None:
-            raise UserError(
-                f"--model: {source} is quantized already, to {self.checkpoint.quantized_bits}; "
-                "allowed: a checkpoint in 16 or 32 bits"
-            )
+        self.bits, self.double_quant = bits, double_quant and bits in ("nf4", "fp4")
+        self.checkpoint: Tensors = _open(source, revision) if isinstance(source, str | Path) else source
         self.job = {
             "source": _identity(self.checkpoint),
             "bits": self.bits,
@@ -87,6 +111,7 @@ class Quantization:
         shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint}
         module = skeleton.build(self._config, kind)
         self.layout = layout.lay_out(shapes, module, kind, self.checkpoint.folder)
+        self._packed = {} if bits == "none" else self.layout.linears  # by the checkpoint's name
         self._check_dtypes()
         self.complete = self._is_complete()
         self._done = {} if self.complete else self._finished_shards()
@@ -200,7 +225,7 @@ class Quantization:
         """Every tensor of a file. Descriptions that are not in `states` count at their largest size."""
         forms: dict[str, Form] = {}
         for name in self.layout.shards[shard]:
-            linear = self.layout.linears.get(name)
+            linear = self._packed.get(name)
             if linear is None:
                 forms[name] = Form(self.checkpoint.dtype(name), self.checkpoint.shape(name))
                 continue
@@ -209,7 +234,7 @@ class Quantization:
         return forms
 
     def _write_shard(self, shard: str, progress: Progress) -> str:
-        linears = [self.layout.linears[n] for n in self.layout.shards[shard] if n in self.layout.linears]
+        linears = [self._packed[n] for n in self.layout.shards[shard] if n in self._packed]
         states = {linear.stored: self._state(linear, self._offset(linear)) for linear in linears}
         forms = self._forms(shard, states)
         progress(self._planned_bytes(shard) - sum(form.nbytes for form in forms.values()))  # the header
@@ -229,7 +254,7 @@ class Quantization:
                     writer.write(name, tensor)
                     progress(tensor.numel() * tensor.element_size())
             for name in self.layout.shards[shard]:
-                if name not in self.layout.linears:
+                if name not in self._packed:
                     for rows in self._rows(name):
                         writer.write_rows(name, rows) if rows.ndim else writer.write(name, rows)
                         progress(rows.numel() * rows.element_size())
@@ -249,13 +274,12 @@ class Quantization:
     def _reader(self, linear: layout.Linear) -> RowReader:
         """Rows of a matrix, (out, in), as they are stored; float32 for float64."""
         whole = self.checkpoint.read(linear.stored).t() if linear.transposed else None
-        dtype = self._dtype(linear.stored)
 
         def read(start: int, stop: int) -> Tensor:
             rows = (
                 self.checkpoint.read_rows(linear.stored, start, stop) if whole is None else whole[start:stop]
             )
-            return rows.to(dtype)
+            return rows.float() if rows.dtype == torch.float64 else rows
 
         return read
 
@@ -326,10 +350,24 @@ class Quantization:
         layout.write_index(self.out, names, total, sha256, {"quantize": self.job})
 
 
-def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def _open(source: str | Path, revision: str | None) -> Checkpoint:
+    checkpoint = Checkpoint.open(source, revision=revision)
+    if checkpoint.quantized_bits is not None:
+        raise UserError(
+            f"--model: {source} is quantized already, to {checkpoint.quantized_bits}; "
+            "allowed: a checkpoint in 16 or 32 bits"
+        )
+    return checkpoint
+
+
+def _identity(checkpoint: Tensors) -> dict[str, Any]:
     """What tells one source from another: its configuration, its files' names, sizes and samples."""
     config = json.dumps(checkpoint.config, sort_keys=True).encode()
-    files = {path.name: [path.stat().st_size, _sample(path)] for path in checkpoint.files()}
+    files = {}
+    for path in checkpoint.files():
+        inside = path.parent == checkpoint.folder
+        name = path.name if inside else f"{path.parent.name}/{path.name}"
+        files[name] = [path.stat().st_size, _sample(path)]
     return {"config": hashlib.sha256(config).hexdigest(), "files": files}
 
 

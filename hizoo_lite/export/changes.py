@@ -1,0 +1,158 @@
+"""What a run has changed of its model, read one layer at a time: for merging it into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.quant import FourBitWeight, ResidualWeight
+from hizoo_lite.quant.tensorfile import TensorFile
+from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.train.adapter_files import (
+    PEFT_FILE,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    SPACE_FILE,
+    read_peft_config,
+    scaling,
+)
+
+_HEAD = "head.safetensors"
+
+
+class Changes(Protocol):
+    """The tuned part of a model, by names of its module tree."""
+
+    space: str
+    linears: set[str]  # changed layers of the blocks
+    heads: dict[str, Tensor]  # parameters that were trained in full, float32
+    files: list[Path]  # everything is in these
+
+    def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
+        """The base's weight as the run has stored it; `base` itself may be changed."""
+        ...
+
+    def add(self, linear: str, rows: Tensor, first_row: int) -> None:
+        """Add to rows `first_row` .. of a weight, (rows, in_features) float32, what is tuned beside it."""
+        ...
+
+
+def read_changes(folder: Path) -> Changes:
+    """Those of an adapter folder. Raises `UserError`, naming the file, where they cannot be read."""
+    return InPlaceChanges(folder) if (folder / SPACE_FILE).is_file() else LoRAChanges(folder)
+
+
+class LoRAChanges:
+    """W + scaling * B A (2106.09685), in float32."""
+
+    space = "lora"
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `UserError` for adapters of other forms, and where A and B do not fit together."""
+        self._scaling = scaling(read_peft_config(folder))
+        self._file = _open(folder / PEFT_WEIGHTS)
+        self.files = [folder / PEFT_FILE, folder / PEFT_WEIGHTS]
+        self.linears, self.heads = set(), {}
+        for key, entry in self._file.entries.items():
+            name = key.removeprefix(PEFT_PREFIX)
+            linear, found, leaf = name.partition(".lora_")
+            if not found:
+                self.heads[name] = self._file.read(key).float()
+                continue
+            other = self._file.entries.get(_key(linear, "B" if leaf == "A.weight" else "A"))
+            if leaf not in ("A.weight", "B.weight") or other is None or len(entry.shape) != 2:
+                raise UserError(f"{self._file.path}: {key}: pairs of lora_A.weight and lora_B.weight wanted")
+            self.linears.add(linear)
+
+    def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
+        """The base itself. Raises `UserError` where the adapter has another shape."""
+        if linear in self.linears:
+            a, b = (self._file.entries[_key(linear, half)].shape for half in "AB")
+            if (b[0], a[1]) != base.shape or a[0] != b[1]:
+                raise UserError(
+                    f"{self._file.path}: {linear} has A {a} and B {b}, the model's weight is {base.shape}"
+                )
+        return base
+
+    def add(self, linear: str, rows: Tensor, first_row: int) -> None:
+        """scaling * B A of these rows."""
+        if linear in self.linears:
+            a = self._file.read(_key(linear, "A")).float()
+            b = self._file.read_rows(_key(linear, "B"), first_row, first_row + len(rows)).float()
+            rows.addmm_(b, a, alpha=self._scaling)
+
+
+class InPlaceChanges:
+    """Weights that were trained where they are: scales, codes, or a difference beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `UserError`, naming the file, where something is missing or not sound."""
+        record = read_record(folder)
+        self.space, self.heads = str(record["space"]), {}
+        self.linears = set(record["targets"])
+        blocks = sorted(folder.glob("block-*.safetensors"))
+        self.files = [folder / SPACE_FILE, *blocks]
+        self._saved: dict[str, dict[str, TensorFile]] = {}  # linear -> buffer -> the file that has it
+        for file in map(TensorFile, blocks):
+            for key in file.entries:
+                linear, _, buffer = key.rpartition(".")
+                self._saved.setdefault(linear, {})[buffer] = file
+        missing = sorted(self.linears ^ set(self._saved))
+        if missing:
+            raise UserError(f"{folder}: {SPACE_FILE} and the block files differ about {missing[0]!r}")
+        if record.get("head"):
+            head = _open(folder / _HEAD)
+            self.files.append(head.path)
+            self.heads = {name: head.read(name).float() for name in head.entries}
+
+    def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
+        """With the saved buffers. Raises `UserError` where they are of another model."""
+        files = self._saved.get(linear, {})
+        saved = {buffer: file.read(f"{linear}.{buffer}") for buffer, file in files.items()}
+        where = next((str(file.path) for file in files.values()), "")
+        if isinstance(base, FourBitWeight) and "absmax" in saved:
+            base.undo_double_quant()
+        residual = saved.pop("residual", None)
+        if residual is not None:
+            return self._beside(base, residual, saved, f"{where}: {linear}")
+        for buffer, value in saved.items():
+            own = dict(base.named_buffers()).get(buffer)
+            _check_same_form(f"{where}: {linear}.{buffer}", value, own)
+            setattr(base, buffer, value)
+        return base
+
+    def add(self, linear: str, rows: Tensor, first_row: int) -> None:
+        """Nothing: it is in the weight."""
+
+    def _beside(
+        self, base: PackedWeight, residual: Tensor, saved: dict[str, Tensor], where: str
+    ) -> ResidualWeight:
+        scales = saved.get("absmax")  # never changed beside a residual
+        if scales is not None and not (
+            isinstance(base, FourBitWeight) and torch.equal(base.scales(), scales.view(-1))
+        ):
+            raise UserError(f"{where}: its scales differ from the model's: it was made for another one")
+        weight = ResidualWeight(base)
+        _check_same_form(f"{where}.residual", residual, weight.residual)
+        weight.residual = residual
+        return weight
+
+
+def _key(linear: str, half: str) -> str:
+    return f"{PEFT_PREFIX}{linear}.lora_{half}.weight"
+
+
+def _open(path: Path) -> TensorFile:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it holds what was tuned")
+    return TensorFile(path)
+
+
+def _check_same_form(where: str, got: Tensor, wanted: Tensor | None) -> None:
+    if wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+        has = "none" if wanted is None else f"{tuple(wanted.shape)} {wanted.dtype}"
+        raise UserError(f"{where} is {tuple(got.shape)} {got.dtype}, the model has {has}")

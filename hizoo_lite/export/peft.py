@@ -1,0 +1,177 @@
+"""A run's LoRA adapter as a folder of its own for PEFT, with tokenizer and model card.
+
+The tensors are the run's: hizoo-lite keeps adapters in PEFT's format and names, classifier heads as
+`modules_to_save`. What is added is what the folder needs away from its run: where the base is, how it was
+quantized, the tokenizer, and what came of the run. adapter_config.json is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.base import UserError
+from hizoo_lite.export.changes import LoRAChanges
+from hizoo_lite.model import skeleton
+from hizoo_lite.quant import hub
+from hizoo_lite.quant.shards import aside, named_errors, write_json, write_text
+from hizoo_lite.train import saved, setup
+from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.folder import RunFolder
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.spm",
+    "*.tiktoken",
+    "spiece.model",
+)
+_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+
+#: Entries of summary.json that the card shows, by what they are called there.
+_FIGURES = {
+    "task": "task",
+    "loss before": "loss_before",
+    "loss after": "loss_after",
+    "test examples": "test_examples",
+    "steps": "steps",
+    "forward passes": "forward_passes",
+    "estimator": "estimator",
+    "curvature": "curvature",
+    "base stored as": "bits",
+    "trainable parameters": "trainable_parameters",
+    "peak memory of the run, bytes": "measured_peak_bytes",
+    "peak memory of inference, bytes": "inference_peak_bytes",
+    "seed": "seed",
+}
+
+
+def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Path:
+    """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
+
+    model: folder or Hub id of the base, instead of the one the run names; a local folder is written down with
+    its full path. Raises `UserError` for runs that trained weights, which PEFT has no form for, where the
+    base cannot be found, and where `out` is not a new or empty folder.
+    """
+    folder, out = find_adapter(run), Path(out)
+    if (folder / SPACE_FILE).is_file():
+        raise UserError(
+            f"--to: got peft, but {folder} holds changed weights, not an adapter; PEFT has no form for them; "
+            "allowed: merged"
+        )
+    config = read_peft_config(folder)
+    changes = LoRAChanges(folder)  # where a tensor is missing, it says so
+    settings = saved.saved_config(run)
+    source = model or (settings.model if settings else str(config.get("base_model_name_or_path") or ""))
+    if not source:
+        raise UserError(f"--model: missing; {folder / PEFT_FILE} does not name the base")
+    path = setup.model_path(source)
+    base = hub.resolve(path, settings.revision if settings else None)
+    name = str(base.resolve()) if Path(path).expanduser().is_dir() else path
+    config = {**config, "base_model_name_or_path": name, "inference_mode": True}
+    if settings is not None and settings.revision is not None:
+        config["revision"] = settings.revision
+    _check_new(out)
+    with named_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for file in (folder / PEFT_WEIGHTS, *_tokenizer_files(base)):
+        _copy(file, out / file.name)
+    how = _arguments(base, config, settings, changes)
+    write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
+    write_json(out / PEFT_FILE, config)
+    return out
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; allowed: a new or empty folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
+
+
+def _tokenizer_files(base: Path) -> list[Path]:
+    return sorted({path for pattern in _TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()})
+
+
+def _copy(file: Path, target: Path) -> None:
+    with named_errors(target):
+        shutil.copyfile(file, aside(target))
+        aside(target).replace(target)
+
+
+def _card(config: Mapping[str, Any], summary: Mapping[str, Any], arguments: list[str]) -> str:
+    """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
+    name = config["base_model_name_or_path"]
+    parts = [
+        f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags: [lora, hizoo]\n---\n",
+        f"# LoRA adapter for {Path(name).name}\n",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite with forward passes alone.\n",
+        _figures(summary),
+        "## Load it\n",
+        f"```python\n{_snippet(config, arguments)}```\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    """A table of what is known; nothing where nothing is."""
+    shown = dict(_FIGURES)
+    metric = summary.get("metric")
+    if metric not in (None, "loss"):
+        shown |= {f"{metric} before": "metric_before", f"{metric} after": "metric_after"}
+    rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
+    if not rows:
+        return ""
+    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
+    """Python that loads base and adapter."""
+    auto = _CLASSES.get(str(config.get("task_type")), "AutoModelForMaskedLM")
+    given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
+    quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer{quantizes}",
+        "",
+        f"base = {auto}.from_pretrained({given})",
+        "model = PeftModel.from_pretrained(base, ADAPTER)  # this folder",
+        "tokenizer = AutoTokenizer.from_pretrained(ADAPTER)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(
+    base: Path, config: Mapping[str, Any], settings: TrainConfig | None, changes: LoRAChanges
+) -> list[str]:
+    """What transformers must be told to have the base as it was tuned: labels, and how it was quantized."""
+    found = []
+    if config.get("revision"):
+        found.append(f"revision={json.dumps(config['revision'])}")
+    matrices = [value for value in changes.heads.values() if value.ndim == 2]
+    if config.get("task_type") == "SEQ_CLS" and matrices:
+        found.append(f"num_labels={min(value.shape[0] for value in matrices)}")
+    content = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if settings is None or "quantization_config" in content:
+        return found
+    bits = skeleton.choose_bits(settings.bits, None)
+    if bits == "int8":
+        found.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
+    elif bits != "none":
+        nested = f", bnb_4bit_use_double_quant={settings.double_quant}"
+        four = f'load_in_4bit=True, bnb_4bit_quant_type="{bits}"{nested}'
+        found.append(f"quantization_config=BitsAndBytesConfig({four})")
+    return found

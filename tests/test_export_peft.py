@@ -1,0 +1,149 @@
+"""Exported adapters: PEFT loads them and gives our logits, and the card's own code does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from hizoo_lite.base import UserError
+from hizoo_lite.export.peft import export
+from hizoo_lite.model.load import load
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.train import saved
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.fit import fit
+from tests.architectures import save_tiny
+from tests.run_fixtures import short_run
+from tests.test_export_merged import AUTO, FLOAT32, logits, tuned
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on the embedded model; its adapter is moved far enough to matter."""
+    settings = short_run(tmp_path_factory.mktemp("tuned"), lr=1.0, bits="nf4")
+    fit(TrainConfig(**settings))
+    return Path(settings["out"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "causal"),
+        ("gpt2", "causal"),
+        ("gemma2", "causal"),
+        ("roberta", "masked"),
+        ("bert", "classifier"),
+        ("roberta", "classifier"),
+        ("llama", "classifier"),
+    ],
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_gives_our_logits(name, kind, rslora, tmp_path):
+    labels = {"num_labels": 3} if kind == "classifier" else {}
+    save_tiny(name, tmp_path / "base", kind=kind, **labels)
+    model = load(tmp_path / "base", kind=kind, bits="none", compute_dtype="float32", device="cpu", **labels)
+    tuned(model, "lora", rank=4, alpha=6, rslora=rslora).save(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out") == tmp_path / "out"
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    base = AUTO[kind].from_pretrained(config["base_model_name_or_path"], **labels)
+    untuned = logits(base.eval())
+    theirs = logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())
+    torch.testing.assert_close(theirs, logits(model.module), **FLOAT32)
+    assert (theirs - untuned).abs().max() > 1e-2
+    assert ("num_labels=3" in (tmp_path / "out" / "README.md").read_text()) == bool(labels)
+
+
+def test_the_code_of_the_card_gives_our_logits(run, tmp_path):
+    out = export(run, tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True' in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code is not None
+    made = {"ADAPTER": str(out)}
+    exec(code[1], made)
+    theirs, text = made["model"].float().eval(), "The soup was"
+    model = load(saved.base_model(out), bits="nf4", compute_dtype="float32", device="cpu")
+    untuned = logits(model.module)
+    saved.attach_adapter(model, run)
+    assert made["tokenizer"](text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    assert (logits(model.module) - untuned).abs().max() > 0.1
+    # bitsandbytes multiplies float32 inputs with its decoded weight in float32
+    torch.testing.assert_close(logits(theirs), logits(model.module), **FLOAT32)
+
+
+def test_the_card_tells_what_came_of_the_run(run, tmp_path):
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("loss_before", "loss_after", "metric_before", "metric_after"):
+        assert (
+            f"{name.replace('metric', summary['metric']).replace('_', ' ')} | {summary[name]:.4g} |" in card
+        )
+    assert "| steps | 6 |" in card
+    assert "base_model:" in card.split("---")[1]
+
+
+def test_tokenizer_and_adapter_go_along_and_the_models_config_does_not(run, tmp_path):
+    out = export(run, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    exported, trained = (f / "adapter_model.safetensors" for f in (out, run / "adapter"))
+    assert exported.read_bytes() == trained.read_bytes()
+
+
+def test_an_export_can_be_exported_and_a_base_named_anew(run, tmp_path):
+    first = export(run, tmp_path / "first")
+    base = Path(shutil.copytree(saved.base_model(first), tmp_path / "base"))
+    second = export(first, tmp_path / "second", model=str(base))
+    assert saved.base_model(second) == str(base)
+    assert "quantization_config" not in (second / "README.md").read_text()  # a bare adapter does not know
+
+
+@pytest.mark.parametrize(("space", "bits"), [("dense", "nf4"), ("scales", "int8")])
+def test_trained_weights_have_no_peft_form(space, bits, tmp_path):
+    save_tiny("llama", tmp_path / "base")
+    model = load(tmp_path / "base", bits=bits, device="cpu", double_quant=False)
+    tuned(model, space).save(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"--to: got peft, .*PEFT has no form for them; allowed: merged"):
+        export(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
+    save_tiny("llama", tmp_path / "base")
+    space = LoRA(rank=2)
+    space.attach(load(tmp_path / "base", bits="nf4", device="cpu"), seed=0)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    space.save(adapter)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--out: .*thesis is not empty; allowed: a new or empty folder"):
+        export(adapter, tmp_path / "thesis")
+    with pytest.raises(UserError, match=r"--out: .*a\.txt is a file"):
+        export(adapter, tmp_path / "thesis" / "a.txt")
+    with pytest.raises(UserError, match="the folder /nowhere/at/all does not exist"):
+        export(adapter, out, model="/nowhere/at/all")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=r"--model: missing; .*does not name the base"):
+        export(adapter, out)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(UserError, match="use_dora: got True, supported: False, None"):
+        export(adapter, out)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
+        export(adapter, out)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["a.txt"]
+    assert not out.exists()
