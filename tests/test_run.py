@@ -67,7 +67,7 @@ def state_of(run: Run) -> dict[str, torch.Tensor]:
         f"adapter.{k}": v for k, v in load_file(run.folder / "adapter/adapter_model.safetensors").items()
     }
     record = json.loads((newest / "state.json").read_text())
-    numbers = {**record.pop("step_size"), **record}
+    numbers = {**record["step_size"], **{key: record[key] for key in ("step", "bad_steps", "halvings")}}
     return found | {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
 
 
@@ -105,7 +105,8 @@ def test_a_run_writes_its_whole_folder(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(6))
     evaluations = [(line["when"], line["step"]) for line in lines if line["kind"] == "eval"]
     assert evaluations == [("before", 0), ("dev", 4), ("after", 6)]
-    assert {p.name for p in (run.folder / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
+    kept = {p.name for p in (run.folder / "checkpoints").iterdir()}
+    assert kept == {"step-000000", "step-000004", "step-000006"}
     assert (run.folder / "adapter/adapter_config.json").is_file()
     compute = "bf16" if run.setup.model.compute == torch.bfloat16 else "float32"
     resolved = {"kind": "causal", "bits": "nf4", "compute_dtype": compute}
@@ -234,10 +235,11 @@ def test_resuming_nothing_or_another_run_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path, steps=1)
     with pytest.raises(UserError, match="--resume: rank: the run has 2, got 4"):
         run_of(tmp_path, steps=1, resume=True, rank=4)
-    newest = checkpoint.newest(tmp_path / "run/checkpoints")
-    assert newest is not None
-    (newest / "state.json").write_text("{")
-    with pytest.raises(UserError, match="step-000001: not a complete checkpoint"):
+    for path in checkpoint.every(tmp_path / "run/checkpoints"):
+        (path / "state.json").write_text("{")
+    with pytest.raises(
+        UserError, match=r"no checkpoint can be used:\n.*step-000001: not a complete checkpoint"
+    ):
         run_of(tmp_path, steps=1, resume=True)
 
 

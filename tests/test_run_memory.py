@@ -185,7 +185,7 @@ def test_eval_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_refused(self: Traversal, *args: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == 1:
+        if calls <= 3:  # the system's limit may be set anew first
             raise MemoryError
         return plain(self, *args)  # type: ignore[arg-type]
 

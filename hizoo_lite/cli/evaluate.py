@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-<<<<<<< HEAD
-from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
-=======
-from hizoo_lite.cli.options import DeviceBudget, Onnx, Residency, refuse_with_onnx
->>>>>>> work-h
+from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,20 +78,15 @@ def command(
     from hizoo_lite.cli import output, progress
 
     given = {name: value for name, value in flags.items() if value is not None}
-<<<<<<< HEAD
-    config = _config(adapter, of_profile(profile, given) | given)
-    result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
-=======
     if onnx is not None:
         from hizoo_lite.edge.answer import eval_config, evaluate_export
 
-        refuse_with_onnx(given)
+        refuse_with_onnx(given if profile is None else {**given, "profile": profile})
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
         result = evaluate_export(folder, adapter, config, split, examples, progress.listener(quiet))
     else:
-        config = _config(adapter, given)
+        config = _config(adapter, of_profile(profile, given) | given)
         result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
->>>>>>> work-h
     if json:
         output.print_json(result)
         return
@@ -123,17 +114,13 @@ def _evaluate(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
-<<<<<<< HEAD
-    from hizoo_lite.errors import UserError
     from hizoo_lite.memory.budget import enforced
     from hizoo_lite.model.skeleton import choose_device
     from hizoo_lite.stream.choose import Budgets
-    from hizoo_lite.train import setup
+    from hizoo_lite.train import parts
 
-    task = setup.find_task(config.task)
-    part = getattr(setup.make_splits(config, task), split)[:limit]
-    if not part:
-        raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
+    task = parts.find_task(config.task)
+    part = parts.split_part(config, task, split, limit)
     device = choose_device(config.device)
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
     with enforced(limits.device_bytes, device) as cap:
@@ -154,19 +141,10 @@ def _measured(
     from hizoo_lite.memory.budget import Budget, loading
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import planning, saved, setup
-    from hizoo_lite.train.evaluate import evaluate
+    from hizoo_lite.train.evaluate import evaluate, report
 
     with loading():
         model = setup.load_model(config, task)
-=======
-    from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train import parts, saved, setup
-    from hizoo_lite.train.evaluate import evaluate, report
-
-    task = parts.find_task(config.task)
-    part = parts.split_part(config, task, split, limit)
-    model = setup.load_model(config, task)
->>>>>>> work-h
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
     workload = planning.evaluated(encoder, part)
 

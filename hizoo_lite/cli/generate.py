@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-<<<<<<< HEAD
-from hizoo_lite.cli.options import DeviceBudget, Profile, Residency, of_profile
-=======
-from hizoo_lite.cli.options import DeviceBudget, Onnx, Residency, refuse_with_onnx
->>>>>>> work-h
+from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
@@ -59,24 +55,19 @@ def command(
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
     given = {name: value for name, value in flags.items() if value is not None}
-<<<<<<< HEAD
-    given = of_profile(profile, given) | given
-    loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
-    text = continue_text(loaded, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-=======
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     if onnx is not None:
         from hizoo_lite.edge import answer
         from hizoo_lite.edge.model import OnnxModel
 
-        refuse_with_onnx(given if model is None else {**given, "model": model})
+        refused = {"model": model, "profile": profile}
+        refuse_with_onnx({**given, **{name: value for name, value in refused.items() if value is not None}})
         source = onnx
         text = answer.continue_text(OnnxModel(Path(onnx), adapter), prompt, max_new_tokens, **sampling)
     else:
-        loaded = _load(model, adapter, given, length=len(prompt) + max_new_tokens)
+        loaded = _load(model, adapter, of_profile(profile, given) | given, len(prompt) + max_new_tokens)
         source = loaded.source
         text = continue_text(loaded, prompt, max_new_tokens, **sampling)
->>>>>>> work-h
     if json:
         output.print_json({"prompt": prompt, "text": text, "model": source, "adapter": adapter})
     else:

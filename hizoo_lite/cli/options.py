@@ -34,6 +34,7 @@ def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     found = hardware.find(profile).settings(given)
     return {name: value for name, value in found.items() if name != "batch_size"}
 
+
 #: What the commands that only run a model say to run an exported one; --adapter is then a name of its own.
 Onnx = Annotated[
     str | None,

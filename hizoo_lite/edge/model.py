@@ -34,6 +34,7 @@ class OnnxModel:
     """A model of an exported folder. `adapter`: a name in export.json, or a file or run folder with one."""
 
     writes = True
+    halvings = 0  # onnxruntime takes a batch as a whole
 
     def __init__(self, folder: Path, adapter: str | None = None, threads: int | None = None) -> None:
         """UserError naming what is missing, damaged or unknown."""

@@ -160,6 +160,7 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
         "adapter": "final",
         "trainable_parameters": sum(math.prod(shape) for shape in graph.record.shapes.values()),
         "budget_bytes": None,
+        "profile": None,
         "predicted_peak_bytes": None,
         "measured_peak_bytes": peak_bytes,
         "model_bytes": graph.session.nbytes(),

@@ -120,7 +120,7 @@ class InPlaceChanges:
         if residual is not None:
             return self._beside(base, residual, saved, f"{where}: {linear}")
         for buffer, value in saved.items():
-            own = dict(base.named_buffers()).get(buffer)
+            own = {stored.name: stored.tensor for stored in base.stored()}.get(buffer)
             _check_same_form(f"{where}: {linear}.{buffer}", value, own)
             setattr(base, buffer, value)
         return base

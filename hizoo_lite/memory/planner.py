@@ -263,10 +263,12 @@ def _best(subject: Subject, option: Option) -> Plan:
     def halved(times: int) -> Plan:
         return _evaluate(subject, option._replace(halvings=times), gives_back=has_budget)
 
+    too_few, enough = 0, _together(subject, option).bit_length() + MOST_SLICES.bit_length()
+    if has_budget and not _may_fit(subject, option):
+        return halved(enough)
     plan = halved(0)
     if plan.fits or not has_budget:
         return plan
-    too_few, enough = 0, _together(subject, option).bit_length() + MOST_SLICES.bit_length()
     plan = halved(enough)
     if plan.fits:
         while enough - too_few > 1:
