@@ -29,8 +29,8 @@ from hizoo_lite.train.config import TrainConfig
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
 #: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
 FRAMEWORK_BYTES = 320_000_000
-#: What the first steps add to it: kernels of oneDNN, modules that are imported late, small buffers between which
-#: the heap keeps gaps; 8 to 12 MiB, measured.
+#: What the first steps add to it: kernels of oneDNN, modules that are imported late, gaps in the heap between
+#: small buffers; 8 to 12 MiB, measured.
 FIRST_USE_BYTES = 11 << 20
 
 
