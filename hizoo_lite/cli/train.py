@@ -33,6 +33,8 @@ def train(
     hizoo-lite train --model models/opt-1.3b --task sst2 --data data/sst2 --profile rtx4060ti-16gb
 
     hizoo-lite train --resume --out runs/sst2
+
+    torchrun --nproc-per-node 4 -m hizoo_lite.cli train --config sst2-lora --model models/opt-125m
     """
     from hizoo_lite.train.config_file import resolve
 
@@ -41,6 +43,8 @@ def train(
     from hizoo_lite.train.fit import fit
 
     run = fit(resolved, listener=progress.listener(quiet))
+    if not run.setup.stepper.ranks.is_main:
+        raise typer.Exit(INTERRUPTED if run.interrupted else 0)
     if json:
         output.print_json(run.summary)
     else:

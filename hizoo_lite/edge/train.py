@@ -34,8 +34,9 @@ from hizoo_lite.train.summary import outcome, versions
 SETTINGS = (
     *("task", "data", "out", "estimator", "curvature", "curvature_mode", "curvature_per", "curvature_every"),
     *("smoothing", "smoothing_schedule", "mu", "lr", "lr_schedule", "warmup_steps", "clip", "weight_decay"),
-    *("steps", "batch_size", "max_length", "seed", "train_examples", "dev_examples", "test_examples"),
-    *("k_shot", "eval_every", "eval_batch_size", "save_every", "threads", "resume"),
+    *("steps", "batch_size", "accumulate", "max_length", "seed", "train_examples", "dev_examples"),
+    *("test_examples", "k_shot", "eval_every", "eval_batch_size", "save_every", "save_total_limit", "keep"),
+    *("threads", "resume"),
 )
 _CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"
 _PACKAGES = ("hizoo-lite", "numpy", "onnxruntime", "tokenizers")

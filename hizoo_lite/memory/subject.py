@@ -217,7 +217,8 @@ class Subject:
     def passes(self, option: Option) -> tuple[Activations, Activations]:
         """A step's traversal and an evaluation's."""
         away = option.place != "resident"
-        training = self._pass(option.batch, self.workload.training, option, self.branches())
+        at_once = -(-option.batch // self.config.accumulate)
+        training = self._pass(at_once, self.workload.training, option, self.branches())
         batch = self.eval_batch(option.batch)
         evaluation = self._rehearsed(
             away, self._pass(batch, self.workload.evaluation, option, EVALUATION), None

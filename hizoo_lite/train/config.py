@@ -138,6 +138,9 @@ class TrainConfig:
 
     steps: int = _setting(1000, "steps of the whole run", group="Run", minimum=1)
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
+    accumulate: int = _setting(
+        1, "parts in which a batch goes through, one after the other, to save memory", group="Run", minimum=1
+    )
     max_length: int = _setting(256, "tokens a prompt and its answer may have", group="Run", minimum=8)
     loss: Literal["auto", "choice", "answer"] = _setting(
         "auto",

@@ -15,6 +15,7 @@ import numpy as np
 from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.ranks import ONE, Ranks
 
 Prediction = int | str
 
@@ -65,8 +66,9 @@ def evaluate(
     *,
     check: Callable[[], None] = lambda: None,
     advanced: Callable[[int], None] = lambda count: None,
+    ranks: Ranks = ONE,
 ) -> Evaluation:
-    """Loss and metric on `examples` (at least one).
+    """Loss and metric on `examples` (at least one), which the ranks share.
 
     `check` is called before every batch and may raise, to stop; `advanced` after it with the number of
     examples that are done.
@@ -74,7 +76,7 @@ def evaluate(
     began = time.perf_counter()
     total = 0.0
     predictions: list[Prediction] = []
-    for part in _parts(examples, batch_size):
+    for part in _parts(ranks.share(examples), batch_size):
         check()
         batch = encoder.collate([encoder.encode(example, training=False) for example in part])
         losses = model.losses(batch)
@@ -84,6 +86,9 @@ def evaluate(
         elif encoder.task.kind == "completion" and model.writes:
             predictions += complete(model, encoder, part)
         advanced(len(part))
+    shares = ranks.gather((total, predictions))
+    total = sum(share[0] for share in shares)
+    predictions = [prediction for share in shares for prediction in share[1]]
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
     return Evaluation(loss, metrics, predictions, len(examples), time.perf_counter() - began)

@@ -3,7 +3,8 @@
     run = fit(TrainConfig(model="path", task="sst2", data="data/sst2", out="run"))
     run = fit(model, task="sst2", data="data/sst2", space=LoRA(rank=8), estimator=HiZOO(), steps=1000)
 
-One process, one device; process state and trackers are accelerate's.
+One process a device; those that a launcher started share the batches (`ranks.py`). Process state and
+trackers are accelerate's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.train import begin, checkpoint, config_file
+from hizoo_lite.train import begin, checkpoint, config_file, distributed
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation
@@ -88,15 +89,21 @@ def fit(
     """
     listener = listener or Listener()
     config, loaded = _configured(model, space, estimator, curvature, options)
-    folder = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
-    config = replace(_checked(config, folder), out=str(folder.path))
     device = loaded.device if loaded is not None else choose_device(config.device)
+    ranks = distributed.join(device)
+    if not ranks.is_main:
+        listener = Listener()
+    path = str(config.out if config.out is not None else next_free("hizoo-run"))
+    folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+    config = replace(_checked(config, folder), out=str(folder.path))
+    ranks.wait()  # until the main one has found the folder to be free
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
     with _threads(config.threads), enforced(limits.device_bytes, device) as cap:
         with loading():
             setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
+        setup.stepper.ranks = ranks
         _announce(setup, listener)
         try:
             return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
@@ -170,7 +177,8 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     if config.tracker != "none" and config.tracker not in [str(t) for t in get_available_trackers()]:
         raise UserError(f"--tracker: {config.tracker} is not installed here; install it, or use none")
     if not config.resume:
-        folder.check_new()
+        if folder.writes:
+            folder.check_new()
         return config
     old = folder.config()
     if config.kind == "auto":
@@ -196,14 +204,15 @@ def _announce(setup: Setup, listener: Listener) -> None:
 
 
 def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) -> Run:
-    setup.traversal.guard = budget.fitting
+    setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
         earlier = folder.read_summary() if setup.config.resume else {}
         position = _begin(setup, folder, listener)
-        journal = enter(begin.open_journal(folder, setup.stepper, position))
+        ranks.wait()  # until every one has read the journal
+        journal = enter(begin.open_journal(folder, setup.stepper, position)) if ranks.is_main else None
         _start_tracker(accelerator, setup.config)
         meter = PeakMeter(setup.model.device)
         interrupt, profiler = enter(Interrupt()), enter(_profiled(setup, meter, budget))
@@ -225,6 +234,8 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
             failure = error
         listener.finish()
+        if not ranks.is_main:
+            return _of_other_rank(setup, folder, loop, failure)
         _save(loop, folder, failure)
         peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
         summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
@@ -232,12 +243,22 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         summary |= profiler.figures()
         folder.write_summary(summary)
         _report(folder, listener)
+        if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
+            ranks.wait()
         accelerator.end_training()
     if isinstance(failure, StorageError | BudgetError):
         raise type(failure)(f"{failure}; {_where_it_stands(folder)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
+    """The end of a rank that writes nothing: the result is the main one's."""
+    if failure is not None and not isinstance(failure, Interrupted):
+        raise failure
+    setup.stepper.ranks.wait()
+    return Run(folder.path, folder.read_summary(), setup, loop.before, loop.after)
 
 
 @contextmanager
@@ -313,16 +334,10 @@ def _write_plan(folder: RunFolder, setup: Setup) -> None:
 
 
 def _accelerator(setup: Setup, folder: RunFolder) -> Accelerator:
-    """accelerate's process state. UserError under a launcher with several processes."""
+    """accelerate's process state and trackers."""
     tracker = setup.config.tracker
     log_with = None if tracker == "none" else tracker
-    accelerator = Accelerator(log_with=log_with, project_dir=str(folder.path))
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"launched with {accelerator.num_processes} processes; allowed: one "
-            "(data parallel runs are not available yet)"
-        )
-    return accelerator
+    return Accelerator(log_with=log_with, project_dir=str(folder.path))
 
 
 def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -46,10 +46,14 @@ def plain(value: Any) -> Any:
 
 
 class RunFolder:
-    """The paths of one run and its small files."""
+    """The paths of one run and its small files.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    writes: False for a rank that is not the main one: nothing is written, evaluations are known all the same.
+    """
+
+    def __init__(self, path: Path | str, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+        self._evaluations: list[dict[str, Any]] | None = None  # lines of metrics.jsonl, once they are read
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -78,6 +82,9 @@ class RunFolder:
 
         UserError where one does. The system ends the lock with the process, however that ends.
         """
+        if not self.writes:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             yield
@@ -104,8 +111,9 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, where it is not there, and write the settings."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self._config, config_file.write(config))
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self._config, config_file.write(config))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl, in order."""
@@ -114,27 +122,43 @@ class RunFolder:
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]  # the part after the last newline was cut off
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations, in order; the same on every rank."""
+        if self._evaluations is None:
+            self._evaluations = [line for line in self.read_metrics() if line["kind"] == "eval"]
+        return self._evaluations
+
     def keep_metrics(self, step: int) -> None:
         """Drop what was recorded after `step` steps: a resumed run records it again."""
         kept = [line for line in self.read_metrics() if line["step"] + (line["kind"] == "step") <= step]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self._evaluations = [line for line in kept if line["kind"] == "eval"]
+        if self.writes:
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line; it is in the file when this returns. Non-finite numbers become null."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+        line = plain(record)
+        if record["kind"] == "eval":
+            self.evaluations().append(line)
+        if self.writes:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""
-        write_text(self._summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+        self._write(self._summary, json.dumps(plain(summary), indent=2, allow_nan=False))
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Replace plan.json."""
-        write_text(self.plan, json.dumps(plain(plan), indent=2, allow_nan=False) + "\n")
+        self._write(self.plan, json.dumps(plain(plan), indent=2, allow_nan=False))
 
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """Replace memory.json."""
-        write_text(self.memory, json.dumps(plain(record), allow_nan=False) + "\n")
+        self._write(self.memory, json.dumps(plain(record), allow_nan=False))
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.writes:
+            write_text(path, text + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; empty where nothing was."""

@@ -3,7 +3,8 @@
 Everything a step did is in metrics.jsonl and then in journal.bin before the next one begins. A line has
 `kind` "step" or "eval"; `step` is the number of that step, or how many steps had been taken before that
 evaluation. What is due after a step (an evaluation on dev, a checkpoint) is looked at when the next one would
-begin, so that a killed run makes up for it.
+begin, so that a killed run makes up for it. Of several ranks each runs this loop on its share of the
+examples, and the main one writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
 from hizoo_lite.memory.rss import PeakMeter
@@ -70,7 +75,7 @@ class Loop:
         setup: Parts,
         folder: RunFolder,
         position: Position,
-        journal: Journal,
+        journal: Journal | None,
         *,
         log: Callable[[dict[str, float], int], object],
         listener: Listener,
@@ -79,7 +84,11 @@ class Loop:
         profiler: Phases,
         memory: Callable[[], Mapping[str, Any]],
     ) -> None:
-        """`log` takes scalars and the step; `memory` gives memory.json as it stands."""
+        """`log` takes scalars and the step; `memory` gives memory.json as it stands.
+
+        journal: None for a rank that is not the main one.
+        """
+        self.ranks = setup.stepper.ranks
         self.setup, self.folder, self.position, self.journal = setup, folder, position, journal
         self.log, self.listener, self.memory = log, listener, memory
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
@@ -91,7 +100,7 @@ class Loop:
         """To the end. Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN."""
         splits, total = self.setup.splits, self.setup.config.steps
         if self.position.step == 0 and self.setup.stepper.space.weights is None:
-            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)  # for `replay`
+            self._save_state()  # for `replay`
         if self.position.step == 0 and not self._recorded("before", 0):
             self.meter.restart()
             self.before = self._evaluate("before", splits.test, inference_peak=True)
@@ -103,7 +112,7 @@ class Loop:
         while self.position.step < total:
             self._step()
             self._due()
-            self.interrupt.check()
+            self._check_interrupt()
         self.listener.finish()
         if self.setup.config.keep == "best":
             self.save()
@@ -112,35 +121,49 @@ class Loop:
 
     def save(self) -> None:
         """The checkpoint of where the run stands."""
-        folder, config = self.folder.checkpoints, self.setup.config
+        if not self.ranks.is_main:
+            return
         with self.profiler.phase("save", self.position.step):
-            self.journal.sync()
-            checkpoint.save(folder, self.position, self.setup.stepper)
+            self._save_state()
         best = self.best_step()
-        checkpoint.keep(folder, config.save_total_limit, [] if best is None else [best])
+        limit = self.setup.config.save_total_limit
+        checkpoint.keep(self.folder.checkpoints, limit, [] if best is None else [best])
         self.folder.write_memory(self.memory())
+
+    def _save_state(self) -> None:
+        if self.journal is not None:
+            self.journal.sync()
+            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
+
+    def _check_interrupt(self) -> None:
+        """All ranks end after the same step."""
+        requested = self.ranks.sum(np.array([float(self.interrupt.requested)]))
+        if requested[0]:
+            self.interrupt.requested = True
+        self.interrupt.check()
 
     def best_step(self) -> int | None:
         """After how many steps the evaluation on dev was best; the earliest of several. None without one."""
         name = self.setup.encoder.task.metric
         sign = -1 if name == "loss" else 1
-        found = [line for line in self.folder.read_metrics() if line.get("when") == "dev"]
+        found = [line for line in self.folder.evaluations() if line["when"] == "dev"]
         scored = [(sign * line[name], -line["step"]) for line in found if line[name] is not None]
         return -max(scored)[1] if scored else None
 
     def _measure_inference(self) -> None:
         """What one evaluation forward of the next step's batch takes at most."""
         number = self.position.step
-        batch = self._batch(number)
-        self.profiler.measure_inference(number, lambda: self.setup.traversal.losses(batch))
+        for batch in self._batches(number)[:1]:
+            self.profiler.measure_inference(number, partial(self.setup.traversal.losses, batch))
 
     def _step(self) -> None:
         number = self.position.step
         began = time.perf_counter()
-        batch = self._batch(number)
+        batches = self._batches(number)
         with self.profiler.phase("train", number):
-            record = self.setup.stepper.step(number, batch)
-        self._record(record, time.perf_counter() - began, int(batch.attention_mask.sum()))
+            record = self.setup.stepper.step(number, *batches)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        self._record(record, time.perf_counter() - began, tokens)
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position = Position(number + 1, bad)
         self.listener.stepped(record)
@@ -170,22 +193,28 @@ class Loop:
         """The parameters of the best evaluation on dev, in place of the last ones."""
         step = self.best_step()
         if step is not None and step != self.position.step:
+            self.ranks.wait()  # until the main one has saved it
             path = checkpoint.path_of(self.folder.checkpoints, step)
             self.setup.stepper.space.load(path / checkpoint.ADAPTER)
             self.listener.message(f"best on dev: after {step} steps; that is what is kept")
 
-    def _batch(self, number: int) -> Batch:
+    def _batches(self, number: int) -> list[Batch]:
+        """This rank's share of a step's examples, in the parts that are asked for; none that is empty."""
         config, train, encoder = self.setup.config, self.setup.splits.train, self.setup.encoder
         indices = batch_indices(len(train), config.batch_size, config.seed, number)
-        for index in indices:
+        mine = self.ranks.share(indices)
+        for index in mine:
             if index not in self._encoded:
                 self._encoded[index] = encoder.encode(train[index], training=True)
-        return encoder.collate([self._encoded[index] for index in indices])
+        bounds = [len(mine) * part // config.accumulate for part in range(config.accumulate + 1)]
+        parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
+        return [encoder.collate([self._encoded[index] for index in part]) for part in parts]
 
     def _record(self, record: StepRecord, seconds: float, tokens: int) -> None:
         line = {"kind": "step", **record._asdict(), "seconds": seconds, "tokens": tokens}
         self.folder.append_metrics(line)
-        self.journal.append(self._journalled(record))
+        if self.journal is not None:
+            self.journal.append(self._journalled(record))
         if not record.skipped:
             scalars = {
                 "loss": sum(record.losses) / len(record.losses),
@@ -223,8 +252,9 @@ class Loop:
                 setup.encoder,
                 examples,
                 setup.config.eval_batch_size,
-                check=self.interrupt.check,
+                check=self.interrupt.check if self.ranks.count == 1 else _go_on,
                 advanced=self.listener.advanced,
+                ranks=self.ranks,
             )
         self.listener.finish()
         scores = {metric.name: metric.value for metric in result.metrics}
@@ -239,5 +269,8 @@ class Loop:
         return result
 
     def _recorded(self, when: str, step: int) -> bool:
-        lines = self.folder.read_metrics()
-        return any(line.get("when") == when and line["step"] == step for line in lines)
+        return any(line["when"] == when and line["step"] == step for line in self.folder.evaluations())
+
+
+def _go_on() -> None:
+    """A rank does not end alone: the others would wait for it."""

@@ -136,7 +136,7 @@ def _reserved_bytes(
     if workload.written:
         needed += cache_bytes(model.config, batch, workload.written)
     if branches > 1:
-        batch, each = config.batch_size, workload.training
+        batch, each = -(-config.batch_size // config.accumulate), workload.training
         training = pass_bytes(model, batch * each.rows, length, branches, trainable, batch * each.sites)
         needed = max(needed, training)
     return needed

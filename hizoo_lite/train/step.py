@@ -12,7 +12,7 @@ pure function of (state, step number, batch); without its losses, of (state, its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from hizoo_lite.base import (
     Array,
     Batch,
+    Branches,
     BranchLosses,
     Curvature,
     Estimate,
@@ -31,6 +32,7 @@ from hizoo_lite.base import (
 )
 from hizoo_lite.noise import StepNoise
 from hizoo_lite.train.journal import Record
+from hizoo_lite.train.ranks import ONE
 from hizoo_lite.train.schedules import Schedule
 
 
@@ -75,6 +77,7 @@ class Stepper:
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
         self.seed, self.mu, self.smoothing = seed, mu, smoothing
         self.weight_decay, self.clip = weight_decay, clip
+        self.ranks = ONE  # the processes among which a batch is divided
         if space.weights is not None and not curvature.sees_tiles:
             raise UserError(
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
@@ -88,15 +91,15 @@ class Stepper:
         """What state and updates are computed with, such as "torch-cpu": another one rounds differently."""
         return self._arrays.name
 
-    def step(self, step: int, batch: Batch) -> StepRecord:
-        """Take step number `step` on `batch`."""
+    def step(self, step: int, *batches: Batch) -> StepRecord:
+        """Take step number `step` on a batch, in one part or several; on this rank's share of it."""
         with self._arrays.without_gradients():
-            return self._step(step, batch)
+            return self._step(step, batches)
 
-    def _step(self, step: int, batch: Batch) -> StepRecord:
+    def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
         z, branches = self.noise(step), self.estimator.branches(step)
         directions = self._begin(step, z, measured=branches.base)
-        losses = np.asarray(self.traversal.losses(batch, branches, self.mu, directions).mean())
+        losses = self._mean_losses(batches, branches, directions)
         estimate = self.estimator.estimate(losses, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
@@ -130,6 +133,20 @@ class Stepper:
                 f"journal.bin: step {record.step}: learning rate and decay were {record.lr}, {record.decay}; "
                 f"these settings and this state give {found[0]}, {found[1]}: it is of another run"
             )
+
+    def _mean_losses(
+        self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
+    ) -> np.ndarray:
+        """Over all examples of all ranks, (branches,) float64. All that ranks tell each other in a step."""
+        sums = np.zeros(branches.count + 1)  # and how many examples there are
+        for batch in batches:
+            losses = self.traversal.losses(batch, branches, self.mu, directions)
+            sums[:-1] += np.asarray(losses.per_example).sum(axis=1)
+            sums[-1] += batch.examples
+        if self.space.weights is not None:
+            self.space.weights.see()  # where this rank had no examples
+        sums = self.ranks.sum(sums)
+        return sums[:-1] / sums[-1]
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""
