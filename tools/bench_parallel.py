@@ -3,14 +3,15 @@
     python tools/bench_parallel.py [--quick] [--json FILE] [--steps N]
 
 The embedded model is tuned by one process, and by 2 and 4 that torchrun starts (with --quick: 2), on the same
-batches. Per number of ranks: whether all of them hold the same bits, the largest difference of a branch's loss
-from that of one process, the bytes a step that a rank hands over (`payload`), and what the loopback interface
-carried in a step for all ranks together (`wire`, TCP and its answers included; the difference of a long and a
-short run, so that starting up does not count; nothing else should use the interface meanwhile).
+batches. Per number of ranks: whether all of them hold the same bits, the largest difference of a loss of a
+branch from that of one process, the bytes a step that a rank hands over (`payload`), and what the loopback
+interface carried in a step for all ranks together (`wire`, TCP and its answers included; the difference of a
+long and a short run, so that starting up does not count; nothing else should use the interface meanwhile).
 
 Below it what is expected of 8, 64 and 512 nodes, computed: the payload of every rank goes round a ring, each
-hop of LATENCY seconds; `efficiency` is the step's time over that and the exchange. Beside it the bytes of
-data parallel backpropagation: 2 (n - 1) / n times the gradients, in bf16, of all weights and of LoRA alone.
+hop of LATENCY seconds; `efficiency` is the step's time (--step-seconds) over that and the exchange. Beside it
+the bytes of data parallel backpropagation: 2 (n - 1) / n times the gradients, in bf16, of all weights and of
+LoRA alone.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from reporting import make_parser, publish
 
 #: Seconds of a hop between two nodes: Ethernet with TCP, in a data centre.
 LATENCY = 50e-6
-#: Trainable parameters of Llama-2-7B, of its LoRA of rank 8 on query and value, and seconds of a step of it on a
-#: GPU for which this is computed.
-WEIGHTS, ADAPTER, STEP_SECONDS = 6_738_415_616, 4_194_304, 0.5
+#: Parameters of Llama-2-7B, and of its LoRA of rank 8 on query and value.
+WEIGHTS, ADAPTER = 6_738_415_616, 4_194_304
+#: Seconds of a step of it, NF4, 1 x 64 tokens, measured on 2 cores (tools/bench_stream.py).
+STEP_SECONDS = 4.95
 
 
 def child(folder: Path, steps: int) -> None:
@@ -43,8 +45,8 @@ def child(folder: Path, steps: int) -> None:
     from hizoo_lite.train.fit import fit
 
     config = TrainConfig(
-        model="embedded", task="embedded", data="embedded", out=str(folder / "run"), steps=steps, batch_size=16,
-        compute_dtype="float32", test_examples=4, device="cpu", threads=1,
+        model="embedded", task="embedded", data="embedded", out=str(folder / "run"), steps=steps,
+        batch_size=16, compute_dtype="float32", test_examples=4, device="cpu", threads=1,
     )  # fmt: skip
     run = fit(config)
     ranks = run.setup.stepper.ranks
@@ -103,7 +105,7 @@ def measure(count: int, home: Path, steps: int, alone: list[list[float]]) -> dic
     }
 
 
-def expected(nodes: int, payload: float) -> dict[str, Any]:
+def expected(nodes: int, payload: float, step_seconds: float) -> dict[str, Any]:
     """Of `nodes` nodes, computed."""
     exchange = (nodes - 1) * LATENCY
     share = 2 * (nodes - 1) / nodes * 2
@@ -111,7 +113,7 @@ def expected(nodes: int, payload: float) -> dict[str, Any]:
         "nodes": nodes,
         "received_bytes_a_step": payload * (nodes - 1),
         "exchange_seconds": exchange,
-        "efficiency": STEP_SECONDS / (STEP_SECONDS + exchange),
+        "efficiency": step_seconds / (step_seconds + exchange),
         "backprop_bytes_a_step": share * WEIGHTS,
         "backprop_lora_bytes_a_step": share * ADAPTER,
     }
@@ -120,6 +122,7 @@ def expected(nodes: int, payload: float) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -132,7 +135,9 @@ def main() -> None:
         alone = losses(home / "1")
         rows = [measure(count, home, steps, alone) for count in ([2] if arguments.quick else [2, 4])]
     table = [list(row.values()) for row in rows]
-    later = [expected(nodes, rows[0]["payload_bytes_a_step"]) for nodes in (8, 64, 512)]
+    later = [
+        expected(nodes, rows[0]["payload_bytes_a_step"], arguments.step_seconds) for nodes in (8, 64, 512)
+    ]
     publish(
         f"Ranks on one machine, {steps} steps of the embedded model",
         list(rows[0]),
@@ -140,7 +145,9 @@ def main() -> None:
         {"rows": rows, "expected": later},
         arguments,
     )
-    print(f"\nExpected, Llama-2-7B, a step of {STEP_SECONDS} s, hops of {LATENCY * 1e6:.0f} us (computed):")
+    print(
+        f"\nExpected, Llama-2-7B, a step of {arguments.step_seconds} s, hops of {LATENCY * 1e6:.0f} us (computed):"
+    )
     for row in later:
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
