@@ -145,9 +145,8 @@ def main() -> None:
         {"rows": rows, "expected": later},
         arguments,
     )
-    print(
-        f"\nExpected, Llama-2-7B, a step of {arguments.step_seconds} s, hops of {LATENCY * 1e6:.0f} us (computed):"
-    )
+    what = f"a step of {arguments.step_seconds} s, hops of {LATENCY * 1e6:.0f} us"
+    print(f"\nExpected of Llama-2-7B, {what} (computed):")
     for row in later:
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
