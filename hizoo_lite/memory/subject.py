@@ -181,7 +181,7 @@ class Subject:
         return tensor_bytes(vars(state))
 
     def weight_noise_bytes(self) -> int:
-        """Factors of the directions of weights, and HiZOO-L's sums over rows and columns, in float64."""
+        """What drawing leaves, and of HiZOO-L the factors and the sums over rows and columns, in float64."""
         if not self.in_weights:
             return 0
         drawing = DRAWING_BYTES if self.device == "cpu" else 0
