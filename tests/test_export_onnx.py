@@ -113,12 +113,13 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "bits"), GRID)
 def test_one_session_with_two_adapters_equals_the_model(name: str, bits: Bits, tmp_path: Path) -> None:
     first, second = tuned(tmp_path, name, bits)
-    export = export_onnx(first, tmp_path / "onnx")
+    export = export_onnx(first, tmp_path / "onnx", base_bits=bits)
     assert export.record["check"]["max_abs_difference"] < compare.LIMIT
-    export = export_onnx(second, tmp_path / "onnx")
+    export = export_onnx(second, tmp_path / "onnx", base_bits=bits)
+    assert export.record["adapters"]["second"]["check"]["max_abs_difference"] < compare.LIMIT
     assert export.adapters == ["first", "second"]
     session = Session(export)
-    model = load_base(first)
+    model = load_base(first, bits)
     cases = {None: check.cases(model)}
     for folder in (first, second):
         attach_adapter(model, folder)
@@ -145,7 +146,8 @@ def test_rows_padded_on_the_left_write_what_they_would_alone(llama: Path) -> Non
 
 def test_a_tied_head_and_its_embedding_are_one_tensor(tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "qwen2", "none")
-    export = export_onnx(first, tmp_path / "onnx")
+    export = export_onnx(first, tmp_path / "onnx", base_bits="none")
+    assert export.record["bits"] == "none"
     names = [t.name for t in onnx.load(export.graph, load_external_data=False).graph.initializer]
     assert "model.embed_tokens.weight" in names
     assert not any(name.startswith("lm_head") for name in names)
@@ -193,9 +195,9 @@ def test_8_bit_weights_are_decoded_to_the_last_bit_of_float32(columns: int) -> N
     np.testing.assert_allclose(multiply(product, "MatMulNBits", columns), expected, rtol=2e-7)
 
 
-def load_base(run: Path) -> Model:
+def load_base(run: Path, bits: Bits | None = None) -> Model:
     """The model that an adapter was made for."""
-    source = read_source(run)
+    source = read_source(run, bits)
     return loading.load_base(source, source.checkpoint.folder)
 
 

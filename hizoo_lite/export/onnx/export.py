@@ -24,6 +24,7 @@ import torch
 import transformers
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+from hizoo_lite.base import Bits
 from hizoo_lite.errors import UserError
 from hizoo_lite.export import merged
 from hizoo_lite.export.onnx import folder
@@ -77,13 +78,14 @@ def export_onnx(
     format: Format | None = None,
     merge: bool = False,
     dtype: MergedDtype | None = None,
+    base_bits: Bits | None = None,
     listener: Listener | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
-    the weights, in `dtype` (fp16 by default). Raises `UserError` before anything is written where something
+    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`. Raises `UserError` before anything is written where something
     does not fit, and `ExportError` where onnxruntime computes something else, or cannot run the model.
     """
     run, out, listener = Path(run), Path(out), listener or Listener()
@@ -93,12 +95,12 @@ def export_onnx(
     if folder.is_export(out):
         export = Export.open(out)
         _check_takes(export, format, merge)
-        return _add(export, run, name, listener)
+        return _add(export, run, name, base_bits, listener)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
         )
-    source = read_source(run)
+    source = read_source(run, base_bits)
     form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
     plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
     with _workplace(out, "partial") as aside, _workplace(out, "work") as work:
@@ -210,6 +212,8 @@ def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Exp
     export = Export(out, _record(model, traced, skeleton.linears, plan, out))
     if plan.form == "base":
         add_adapter(export, plan.run, plan.name)
+    else:
+        export.write()
     return export
 
 
@@ -310,8 +314,8 @@ def _check(export: Export, references: list[Reference], work: Path, listener: Li
     export.record["check"] = {
         "limit": _limit(export),
         "max_abs_difference": max(entry["max_abs_difference"] for entry in runs),
-        "mean_abs_difference": max(entry["mean_abs_difference"] for entry in runs),
-        "same_choice": min(entry["same_choice"] for entry in runs),
+        "mean_abs_difference": _mean(runs, "mean_abs_difference"),
+        "same_choice": _mean(runs, "same_choice"),
         "runs": runs,
         "versions": {
             "onnxruntime": onnxruntime.__version__,
@@ -322,6 +326,12 @@ def _check(export: Export, references: list[Reference], work: Path, listener: Li
     for name, about in export.record["adapters"].items():
         about["check"] = _summary(runs, name)
     export.write()
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Over all tokens of the runs."""
+    tokens = [entry["rows"] * entry["length"] for entry in runs]
+    return sum(n * entry[key] for n, entry in zip(tokens, runs, strict=True)) / sum(tokens)
 
 
 def _limit(export: Export) -> float | None:
@@ -341,7 +351,7 @@ def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {"max_abs_difference": worst}
 
 
-def _add(export: Export, run: Path, name: str, listener: Listener) -> Export:
+def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener: Listener) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
     if (find_adapter(run) / SPACE_FILE).is_file():
         raise UserError(
@@ -350,7 +360,7 @@ def _add(export: Export, run: Path, name: str, listener: Listener) -> Export:
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
     try:
-        source = read_source(run)
+        source = read_source(run, base_bits)
     except UserError as error:
         about["check"] = {"skipped": str(error)}
         listener.message(f"{name} is not compared with its model: {error}")

@@ -19,6 +19,7 @@ from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved, setup
 from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
@@ -38,19 +39,25 @@ class Source(NamedTuple):
     changes: Changes | None
 
 
-def read_source(run: Path) -> Source:
-    """That of a run or an adapter folder. Raises `UserError` where its model is not there."""
+def read_source(run: Path, base_bits: Bits | None = None) -> Source:
+    """That of a run or an adapter folder. Raises `UserError` where its model is not there.
+
+    base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default.
+    """
     config, adapter = saved.saved_config(run), find_adapter(run)
     changes = read_changes(adapter) if (adapter / SPACE_FILE).is_file() else None
     name = setup.model_path(saved.base_model(run) if config is None else config.model)
     checkpoint = Checkpoint.open(name, revision=None if config is None else config.revision)
     kind = None if config is None or config.kind == "auto" else config.kind
+    bits = base_bits or (None if config is None else config.bits)
+    if bits is None and changes is not None:
+        bits = read_record(adapter)["bits"]
     labels = None if config is None else setup.find_task(config.task).num_labels
     return Source(
         name,
         checkpoint,
         kind or setup.find_kind(str(checkpoint.folder), None, None),
-        skeleton.choose_bits(None if config is None else config.bits, checkpoint.quantized_bits),
+        skeleton.choose_bits(bits, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,
         labels or 2,
