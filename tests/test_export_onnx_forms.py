@@ -1,17 +1,10 @@
-"""Exports to ONNX whose weights were tuned, merged or coded anew, within little memory, checked throughout."""
+"""Exports to ONNX whose weights were tuned, merged or coded anew, and what is checked of them."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 

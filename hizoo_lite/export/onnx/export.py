@@ -85,8 +85,10 @@ def export_onnx(
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
-    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`. Raises `UserError` before anything is written where something
-    does not fit, and `ExportError` where onnxruntime computes something else, or cannot run the model.
+    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`.
+
+    Raises `UserError` before anything is written where something does not fit, and `ExportError` where
+    onnxruntime computes something else, or cannot run the model.
     """
     run, out, listener = Path(run), Path(out), listener or Listener()
     name = name or run.resolve().name
