@@ -53,7 +53,7 @@ Form = Literal["base", "tuned", "merged"]
 
 _NOT_OF_A_TOKENIZER = ("model.safetensors.index.json", "quantize_config.json")
 #: A merged model against the one with the adapter beside it: of the largest logit. Weights are rounded to 11
-#: or 24 bits once; attention and many layers amplify that (2^-7 for a tiny random Llama with a large adapter).
+#: or 24 bits once; attention and many layers amplify that (2^-7 for a tiny random Llama).
 #: That the graph is right the comparison with the merged model itself shows, held to `LIMIT`.
 _ROUNDING: dict[MergedDtype, float] = {"fp16": 2**-5, "float32": 2**-16}
 #: 8-bit codes stay what they are, and activations are rounded: more than this share would be a wrong graph.
