@@ -20,13 +20,15 @@ from typer.testing import CliRunner
 from hizoo_lite.base import Bits, UserError
 from hizoo_lite.cli import app
 from hizoo_lite.errors import ExportError, StorageError
-from hizoo_lite.export.onnx import check
+from hizoo_lite.export.onnx import check, compare
 from hizoo_lite.export.onnx import export as exporting
+from hizoo_lite.export.onnx import source as loading
 from hizoo_lite.export.onnx.adapter import add_adapter
 from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.linear import FourBitProduct, Int8Product
 from hizoo_lite.export.onnx.session import Session
+from hizoo_lite.export.onnx.source import read_source
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, native, pack
@@ -111,23 +113,24 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "bits"), GRID)
 def test_one_session_with_two_adapters_equals_the_model(name: str, bits: Bits, tmp_path: Path) -> None:
     first, second = tuned(tmp_path, name, bits)
-    export = export_onnx(first, tmp_path / "onnx")
-    assert export.record["check"]["max_abs_difference"] < check.LIMIT
-    export = export_onnx(second, tmp_path / "onnx")
+    export = export_onnx(first, tmp_path / "onnx", base_bits=bits)
+    assert export.record["check"]["max_abs_difference"] < compare.LIMIT
+    export = export_onnx(second, tmp_path / "onnx", base_bits=bits)
+    assert export.record["adapters"]["second"]["check"]["max_abs_difference"] < compare.LIMIT
     assert export.adapters == ["first", "second"]
     session = Session(export)
-    model = exporting.load_base(first)
+    model = load_base(first, bits)
     cases = {None: check.cases(model)}
     for folder in (first, second):
         attach_adapter(model, folder)
         cases[folder.name] = check.cases(model)
     for adapter in ("first", None, "second", "first"):
-        check.compare(session, cases[adapter], adapter)
+        compare.compare(session, compare.Reference(cases[adapter], adapter))
     apart = [
         np.abs(cases[a][1].logits - cases[b][1].logits).max()
         for a, b in ((None, "first"), ("first", "second"))
     ]
-    assert min(apart) > 100 * check.LIMIT
+    assert min(apart) > 100 * compare.LIMIT
     operators = {"nf4": "MatMulBnb4", "fp4": "MatMulBnb4", "int8": "MatMulNBits", "none": "FusedMatMul"}
     assert operators[bits] in export.record["model"]["operators"]
 
@@ -135,15 +138,16 @@ def test_one_session_with_two_adapters_equals_the_model(name: str, bits: Bits, t
 def test_rows_padded_on_the_left_write_what_they_would_alone(llama: Path) -> None:
     session = Session(Export.open(llama / "onnx"))
     ids = np.array([[0, 0, 0, 9, 8, 7], [3, 4, 5, 6, 7, 8]])
-    both = check.Tokens(ids, np.array([[0, 0, 0, 1, 1, 1], [1] * 6]))
-    alone = check.Tokens(ids[:1, 3:], np.ones((1, 3), np.int64))
-    got, expected = (check.decode(session, tokens, 2, "first") for tokens in (both, alone))
-    np.testing.assert_allclose(got[:1, 3:], expected, atol=check.LIMIT)
+    both = compare.Tokens(ids, np.array([[0, 0, 0, 1, 1, 1], [1] * 6]))
+    alone = compare.Tokens(ids[:1, 3:], np.ones((1, 3), np.int64))
+    got, expected = (compare.decode(session, tokens, 2, "first") for tokens in (both, alone))
+    np.testing.assert_allclose(got[:1, 3:], expected, atol=compare.LIMIT)
 
 
 def test_a_tied_head_and_its_embedding_are_one_tensor(tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "qwen2", "none")
-    export = export_onnx(first, tmp_path / "onnx")
+    export = export_onnx(first, tmp_path / "onnx", base_bits="none")
+    assert export.record["bits"] == "none"
     names = [t.name for t in onnx.load(export.graph, load_external_data=False).graph.initializer]
     assert "model.embed_tokens.weight" in names
     assert not any(name.startswith("lm_head") for name in names)
@@ -151,17 +155,17 @@ def test_a_tied_head_and_its_embedding_are_one_tensor(tmp_path: Path) -> None:
 
 def test_fast_products_of_8_bit_weights_are_recorded_with_their_error(tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "opt", "int8")
-    record = export_onnx(first, tmp_path / "onnx", int8="fast").record
-    assert record["int8"] == "fast"
+    record = export_onnx(first, tmp_path / "onnx", format="fast").record
+    assert record["products"] == "fast"
     assert record["check"]["limit"] is None
-    assert check.LIMIT < record["check"]["max_abs_difference"] < 1.0
+    assert compare.LIMIT < record["check"]["max_abs_difference"] < 1.0
     metadata = {
         p.key: p.value
         for p in onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).metadata_props
     }
-    assert metadata == {"bits": "int8", "int8": "fast"}
-    with pytest.raises(UserError, match=r"--int8: got 'exact', but .* was made with 'fast'"):
-        export_onnx(tmp_path / "second", tmp_path / "onnx", int8="exact")
+    assert metadata == {"bits": "int8", "products": "fast"}
+    with pytest.raises(UserError, match=r"--format: got 'exact', but .* was made with 'fast'"):
+        export_onnx(tmp_path / "second", tmp_path / "onnx", format="exact")
 
 
 @pytest.mark.parametrize("columns", [64, 80, 96, 33])
@@ -189,6 +193,12 @@ def test_8_bit_weights_are_decoded_to_the_last_bit_of_float32(columns: int) -> N
     product = Int8Product(weight, lambda: weight, "exact")  # type: ignore[arg-type]
     expected = weight.values(torch.empty(7, columns)).numpy().T
     np.testing.assert_allclose(multiply(product, "MatMulNBits", columns), expected, rtol=2e-7)
+
+
+def load_base(run: Path, bits: Bits | None = None) -> Model:
+    """The model that an adapter was made for."""
+    source = read_source(run, bits)
+    return loading.load_base(source, source.checkpoint.folder)
 
 
 def multiply(product: FourBitProduct | Int8Product, operator: str, columns: int) -> np.ndarray:
@@ -236,9 +246,9 @@ def test_bfloat16_adapters_are_read(llama: Path, copy: Path, tmp_path: Path) -> 
     weights = halved / "adapter_model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
     export = export_onnx(halved, copy)
-    model = exporting.load_base(llama / "first")
+    model = load_base(llama / "first")
     attach_adapter(model, halved)
-    check.compare(Session(export), check.cases(model), "halved")
+    compare.compare(Session(export), compare.Reference(check.cases(model), "halved"))
 
 
 def test_genai_config_names_the_graphs_inputs(llama: Path) -> None:
@@ -265,7 +275,7 @@ def test_a_run_is_exported_from_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["adapters"]["run"]["rank"] == 2
-    assert record["check"]["max_abs_difference"] < check.LIMIT
+    assert record["check"]["max_abs_difference"] < compare.LIMIT
     assert (tmp_path / "onnx/tokenizer.json").is_file()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
@@ -280,7 +290,7 @@ def test_a_graph_that_computes_something_else_is_removed(
 ) -> None:
     real = exporting.cases
 
-    def shifted(model: Model) -> list[check.Case]:
+    def shifted(model: Model) -> list[compare.Case]:
         return [case._replace(logits=case.logits + 2e-4) for case in real(model)]
 
     monkeypatch.setattr(exporting, "cases", shifted)

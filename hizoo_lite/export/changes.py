@@ -29,6 +29,7 @@ class Changes(Protocol):
 
     space: str
     linears: set[str]  # changed layers of the blocks
+    residuals: set[str]  # those of them with a difference beside their weight
     heads: dict[str, Tensor]  # parameters that were trained in full, float32
     files: list[Path]  # everything is in these
 
@@ -57,6 +58,7 @@ class LoRAChanges:
         self._file = _open(folder / PEFT_WEIGHTS)
         self.files = [folder / PEFT_FILE, folder / PEFT_WEIGHTS]
         self.linears, self.heads = set(), {}
+        self.residuals: set[str] = set()
         for key, entry in self._file.entries.items():
             name = key.removeprefix(PEFT_PREFIX)
             linear, found, leaf = name.partition(".lora_")
@@ -101,6 +103,7 @@ class InPlaceChanges:
             for key in file.entries:
                 linear, _, buffer = key.rpartition(".")
                 self._saved.setdefault(linear, {})[buffer] = file
+        self.residuals = {linear for linear, saved in self._saved.items() if "residual" in saved}
         missing = sorted(self.linears ^ set(self._saved))
         if missing:
             raise UserError(f"{folder}: {SPACE_FILE} and the block files differ about {missing[0]!r}")

@@ -1,5 +1,5 @@
 """Export for onnxruntime: the base once, in its quantized form, and adapters that are swapped on one session.
 
-`folder`, `adapter` and `session` need numpy, onnxruntime and safetensors alone; nothing here imports torch
-before it is needed.
+`folder`, `adapter`, `session` and `compare` need numpy, onnxruntime and safetensors alone; nothing here
+imports torch before it is needed.
 """

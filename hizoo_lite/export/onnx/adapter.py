@@ -56,8 +56,16 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
         "source": str(source),
         "rank": int(config["r"]),
         "inputs": len(values),
+        "check": None,
     }
     export.write()
+
+
+def remove_adapter(export: Export, name: str) -> None:
+    """Take an adapter out of the export again."""
+    about = export.record["adapters"].pop(name)
+    export.write()
+    (export.path / about["file"]).unlink()
 
 
 def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:

@@ -1,14 +1,22 @@
 """`hizoo-lite export RUN --to onnx`: the base once, and one more adapter each time it is called.
 
 A new export is made beside its place and renamed when its check has passed: under the final name there is a
-whole export or none.
+whole export or none. It has one of three forms:
+
+| form | what was tuned | adapters |
+|---|---|---|
+| base | an adapter, beside the graph | any, swapped at run time |
+| tuned | the weights themselves (spaces dense and scales), in the graph | none: it is another base |
+| merged | an adapter, folded into weights of 16 or 32 bits | none |
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import onnx_ir as ir
 import onnxruntime
@@ -16,31 +24,51 @@ import torch
 import transformers
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+from hizoo_lite.base import Bits
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import merged
 from hizoo_lite.export.onnx import folder
-from hizoo_lite.export.onnx.adapter import add_adapter, check_name
-from hizoo_lite.export.onnx.check import LIMIT, cases, compare
+from hizoo_lite.export.onnx.adapter import add_adapter, check_name, remove_adapter
+from hizoo_lite.export.onnx.check import cases, run_check
+from hizoo_lite.export.onnx.compare import LIMIT, Reference
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.genai import GENAI_CONFIG, genai_config
 from hizoo_lite.export.onnx.interface import Interface, interface
-from hizoo_lite.export.onnx.linear import AdapterDelta, ExportLinear, Int8Mode
-from hizoo_lite.export.onnx.session import Session
+from hizoo_lite.export.onnx.linear import AdapterDelta, ExportLinear, Format
 from hizoo_lite.export.onnx.skeleton import make_skeleton
+from hizoo_lite.export.onnx.source import Source, load_base, load_folder, read_source, stored_folder
 from hizoo_lite.export.onnx.trace import trace
-from hizoo_lite.memory.allocator import map_large, trim
-from hizoo_lite.model.load import load
+from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.hub import SMALL_FILES
 from hizoo_lite.quant.shards import write_json
 from hizoo_lite.stream.residency import Streamed
-from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import saved, setup
-from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter
+from hizoo_lite.train import saved
+from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
 from hizoo_lite.train.events import Listener
 
+MergedDtype = Literal["fp16", "float32"]
+Form = Literal["base", "tuned", "merged"]
+
 _NOT_OF_A_TOKENIZER = ("model.safetensors.index.json", "quantize_config.json")
+#: A merged model against the one with the adapter beside it: of the largest logit. Weights are rounded to 11
+#: or 24 bits once; attention and many layers amplify that (2^-7 for a tiny random Llama).
+#: That the graph is right the comparison with the merged model itself shows, held to `LIMIT`.
+_ROUNDING: dict[MergedDtype, float] = {"fp16": 2**-5, "float32": 2**-16}
+#: 8-bit codes stay what they are, and activations are rounded: more than this share would be a wrong graph.
+_INT8_SHARE = 0.2
+
+
+class _Plan(NamedTuple):
+    """What is to be written."""
+
+    run: Path
+    name: str  # of the adapter
+    source: Source
+    form: Form
+    format: Format
+    dtype: MergedDtype
 
 
 def export_onnx(
@@ -48,95 +76,148 @@ def export_onnx(
     out: Path | str,
     *,
     name: str | None = None,
-    int8: Int8Mode | None = None,
+    format: Format | None = None,
+    merge: bool = False,
+    dtype: MergedDtype | None = None,
+    base_bits: Bits | None = None,
     listener: Listener | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
-    name: of the adapter; the run folder's own by default. int8: how 8-bit weights are multiplied, "exact"
-    by default. Raises `UserError` before anything is written where something does not fit, and `ExportError`
-    where onnxruntime computes something else than the model.
+    name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
+    "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
+    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`.
+
+    Raises `UserError` before anything is written where something does not fit, and `ExportError` where
+    onnxruntime computes something else, or cannot run the model.
     """
     run, out, listener = Path(run), Path(out), listener or Listener()
-    if not (find_adapter(run) / PEFT_FILE).is_file():
-        raise UserError(f"{run}: space: only runs with --space lora can be exported to ONNX")
     name = name or run.resolve().name
     check_name(name)
+    _check_options(format, merge, dtype)
     if folder.is_export(out):
         export = Export.open(out)
-        if int8 not in (None, export.record["int8"]):
-            raise UserError(f"--int8: got {int8!r}, but {out} was made with {export.record['int8']!r}")
-        add_adapter(export, run, name)
-        return export
+        _check_takes(export, format, merge)
+        return _add(export, run, name, base_bits, listener)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
         )
-    whole = out.absolute()
-    aside = whole.with_name(f".{whole.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        model = load_base(run)
-        export = export_base(model, aside, int8 or "exact", listener)
-        add_adapter(export, run, name)
-        _check(export, model, run, name, listener)
+    source = read_source(run, base_bits)
+    form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
+    plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
+    with _workplace(out, "partial") as aside, _workplace(out, "work") as work:
+        export, references = _write(plan, aside, work, listener)
+        trim()
+        _check(export, references, work, listener)
         aside.replace(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return Export(out, export.record)
 
 
-def load_base(run: Path) -> Model:
-    """The model that a run tuned, in float32 products on the CPU, from its files where they have its form."""
-    config = saved.saved_config(run)
-    if config is None:
-        source, kind = setup.model_path(saved.base_model(run)), None
-        options: dict[str, Any] = {}
-    else:
-        source = setup.model_path(config.model)
-        kind = None if config.kind == "auto" else config.kind
-        labels = setup.find_task(config.task).num_labels
-        options = {"bits": config.bits, "double_quant": config.double_quant, "num_labels": labels or 2}
-        options |= {"seed": config.seed, "revision": config.revision}
-    checkpoint = Checkpoint.open(source, revision=options.get("revision"))
-    found = kind or setup.find_kind(source, options.get("revision"), None)
-    stored = checkpoint.quantized_bits or "none"
-    as_stored = (options.get("bits") or checkpoint.quantized_bits or "nf4") == stored
-    model = _load(source, found, options, as_stored)
-    map_large()  # what is freed is given back: every tensor is read once and dropped
-    if model.kind == "classifier" and model.config.pad_token_id is None and model.tokenizer is not None:
-        model.config.pad_token_id = pad_id(model.tokenizer)
-    return model
+def _check_options(format: Format | None, merge: bool, dtype: MergedDtype | None) -> None:
+    for flag, value, allowed in (("format", format, Format), ("dtype", dtype, MergedDtype)):
+        if value is not None and value not in get_args(allowed):
+            raise UserError(f"--{flag}: got {value!r}, allowed: {', '.join(get_args(allowed))}")
+    if dtype is not None and not merge:
+        raise UserError(f"--dtype: got {dtype!r} without --merge; quantized weights stay what they are")
+    if merge and format == "fast":
+        raise UserError(
+            "--format: got 'fast' with --merge, which leaves no quantized weights; allowed: exact"
+        )
 
 
-def _load(source: str, kind: Any, options: dict[str, Any], as_stored: bool) -> Model:
-    fixed: dict[str, Any] = {"kind": kind, "compute_dtype": "float32", "device": "cpu", **options}
-    if as_stored:
-        try:
-            return load(source, residency="disk", **fixed)
-        except UserError:  # a matrix that is stored transposed, or in 64 bits
-            pass
-    return load(source, residency="resident", **fixed)
+def _check_takes(export: Export, format: Format | None, merge: bool) -> None:
+    """UserError where an adapter cannot be added to this export, or not in this way."""
+    record, out = export.record, export.path
+    if record["form"] != "base":
+        raise UserError(
+            f"--out: {out} holds a {record['form']} model, which takes no adapters; allowed: a new folder"
+        )
+    if merge:
+        raise UserError(f"--merge: {out} has a base with adapters already; allowed: a new folder")
+    if format not in (None, record["products"]):
+        raise UserError(f"--format: got {format!r}, but {out} was made with {record['products']!r}")
 
 
-def export_base(model: Model, out: Path, int8: Int8Mode, listener: Listener) -> Export:
-    """Write graph, weights, tokenizer and settings to `out`, and export.json with no adapter."""
+@contextmanager
+def _workplace(out: Path, ending: str) -> Iterator[Path]:
+    """An empty folder beside `out` that is gone afterwards, unless it was renamed."""
+    whole = out.absolute()
+    path = whole.with_name(f".{whole.name}.{ending}")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Export, list[Reference]]:
+    """The export, unchecked, and the model's logits. The model itself is not in memory any more."""
+    base = stored_folder(plan.source, work, listener)
+    if plan.form != "merged":
+        model = load_base(plan.source, base)
+        export = export_base(model, out, plan, listener)
+        return export, _references(model, plan, listener)
+    listener.message(f"merging in {plan.dtype}")
+    source = plan.source
+    merged.prepare(
+        plan.run,
+        work / "merged",
+        model=source.name,
+        base_bits=source.bits,
+        base_double_quant=source.double_quant,
+        dtype=plan.dtype,
+    ).run()
+    model = load_folder(plan.source, work / "merged", None)
+    export = export_base(model, out, plan, listener)
+    exact = [Reference(cases(model), model="merged")]
+    _close(model)
+    return export, exact + _references(load_base(plan.source, base), plan, listener)
+
+
+def _references(model: Model, plan: _Plan, listener: Listener) -> list[Reference]:
+    """The model's logits, as far as the export has an answer. It cannot be used any more afterwards."""
+    listener.message("running the model, to check against it")
+    limit: dict[str, Any] = {}
+    if plan.form == "merged":
+        limit = {"limit": _ROUNDING[plan.dtype], "share": True}
+    elif plan.format == "fast":
+        limit = {"limit": _INT8_SHARE if plan.source.bits == "int8" else None, "share": True}
+    found = [Reference(cases(model), **limit, model="base")] if plan.form == "base" else []
+    saved.attach_adapter(model, plan.run)
+    adapter = plan.name if plan.form == "base" else None
+    found.append(Reference(cases(model), adapter, **limit))
+    _close(model)
+    return found
+
+
+def _close(model: Model) -> None:
+    if isinstance(model.residency, Streamed):
+        model.residency.close()
+
+
+def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Export:
+    """Write graph, weights, tokenizer and settings to `out`, and with a base the adapter."""
     listener.message(f"tracing {type(model.module).__name__}")
-    skeleton = make_skeleton(model, int8)
-    traced = interface(model, skeleton)
+    skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
+    traced = interface(model, skeleton, takes_adapters=plan.form == "base")
     graph = trace(skeleton, traced.wrapper, traced.inputs, traced.outputs, "hf")
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "hizoo_lite"
-    mode = int8 if model.bits == "int8" else None
-    graph.metadata_props.update({"bits": model.bits, **({} if mode is None else {"int8": mode})})
+    graph.metadata_props.update({"bits": model.bits, "products": plan.format})
     _save(graph, out, listener)
-    for path in _small_files(model.folder):
+    described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
+    for path in _small_files(described):
         shutil.copyfile(path, out / path.name)
     if traced.layers:
         write_json(out / GENAI_CONFIG, genai_config(model, traced.layers))
-    return Export(out, _record(model, traced, skeleton.linears, mode, out))
+    export = Export(out, _record(model, traced, skeleton.linears, plan, out))
+    if plan.form == "base":
+        add_adapter(export, plan.run, plan.name)
+    else:
+        export.write()
+    return export
 
 
 def _save(graph: ir.Model, out: Path, listener: Listener) -> None:
@@ -160,7 +241,7 @@ def _small_files(source: Path) -> list[Path]:
 
 
 def _record(
-    model: Model, traced: Interface, linears: dict[str, ExportLinear], int8: Int8Mode | None, out: Path
+    model: Model, traced: Interface, linears: dict[str, ExportLinear], plan: _Plan, out: Path
 ) -> dict[str, Any]:
     operators: dict[str, int] = {}
     for linear in linears.values():
@@ -172,13 +253,15 @@ def _record(
     return {
         "format": folder.FORMAT,
         "kind": model.kind,
+        "form": plan.form,
         "bits": model.bits,
-        "int8": int8,
+        "products": plan.format,
         "base": {
-            "model": str(model.source),
+            "model": plan.source.name,
             "architecture": type(model.module).__name__,
-            "fingerprint": fingerprint(model.folder),
+            "fingerprint": fingerprint(plan.source.checkpoint.folder),
         },
+        "tuned": _tuned(plan),
         "model": {
             "files": {
                 folder.GRAPH: folder.describe(out / folder.GRAPH, checksum=True),
@@ -205,25 +288,37 @@ def _record(
     }
 
 
-def _check(export: Export, model: Model, run: Path, name: str, listener: Listener) -> None:
-    """Compare base and adapter with the model; the result goes into export.json.
+def _tuned(plan: _Plan) -> dict[str, Any]:
+    """What is in the graph of a run's work; an adapter beside it says so itself."""
+    if plan.form == "base":
+        return {}
+    found: dict[str, Any] = {"source": str(plan.run)}
+    changes = plan.source.changes
+    found["space"] = "lora" if changes is None else changes.space
+    if changes is None or plan.form == "merged":
+        return found | {"dtype": plan.dtype}
+    residuals = len(changes.residuals)
+    recoded = plan.format == "fast" and plan.source.bits in ("nf4", "fp4")
+    stored = "codes and scales"
+    if residuals:
+        stored = (
+            "summed, then coded anew" if recoded else "codes, and a bf16 difference in a product of its own"
+        )
+    return found | {
+        "layers": len(changes.linears),
+        "as": stored,
+    }
 
-    The model is done with before onnxruntime loads its own, and cannot be used any more.
-    """
-    listener.message("running the model, to check against it")
-    base = cases(model)
-    saved.attach_adapter(model, run)
-    tuned = cases(model)
-    if isinstance(model.residency, Streamed):
-        model.residency.close()
-    trim()
+
+def _check(export: Export, references: list[Reference], work: Path, listener: Listener) -> None:
+    """Compare with the model; the result goes into export.json."""
     listener.message("running the export in onnxruntime")
-    fast = export.record["int8"] == "fast"
-    session = Session(export, sparing=not fast)  # the fast products need their own form of the weights
-    runs = [*compare(session, base, None, fast), *compare(session, tuned, name, fast)]
+    runs = _run_check(export, references, work)
     export.record["check"] = {
-        "limit": None if fast else LIMIT,
+        "limit": _limit(export),
         "max_abs_difference": max(entry["max_abs_difference"] for entry in runs),
+        "mean_abs_difference": _mean(runs, "mean_abs_difference"),
+        "same_choice": _mean(runs, "same_choice"),
         "runs": runs,
         "versions": {
             "onnxruntime": onnxruntime.__version__,
@@ -231,4 +326,67 @@ def _check(export: Export, model: Model, run: Path, name: str, listener: Listene
             "transformers": transformers.__version__,
         },
     }
+    for name, about in export.record["adapters"].items():
+        about["check"] = _summary(runs, name)
     export.write()
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Over all tokens of the runs."""
+    tokens = [entry["rows"] * entry["length"] for entry in runs]
+    return sum(n * entry[key] for n, entry in zip(tokens, runs, strict=True)) / sum(tokens)
+
+
+def _limit(export: Export) -> float | None:
+    """The largest difference that is allowed; None where it is measured alone."""
+    return None if export.record["products"] == "fast" else LIMIT
+
+
+def _run_check(export: Export, references: list[Reference], work: Path) -> list[dict[str, Any]]:
+    place = work / "check"
+    place.mkdir()
+    # fast products need the weights in a form of their own, which is held
+    return run_check(export, references, place, sparing=export.record["products"] == "exact")
+
+
+def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    worst = max(entry["max_abs_difference"] for entry in runs if entry["adapter"] == name)
+    return {"max_abs_difference": worst}
+
+
+def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener: Listener) -> Export:
+    """One more adapter; compared with the model where that is at hand, which export.json says."""
+    if (find_adapter(run) / SPACE_FILE).is_file():
+        raise UserError(
+            f"{run}: space: its weights were tuned, it is no adapter; allowed: a new --out folder"
+        )
+    add_adapter(export, run, name)
+    about = export.record["adapters"][name]
+    try:
+        source = read_source(run, base_bits)
+    except UserError as error:
+        about["check"] = {"skipped": str(error)}
+        listener.message(f"{name} is not compared with its model: {error}")
+        export.write()
+        return export
+    try:
+        with _workplace(export.path, "work") as work:
+            reference = _adapter_reference(export, source, run, name, work, listener)
+            trim()
+            listener.message("running the export in onnxruntime")
+            runs = _run_check(export, [reference], work)
+    except BaseException:
+        remove_adapter(export, name)
+        raise
+    about["check"] = _summary(runs, name)
+    export.record["check"]["runs"] += runs
+    export.write()
+    return export
+
+
+def _adapter_reference(
+    export: Export, source: Source, run: Path, name: str, work: Path, listener: Listener
+) -> Reference:
+    form: Format = export.record["products"]
+    plan = _Plan(run, name, source, "base", form, "fp16")
+    return _references(load_base(source, stored_folder(source, work, listener)), plan, listener)[-1]

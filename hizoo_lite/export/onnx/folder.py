@@ -21,7 +21,7 @@ from hizoo_lite.export.onnx.files import sha256_of
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
 ADAPTER_SUFFIX = ".onnx_adapter"
-_FIELDS = {"format", "kind", "bits", "int8", "base", "model", "adapters", "check"}
+_FIELDS = {"format", "kind", "form", "bits", "products", "base", "tuned", "model", "adapters", "check"}
 
 
 class AdapterInputs(NamedTuple):

@@ -40,11 +40,11 @@ class Interface(NamedTuple):
     layers: list[tuple[int, int]]  # of the cache: (heads, features of a head); empty without one
 
 
-def interface(model: Model, skeleton: Skeleton) -> Interface:
-    """That of the model's kind, with an adapter on every linear layer of the blocks and the head's."""
+def interface(model: Model, skeleton: Skeleton, takes_adapters: bool = True) -> Interface:
+    """That of the model's kind; `takes_adapters`: on every linear layer of the blocks and the head's."""
     values = InputValues()
     layers = _cache_layers(skeleton) if model.kind == "causal" else []
-    adapters = _adapter_inputs(model, skeleton, values)
+    adapters = _adapter_inputs(model, skeleton, values) if takes_adapters else []
     names = [given.name for given in adapters]
     if model.kind == "causal":
         total = Input("attention_mask", _ids(_LENGTH + _PAST), {0: "batch", 1: "total_length"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.export.changes import Changes
 from hizoo_lite.export.onnx.linear import (
     ExportLinear,
+    Format,
     FourBitProduct,
-    Int8Mode,
     Int8Product,
     Part,
     PlainProduct,
     Product,
+    RecodedProduct,
+    SumProduct,
+    residual,
 )
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.linear import BranchLinear
@@ -39,17 +44,18 @@ class Skeleton:
     mode: FakeTensorMode
 
 
-def make_skeleton(model: Model, int8: Int8Mode) -> Skeleton:
+def make_skeleton(model: Model, format: Format = "exact", changes: Changes | None = None) -> Skeleton:
     """The model's architecture with an `ExportLinear` for every linear; nothing is read.
 
-    Every value will be the loaded model's own: from its tensors, or where blocks are away from its files.
-    Raises `UserError` where a layer has a form that cannot be exported.
+    Every value will be the loaded model's own, from its tensors, or where blocks are away from its files;
+    of layers in `changes`, what was tuned. Raises `UserError` where a layer has a form that cannot be
+    exported.
     """
-    source = _Source(model)
+    source = _Source(model, changes)
     module = skeleton.build(copy.deepcopy(model.config), model.kind)
     linears = {}
     for name, linear in model.linears.items():
-        linears[name] = ExportLinear(name, _product(source, linear, int8), source.bias(linear))
+        linears[name] = ExportLinear(name, _product(source, linear, format), source.bias(linear))
         module.set_submodule(name, linears[name])
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):
@@ -58,18 +64,26 @@ def make_skeleton(model: Model, int8: Int8Mode) -> Skeleton:
     return Skeleton(module, linears, _fake(module, source, mode), mode)
 
 
-def _product(source: _Source, linear: BranchLinear, int8: Int8Mode) -> Product:
+def _product(source: _Source, linear: BranchLinear, format: Format) -> Product:
+    if format == "fast" and isinstance(linear.weight, FourBitWeight):  # with its difference, if it has one
+        return RecodedProduct(linear.weight.shape, lambda: source.packed(linear))
+    if not source.has_residual(linear):
+        return _stored_product(source, linear, lambda: source.packed(linear), format)
+    codes = _stored_product(source, linear, lambda: residual(source.packed(linear)).base, format)
+    shape = linear.weight.shape
+    return SumProduct(codes, Part(shape, torch.bfloat16, lambda: residual(source.packed(linear)).residual))
+
+
+def _stored_product(
+    source: _Source, linear: BranchLinear, read: Callable[[], PackedWeight], format: Format
+) -> Product:
     weight = linear.weight
-
-    def read() -> PackedWeight:
-        return source.packed(linear)
-
     if isinstance(weight, FourBitWeight):
         return FourBitProduct(weight, read)
     if isinstance(weight, Int8Weight):
-        return Int8Product(weight, read, int8)
+        return Int8Product(weight, read, format)
     if isinstance(weight, PlainWeight | AwayWeight):
-        return PlainProduct(source.matrix(linear, weight))
+        return PlainProduct(source.matrix(linear, weight, read), is_whole=format == "fast")
     raise UserError(f"{linear.name}: a weight of the form {type(weight).__name__} cannot be exported")
 
 
@@ -94,32 +108,60 @@ def _fake(module: nn.Module, source: _Source, mode: FakeTensorMode) -> dict[str,
 
 
 class _Source:
-    """Where the values of a loaded model's tensors are."""
+    """Where the values of a loaded model's tensors are, and of those that were changed."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, changes: Changes | None) -> None:
+        self.model, self._changes = model, changes
         self._names = Names(model.checkpoint.names(), model.module)
 
+    def has_residual(self, linear: BranchLinear) -> bool:
+        """Whether a difference was tuned beside the weight."""
+        return self._changes is not None and linear.name in self._changes.residuals
+
     def packed(self, linear: BranchLinear) -> PackedWeight:
-        """The weight itself, or a copy from the checkpoint while its block is away."""
-        if not any(stored.tensor.is_meta for stored in linear.weight.stored()):
-            return linear.weight
-        checkpoint, stored_name = self.model.checkpoint, self.model.stored_names[linear.name]
-        beside = {**self._names.beside(stored_name), "weight": stored_name}
-        tensors = {short: checkpoint.read(full) for short, full in beside.items()}
+        """The weight itself, or a copy from the checkpoint while its block is away; a copy, if changed."""
+        weight = linear.weight
+        if any(stored.tensor.is_meta for stored in weight.stored()):
+            weight = self._read(self.model.stored_names[linear.name])
+        elif self._is_changed(linear):
+            weight = copy.deepcopy(weight)
+        return self._changes.weight(linear.name, weight) if self._changes is not None else weight
+
+    def _read(self, stored_name: str) -> PackedWeight:
+        checkpoint, beside = self.model.checkpoint, self._names.beside(stored_name)
+        if not beside:
+            return PlainWeight(checkpoint.read(stored_name))
+        tensors = {s: checkpoint.read(full) for s, full in {**beside, "weight": stored_name}.items()}
         return from_checkpoint(tensors, name=stored_name)
 
-    def matrix(self, linear: BranchLinear, weight: PlainWeight | AwayWeight) -> Part:
-        """A weight in 16 or 32 bits; shared with the embedding that it is tied to."""
+    def _is_changed(self, linear: BranchLinear) -> bool:
+        return self._changes is not None and linear.name in self._changes.linears
+
+    def matrix(
+        self, linear: BranchLinear, weight: PlainWeight | AwayWeight, read: Callable[[], PackedWeight]
+    ) -> Part:
+        """A weight in 16 or 32 bits; shared with the embedding that it is tied to. `read`: a changed one."""
+        tuned = self._head(f"{linear.name}.weight")
+        if tuned is not None:
+            return _here(tuned)
         if isinstance(weight, AwayWeight):
             return self._stored_part(self._stored(f"{linear.name}.weight"))
+        if self._is_changed(linear):
+            return Part(weight.shape, weight.weight.dtype, lambda: read().get_buffer("weight"))
         if weight.weight.is_meta:
             return self._stored_part(self.model.stored_names[linear.name])
         return _here(weight.weight)
 
     def bias(self, linear: BranchLinear) -> Part | None:
         """The bias of a linear; it never is away."""
+        tuned = self._head(f"{linear.name}.bias")
+        if tuned is not None:
+            return _here(tuned)
         return None if linear.bias is None else _here(linear.bias)
+
+    def _head(self, name: str) -> Tensor | None:
+        """A head's tensor that was tuned in full."""
+        return self._changes.heads.get(name) if self._changes is not None else None
 
     def part(self, name: str) -> Part:
         """A parameter or buffer that is of no linear layer."""

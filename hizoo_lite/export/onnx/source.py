@@ -1,0 +1,120 @@
+"""The model that a run tuned, found, and loaded for an export so that no more than a tensor is in memory.
+
+Blocks are read from disk while they run. A checkpoint in 16 bits that was quantized on loading is first
+quantized into a working folder, with the same codes; GPT-2's transposed matrices become usual ones by that.
+Held as a whole are only models whose matrices are used in another form than they are stored in otherwise:
+transposed in 16 bits, in 64 bits, or with scales in 8 bits that were tuned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.export.changes import Changes, read_changes
+from hizoo_lite.memory.allocator import map_large
+from hizoo_lite.model import skeleton
+from hizoo_lite.model.load import load
+from hizoo_lite.model.model import Model
+from hizoo_lite.quant import Checkpoint
+from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.tasks.tokens import pad_id
+from hizoo_lite.train import saved, setup
+from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
+from hizoo_lite.train.events import Listener
+
+
+class Source(NamedTuple):
+    """What a run says of its model, and what it changed of the weights (None with an adapter)."""
+
+    name: str  # folder or Hub id
+    checkpoint: Checkpoint
+    kind: ModelKind
+    bits: Bits
+    double_quant: bool
+    num_labels: int
+    seed: int
+    changes: Changes | None
+
+
+def read_source(run: Path, base_bits: Bits | None = None) -> Source:
+    """That of a run or an adapter folder. Raises `UserError` where its model is not there.
+
+    base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default.
+    """
+    config, adapter = saved.saved_config(run), find_adapter(run)
+    changes = read_changes(adapter) if (adapter / SPACE_FILE).is_file() else None
+    name = setup.model_path(saved.base_model(run) if config is None else config.model)
+    checkpoint = Checkpoint.open(name, revision=None if config is None else config.revision)
+    kind = None if config is None or config.kind == "auto" else config.kind
+    bits = base_bits or (None if config is None else config.bits)
+    if bits is None and changes is not None:
+        bits = read_record(adapter)["bits"]
+    labels = None if config is None else setup.find_task(config.task).num_labels
+    return Source(
+        name,
+        checkpoint,
+        kind or setup.find_kind(str(checkpoint.folder), None, None),
+        skeleton.choose_bits(bits, checkpoint.quantized_bits),
+        # as `setup.load_model`: spaces that train weights need scales in float32
+        (config is None or config.double_quant) and changes is None,
+        labels or 2,
+        0 if config is None else config.seed,
+        changes,
+    )
+
+
+def stored_folder(source: Source, work: Path, listener: Listener) -> Path:
+    """A folder with the model in the form it was tuned in: its own, or one that is made in `work`."""
+    checkpoint = source.checkpoint
+    if source.bits == (checkpoint.quantized_bits or "none"):
+        return checkpoint.folder
+    listener.message(f"quantizing {source.name} to {source.bits}")
+    Quantization(
+        str(checkpoint.folder),
+        work / "quantized",
+        kind=source.kind,
+        bits=source.bits,
+        double_quant=source.double_quant,
+    ).run()
+    return work / "quantized"
+
+
+def load_base(source: Source, folder: Path) -> Model:
+    """The model of `stored_folder`, untuned, in float32 products on the CPU."""
+    return load_folder(source, folder, None if folder == source.checkpoint.folder else source.bits)
+
+
+def load_folder(source: Source, folder: Path, bits: Bits | None) -> Model:
+    """A model in that folder with the source's kind, labels and seed; bits: None for what is stored."""
+
+    def loaded(residency: str) -> Model:
+        return load(
+            folder,
+            kind=source.kind,
+            bits=bits or Checkpoint.open(folder).quantized_bits or "none",
+            compute_dtype="float32",
+            device="cpu",
+            double_quant=source.double_quant,
+            num_labels=source.num_labels,
+            seed=source.seed,
+            residency=residency,  # type: ignore[arg-type]
+        )
+
+    try:
+        model = loaded("resident" if _must_be_here(source, folder) else "disk")
+    except UserError:  # a matrix that is stored transposed, or in 64 bits
+        model = loaded("resident")
+    map_large()  # what is freed is given back: every tensor is read once and dropped
+    if model.kind == "classifier" and model.config.pad_token_id is None and model.tokenizer is not None:
+        model.config.pad_token_id = pad_id(model.tokenizer)
+    return model
+
+
+def _must_be_here(source: Source, folder: Path) -> bool:
+    """Whether scales were tuned that are stored in 8 bits."""
+    if source.changes is None or source.changes.linears <= source.changes.residuals:
+        return False
+    return any(name.endswith(".nested_absmax") for name in Checkpoint.open(folder).names())
