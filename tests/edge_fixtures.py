@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
-from hizoo_lite.export.onnx.folder import describe
+from hizoo_lite.export.onnx.folder import _FIELDS, describe
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
@@ -296,16 +296,8 @@ def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str
     listed = {
         name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
     }
-    record = {
-        "format": 1,
-        "kind": kind,
-        "bits": "none",
-        "int8": None,
-        "base": {},
-        "model": {"files": files},
-        "adapters": listed,
-        "check": None,
-    }
+    record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": {"files": files}}
+    record["adapters"] = listed
     (folder / "export.json").write_text(json.dumps(record))
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,23 @@ GRID: list[tuple[str, Bits]] = [
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama, two adapters of it and the export of the first."""
-    folder = tmp_path_factory.mktemp("llama")
-    first, _ = tuned(folder, "llama", "nf4")
-    export_onnx(first, folder / "onnx")
-    return folder
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Bits], Path]:
+    """A folder with a model, two adapters of it and the export of the first; every one is made once."""
+
+    @functools.cache
+    def make(name: str, bits: Bits) -> Path:
+        folder = tmp_path_factory.mktemp(f"{name}-{bits}")
+        first, _ = tuned(folder, name, bits)
+        export_onnx(first, folder / "onnx")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def llama(exported: Callable[[str, Bits], Path]) -> Path:
+    """That of a Llama."""
+    return exported("llama", "nf4")
 
 
 @pytest.fixture
@@ -60,11 +73,14 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "bits"), GRID)
-def test_one_session_with_two_adapters_equals_the_model(name: str, bits: Bits, tmp_path: Path) -> None:
-    first, second = tuned(tmp_path, name, bits)
-    export = export_onnx(first, tmp_path / "onnx")
-    assert export.record["check"]["max_abs_difference"] < check.LIMIT
+def test_one_session_with_two_adapters_equals_the_model(
+    name: str, bits: Bits, exported: Callable[[str, Bits], Path], tmp_path: Path
+) -> None:
+    made = exported(name, bits)
+    first, second = made / "first", made / "second"
+    shutil.copytree(made / "onnx", tmp_path / "onnx")
     export = export_onnx(second, tmp_path / "onnx")
+    assert export.record["check"]["max_abs_difference"] < check.LIMIT
     assert export.adapters == ["first", "second"]
     session = Session(export)
     model = exporting.load_base(first)
