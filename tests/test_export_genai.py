@@ -10,10 +10,11 @@ import pytest
 from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.edge import answer
 from hizoo_lite.edge.model import OnnxModel
-from hizoo_lite.export.onnx.export import export_onnx, load_base
+from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
+from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train.saved import attach_adapter
 from tests.edge_fixtures import DEMO
@@ -33,9 +34,10 @@ def genai() -> Any:
 def exported(genai: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in NF4, with two adapters of other ranks and layers that change what it says."""
     folder = tmp_path_factory.mktemp("genai")
+    Quantization(str(DEMO), folder / "model", kind="causal", bits="nf4").run()
     made = (("first", 2, "all-linear", 0.15), ("second", 3, "attention", 0.25))
     for name, rank, targets, strength in made:
-        model = load(DEMO, kind="causal", bits="nf4", compute_dtype="float32", device="cpu")
+        model = load(folder / "model", compute_dtype="float32", device="cpu")
         space = LoRA(rank=rank, targets=targets)
         space.attach(model, 0)
         for key, value in space.parameters.items():
@@ -69,7 +71,7 @@ def test_genai_writes_what_we_write_with_every_adapter(genai: Any, exported: Pat
         adapters.load(str(export.find_adapter(name)), name)
     texts = {}
     for adapter in (None, "first", "second"):
-        tuned = load_base(exported.parent / "first")
+        tuned = load(exported.parent / "model", compute_dtype="float32", device="cpu")
         if adapter is not None:
             attach_adapter(tuned, exported.parent / adapter)
         for prompt in PROMPTS:
