@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from hizoo_lite.errors import UserError
+
+#: Of a JSON file that is read: no record and no tokenizer's settings are larger.
+_MOST_BYTES = 64 << 20
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,3 +48,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path, wanted: str) -> dict[str, Any]:
+    """The object in a file, which is `wanted`. UserError naming it where it is missing or something else."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: {wanted}, at most {_MOST_BYTES}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; allowed: {wanted}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not sound JSON ({error}); allowed: {wanted}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a {type(value).__name__}, allowed: {wanted}")
+    return value

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
+from hizoo_lite.export.onnx.folder import _FIELDS, describe
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
@@ -267,7 +268,7 @@ def export_causal(space: LoRA, folder: Path) -> Path:
     _write_adapter(space, folder / "adapters" / "tuned.onnx_adapter")
     settings = {"model": {"context_length": config.max_position_embeddings, "eos_token_id": 2}}
     (folder / "genai_config.json").write_text(json.dumps(settings))
-    return _described(folder, "causal", DEMO, {"tuned": {"file": "adapters/tuned.onnx_adapter"}})
+    return _described(folder, "causal", DEMO, {"tuned": "adapters/tuned.onnx_adapter"})
 
 
 def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -> Path:
@@ -290,8 +291,13 @@ def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -
     return _described(folder, kind, tokenizer, {})
 
 
-def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, Any]) -> Path:
-    record = {"format": 1, "kind": kind, "bits": "none", "model": {}, "adapters": adapters}
+def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str]) -> Path:
+    files = {path.name: describe(path, checksum=True) for path in folder.glob("model.onnx*")}
+    listed = {
+        name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
+    }
+    record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": {"files": files}}
+    record["adapters"] = listed
     (folder / "export.json").write_text(json.dumps(record))
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder)

@@ -21,6 +21,7 @@ from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
@@ -258,7 +259,7 @@ def copied(exported: Path, tmp_path: Path) -> Path:
     [
         ("export.json", r"export\.json: no such file; allowed: a folder of"),
         ("model.onnx", r"model\.onnx: no such file"),
-        ("model.onnx.data", r"model\.onnx: its external data .* is missing"),
+        ("model.onnx.data", r"model\.onnx\.data: no such file"),
         ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: no such file"),
         ("tokenizer.json", r"tokenizer\.json: no such file"),
     ],
@@ -273,9 +274,9 @@ def test_a_missing_file_is_named(name: str, message: str, copied: Path) -> None:
     ("name", "message"),
     [
         ("export.json", r"export\.json: not sound JSON"),
-        ("model.onnx", r"model\.onnx: it is truncated, or no ONNX graph"),
-        ("model.onnx.data", r"model\.onnx: its external data .* truncated"),
-        ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: not an adapter of onnxruntime, or truncated"),
+        ("model.onnx", r"model\.onnx: has \d+ bytes, \d+ were written: truncated"),
+        ("model.onnx.data", r"model\.onnx\.data: has \d+ bytes, \d+ were written: truncated"),
+        ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: has \d+ bytes, \d+ were written: truncated"),
     ],
 )
 def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> None:
@@ -285,12 +286,48 @@ def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> Non
         OnnxModel(copied, "tuned")
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "adapters/tuned.onnx_adapter"])
+def test_a_changed_byte_is_noticed(name: str, copied: Path) -> None:
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{Path(name).name}: its sha256 is not the one in export\.json"):
+        OnnxModel(copied, "tuned")
+
+
+def test_what_onnxruntime_cannot_open_is_explained(copied: Path) -> None:
+    graph = copied / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.onnx: it is truncated, or no ONNX graph"):
+        Graph(graph)
+    graph.write_bytes(whole)
+    (copied / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.onnx: its external data .* truncated"):
+        Graph(graph)
+    (copied / "model.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"model\.onnx: its external data .* is missing"):
+        Graph(graph)
+    with pytest.raises(UserError, match=r"nothing\.onnx: no such file"):
+        Graph(copied / "nothing.onnx")
+
+
+def test_a_file_that_is_no_adapter_is_named(exported: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.onnx_adapter"
+    cut.write_bytes((exported / "adapters/tuned.onnx_adapter").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cut\.onnx_adapter: not an adapter of onnxruntime, or truncated"):
+        OnnxModel(exported, str(cut))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": 9}, "format: got 9, allowed: 1"),
         ({"kind": "x"}, "kind: got 'x', allowed: causal, masked, classifier"),
         ({"adapters": {"tuned": {"file": "../../etc/passwd"}}}, "is outside of the folder"),
+        ({"model": {"files": {"../x": {}}}}, r"model\.files\.\.\./x: .* is outside of the folder"),
+        ({"adapters": {"tuned": {}}}, r"not as export writes it \(KeyError: 'file'\)"),
+        ({"adapters": 3}, r"not as export writes it \(AttributeError"),
     ],
 )
 def test_a_wrong_record_is_named(changes: dict[str, Any], message: str, copied: Path) -> None:

@@ -15,6 +15,7 @@ MODULES = [
     "hizoo_lite.edge.tokenizer",
     "hizoo_lite.edge.train",
     "hizoo_lite.estimators",
+    "hizoo_lite.export.onnx.session",
     "hizoo_lite.noise",
     "hizoo_lite.tasks",
     "hizoo_lite.tensorfile",

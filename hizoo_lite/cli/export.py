@@ -1,59 +1,226 @@
-"""`hizoo-lite export`: what a run has made, in the format of another program."""
+"""`hizoo-lite export`: what a run has made, in the format of another program.
+
+One function for each target, in one table. The keyword arguments of a function are the options of its target.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+
+if TYPE_CHECKING:
+    from hizoo_lite.base import Bits
+    from hizoo_lite.export.merged import Dtype
+    from hizoo_lite.export.onnx.export import MergedDtype
+    from hizoo_lite.export.onnx.linear import Format
+
+
+class Exported(NamedTuple):
+    """What the command prints: figures with --json, else the line."""
+
+    figures: dict[str, Any]
+    line: str
+
+
+def _peft(run: str, out: str, quiet: bool, *, model: str | None = None) -> Exported:
+    """An adapter's folder for PEFT."""
+    from hizoo_lite.export import peft
+    from hizoo_lite.train.adapter_files import read_peft_config
+
+    folder = peft.export(run, out, model=model)
+    config = read_peft_config(folder)
+    base, rank = config["base_model_name_or_path"], config["r"]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    figures = {"model": base, "rank": rank, "bytes": size}
+    return Exported(figures, f"{out}: PEFT adapter of rank {rank} for {base}; README.md says how to load it")
+
+
+def _onnx(
+    run: str,
+    out: str,
+    quiet: bool,
+    *,
+    name: str | None = None,
+    format: Format | None = None,
+    merge: bool = False,
+    dtype: MergedDtype | None = None,
+    base_bits: Bits | None = None,
+) -> Exported:
+    """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
+    from hizoo_lite.cli import progress
+    from hizoo_lite.export.onnx.export import export_onnx
+    from hizoo_lite.memory.sizes import format_bytes
+
+    listener = progress.listener(quiet)
+    export = export_onnx(
+        run, out, name=name, format=format, merge=merge, dtype=dtype, base_bits=base_bits, listener=listener
+    )
+    record, check = export.record, export.record["check"]
+    size = sum(about["bytes"] for about in record["model"]["files"].values())
+    named = f"adapters {', '.join(export.adapters)}" if record["form"] == "base" else record["form"]
+    return Exported(
+        record,
+        f"{out}: {export.kind}, {record['bits']}, {format_bytes(size)}, {named}; logits within "
+        f"{check['max_abs_difference']:.1e} of the model's, {check['mean_abs_difference']:.1e} in the mean, "
+        f"the same choice at {100 * check['same_choice']:.1f} % of the places",
+    )
+
+
+def _merged(
+    run: str,
+    out: str,
+    quiet: bool,
+    *,
+    model: str | None = None,
+    base_bits: Bits | None = None,
+    base_double_quant: bool | None = None,
+    dtype: Dtype = "bf16",
+    bits: Bits = "none",
+    double_quant: bool = True,
+) -> Exported:
+    """A plain Hugging Face folder."""
+    from hizoo_lite.cli import writing
+    from hizoo_lite.export import merged
+    from hizoo_lite.memory.sizes import format_bytes
+
+    began = time.perf_counter()
+    work = merged.prepare(
+        run,
+        out,
+        model=model,
+        base_bits=base_bits,
+        base_double_quant=base_double_quant,
+        dtype=dtype,
+        bits=bits,
+        double_quant=double_quant,
+    )
+    was_complete, files = work.complete, len(work.layout.shards)
+    if not was_complete:
+        writing.write(work, "merge", quiet)
+    figures = {
+        "kind": work.kind,
+        "dtype": dtype,
+        "bits": bits,
+        "double_quant": work.double_quant,
+        "files": files,
+        "bytes": work.total_bytes,
+        "was_complete": was_complete,
+        "seconds": time.perf_counter() - began,
+    }
+    form = dtype if bits == "none" else f"{bits} ({dtype} beside it)"
+    if was_complete:
+        return Exported(figures, f"{out} is complete already: {form}, {files} files")
+    size = format_bytes(work.total_bytes)
+    return Exported(figures, f"{out}: {form}, {files} files, {size}, {figures['seconds']:.0f} s")
+
+
+TARGETS: dict[str, Callable[..., Exported]] = {"peft": _peft, "onnx": _onnx, "merged": _merged}
 
 
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder, or a PEFT adapter's")],
-    to: Annotated[Literal["onnx"], typer.Option("--to", help="format")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="new folder, or an export to add the adapter to")],
-    name: Annotated[str | None, typer.Option(help="of the adapter; default: the run folder's")] = None,
+    to: Annotated[str, typer.Option("--to", metavar="|".join(TARGETS), help="format")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="new folder; of onnx, also one with the same base")],
+    name: Annotated[str | None, typer.Option(help="onnx: of the adapter (default: the run folder's)")] = None,
     format: Annotated[
         Literal["exact", "fast"] | None,
         typer.Option(
-            help="products of quantized weights; fast codes 4-bit weights anew and rounds activations to 8 "
-            "bits, and its error is measured (default: exact)"
+            help="onnx: products of quantized weights; fast codes 4-bit weights anew and rounds activations "
+            "to 8 bits, and its error is measured (default: exact)"
         ),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="fold the adapter into the weights")] = False,
+    merge: Annotated[
+        bool | None, typer.Option("--merge", help="onnx: fold the adapter into weights of 16 or 32 bits")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="peft, merged: folder or hub id of the base (default: the run's)")
+    ] = None,
     dtype: Annotated[
-        Literal["fp16", "float32"] | None, typer.Option(help="of merged weights (default: fp16)")
+        Literal["bf16", "fp16", "float32"] | None,
+        typer.Option(help="merged, onnx --merge: of what is written"),
+    ] = None,
+    bits: Annotated[
+        Literal["nf4", "fp4", "int8"] | None, typer.Option(help="merged: quantize the result again")
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option("--double-quant/--no-double-quant", help="merged: of --bits nf4 and fp4"),
+    ] = None,
+    base_bits: Annotated[
+        Literal["nf4", "fp4", "int8", "none"] | None,
+        typer.Option(
+            help="merged, onnx: how a base in 16 bits was quantized on loading (default: the run's)"
+        ),
+    ] = None,
+    base_double_quant: Annotated[
+        bool | None,
+        typer.Option("--base-double-quant/--no-base-double-quant", help="merged: of --base-bits"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
 ) -> None:
-    """Export a run for onnxruntime: its base once, its adapter as a file that is swapped at run time.
+    """Export a run: its adapter for PEFT, base and adapter for onnxruntime, or one merged model.
 
-    The base keeps its quantized weights and is compared with the model before it is left behind. Where DIR
-    has the same base already, the adapter alone is added.
+    onnx: the base keeps its quantized weights and is compared with the model before it is left behind; where
+    DIR has the same base already, the adapter alone is added. merged: a Hugging Face folder with the adapter
+    in its weights; an interrupted call goes on where it stopped when it is repeated.
 
     Examples:
+
+    hizoo-lite export runs/sst2 --to peft --out adapters/sst2
 
     hizoo-lite export runs/sst2 --to onnx --out onnx/opt-125m
 
     hizoo-lite export runs/rte --to onnx --out onnx/opt-125m --name rte
 
     hizoo-lite export runs/sst2 --to onnx --out onnx/merged --merge --dtype float32
-    """
-    from hizoo_lite.cli import output, progress
-    from hizoo_lite.export.onnx.export import export_onnx
-    from hizoo_lite.memory.sizes import format_bytes
 
-    export = export_onnx(
-        run, out, name=name, format=format, merge=merge, dtype=dtype, listener=progress.listener(quiet)
-    )
+    hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2 --dtype bf16
+
+    hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2-nf4 --bits nf4
+    """
+    from hizoo_lite.cli import output
+
+    options = {
+        "name": name,
+        "format": format,
+        "merge": merge,
+        "model": model,
+        "dtype": dtype,
+        "bits": bits,
+        "double_quant": double_quant,
+        "base_bits": base_bits,
+        "base_double_quant": base_double_quant,
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    _check(to, given)
+    exported = TARGETS[to](run, out, quiet, **given)
     if json:
-        output.print_json({"out": out, **export.record})
-        return
-    record, check = export.record, export.record["check"]
-    size = sum(about["bytes"] for about in record["model"]["files"].values())
-    named = f"adapters {', '.join(export.adapters)}" if record["form"] == "base" else record["form"]
-    typer.echo(
-        f"{out}: {export.kind}, {record['bits']}, {format_bytes(size)}, {named}; logits within "
-        f"{check['max_abs_difference']:.1e} of the model's, {check['mean_abs_difference']:.1e} in the mean, "
-        f"the same choice at {100 * check['same_choice']:.1f} % of the places"
-    )
+        output.print_json({"out": out, "to": to, **exported.figures})
+    else:
+        typer.echo(exported.line)
+
+
+def _check(to: str, given: dict[str, Any]) -> None:
+    """UserError for an unknown target, and for options of others."""
+    from hizoo_lite.train.config import refuse
+    from hizoo_lite.train.config_file import flag
+
+    if to not in TARGETS:
+        refuse([f"--to: got {to!r}, allowed: {', '.join(TARGETS)}"])
+    problems = []
+    for option, value in given.items():
+        takers = [target for target in TARGETS if option in _options(target)]
+        if to not in takers:
+            problems.append(f"{flag(option)}: got {value!r}, allowed only with --to {' or '.join(takers)}")
+    refuse(problems)
+
+
+def _options(target: str) -> list[str]:
+    """The keyword arguments of its function."""
+    parameters = inspect.signature(TARGETS[target]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

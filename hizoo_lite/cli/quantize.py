@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from hizoo_lite.quant.quantize import Quantization
-    from hizoo_lite.train.events import Listener
-
-INTERRUPTED = 130
-_MIB = 1 << 20
 
 
 def command(
@@ -37,7 +30,7 @@ def command(
 
     hizoo-lite quantize --model models/opt-13b --bits int8 --out models/opt-13b-int8
     """
-    from hizoo_lite.cli import output
+    from hizoo_lite.cli import output, writing
     from hizoo_lite.memory.sizes import format_bytes
     from hizoo_lite.quant.quantize import Quantization
     from hizoo_lite.train import setup
@@ -49,7 +42,7 @@ def command(
     work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)
     was_complete = work.complete
     if not was_complete:
-        _run(work, _watcher(quiet))
+        writing.write(work, "quantize", quiet)
     if json:
         result = {
             "model": model,
@@ -70,55 +63,3 @@ def command(
             f"{out}: {bits}, {len(work.layout.shards)} files, {format_bytes(work.total_bytes)}, "
             f"{time.perf_counter() - began:.0f} s"
         )
-
-
-def _run(work: Quantization, listener: Listener) -> None:
-    """The work, watched in MiB."""
-    written = work.done_bytes
-    if written:
-        listener.message(
-            f"{work.out}: {work.files_done} of {len(work.layout.shards)} files are there already"
-        )
-    listener.phase("quantize, MiB", work.total_bytes // _MIB, written // _MIB)
-
-    def advanced(more_bytes: int) -> None:
-        nonlocal written
-        listener.advanced((written + more_bytes) // _MIB - written // _MIB)
-        written += more_bytes
-
-    try:
-        work.run(advanced)
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted; the same call goes on behind the files that are finished", err=True)
-        raise typer.Exit(INTERRUPTED) from error
-    finally:
-        listener.finish()
-
-
-def _watcher(quiet: bool) -> Listener:
-    """A bar, or a line every ten seconds."""
-    from hizoo_lite.cli.progress import Bars, listener
-
-    chosen = listener(quiet)
-    return chosen if isinstance(chosen, Bars) else _lines()
-
-
-def _lines() -> Listener:
-    from hizoo_lite.train.watch import LINE_SECONDS, Lines
-
-    class _Lines(Lines):
-        """A line now and then, and at the end."""
-
-        printed = time.perf_counter()
-
-        def advanced(self, units: int) -> None:
-            super().advanced(units)
-            now = time.perf_counter()
-            if now - self.printed >= LINE_SECONDS:
-                self.printed = now
-                self.message(f"{self.label} {self.done}/{self.total}")
-
-        def finish(self) -> None:
-            self.message(f"{self.label} {self.done}/{self.total}")
-
-    return _Lines()

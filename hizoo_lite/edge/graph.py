@@ -19,8 +19,8 @@ import numpy as np
 from hizoo_lite import peft_format, tensorfile
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.edge.files import read_json
-from hizoo_lite.edge.session import Session, runtime
+from hizoo_lite.export.onnx.session import Graph, runtime
+from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
 FORMAT = 1
@@ -69,7 +69,7 @@ class TrainGraph:
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Open the graph and read the initial parameters. UserError where something does not fit."""
         self.record = Record.read(folder)
-        self.session = Session(folder / _GRAPH, threads)
+        self.session = Graph(folder / _GRAPH, threads)
         missing = [name for name in self.record.shapes if name not in self.session.inputs]
         if missing:
             raise UserError(f"{folder / _GRAPH}: has no input {missing[0]!r}, which {_RECORD} names")

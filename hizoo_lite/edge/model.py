@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import NoReturn
 
 import numpy as np
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.edge.files import read_json
-from hizoo_lite.edge.session import Session, runtime
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.export.onnx.folder import Export
+from hizoo_lite.export.onnx.session import Session
+from hizoo_lite.files import read_json
 
-FORMAT = 1
-_RECORD, _GRAPH, _SETTINGS = "export.json", "model.onnx", "genai_config.json"
-_RUN_ADAPTER, _SUFFIX = "adapter.onnx_adapter", ".onnx_adapter"
-_PAST, _PRESENT = "past_key_values.", "present."
+_SETTINGS = "genai_config.json"
 #: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
 LOGITS_BYTES = 256 << 20
 
@@ -38,20 +36,16 @@ class OnnxModel:
 
     def __init__(self, folder: Path, adapter: str | None = None, threads: int | None = None) -> None:
         """UserError naming what is missing, damaged or unknown."""
-        self.folder = folder
-        record = read_json(folder / _RECORD, "a folder of: hizoo-lite export --to onnx")
-        if record.get("format") != FORMAT:
-            raise UserError(f"{folder / _RECORD}: format: got {record.get('format')!r}, allowed: {FORMAT}")
-        if record.get("kind") not in get_args(ModelKind):
-            known = ", ".join(get_args(ModelKind))
-            raise UserError(f"{folder / _RECORD}: kind: got {record.get('kind')!r}, allowed: {known}")
-        self.kind: ModelKind = record["kind"]
-        self.bits = str(record.get("bits"))
-        chosen = None if adapter is None else _adapter_file(folder, record, adapter)
-        self.session = Session(folder / _GRAPH, threads)
-        self._adapter = None if chosen is None else _load_adapter(chosen)
+        self.folder, self.adapter = folder, adapter
+        export = Export.open(folder)
+        self.kind: ModelKind = export.kind
+        self.bits = str(export.record["bits"])
+        self.session = Session(export, threads=threads)
+        if adapter is not None:
+            self.session.adapter(adapter)  # to be told now
+        self.inputs = self.session.graph.inputs
         self._check_inputs()
-        self.tokenizer = EdgeTokenizer(folder, token_types="token_type_ids" in self.session.inputs)
+        self.tokenizer = EdgeTokenizer(folder, token_types="token_type_ids" in self.inputs)
         path = folder / _SETTINGS
         settings = read_json(path, "settings of onnxruntime-genai").get("model", {}) if path.is_file() else {}
         self.positions: int | None = settings.get("context_length")
@@ -97,7 +91,7 @@ class OnnxModel:
             part = slice(rows.start, rows.stop)
             types = None if batch.token_type_ids is None else batch.token_type_ids[part]
             feeds = self._feeds(batch.input_ids[part], batch.attention_mask[part], types)
-            [logits] = self.session.run(["logits"], feeds, self._adapter)
+            [logits] = self.session.run(feeds, self.adapter, ["logits"])
             self._vocabulary = logits.shape[-1]
             yield rows, logits
             first = rows.stop
@@ -122,13 +116,12 @@ class OnnxModel:
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
         written: list[list[int]] = [[] for _ in prompts]
-        done, cache = np.zeros(count, dtype=bool), self._empty_cache(count)
-        present = [_PRESENT + name.removeprefix(_PAST) for name in cache]
+        done, cache = np.zeros(count, dtype=bool), self.session.empty_cache(count)
         for _ in range(max_new_tokens):
             feeds = {**self._feeds(ids, mask), **cache}
-            logits, *values = self.session.run(["logits", *present], feeds, self._adapter)
-            cache = dict(zip(cache, values, strict=True))
-            chosen = (pick or greedy)(logits[:, -1].astype(np.float32))
+            outputs = self.session.run(feeds, self.adapter)
+            cache = self.session.grown_cache(outputs)
+            chosen = (pick or greedy)(outputs[0][:, -1].astype(np.float32))
             new = np.where(done, pad_id, chosen)
             for text, token in zip(written, new.tolist(), strict=True):
                 text.append(token)
@@ -146,10 +139,11 @@ class OnnxModel:
     def _check_inputs(self) -> None:
         """UserError for an input that is none of those described above."""
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-        odd = [n for n in self.session.inputs if n not in known and not n.startswith(_PAST)]
-        if odd or "logits" not in self.session.outputs:
-            what = f"the input {odd[0]!r} is not known" if odd else "it has no output 'logits'"
-            raise UserError(f"{self.session.path}: {what}; allowed: what hizoo-lite export has written")
+        graph = self.session.graph
+        odd = [name for name in self.inputs if name not in {*known, *self.session.empty_cache(1)}]
+        if odd or graph.outputs[0] != "logits":
+            what = f"the input {odd[0]!r} is not known" if odd else "its first output is not 'logits'"
+            raise UserError(f"{graph.path}: {what}; allowed: what hizoo-lite export has written")
 
     def _feeds(
         self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None
@@ -158,16 +152,8 @@ class OnnxModel:
         found = {"input_ids": ids, "attention_mask": mask}
         found["token_type_ids"] = np.zeros_like(ids) if types is None else types
         found["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        found |= self._empty_cache(len(ids))
-        return {name: found[name] for name in self.session.inputs}
-
-    def _empty_cache(self, rows: int) -> dict[str, np.ndarray]:
-        made = {}
-        for name in self.session.inputs:
-            if name.startswith(_PAST):
-                _, heads, _, features = self.session.shape(name)
-                made[name] = np.zeros((rows, heads, 0, features), dtype=self.session.dtype(name))
-        return made
+        found |= self.session.empty_cache(len(ids))
+        return {name: found[name] for name in self.inputs}
 
 
 def greedy(logits: np.ndarray) -> np.ndarray:
@@ -192,32 +178,3 @@ def slot_losses(scored: np.ndarray, batch: Batch) -> Losses:
     np.maximum.at(peak, batch.slot_example, scores)
     total = np.bincount(batch.slot_example, weights=np.exp(scores - peak[batch.slot_example]))
     return Losses((peak + np.log(total) - scores[batch.gold])[None], scores[None])
-
-
-def _adapter_file(folder: Path, record: Mapping[str, Any], adapter: str) -> Path:
-    """The file of an adapter, by its name in export.json or by path."""
-    listed = record.get("adapters") or {}
-    if adapter in listed:
-        path = folder / str(listed[adapter].get("file"))
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder / _RECORD}: adapters.{adapter}.file: {path} is outside of the folder")
-        return path
-    given = Path(adapter)
-    if given.suffix == _SUFFIX or (given / _RUN_ADAPTER).is_file():
-        return given if given.suffix == _SUFFIX else given / _RUN_ADAPTER
-    known = ", ".join(listed) or "none"
-    raise UserError(
-        f"--adapter: got {adapter!r}, allowed: an adapter of {folder} ({known}), a file *{_SUFFIX}, "
-        f"or a run folder with {_RUN_ADAPTER}"
-    )
-
-
-def _load_adapter(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; allowed: an adapter that hizoo-lite has written")
-    adapter = runtime().LoraAdapter()
-    try:
-        adapter.Load(str(path))
-    except Exception as error:  # onnxruntime's own classes have no public common base
-        raise UserError(f"{path}: not an adapter of onnxruntime, or truncated ({error})") from error
-    return adapter

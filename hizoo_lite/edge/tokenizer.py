@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.edge.chat import render
-from hizoo_lite.edge.files import read_json
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import read_json
 
 _FILE, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"

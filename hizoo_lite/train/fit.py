@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from safetensors import SafetensorError
 
-from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
+from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
@@ -45,6 +45,11 @@ from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
 
+if TYPE_CHECKING:
+    from hizoo_lite.export.merged import Dtype
+    from hizoo_lite.export.onnx.folder import Export
+    from hizoo_lite.export.onnx.linear import Format
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -64,6 +69,32 @@ class Run:
     def report(self, out: Path | str | None = None) -> Path:
         """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""
         return write_report([self.folder], out).html
+
+    def export_onnx(
+        self, out: Path | str, *, name: str | None = None, format: Format | None = None, merge: bool = False
+    ) -> Export:
+        """Base and adapter for onnxruntime, checked against the model; see `export.onnx.export.export_onnx`.
+
+        The base is read from its files again, beside the model that is still loaded.
+        """
+        from hizoo_lite.export.onnx.export import export_onnx
+
+        return export_onnx(self.folder, out, name=name, format=format, merge=merge)
+
+    def export_peft(self, out: Path | str) -> Path:
+        """The adapter as a folder for PEFT; see `export.peft.export`."""
+        from hizoo_lite.export import peft
+
+        return peft.export(self.folder, out)
+
+    def export_merged(
+        self, out: Path | str, *, dtype: Dtype = "bf16", bits: Bits = "none", double_quant: bool = True
+    ) -> Path:
+        """The tuned model as a plain Hugging Face folder; see `export.merged.prepare`."""
+        from hizoo_lite.export import merged
+
+        merged.prepare(self.folder, out, dtype=dtype, bits=bits, double_quant=double_quant).run()
+        return Path(out)
 
 
 def fit(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from hizoo_lite.errors import UserError
 
@@ -21,6 +20,8 @@ _CHUNK_BYTES = 1 << 20
 
 def read_floats(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a small file as float32. UserError, naming the file, where one is no float."""
+    import safetensors  # evaluation on a device goes without
+
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:

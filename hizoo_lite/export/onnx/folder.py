@@ -13,14 +13,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, final, get_args
 
+from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import sha256_of
+from hizoo_lite.files import read_json
 
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
 ADAPTER_SUFFIX = ".onnx_adapter"
+RUN_ADAPTER = f"adapter{ADAPTER_SUFFIX}"  # in the folder of a run on a device
 _FIELDS = {"format", "kind", "form", "bits", "products", "base", "tuned", "model", "adapters", "check"}
 
 
@@ -45,10 +48,11 @@ class Export:
         Raises `UserError`, naming file and field, where one is missing, truncated or changed.
         """
         export = cls(Path(path), _read(Path(path) / RECORD))
-        for name, about in export.record["model"]["files"].items():
-            _check_file(export.path / name, about)
-        for about in export.record["adapters"].values():
-            _check_file(export.path / about["file"], about)
+        try:
+            _check_files(export)
+        except (KeyError, TypeError, AttributeError) as error:
+            where = f"{export.path / RECORD}: not as export writes it"
+            raise UserError(f"{where} ({type(error).__name__}: {error})") from error
         return export
 
     @property
@@ -57,7 +61,7 @@ class Export:
         return self.path / GRAPH
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> ModelKind:
         """causal, masked or classifier."""
         return self.record["kind"]
 
@@ -88,12 +92,23 @@ class Export:
         """Names of the adapters."""
         return list(self.record["adapters"])
 
-    def adapter_file(self, name: str) -> Path:
-        """The file of an adapter. UserError where there is none of that name."""
-        if name not in self.record["adapters"]:
+    def find_adapter(self, adapter: str) -> Path:
+        """The file of an adapter: by its name here, its own path, or the run folder that it is in.
+
+        UserError where there is none.
+        """
+        if adapter in self.record["adapters"]:
+            return self.path / self.record["adapters"][adapter]["file"]
+        given = Path(adapter)
+        if given.suffix != ADAPTER_SUFFIX:
+            given = given / RUN_ADAPTER
+        if not given.is_file():
             known = ", ".join(self.adapters) or "none"
-            raise UserError(f"{self.path}: no adapter {name!r}; it has: {known}")
-        return self.path / self.record["adapters"][name]["file"]
+            raise UserError(
+                f"--adapter: got {adapter!r}, allowed: an adapter of {self.path} ({known}), a file "
+                f"*{ADAPTER_SUFFIX}, or a run folder with {RUN_ADAPTER}"
+            )
+        return given
 
     def write(self) -> None:
         """Replace export.json: a reader sees the old one or the new one."""
@@ -113,9 +128,21 @@ def describe(path: Path, checksum: bool) -> dict[str, Any]:
     return {**about, "sha256": sha256_of(path)} if checksum else about
 
 
+def _check_files(export: Export) -> None:
+    """UserError naming the first file that is outside of the folder, missing or not as it was written."""
+    files = {f"model.files.{name}": (name, about) for name, about in export.record["model"]["files"].items()}
+    for name, about in export.record["adapters"].items():
+        files[f"adapters.{name}.file"] = (str(about["file"]), about)
+    for key, (name, about) in files.items():
+        path = export.path / name
+        if not path.resolve().is_relative_to(export.path.resolve()):
+            raise UserError(f"{export.path / RECORD}: {key}: {path} is outside of the folder")
+        _check_file(path, about)
+
+
 def _check_file(path: Path, about: Mapping[str, Any]) -> None:
     if not path.is_file():
-        raise UserError(f"{path}: missing; {RECORD} names it")
+        raise UserError(f"{path}: no such file; {RECORD} names it")
     size = path.stat().st_size
     if size != about["bytes"]:
         raise UserError(f"{path}: has {size} bytes, {about['bytes']} were written: truncated or changed")
@@ -124,16 +151,13 @@ def _check_file(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; an export that was finished has it") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        got = record.get("format") if isinstance(record, dict) else record
-        raise UserError(f"{path}: format: got {got!r}, this version reads {FORMAT}")
+    record = read_json(path, "a folder of: hizoo-lite export --to onnx")
+    if record.get("format") != FORMAT:
+        raise UserError(f"{path}: format: got {record.get('format')!r}, allowed: {FORMAT}")
     missing = sorted(_FIELDS - set(record))
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}")
+    if record["kind"] not in get_args(ModelKind):
+        known = ", ".join(get_args(ModelKind))
+        raise UserError(f"{path}: kind: got {record['kind']!r}, allowed: {known}")
     return record

@@ -1,4 +1,8 @@
-"""genai_config.json: what onnxruntime-genai wants to know of a causal model."""
+"""genai_config.json: what onnxruntime-genai wants to know of a causal model.
+
+Whether a text gets its special tokens is no setting of this file: genai's tokenizer adds them where the
+program asks for it, `tokenizer.update_options(add_special_tokens="true")`, and then gives the ids of ours.
+"""
 
 from __future__ import annotations
 

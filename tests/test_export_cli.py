@@ -1,0 +1,179 @@
+"""`hizoo-lite export` for every target, and the same from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hizoo_lite.cli.export import TARGETS
+from hizoo_lite.export import merged
+from hizoo_lite.export.onnx.check import LIMIT
+from hizoo_lite.model.load import load
+from hizoo_lite.train import saved
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.train.setup import model_path
+from tests.run_fixtures import short_run
+from tests.test_cli import call
+from tests.test_export_merged import FLOAT32, logits, theirs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short run on the embedded model; its adapter is moved far enough to matter."""
+    return fit(TrainConfig(**short_run(tmp_path_factory.mktemp("tuned"), lr=0.1, bits="nf4")))
+
+
+@pytest.fixture(scope="module")
+def ours(run: Run) -> torch.Tensor:
+    """The tuned model's logits."""
+    model = load(model_path("embedded"), bits="nf4", compute_dtype="float32", device="cpu")
+    untuned = logits(model.module)
+    saved.attach_adapter(model, run.folder)
+    assert (logits(model.module) - untuned).abs().max() > 0.01
+    return logits(model.module)
+
+
+def export(run: Run, to: str, out: Path, *options: str) -> dict[str, Any]:
+    """The figures that the command prints."""
+    done = call("export", str(run.folder), "--to", to, "--out", str(out), "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["out"], figures["to"]) == (str(out), to)
+    return figures
+
+
+def test_the_help_has_an_example_of_every_target() -> None:
+    shown = call("export", "--help").stdout
+    for target in TARGETS:
+        assert f"--to {target} " in shown
+
+
+def test_a_run_becomes_an_adapter_for_peft(run: Run, tmp_path: Path) -> None:
+    figures = export(run, "peft", tmp_path / "out")
+    assert figures["rank"] == 2
+    assert figures["model"] == saved.base_model(tmp_path / "out")
+    assert figures["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(figures["model"]), tmp_path / "out")
+    done = call("export", str(run.folder), "--to", "peft", "--out", str(tmp_path / "again"))
+    assert done.stdout.startswith(f"{tmp_path / 'again'}: PEFT adapter of rank 2 for ")
+
+
+def test_a_run_becomes_an_export_for_onnxruntime_and_takes_more_adapters(run: Run, tmp_path: Path) -> None:
+    record = export(run, "onnx", tmp_path / "out")
+    assert record["adapters"]["run"]["rank"] == 2
+    assert record["check"]["max_abs_difference"] < LIMIT
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    arguments = ("export", str(run.folder), "--to", "onnx", "--out", str(tmp_path / "out"))
+    again = call(*arguments)
+    assert again.exit_code == 2
+    assert "--name: 'run' is in" in again.stderr
+    more = call(*arguments, "--name", "more")
+    assert "causal, nf4, " in more.stdout
+    assert "adapters run, more; logits within" in more.stdout
+    assert run.export_onnx(tmp_path / "out", name="mine").adapters == ["run", "more", "mine"]
+
+
+def test_a_run_becomes_a_plain_model(run: Run, ours: torch.Tensor, tmp_path: Path) -> None:
+    figures = export(run, "merged", tmp_path / "out", "--dtype", "float32")
+    assert (figures["dtype"], figures["bits"], figures["was_complete"]) == ("float32", "none", False)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert figures["bytes"] == pytest.approx(written, rel=0.01)
+    torch.testing.assert_close(logits(theirs(tmp_path / "out", "causal")), ours, **FLOAT32)
+    arguments = ("export", str(run.folder), "--to", "merged", "--out", str(tmp_path / "out"))
+    assert "is complete already: float32, " in call(*arguments, "--dtype", "float32").stdout
+    other = call(*arguments, "--dtype", "fp16")
+    assert other.exit_code == 2
+    assert "--out: " in other.stderr
+
+
+def test_a_merged_model_can_be_quantized_again(run: Run, tmp_path: Path) -> None:
+    arguments = ("export", str(run.folder), "--to", "merged", "--out", str(tmp_path / "out"))
+    done = call(*arguments, "--bits", "int8", "--base-bits", "nf4", "--base-double-quant")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: int8 (bf16 beside it), ")
+    assert "merge, MiB" in done.stderr
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["load_in_8bit"] is True
+    assert torch.isfinite(logits(load(tmp_path / "out", device="cpu").module)).all()
+
+
+def test_an_interrupted_merge_goes_on_when_it_is_repeated(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(run, "merged", tmp_path / "whole")
+    real, calls = merged.Merged.read_rows, 0
+
+    def interrupted(self: merged.Merged, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise KeyboardInterrupt
+        return real(self, name, start, stop)
+
+    arguments = ("export", str(run.folder), "--to", "merged", "--out", str(tmp_path / "out"))
+    with monkeypatch.context() as patched:
+        patched.setattr(merged.Merged, "read_rows", interrupted)
+        done = call(*arguments)
+    assert done.exit_code == 130
+    assert "merge: interrupted; the same call goes on" in done.stderr
+    assert call(*arguments).exit_code == 0
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_python_exports_what_the_command_does(run: Run, tmp_path: Path) -> None:
+    export(run, "peft", tmp_path / "peft")
+    export(run, "merged", tmp_path / "merged", "--dtype", "fp16")
+    run.export_peft(tmp_path / "peft-too")
+    assert run.export_merged(tmp_path / "merged-too", dtype="fp16") == tmp_path / "merged-too"
+    for folder in ("peft", "merged"):
+        for path in (tmp_path / folder).glob("*.safetensors"):
+            assert (tmp_path / f"{folder}-too" / path.name).read_bytes() == path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "messages"),
+    [
+        ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, merged"]),
+        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to merged"]),
+        ("onnx", ["--model", "m"], ["--model: got 'm', allowed only with --to peft or merged"]),
+        (
+            "merged",
+            ["--format", "fast", "--name", "x"],
+            [
+                "--format: got 'fast', allowed only with --to onnx",
+                "--name: got 'x', allowed only with --to onnx",
+            ],
+        ),
+        ("peft", ["--no-double-quant"], ["--double-quant: got False, allowed only with --to merged"]),
+        ("merged", ["--bits", "nf5"], ["'nf5' is not one of"]),
+        ("merged", ["--model", "/nowhere/at/all"], ["the folder /nowhere/at/all does not exist"]),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
+    to: str, options: list[str], messages: list[str], run: Run, tmp_path: Path
+) -> None:
+    done = call("export", str(run.folder), "--to", to, "--out", str(tmp_path / "out"), *options)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    for message in messages:
+        assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", list(TARGETS))
+def test_a_folder_with_nothing_tuned_is_refused(to: str, tmp_path: Path) -> None:
+    done = call("export", str(tmp_path), "--to", to, "--out", str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert f"--adapter: got '{tmp_path}', allowed: a run folder" in done.stderr
