@@ -38,9 +38,7 @@ class Case(NamedTuple):
     losses: Losses
 
 
-def cases(
-    model: Model, space: LoRA, encoder: Encoder, examples: Sequence[Example], seed: int
-) -> list[Case]:
+def cases(model: Model, space: LoRA, encoder: Encoder, examples: Sequence[Example], seed: int) -> list[Case]:
     """One and three branches on `examples` (at least one) as in training, on the first, on two evaluated."""
     traversal = Traversal(model)
     directions = {name: drawn(seed, 0, name, value.shape) for name, value in space.parameters.items()}

@@ -1,6 +1,6 @@
 """`hizoo-lite export RUN --to onnx-train`: a folder that `python -m hizoo_lite.edge train` goes on with.
 
-train.onnx, train.onnx.data   losses of all branches on a batch (see `graph.py`); quantized weights as they are
+train.onnx, train.onnx.data   losses of all branches on a batch; quantized weights as they are
 train.json                    kind, bits, loss, parameters, what the adapter's files need, and the check
 adapter/                      the parameters to start from, as PEFT keeps them
 config.toml                   the run's settings
@@ -134,8 +134,8 @@ def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
     for path in tokenizer_files(model.folder):
         shutil.copyfile(path, out / path.name)
-    if not (out / TOKENIZER).is_file():  # an older model has only what it was made from
-        model.tokenizer.backend_tokenizer.save(str(out / TOKENIZER))
+    if model.tokenizer is not None and not (out / TOKENIZER).is_file():  # has only what it is made from
+        model.tokenizer.save_pretrained(out)
     settings = replace(config, out=None, resume=False)
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 

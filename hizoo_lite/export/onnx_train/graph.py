@@ -97,7 +97,7 @@ class _AtSites:
         values, hidden = self.inputs.values, output[0]
         places = values["site_row"] * hidden.shape[1] + values["site_position"]
         picked = by_branch(hidden, values[self.parameter]).index_select(1, places)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=picked)  # type: ignore[arg-type]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=picked)
 
 
 @final
