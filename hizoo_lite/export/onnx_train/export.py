@@ -12,7 +12,6 @@ export or none.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +22,9 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from hizoo_lite import peft_format
 from hizoo_lite.base import UserError
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.export.onnx.export import load_base
-from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.trace import trace
@@ -41,7 +38,7 @@ from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import config_file, parts, saved, setup
-from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter
+from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter, read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 
@@ -58,7 +55,8 @@ def export_train(
     and `ExportError` where onnxruntime computes other losses than the model.
     """
     run, out, listener = Path(run), Path(out), listener or Listener()
-    if not (find_adapter(run) / PEFT_FILE).is_file():
+    adapter = find_adapter(run)
+    if not (adapter / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to train on a device")
     config = saved.saved_config(run)
     if config is None:
@@ -76,6 +74,7 @@ def export_train(
         token_types = batches[0].batch.token_type_ids is not None
         _write_graph(model, space, encoder, token_types, aside, listener)
         space.save(aside / ADAPTER)
+        shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
         _write_settings(model, config, aside)
         record = _record(model, space, encoder, aside)
         write_json(aside / RECORD, record)
@@ -142,7 +141,7 @@ def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
 
 def _record(model: Model, space: LoRA, encoder: Encoder, out: Path) -> dict[str, Any]:
     """train.json without its check."""
-    settings = (out / ADAPTER / peft_format.CONFIG_FILE).read_text(encoding="utf-8")
+    settings = read_peft_config(out / ADAPTER)
     return {
         "format": FORMAT,
         "kind": model.kind,
@@ -150,12 +149,11 @@ def _record(model: Model, space: LoRA, encoder: Encoder, out: Path) -> dict[str,
         "loss": encoder.loss,
         "positions": model.positions,
         "parameters": [{"name": n, "shape": list(value.shape)} for n, value in space.parameters.items()],
-        "lora": json.loads(settings),
+        "lora": settings,
         "onnx_adapter": {"names": _adapter_inputs(space)},
         "base": {
-            "model": str(model.source),
+            "model": settings.get("base_model_name_or_path"),
             "architecture": type(model.module).__name__,
-            "fingerprint": fingerprint(model.folder),
         },
     }
 
