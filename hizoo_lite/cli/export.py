@@ -6,6 +6,7 @@ One function for each target, in one table. The keyword arguments of a function 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -118,7 +119,27 @@ def _merged(
     return Exported(figures, f"{out}: {form}, {files} files, {size}, {figures['seconds']:.0f} s")
 
 
-TARGETS: dict[str, Callable[..., Exported]] = {"peft": _peft, "onnx": _onnx, "merged": _merged}
+def _onnx_train(run: str, out: str, quiet: bool, *, fresh: bool = False) -> Exported:
+    """A graph of the run's losses, for training beside onnxruntime."""
+    from hizoo_lite.cli import progress
+    from hizoo_lite.export.onnx_train.export import export_train
+
+    record = export_train(run, out, fresh=fresh, listener=progress.listener(quiet))
+    count = sum(math.prod(parameter["shape"]) for parameter in record["parameters"])
+    worst = record["check"]["max_abs_difference"]
+    return Exported(
+        record,
+        f"{out}: {record['kind']}, {record['bits']}, {count:,} trainable parameters; losses within "
+        f"{worst:.1e} of the model's",
+    )
+
+
+TARGETS: dict[str, Callable[..., Exported]] = {
+    "peft": _peft,
+    "onnx": _onnx,
+    "onnx-train": _onnx_train,
+    "merged": _merged,
+}
 
 
 def command(
@@ -135,6 +156,9 @@ def command(
     ] = None,
     merge: Annotated[
         bool | None, typer.Option("--merge", help="onnx: fold the adapter into weights of 16 or 32 bits")
+    ] = None,
+    fresh: Annotated[
+        bool | None, typer.Option("--fresh", help="onnx-train: begin with new parameters, not the run's")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="peft, merged: folder or hub id of the base (default: the run's)")
@@ -166,8 +190,9 @@ def command(
     """Export a run: its adapter for PEFT, base and adapter for onnxruntime, or one merged model.
 
     onnx: the base keeps its quantized weights and is compared with the model before it is left behind; where
-    DIR has the same base already, the adapter alone is added. merged: a Hugging Face folder with the adapter
-    in its weights; an interrupted call goes on where it stopped when it is repeated.
+    DIR has the same base already, the adapter alone is added. onnx-train: a graph of the run's losses, from
+    which `python -m hizoo_lite.edge train DIR` tunes further on a device. merged: a Hugging Face folder with
+    the adapter in its weights; an interrupted call goes on where it stopped when it is repeated.
 
     Examples:
 
@@ -179,6 +204,8 @@ def command(
 
     hizoo-lite export runs/sst2 --to onnx --out onnx/merged --merge --dtype float32
 
+    hizoo-lite export runs/sst2 --to onnx-train --out onnx/opt-125m-train
+
     hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2 --dtype bf16
 
     hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2-nf4 --bits nf4
@@ -189,6 +216,7 @@ def command(
         "name": name,
         "format": format,
         "merge": merge,
+        "fresh": fresh,
         "model": model,
         "dtype": dtype,
         "bits": bits,

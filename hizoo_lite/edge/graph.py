@@ -24,7 +24,7 @@ from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
 FORMAT = 1
-_RECORD, _GRAPH, _ADAPTER = "train.json", "train.onnx", "adapter"
+RECORD, GRAPH, ADAPTER = "train.json", "train.onnx", "adapter"
 _EXPORTED = "a folder of: hizoo-lite export --to onnx-train"
 
 
@@ -35,6 +35,7 @@ class Record:
     kind: ModelKind
     bits: str
     loss: Loss  # that the graph computes
+    positions: int | None  # tokens that the position codes reach; None where the model does not say
     shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
@@ -42,7 +43,7 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> Record:
         """UserError naming file and key where something is missing or of another form."""
-        path = folder / _RECORD
+        path = folder / RECORD
         found = read_json(path, _EXPORTED)
         if found.get("format") != FORMAT:
             raise UserError(f"{path}: format: got {found.get('format')!r}, allowed: {FORMAT}")
@@ -55,7 +56,16 @@ class Record:
         try:
             shapes = {str(p["name"]): tuple(int(n) for n in p["shape"]) for p in found["parameters"]}
             names = {str(name): dict(entry) for name, entry in found["onnx_adapter"]["names"].items()}
-            return cls(found["kind"], str(found["bits"]), found["loss"], shapes, dict(found["lora"]), names)
+            positions = None if found["positions"] is None else int(found["positions"])
+            return cls(
+                found["kind"],
+                str(found["bits"]),
+                found["loss"],
+                positions,
+                shapes,
+                dict(found["lora"]),
+                names,
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
 
@@ -69,11 +79,11 @@ class TrainGraph:
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Open the graph and read the initial parameters. UserError where something does not fit."""
         self.record = Record.read(folder)
-        self.session = Graph(folder / _GRAPH, threads)
+        self.session = Graph(folder / GRAPH, threads)
         missing = [name for name in self.record.shapes if name not in self.session.inputs]
         if missing:
-            raise UserError(f"{folder / _GRAPH}: has no input {missing[0]!r}, which {_RECORD} names")
-        self.parameters = read_parameters(folder / _ADAPTER, self.record.shapes)
+            raise UserError(f"{folder / GRAPH}: has no input {missing[0]!r}, which {RECORD} names")
+        self.parameters = read_parameters(folder / ADAPTER, self.record.shapes)
         self._arrays = NumpyArrays()
 
     @property

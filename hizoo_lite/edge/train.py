@@ -93,7 +93,8 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     splits = parts.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
-    encoder = parts.task_encoder(tokenizer, graph.record.kind, task, config.max_length, config.loss)
+    most = min(config.max_length, graph.record.positions or config.max_length)
+    encoder = parts.task_encoder(tokenizer, graph.record.kind, task, most, config.loss)
     if encoder.loss != graph.record.loss:
         raise UserError(
             f"--task: {task.name} has the loss {encoder.loss!r}, the graph in {folder} computes "

@@ -82,7 +82,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     _check_new(out)
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    for file in (folder / PEFT_WEIGHTS, *_tokenizer_files(base)):
+    for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
         _copy(file, out / file.name)
     how = _arguments(base, config, settings, changes)
     write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
@@ -97,7 +97,8 @@ def _check_new(out: Path) -> None:
         raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
 
 
-def _tokenizer_files(base: Path) -> list[Path]:
+def tokenizer_files(base: Path) -> list[Path]:
+    """The files of a model folder that its tokenizer is read from."""
     return sorted({path for pattern in _TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()})
 
 

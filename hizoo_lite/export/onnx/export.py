@@ -13,8 +13,6 @@ whole export or none. It has one of three forms:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -37,7 +35,14 @@ from hizoo_lite.export.onnx.genai import GENAI_CONFIG, genai_config
 from hizoo_lite.export.onnx.interface import Interface, interface
 from hizoo_lite.export.onnx.linear import AdapterDelta, ExportLinear, Format
 from hizoo_lite.export.onnx.skeleton import make_skeleton
-from hizoo_lite.export.onnx.source import Source, load_base, load_folder, read_source, stored_folder
+from hizoo_lite.export.onnx.source import (
+    Source,
+    load_base,
+    load_folder,
+    read_source,
+    stored_folder,
+    workplace,
+)
 from hizoo_lite.export.onnx.trace import trace
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
@@ -106,7 +111,7 @@ def export_onnx(
     source = read_source(run, base_bits)
     form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
     plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
-    with _workplace(out, "partial") as aside, _workplace(out, "work") as work:
+    with workplace(out, "partial") as aside, workplace(out, "work") as work:
         export, references = _write(plan, aside, work, listener)
         trim()
         _check(export, references, work, listener)
@@ -137,19 +142,6 @@ def _check_takes(export: Export, format: Format | None, merge: bool) -> None:
         raise UserError(f"--merge: {out} has a base with adapters already; allowed: a new folder")
     if format not in (None, record["products"]):
         raise UserError(f"--format: got {format!r}, but {out} was made with {record['products']!r}")
-
-
-@contextmanager
-def _workplace(out: Path, ending: str) -> Iterator[Path]:
-    """An empty folder beside `out` that is gone afterwards, unless it was renamed."""
-    whole = out.absolute()
-    path = whole.with_name(f".{whole.name}.{ending}")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Export, list[Reference]]:
@@ -370,7 +362,7 @@ def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener:
         export.write()
         return export
     try:
-        with _workplace(export.path, "work") as work:
+        with workplace(export.path, "work") as work:
             reference = _adapter_reference(export, source, run, name, work, listener)
             trim()
             listener.message("running the export in onnxruntime")

@@ -1,0 +1,1 @@
+"""Export of a run's training graph: losses of all branches in one run of onnxruntime."""

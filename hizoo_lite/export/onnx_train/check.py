@@ -1,0 +1,90 @@
+"""Does the training graph compute the losses of the model? Both on batches of the run's own task.
+
+The reference is our traversal in float32, the other side the graph as a device opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+
+from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, UserError
+from hizoo_lite.edge.graph import TrainGraph
+from hizoo_lite.errors import ExportError
+from hizoo_lite.model.model import Model
+from hizoo_lite.noise import drawn
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.tasks import Encoder
+
+#: The largest difference of a loss or a score that float32 sums in another order may make.
+LIMIT = 1e-4
+#: Of the perturbation: large, so that a branch in the wrong place shows.
+_MU = 0.05
+
+
+class Case(NamedTuple):
+    """A batch, the branches, their directions by parameter name, and the model's losses."""
+
+    batch: Batch
+    branches: Branches
+    directions: dict[str, np.ndarray]
+    losses: Losses
+
+
+def cases(model: Model, space: LoRA, encoder: Encoder, examples: Sequence[Example], seed: int) -> list[Case]:
+    """One and three branches on `examples` (at least one) as in training, on the first, on two evaluated."""
+    traversal = Traversal(model)
+    directions = {name: drawn(seed, 0, name, value.shape) for name, value in space.parameters.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in directions.items()}
+    found = []
+    for part, training in ((examples, True), (examples[:1], True), (examples[:2], False)):
+        batch = encoder.collate([encoder.encode(example, training=training) for example in part])
+        for branches in (EVALUATION, Branches()):
+            losses = traversal.losses(batch, branches, _MU, tensors)
+            found.append(Case(batch, branches, directions, losses))
+    return found
+
+
+def compare(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
+    """Run the cases on the graph in `folder`; what train.json says of it.
+
+    Raises `ExportError` where onnxruntime cannot run one, or a difference is above `LIMIT`.
+    """
+    runs = []
+    try:
+        graph = TrainGraph(folder)
+        for case in cases:
+            runs.append(_compared(graph, case))
+    except UserError as error:
+        raise ExportError(f"onnxruntime cannot run the training graph: {error}") from error
+    return {
+        "limit": LIMIT,
+        "max_abs_difference": max(entry["max_abs_difference"] for entry in runs),
+        "runs": runs,
+        "versions": {
+            "onnxruntime": onnxruntime.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _compared(graph: TrainGraph, case: Case) -> dict[str, Any]:
+    got = graph.losses(case.batch, case.branches, _MU, case.directions)
+    pairs = zip(got, case.losses, strict=True)
+    worst = max(float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in pairs)
+    rows, length = case.batch.input_ids.shape
+    entry = {"branches": case.branches.count, "examples": case.batch.examples, "rows": rows, "length": length}
+    if not worst <= LIMIT:  # NaN is above it too
+        raise ExportError(
+            f"the training graph differs from the model by {worst:.1e}, allowed is {LIMIT:.0e}: "
+            f"{case.branches.count} branches of {rows} x {length} tokens"
+        )
+    return {**entry, "max_abs_difference": worst}

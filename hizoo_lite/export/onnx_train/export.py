@@ -1,0 +1,153 @@
+"""`hizoo-lite export RUN --to onnx-train`: a folder that `python -m hizoo_lite.edge train` goes on with.
+
+train.onnx, train.onnx.data   losses of all branches on a batch; quantized weights as they are
+train.json                    kind, bits, loss, parameters, what the adapter's files need, and the check
+adapter/                      the parameters to start from, as PEFT keeps them
+config.toml                   the run's settings
+tokenizer.json, ...           as the model has them
+
+It is made beside its place and renamed when its check has passed: under the final name there is a whole
+export or none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from hizoo_lite.base import UserError
+from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
+from hizoo_lite.export.onnx.linear import lora_inputs
+from hizoo_lite.export.onnx.skeleton import make_skeleton
+from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder, workplace
+from hizoo_lite.export.onnx.trace import trace
+from hizoo_lite.export.onnx_train.check import cases, compare
+from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
+from hizoo_lite.export.peft import tokenizer_files
+from hizoo_lite.memory.allocator import trim
+from hizoo_lite.model.model import Model
+from hizoo_lite.quant.shards import named_errors, write_json
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.stream.residency import Streamed
+from hizoo_lite.tasks import Encoder
+from hizoo_lite.train import config_file, parts, saved, setup
+from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter, read_peft_config
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.events import Listener
+
+CONFIG, TOKENIZER = "config.toml", "tokenizer.json"
+
+
+def export_train(
+    run: Path | str, out: Path | str, *, fresh: bool = False, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Write `out`, to tune further from a run's adapter, and return the content of its train.json.
+
+    fresh: start from new parameters, those of the run's seed, as the run itself did. The run's data is read:
+    a batch of it is the check. Raises `UserError` before anything is written where something does not fit,
+    and `ExportError` where onnxruntime computes other losses than the model.
+    """
+    run, out, listener = Path(run), Path(out), listener or Listener()
+    adapter = find_adapter(run)
+    if not (adapter / PEFT_FILE).is_file():
+        raise UserError(f"{run}: space: only runs with --space lora can be exported to train on a device")
+    config = saved.saved_config(run)
+    if config is None:
+        raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
+    task = parts.find_task(config.task)
+    examples = parts.make_splits(config, task).train[: config.batch_size]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
+    source = read_source(run)
+    with named_errors(out), workplace(out, "partial") as aside, workplace(out, "work") as work:
+        model = load_base(source, stored_folder(source, work, listener))
+        encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+        space = saved.attach_adapter(model, run)
+        assert isinstance(space, LoRA)
+        if fresh:
+            space.attach(model, config.seed)
+        batches = cases(model, space, encoder, examples, config.seed)
+        token_types = batches[0].batch.token_type_ids is not None
+        _write_graph(model, space, encoder, token_types, aside, listener)
+        space.save(aside / ADAPTER)
+        shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
+        _write_settings(model, config, aside)
+        record = _record(model, space, encoder, aside)
+        write_json(aside / RECORD, record)
+        if isinstance(model.residency, Streamed):
+            model.residency.close()
+        trim()
+        listener.message("running the export in onnxruntime")
+        record["check"] = compare(aside, batches)
+        write_json(aside / RECORD, record)
+        aside.replace(out)
+    return record
+
+
+def _write_graph(
+    model: Model, space: LoRA, encoder: Encoder, token_types: bool, out: Path, listener: Listener
+) -> None:
+    """Trace, and write the weights one by one."""
+    listener.message(f"tracing {type(model.module).__name__}")
+    skeleton = make_skeleton(model, "exact")
+    traced = train_interface(model, skeleton, space, encoder.loss, token_types=token_types)
+    graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf")
+    ClearMetadataAndDocStringPass()(graph)
+    graph.producer_name = "hizoo_lite"
+    graph.metadata_props["bits"] = model.bits
+
+    def written(tensor: object, info: Any) -> None:
+        if info.index == 0:
+            listener.phase("write, tensors", info.total)
+        listener.advanced(1)
+
+    try:
+        with named_errors(out / GRAPH):
+            ir.save(graph, out / GRAPH, external_data=f"{GRAPH}.data", callback=written)
+    finally:
+        listener.finish()
+
+
+def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
+    """The tokenizer, and the run's settings without its folder."""
+    for path in tokenizer_files(model.folder):
+        shutil.copyfile(path, out / path.name)
+    if model.tokenizer is not None and not (out / TOKENIZER).is_file():  # has only what it is made from
+        model.tokenizer.save_pretrained(out)
+    settings = replace(config, out=None, resume=False)
+    (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
+
+
+def _record(model: Model, space: LoRA, encoder: Encoder, out: Path) -> dict[str, Any]:
+    """train.json without its check."""
+    settings = read_peft_config(out / ADAPTER)
+    return {
+        "format": FORMAT,
+        "kind": model.kind,
+        "bits": model.bits,
+        "loss": encoder.loss,
+        "positions": model.positions,
+        "parameters": [{"name": n, "shape": list(value.shape)} for n, value in space.parameters.items()],
+        "lora": settings,
+        "onnx_adapter": {"names": _adapter_inputs(space)},
+        "base": {
+            "model": settings.get("base_model_name_or_path"),
+            "architecture": type(model.module).__name__,
+        },
+    }
+
+
+def _adapter_inputs(space: LoRA) -> dict[str, dict[str, Any]]:
+    """What becomes of each parameter as an input of model.onnx (see `onnx/adapter.py`)."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in space.target_names:
+        for side, given in zip("AB", lora_inputs(name), strict=True):
+            scale = 1.0 if side == "A" else space.scaling
+            found[f"{name}.lora_{side}.weight"] = {"input": given, "transpose": True, "scale": scale}
+    whole = [name for name in space.parameters if name not in found]
+    return found | {name: {"input": name, "transpose": False, "scale": 1.0} for name in whole}

@@ -1,0 +1,171 @@
+"""The training graph: per-branch, per-example losses of a batch, as `stream/traversal.py` computes them.
+
+The Hugging Face forward is traced as a whole; its trunk gives the head hidden states at the sites alone, so
+that logits are there only where a label is. Every size is dynamic: branches, rows, length, sites, scored
+tokens, slots, examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from hizoo_lite.export.onnx.interface import encoder_inputs
+from hizoo_lite.export.onnx.linear import InputValues
+from hizoo_lite.export.onnx.skeleton import Skeleton
+from hizoo_lite.export.onnx.trace import Input
+from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, by_branch
+from hizoo_lite.model.model import Model
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.tasks.collate import Loss
+
+OUTPUTS = ("losses", "scores")
+#: Sizes of the example's dynamic dimensions: above 1, and all different.
+_SIZES = {
+    "branches": 3,
+    "rows": 4,
+    "length": 6,
+    "sites": 7,
+    "scored": 11,
+    "slots": 5,
+    "examples": 2,
+}
+#: The dimensions of a batch's arrays.
+_TOKENS = ("rows", "length")
+_PLACES = {
+    "site_row": "sites",
+    "site_position": "sites",
+    "token_site": "scored",
+    "token_id": "scored",
+    "token_slot": "scored",
+    "slot_example": "slots",
+    "gold": "examples",
+}
+
+
+class TrainInterface(NamedTuple):
+    """A module to trace, with the skeleton's module as its child `hf`, and what it is called with."""
+
+    wrapper: nn.Module
+    inputs: list[Input]
+
+
+def train_interface(
+    model: Model, skeleton: Skeleton, space: LoRA, loss: Loss, *, token_types: bool
+) -> TrainInterface:
+    """That of a model with `space` attached: the batch's arrays, then the parameters by PEFT name.
+
+    token_types: whether the tokenizer makes them; they are an input where the model has several, too.
+    """
+    values = InputValues()
+    tokens = [name for name in encoder_inputs(model) if token_types or name != "token_type_ids"]
+    inputs = [_integers(name, *_TOKENS) for name in tokens]
+    if model.kind == "classifier":
+        inputs.append(_integers("gold", "rows"))  # a row is an example
+    else:
+        inputs += [_integers(name, size) for name, size in _PLACES.items()]
+    inputs += [_parameter(name, value) for name, value in space.parameters.items()]
+    for name in space.target_names:
+        skeleton.linears[name].delta = BranchedAdapter(values, space.scaling)
+    for name in space.head_names:
+        skeleton.linears[name].delta = BranchedHead(values)
+    module = skeleton.module
+    if model.kind != "classifier":
+        trunk = module.get_submodule(model.trunk_name)
+        picked = _AtSites(values, next(iter(space.parameters)))
+        getattr(trunk, "decoder", trunk).register_forward_hook(picked)  # OPT asks its trunk's decoder
+    no_cache = {"use_cache": False} if model.kind == "causal" else {}
+    names = [given.name for given in inputs]
+    return TrainInterface(_Losses(module, values, names, tokens, no_cache, loss), inputs)
+
+
+@final
+class _AtSites:
+    """Replaces the trunk's hidden states by those at the sites: (branches, sites, features)."""
+
+    def __init__(self, inputs: InputValues, parameter: str) -> None:
+        self.inputs, self.parameter = inputs, parameter
+
+    def __call__(
+        self, trunk: nn.Module, args: object, output: Sequence[Tensor]
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        values, hidden = self.inputs.values, output[0]
+        places = values["site_row"] * hidden.shape[1] + values["site_position"]
+        picked = by_branch(hidden, values[self.parameter]).index_select(1, places)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=picked)
+
+
+@final
+class _Losses(nn.Module):
+    """Losses and scores of every branch, float64."""
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        inputs: InputValues,
+        names: Sequence[str],
+        tokens: Sequence[str],
+        no_cache: Mapping[str, bool],
+        loss: Loss,
+    ) -> None:
+        super().__init__()
+        self.hf, self.inputs, self.names, self.tokens = hf, inputs, list(names), list(tokens)
+        self.no_cache, self.loss = dict(no_cache), loss
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """given: the inputs, in order. (branches, examples); (branches, slots or examples, classes)."""
+        values = self.inputs.values = dict(zip(self.names, given, strict=True))
+        branches = given[-1].shape[0]
+        folded = {name: values[name].repeat(branches, 1) for name in self.tokens}
+        logits = self.hf(**folded, **self.no_cache).logits
+        if self.loss == "class":
+            return _class_losses(by_branch(logits, given[-1]), values["gold"])
+        scores = _slot_scores(_log_probabilities(logits, values), values)
+        return _slot_losses(scores, values, self.loss), scores
+
+
+def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.double()
+    index = gold.view(1, -1, 1).expand(wide.shape[0], -1, 1)
+    return -F.log_softmax(wide, dim=-1).gather(2, index).squeeze(2), wide
+
+
+def _log_probabilities(logits: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Of every scored token. logits: (branches, sites, vocabulary) float32 -> (branches, scored) float64."""
+    site, token = values["token_site"], values["token_id"]
+    chosen = logits.flatten(1).index_select(1, site * logits.shape[-1] + token)
+    return chosen.double() - torch.logsumexp(logits.double(), dim=-1).index_select(1, site)
+
+
+def _slot_scores(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-probability of every slot: (branches, scored) -> (branches, slots)."""
+    slot, slots = values["token_slot"], values["slot_example"].shape[0]
+    sums = scored.new_zeros(scored.shape[0], slots).scatter_add(1, slot.expand_as(scored), scored)
+    counts = scored.new_zeros(slots).scatter_add(0, slot, torch.ones_like(slot, dtype=scored.dtype))
+    return sums / counts
+
+
+def _slot_losses(scores: Tensor, values: Mapping[str, Tensor], loss: Loss) -> Tensor:
+    """(branches, slots) -> (branches, examples)."""
+    example, gold = values["slot_example"], values["gold"]
+    chosen = scores.index_select(1, gold)
+    if loss == "answer":
+        return -chosen
+    index = example.expand_as(scores)
+    peak = torch.full_like(chosen, -torch.inf).scatter_reduce(1, index, scores, "amax")
+    shares = (scores - peak.index_select(1, example)).exp()
+    return peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log() - chosen
+
+
+def _integers(name: str, *dimensions: str) -> Input:
+    example = torch.zeros([_SIZES[size] for size in dimensions], dtype=torch.int64)
+    return Input(name, example, dict(enumerate(dimensions)))
+
+
+def _parameter(name: str, value: Tensor) -> Input:
+    return Input(name, torch.zeros(_SIZES["branches"], *value.shape), {0: "branches"})
