@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from hizoo_lite.errors import StorageError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,6 +23,16 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """While this is open, a failure to write is a `StorageError` that names the file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise StorageError(f"{where}: cannot be written: {error.strerror or error}") from error
 
 
 def aside(path: Path) -> Path:

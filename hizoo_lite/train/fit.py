@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from safetensors import SafetensorError
 
 from hizoo_lite.base import Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
+from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.memory.budget import Budget, enforced, loading
+from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
@@ -33,7 +33,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.train import begin, checkpoint, config_file
+from hizoo_lite.train import begin, checkpoint, config_file, identity
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation
@@ -83,8 +83,9 @@ def fit(
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace.
 
-    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved.
-    SIGINT and SIGTERM end the run after the step in progress, with everything saved.
+    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
+    StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
+    can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
     listener = listener or Listener()
     config, loaded = _configured(model, space, estimator, curvature, options)
@@ -201,6 +202,8 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
+        if not setup.config.resume:
+            folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if setup.config.resume else {}
         position = _begin(setup, folder, listener)
         journal = enter(begin.open_journal(folder, setup.stepper, position))
@@ -224,17 +227,27 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             loop.run()
         except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
             failure = error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = BudgetError(f"memory ran out: {error}")
         listener.finish()
-        _save(loop, folder, failure)
-        peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-        summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
-        summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
-        summary |= profiler.figures()
-        folder.write_summary(summary)
-        _report(folder, listener)
+        summary: dict[str, Any] = {}
+        try:
+            if loop.is_whole:
+                loop.save()
+                checkpoint.save_adapter(setup.stepper.space, folder.adapter)
+            peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+            summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
+            summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
+            summary |= {**profiler.figures(), "adapter_step": loop.adapter_step}
+            folder.write_summary(summary)
+            _report(folder, listener)
+        except StorageError as error:  # after one in the loop, the state may be out of reach
+            failure = failure if isinstance(failure, StorageError | BudgetError) else error
         accelerator.end_training()
     if isinstance(failure, StorageError | BudgetError):
-        raise type(failure)(f"{failure}; {_where_it_stands(folder)}") from failure
+        raise type(failure)(f"{failure}; {begin.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
@@ -257,34 +270,22 @@ def _report(folder: RunFolder, listener: Listener) -> None:
     """report.html and report.json; the run is saved by now, so that a full disk costs only them."""
     try:
         written = write_report([folder.path], with_png=False)
-    except UserError as error:
+    except (UserError, StorageError, OSError) as error:
         listener.message(f"no report: {error}")
     else:
         listener.message(f"report: {written.html}")
 
 
-def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:
-    """The state as it stands. After a storage error it may be out of reach; the newest checkpoint counts."""
-    try:
-        loop.save()
-        loop.setup.stepper.space.save(folder.adapter)
-    except (StorageError, OSError, SafetensorError) as error:
-        if not isinstance(failure, StorageError):
-            raise StorageError(f"{error}; {_where_it_stands(folder)}") from error
-
-
-def _where_it_stands(folder: RunFolder) -> str:
-    found = checkpoint.newest(folder.checkpoints)
-    if found is None:
-        return "nothing was saved before that"
-    return f"{found} is the last good state, --resume goes on from there"
-
-
 def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = begin.Start(Position())
+    model = setup.model
+    made_of = identity.of_run(
+        setup.splits, setup.task, fingerprint(model.folder), model.folder, setup.stepper.library
+    )
     if setup.config.resume:
-        start = begin.resume(folder, setup.stepper, listener.message)
+        identity.check(folder.identity, made_of)
+        start = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
         setup.model.halvings = max(setup.model.halvings, start.halvings)
         listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
     compute = compute_name(setup.model.compute)
@@ -292,6 +293,7 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
     folder.create(replace(resolved, out=str(folder.path)))
+    folder.write_identity(made_of)
     _write_plan(folder, setup)
     return start.position
 
