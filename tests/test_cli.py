@@ -54,7 +54,19 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "doctor", "plan", "profiles", "quantize", "train", "eval", "generate", "report", "export"],
+    [
+        "demo",
+        "doctor",
+        "plan",
+        "profiles",
+        "quantize",
+        "train",
+        "eval",
+        "generate",
+        "replay",
+        "report",
+        "export",
+    ],
 )
 def test_every_command_has_help_with_examples(command: str) -> None:
     shown = call(command, "--help")

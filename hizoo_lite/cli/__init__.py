@@ -12,7 +12,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, export, generate, plan, profiles, quantize, report, train
+from hizoo_lite.cli import (
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    plan,
+    profiles,
+    quantize,
+    replay,
+    report,
+    train,
+)
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
 
@@ -56,6 +68,7 @@ app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("replay")(replay.command)
 app.command("report")(report.command)
 app.command("export")(export.command)
 

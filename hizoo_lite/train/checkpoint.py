@@ -26,7 +26,7 @@ from hizoo_lite.files import storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")
-_STATE = "state.json"
+STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 ADAPTER = "adapter"
 _CHUNK_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def check(path: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{path / name}: cannot be read: {error.strerror or error}") from error
         if found != wanted:
-            raise UserError(f"{path / name}: is damaged: its checksum is not that of {path / _STATE}")
+            raise UserError(f"{path / name}: is damaged: its checksum is not that of {path / STATE}")
     return state
 
 
@@ -128,7 +128,7 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
         "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(aside).as_posix(): _sha256(file) for file in written},
     }
-    (aside / _STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(aside)
 
 
@@ -194,9 +194,9 @@ def parameters(path: Path) -> list[str]:
     return list(_state(path)["parameters"])
 
 
-def step_size(path: Path) -> dict[str, float]:
-    """The state of the step size."""
-    return dict(_state(path)["step_size"])
+def numbers(path: Path) -> dict[str, Any]:
+    """What is kept of a state beside its tensors."""
+    return {name: value for name, value in _state(path).items() if name in (*Position._fields, "step_size")}
 
 
 def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
@@ -223,7 +223,7 @@ def _sweep(folder: Path) -> None:
 def _state(path: Path) -> dict[str, Any]:
     """state.json, checked."""
     try:
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
         return {
             **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
@@ -239,7 +239,7 @@ def _inside(path: Path, name: str) -> str:
     """A file's name, which must not lead out of the checkpoint."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
-        raise UserError(f"{path / _STATE}: files: {name!r} is not inside the checkpoint")
+        raise UserError(f"{path / STATE}: files: {name!r} is not inside the checkpoint")
     return str(name)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
@@ -33,6 +32,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
+from hizoo_lite.tensors import threads
 from hizoo_lite.train import begin, checkpoint, config_file, identity
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
@@ -95,7 +95,7 @@ def fit(
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
-    with _threads(config.threads), enforced(limits.device_bytes, device) as cap:
+    with threads(config.threads), enforced(limits.device_bytes, device) as cap:
         with loading():
             setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
         _announce(setup, listener)
@@ -103,17 +103,6 @@ def fit(
             return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
         finally:
             setup.stepper.close()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads while this is open."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _configured(

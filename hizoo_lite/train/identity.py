@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hizoo_lite.base import Example, UserError
@@ -29,7 +29,7 @@ _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
-    "special_tokens_map.json",
+    "special_tokens*",
     "chat_template*",
     "*.model",
 )
@@ -51,20 +51,29 @@ def of_run(splits: Splits, task: Task, model: str, tokenizer: Path, library: str
     }
 
 
-def check(path: Path, found: dict[str, str]) -> None:
-    """UserError naming everything that is not as run.json has it; nothing where there is no such file."""
+def read(path: Path) -> dict[str, str]:
+    """The entries of a run.json; none where there is no such file. UserError where it is not sound."""
     if not path.is_file():  # made by an earlier version, or killed before its first step
-        return
+        return {}
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+        return {str(name): str(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}; without the file nothing is compared") from error
-    other = [words for name, words in _WORDS.items() if name in stored and stored[name] != found[name]]
+
+
+def check(path: Path, found: Mapping[str, str]) -> None:
+    """UserError naming everything in `found` that a run.json has otherwise."""
+    stored = read(path)
+    other = [
+        words
+        for name, words in _WORDS.items()
+        if name in stored and name in found and stored[name] != found[name]
+    ]
     if other:
         raise UserError(
-            f"--resume: {path} says that the run was begun with others:\n  "
+            f"{path}: the run was begun with others than are here now:\n  "
             + "\n  ".join(other)
-            + "\nput them back, or begin another run with another --out"
+            + "\nput them back; other ones need a run of their own (--out)"
         )
 
 
