@@ -13,10 +13,12 @@ from hizoo_lite import tensorfile
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
 from hizoo_lite.edge.train import train as train_edge
+from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.replay import replay
 from tests.edge_fixtures import export_training
 from tests.run_fixtures import short_run, stories
@@ -35,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "space": "dense",
         "dense_update": "requantize",
         "bits": "int8",
+        "model": "embedded",
         "curvature": "factored",
         "lr": 1e-4,
     },
@@ -54,11 +57,19 @@ def run_of(folder: Path, **changes: Any) -> Run:
     return fit(TrainConfig(**short_run(folder, **{"steps": STEPS, "save_every": 3, **changes})))
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in NF4 files, whose blocks can be read one by one."""
+    folder = tmp_path_factory.mktemp("stored") / "nf4"
+    Quantization(DEMO, folder, kind="causal", bits="nf4", double_quant=False).run()
+    return folder
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_checkpoint_is_rebuilt_bitwise_without_a_forward(
-    method: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: dict[str, Any], stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_of(tmp_path, **method)
+    run = run_of(tmp_path, **{"model": str(stored), **method})
     forbid(monkeypatch)
     for step in (3, STEPS):
         found = replay(run.folder, step, tmp_path / "out")

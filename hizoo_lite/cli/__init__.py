@@ -7,6 +7,7 @@ before a command needs it.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import typer
@@ -27,6 +28,8 @@ from hizoo_lite.cli import (
 )
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
+#: What the system says where something cannot be stored.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 class _Group(TyperGroup):
@@ -49,6 +52,12 @@ class _Group(TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(codes.get(type(error), BAD_INPUT)) from error
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {where}{error.strerror}; nothing that was there before is changed", err=True)
+            raise typer.Exit(FAILED) from error
 
 
 app = typer.Typer(

@@ -223,6 +223,8 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         listener.finish()
         summary: dict[str, Any] = {}
         try:
+            if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
+                setup.model.halvings = loop.halvings
             if loop.is_whole:
                 loop.save()
                 checkpoint.save_adapter(setup.stepper.space, folder.adapter)

@@ -92,6 +92,7 @@ class Loop:
         self.after: Evaluation | None = None
         self.is_whole = True
         self.adapter_step = position.step  # after which the parameters in memory are those
+        self.halvings = setup.traversal.halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
 
     def run(self) -> None:
@@ -164,7 +165,7 @@ class Loop:
         self._record(record, time.perf_counter() - began, int(batch.attention_mask.sum()))
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position, self.is_whole = Position(number + 1, bad), True
-        self.adapter_step = number + 1
+        self.adapter_step, self.halvings = number + 1, self.setup.traversal.halvings
         self.listener.stepped(record)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
