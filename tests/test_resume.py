@@ -380,7 +380,7 @@ def test_other_data_another_task_and_another_model_are_named(
     ):
         text = path.read_text()
         path.write_text(text.replace(old, new))
-        with pytest.raises(UserError, match=rf"the run was begun with others.*\n  {words}\nput them"):
+        with pytest.raises(UserError, match=rf"the run was begun with others.*\n  {words}\n"):
             resumed(tmp_path, model=str(model))
         path.write_text(text)
     weights = model / "model.safetensors"

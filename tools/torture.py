@@ -1,6 +1,6 @@
 """Runs are killed, starved and confused, and must go on to the very bytes of a run that was left alone.
 
-    python tools/torture.py [--quick] [--json FILE] [--kills 50] [--seed 0] [--folder DIR]
+    python tools/torture.py [--quick] [--json FILE] [--kills 50] [--only PART ...] [--seed 0] [--folder DIR]
 
 Kills: in each mode (lora resident, lora streamed from disk, dense, scales) runs of the embedded model are
 killed with SIGKILL at random moments and resumed, until so many kills were made; every run is then led to its
@@ -627,13 +627,14 @@ def run(bench: Bench, arguments: Any) -> dict[str, Any]:
         Quantization(DEMO, bench.stored, kind="causal", bits="nf4").run()
         os._exit(0)
     os.waitpid(child, 0)
-    modes = []
-    chosen = list(MODES)[:1] if arguments.quick else list(MODES)
-    references = {mode: undisturbed(bench, mode) for mode in chosen}
+    modes: list[dict[str, Any]] = []
+    chosen = [mode for mode in MODES if mode in arguments.only]
+    references = {mode: undisturbed(bench, mode) for mode in {MODE, *chosen}}
     for mode in chosen:
         modes.append(torture(bench, mode, references[mode], arguments.kills))
         print(f"{mode}: {modes[-1]}", file=sys.stderr, flush=True)
-    found = list(faults(bench, QUICK if arguments.quick else FAULTS, references[MODE].contents))
+    checks = () if "faults" not in arguments.only else QUICK if arguments.quick else FAULTS
+    found = list(faults(bench, checks, references[MODE].contents))
     return {
         "kills": sum(mode["kills"] for mode in modes),
         "equal": sum(mode["equal"] for mode in modes),
@@ -648,10 +649,12 @@ def command() -> int:
     """Parse, run, print; the exit code."""
     parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, help="in each mode (default: 50, quick 3)")
+    parser.add_argument("--only", nargs="+", choices=[*MODES, "faults"], help="leave the others out")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where runs are made, and left (default: removed)")
     arguments = parser.parse_args()
     arguments.kills = arguments.kills or (3 if arguments.quick else 50)
+    arguments.only = arguments.only or ([MODE, "faults"] if arguments.quick else [*MODES, "faults"])
     with contextlib.ExitStack() as open_things:
         folder = arguments.folder or Path(open_things.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
