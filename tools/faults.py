@@ -113,7 +113,7 @@ def refusing_saves(first: int) -> Callable[[], None]:
             if calls[0] >= first:
                 raise OSError(28, "No space left on device", str(folder))
 
-        LoRA.save = save  # type: ignore[assignment, method-assign]
+        LoRA.save = save  # type: ignore[method-assign]
 
     return prepare
 
@@ -265,9 +265,9 @@ def fill(place: Path, left_bytes: int) -> Path:
     """A file that leaves so much room."""
     path = place / "filler"
     found = os.statvfs(place)
-    os.posix_fallocate(
-        os.open(path, os.O_CREAT | os.O_WRONLY), 0, found.f_bavail * found.f_frsize - left_bytes
-    )
+    size = found.f_bavail * found.f_frsize - left_bytes
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
     return path
 
 
