@@ -56,7 +56,7 @@ class _Group(TyperGroup):
             if error.errno not in _STORAGE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            typer.echo(f"error: {where}{error.strerror}; nothing that was there before is changed", err=True)
+            typer.echo(f"error: {where}{error.strerror}; make room there or choose another place", err=True)
             raise typer.Exit(FAILED) from error
 
 
