@@ -337,7 +337,7 @@ FAULTS: tuple[Check, ...] = (
     many_bad_losses,
     damaged_checkpoint,
     read_only,
-    *(full_disk(left) for left in (8, 48, 80, 112, 144, 176, 240, 304)),
+    *(full_disk(left) for left in (8, 48, 64, 80, 96, 112, 144, 176)),
     full_disk_of_export,
 )
 
