@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.errors import UserError
+from hizoo_lite.errors import StorageError, UserError
 
 #: Of a JSON file that is read: no record and no tokenizer's settings are larger.
 _MOST_BYTES = 64 << 20
@@ -26,6 +28,16 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """While this is open, a failure to write is a `StorageError` that names the file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise StorageError(f"{where}: cannot be written: {error.strerror or error}") from error
 
 
 def aside(path: Path) -> Path:

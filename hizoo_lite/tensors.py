@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,17 @@ class TorchArrays(Arrays):
     def without_gradients(self) -> AbstractContextManager[Any]:
         """See `Arrays.without_gradients`."""
         return torch.no_grad()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads of torch while this is open; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def add_padded(values: Tensor, first_row: int, bundle: int, sums: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from hizoo_lite.base import UserError
 from hizoo_lite.cli import app, doctor
 from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.cli.progress import Bars, Lines
+from hizoo_lite.memory import hardware
 from hizoo_lite.train.config import settings
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
@@ -54,13 +56,42 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "doctor", "plan", "profiles", "quantize", "train", "eval", "generate", "report", "export"],
+    [
+        "demo",
+        "doctor",
+        "plan",
+        "profiles",
+        "quantize",
+        "train",
+        "eval",
+        "generate",
+        "replay",
+        "report",
+        "export",
+    ],
 )
 def test_every_command_has_help_with_examples(command: str) -> None:
     shown = call(command, "--help")
     assert shown.exit_code == 0
     assert "Examples:" in shown.stdout
     assert f"hizoo-lite {command}" in shown.stdout
+
+
+def test_a_place_that_takes_nothing_is_told_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(number: int) -> None:
+        def names() -> list[str]:
+            raise OSError(number, os.strerror(number), "/full/file")
+
+        monkeypatch.setattr(hardware, "names", names)
+
+    refused(errno.ENOSPC)
+    found = call("profiles")
+    assert found.exit_code == 1
+    assert found.stderr == (
+        "error: /full/file: No space left on device; make room there or choose another place\n"
+    )
+    refused(errno.EIO)
+    assert isinstance(call("profiles").exception, OSError)
 
 
 def test_train_has_exactly_one_flag_for_every_setting() -> None:

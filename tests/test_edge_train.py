@@ -100,7 +100,15 @@ def test_losses_equal_those_of_torch(
 def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: Path, tmp_path: Path) -> None:
     folder, summary = train(exported, replace(config, out=str(tmp_path / "run"), steps=4))
     assert {path.name for path in folder.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "journal.bin", "checkpoints", "adapter", "adapter.onnx_adapter"),
+        *(
+            "config.toml",
+            "run.json",
+            "metrics.jsonl",
+            "journal.bin",
+            "checkpoints",
+            "adapter",
+            "adapter.onnx_adapter",
+        ),
         *("summary.json", "memory.json"),
     }
     memory = json.loads((folder / "memory.json").read_text())

@@ -7,14 +7,29 @@ before a command needs it.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from hizoo_lite.cli import demo, doctor, evaluate, export, generate, plan, profiles, quantize, report, train
+from hizoo_lite.cli import (
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    plan,
+    profiles,
+    quantize,
+    replay,
+    report,
+    train,
+)
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
+#: What the system says where something cannot be stored.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 class _Group(TyperGroup):
@@ -37,6 +52,12 @@ class _Group(TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(codes.get(type(error), BAD_INPUT)) from error
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {where}{error.strerror}; make room there or choose another place", err=True)
+            raise typer.Exit(FAILED) from error
 
 
 app = typer.Typer(
@@ -56,6 +77,7 @@ app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("replay")(replay.command)
 app.command("report")(report.command)
 app.command("export")(export.command)
 

@@ -1,7 +1,7 @@
 """A run beside onnxruntime: the same loop, steps, noise and files as `hizoo-lite train`, without torch.
 
-The run folder has config.toml, metrics.jsonl, checkpoints/, adapter/ (PEFT format), adapter.onnx_adapter,
-summary.json and memory.json.
+The run folder has config.toml, run.json, metrics.jsonl, journal.bin, checkpoints/, adapter/ (PEFT format),
+adapter.onnx_adapter, summary.json and memory.json.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from hizoo_lite.base import TooManyBadSteps, UserError
 from hizoo_lite.edge.graph import GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.errors import StorageError
+from hizoo_lite.files import aside, storing
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.train import begin, config_file, parts
+from hizoo_lite.train import begin, checkpoint, config_file, identity, parts
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
@@ -83,7 +85,7 @@ def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
     )
     try:
-        return run.path, _run(setup, run, listener, start_bytes)
+        return run.path, _run(setup, run, folder, listener, start_bytes)
     finally:
         setup.stepper.close()
 
@@ -104,19 +106,27 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 
 
-def _run(setup: EdgeSetup, folder: RunFolder, listener: Listener, start_bytes: int) -> dict[str, Any]:
+def _run(
+    setup: EdgeSetup, folder: RunFolder, exported: Path, listener: Listener, start_bytes: int
+) -> dict[str, Any]:
     resume = setup.config.resume
     meter = PeakMeter()
     memory = Memory(meter, start_bytes)
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
+        if not resume:
+            folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if resume else {}
         position = Position()
+        model = identity.of_files(exported.glob("train*"))
+        made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
         if resume:
-            position, _ = begin.resume(folder, setup.stepper, listener.message)
+            identity.check(folder.identity, made_of)
+            position, _ = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
             listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
         folder.create(replace(setup.config, resume=False))
+        folder.write_identity(made_of)
         journal = enter(begin.open_journal(folder, setup.stepper, position))
         interrupt = enter(Interrupt())
         loop = Loop(
@@ -131,17 +141,25 @@ def _run(setup: EdgeSetup, folder: RunFolder, listener: Listener, start_bytes: i
             profiler=memory,
             memory=memory.record,
         )
-        failure: Interrupted | TooManyBadSteps | None = None
+        failure: Interrupted | TooManyBadSteps | StorageError | None = None
         try:
             loop.run()
-        except (Interrupted, TooManyBadSteps) as error:
+        except (Interrupted, TooManyBadSteps, StorageError) as error:
             failure = error
         listener.finish()
-        loop.save()
-        _save_adapter(setup, folder)
-        peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-        summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted)) | memory.figures()
-        folder.write_summary(summary)
+        summary: dict[str, Any] = {}
+        try:
+            if loop.is_whole:
+                loop.save()
+                _save_adapter(setup, folder)
+            peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+            summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted))
+            summary |= {**memory.figures(), "adapter_step": loop.adapter_step}
+            folder.write_summary(summary)
+        except StorageError as error:
+            failure = failure if isinstance(failure, StorageError) else error
+    if isinstance(failure, StorageError):
+        raise StorageError(f"{failure}; {begin.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return summary
@@ -150,8 +168,11 @@ def _run(setup: EdgeSetup, folder: RunFolder, listener: Listener, start_bytes: i
 def _save_adapter(setup: EdgeSetup, folder: RunFolder) -> None:
     space = setup.stepper.space
     assert isinstance(space, GraphSpace)
-    space.save(folder.adapter)
-    space.save_onnx_adapter(folder.path / _ONNX_ADAPTER)
+    checkpoint.save_adapter(space, folder.adapter)
+    path = folder.path / _ONNX_ADAPTER
+    with storing(path):
+        space.save_onnx_adapter(aside(path))
+        aside(path).replace(path)
 
 
 def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: bool) -> dict[str, Any]:
@@ -159,7 +180,6 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
     config, graph = setup.config, setup.traversal
     return {
         **outcome(folder.read_metrics(), setup.task.metric),
-        "adapter": "final",
         "trainable_parameters": sum(math.prod(shape) for shape in graph.record.shapes.values()),
         "budget_bytes": None,
         "profile": None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hizoo_lite.base import Stored, UserError
@@ -22,6 +22,7 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.heads import attach_head
+from hizoo_lite.spaces.storage import save_tensors
 from hizoo_lite.spaces.targets import release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 from hizoo_lite.stream.block import each_block
@@ -80,10 +81,10 @@ class InPlaceSpace(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for block in each_block(self.model):  # which applies what waits
-            tensors = {key: stored.tensor.cpu().contiguous() for key, stored in self._changed(block).items()}
-            save_file(tensors, folder / _block_file(block))
+            tensors = {key: stored.tensor for key, stored in self._changed(block).items()}
+            save_tensors(tensors, folder / _block_file(block))
         if self.parameters:
-            save_file({k: v.cpu().contiguous() for k, v in self.parameters.items()}, folder / _HEAD)
+            save_tensors(self.parameters, folder / _HEAD)
         record = {
             "format": FORMAT,
             "space": self.name,

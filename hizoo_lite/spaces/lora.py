@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hizoo_lite import peft_format
@@ -20,6 +20,7 @@ from hizoo_lite.base import BranchState, LinearDelta, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
 from hizoo_lite.spaces.heads import attach_head, branch_values
+from hizoo_lite.spaces.storage import save_tensors
 from hizoo_lite.spaces.targets import release, resolve_targets
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
@@ -117,8 +118,8 @@ class LoRA:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_config().save_pretrained(folder)
-        tensors = {peft_format.PREFIX + name: p.cpu().contiguous() for name, p in self.parameters.items()}
-        save_file(tensors, folder / peft_format.TENSOR_FILE, metadata=peft_format.METADATA)
+        tensors = {peft_format.PREFIX + name: p for name, p in self.parameters.items()}
+        save_tensors(tensors, folder / peft_format.TENSOR_FILE, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read `adapter_model.safetensors` into the attached parameters."""

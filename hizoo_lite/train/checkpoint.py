@@ -4,7 +4,7 @@
 `curvature.safetensors`, and `state.json` with the step size's state and a checksum of every other file. Noise
 and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
 disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
-one. `step-000000` of a space in memory is where `replay` begins.
+one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hizoo_lite import tensorfile
-from hizoo_lite.base import UserError
-from hizoo_lite.files import sync_file, sync_folder
+from hizoo_lite.base import Space, UserError
+from hizoo_lite.files import storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")
-_STATE = "state.json"
+STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 ADAPTER = "adapter"
 _CHUNK_BYTES = 1 << 20
@@ -60,22 +60,22 @@ def newest(folder: Path) -> Path | None:
     return next(iter(every(folder)), None)
 
 
-def sound(folder: Path) -> tuple[Path | None, list[UserError]]:
+def sound(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with those after it.
 
     Raises UserError where there are checkpoints and none is sound.
     """
-    refused: list[UserError] = []
+    refused: dict[Path, UserError] = {}
     for path in every(folder):
         try:
             check(path)
         except UserError as error:
-            refused.append(error)
+            refused[path] = error
         else:
             return path, refused
     if refused:
-        raise UserError("no checkpoint can be used:\n  " + "\n  ".join(map(str, refused)))
-    return None, []
+        raise UserError("no checkpoint can be used:\n  " + "\n  ".join(map(str, refused.values())))
+    return None, {}
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -87,19 +87,35 @@ def check(path: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{path / name}: cannot be read: {error.strerror or error}") from error
         if found != wanted:
-            raise UserError(f"{path / name}: is damaged: its checksum is not that of {path / _STATE}")
+            raise UserError(f"{path / name}: is damaged: its checksum is not that of {path / STATE}")
     return state
 
 
 def save(folder: Path, position: Position, stepper: Stepper) -> Path:
-    """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept."""
+    """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept.
+
+    `StorageError` where it cannot be written; then nothing of it is left.
+    """
     path = path_of(folder, position.step)
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    aside = folder / f".{path.name}.tmp"
-    aside.mkdir()
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        aside = folder / f".{path.name}.tmp"
+        aside.mkdir()
+        try:
+            _write(aside, position, stepper)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+            raise
+        os.replace(aside, path)
+        sync_folder(folder)
+    return path
+
+
+def _write(aside: Path, position: Position, stepper: Stepper) -> None:
+    """The files of a checkpoint, forced to the disk."""
     stepper.space.save(aside / ADAPTER)
     state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
     tensorfile.save(aside / _CURVATURE, state)
@@ -109,16 +125,48 @@ def save(folder: Path, position: Position, stepper: Stepper) -> Path:
         "step_size": stepper.step_size.state_dict(),
         "halvings": stepper.traversal.halvings,
         "library": stepper.library,
+        "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(aside).as_posix(): _sha256(file) for file in written},
     }
-    (aside / _STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for file in [*written, aside / _STATE]:
-        sync_file(file)
-    for inside in {file.parent for file in written} | {aside}:
-        sync_folder(inside)
-    os.replace(aside, path)
-    sync_folder(folder)
-    return path
+    (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _sync(aside)
+
+
+def save_adapter(space: Space, folder: Path) -> None:
+    """Replace the folder with what the space saves now, as a whole. `StorageError` leaves the old one."""
+    aside, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
+    with storing(folder):
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            space.save(aside)
+            _sync(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(aside, folder)
+        sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Force everything in a folder to the disk."""
+    inside = sorted(folder.rglob("*"))
+    for file in inside:
+        if file.is_file():
+            sync_file(file)
+    for part in [*(path for path in inside if path.is_dir()), folder]:
+        sync_folder(part)
+
+
+def set_aside(path: Path) -> None:
+    """Give a damaged checkpoint another name, so that it is looked at no more and can be made again."""
+    name = path.name.replace("step-", "damaged-step-")
+    shutil.rmtree(path.with_name(name), ignore_errors=True)
+    with storing(path):
+        os.replace(path, path.with_name(name))
 
 
 def load(path: Path, stepper: Stepper) -> Position:
@@ -139,6 +187,16 @@ def halvings(path: Path) -> int:
 def library(path: Path) -> str:
     """What the run computed with: `Stepper.library`."""
     return str(_state(path)["library"])
+
+
+def parameters(path: Path) -> list[str]:
+    """The names of the parameters in memory, in the order in which the run has them."""
+    return list(_state(path)["parameters"])
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """What is kept of a state beside its tensors."""
+    return {name: value for name, value in _state(path).items() if name in (*Position._fields, "step_size")}
 
 
 def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
@@ -165,11 +223,12 @@ def _sweep(folder: Path) -> None:
 def _state(path: Path) -> dict[str, Any]:
     """state.json, checked."""
     try:
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
         return {
             **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
             "library": str(record["library"]),
+            "parameters": [str(name) for name in record["parameters"]],
             "files": {_inside(path, name): str(value) for name, value in record["files"].items()},
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -180,7 +239,7 @@ def _inside(path: Path, name: str) -> str:
     """A file's name, which must not lead out of the checkpoint."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
-        raise UserError(f"{path / _STATE}: files: {name!r} is not inside the checkpoint")
+        raise UserError(f"{path / STATE}: files: {name!r} is not inside the checkpoint")
     return str(name)
 
 

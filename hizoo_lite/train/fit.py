@@ -16,17 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from safetensors import SafetensorError
 
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
+from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.memory.budget import Budget, enforced, loading
+from hizoo_lite.memory.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
@@ -34,7 +33,8 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.skeleton import choose_device, compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.train import begin, checkpoint, config_file, distributed
+from hizoo_lite.tensors import threads
+from hizoo_lite.train import begin, checkpoint, config_file, distributed, identity
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation
@@ -115,8 +115,9 @@ def fit(
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace.
 
-    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved.
-    SIGINT and SIGTERM end the run after the step in progress, with everything saved.
+    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
+    StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
+    can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
     listener = listener or Listener()
     config, loaded = _configured(model, space, estimator, curvature, options)
@@ -131,7 +132,7 @@ def fit(
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
-    with _threads(config.threads), enforced(limits.device_bytes, device) as cap:
+    with threads(config.threads), enforced(limits.device_bytes, device) as cap:
         with loading():
             setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
         setup.stepper.ranks = ranks
@@ -140,17 +141,6 @@ def fit(
             return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
         finally:
             setup.stepper.close()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads while this is open."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _configured(
@@ -240,6 +230,8 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
+        if not setup.config.resume:
+            folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if setup.config.resume else {}
         position = _begin(setup, folder, listener)
         ranks.wait()  # until every one has read the journal
@@ -264,21 +256,33 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             loop.run()
         except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
             failure = error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = BudgetError(f"memory ran out: {error}")
         listener.finish()
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
-        _save(loop, folder, failure)
-        peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-        summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
-        summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
-        summary |= profiler.figures()
-        folder.write_summary(summary)
-        _report(folder, listener)
+        summary: dict[str, Any] = {}
+        try:
+            if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
+                setup.model.halvings = loop.halvings
+            if loop.is_whole:
+                loop.save()
+                checkpoint.save_adapter(setup.stepper.space, folder.adapter)
+            peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+            summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
+            summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
+            summary |= {**profiler.figures(), "adapter_step": loop.adapter_step}
+            folder.write_summary(summary)
+            _report(folder, listener)
+        except StorageError as error:  # after one in the loop, the state may be out of reach
+            failure = failure if isinstance(failure, StorageError | BudgetError) else error
         if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
             ranks.wait()
         accelerator.end_training()
     if isinstance(failure, StorageError | BudgetError):
-        raise type(failure)(f"{failure}; {_where_it_stands(folder)}") from failure
+        raise type(failure)(f"{failure}; {begin.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
@@ -286,9 +290,11 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
 
 def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
     """The end of a rank that writes nothing: the result is the main one's."""
-    if failure is not None and not isinstance(failure, Interrupted):
+    if isinstance(failure, StorageError | BudgetError):
         raise failure
     setup.stepper.ranks.wait()
+    if failure is not None and not isinstance(failure, Interrupted):
+        raise failure
     return Run(folder.path, folder.read_summary(), setup, loop.before, loop.after)
 
 
@@ -309,34 +315,22 @@ def _report(folder: RunFolder, listener: Listener) -> None:
     """report.html and report.json; the run is saved by now, so that a full disk costs only them."""
     try:
         written = write_report([folder.path], with_png=False)
-    except UserError as error:
+    except (UserError, StorageError, OSError) as error:
         listener.message(f"no report: {error}")
     else:
         listener.message(f"report: {written.html}")
 
 
-def _save(loop: Loop, folder: RunFolder, failure: Exception | None) -> None:
-    """The state as it stands. After a storage error it may be out of reach; the newest checkpoint counts."""
-    try:
-        loop.save()
-        loop.setup.stepper.space.save(folder.adapter)
-    except (StorageError, OSError, SafetensorError) as error:
-        if not isinstance(failure, StorageError):
-            raise StorageError(f"{error}; {_where_it_stands(folder)}") from error
-
-
-def _where_it_stands(folder: RunFolder) -> str:
-    found = checkpoint.newest(folder.checkpoints)
-    if found is None:
-        return "nothing was saved before that"
-    return f"{found} is the last good state, --resume goes on from there"
-
-
 def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = begin.Start(Position())
+    model = setup.model
+    made_of = identity.of_run(
+        setup.splits, setup.task, fingerprint(model.folder), model.folder, setup.stepper.library
+    )
     if setup.config.resume:
-        start = begin.resume(folder, setup.stepper, listener.message)
+        identity.check(folder.identity, made_of)
+        start = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
         setup.model.halvings = max(setup.model.halvings, start.halvings)
         listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
     compute = compute_name(setup.model.compute)
@@ -344,6 +338,7 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
     folder.create(replace(resolved, out=str(folder.path)))
+    folder.write_identity(made_of)
     _write_plan(folder, setup)
     return start.position
 

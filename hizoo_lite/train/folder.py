@@ -1,4 +1,5 @@
-"""The run folder: config.toml, metrics.jsonl, journal.bin, checkpoints/, adapter/, summary.json and others.
+"""The run folder: config.toml, run.json, metrics.jsonl, journal.bin, checkpoints/, adapter/, summary.json
+and others.
 
 A folder is used for one run, by one process at a time. A new run refuses a folder with anything in it;
 `--resume` continues the one that is there. Files are replaced as a whole (see `files.py`), metrics are
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import UserError
-from hizoo_lite.files import write_text
+from hizoo_lite.files import aside, storing, sync_file, write_text
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig
 
@@ -60,6 +61,7 @@ class RunFolder:
         self.journal = self.path / "journal.bin"
         self._config = self.path / "config.toml"
         self._summary = self.path / "summary.json"
+        self.identity = self.path / "run.json"
         self.plan = self.path / "plan.json"
         self.memory = self.path / "memory.json"
 
@@ -73,19 +75,25 @@ class RunFolder:
             raise UserError(
                 f"--out: {self.path} holds a run already; allowed: a new or empty folder, or --resume"
             )
-        if any(self.path.iterdir()):
+        if any(path != aside(self._config) for path in self.path.iterdir()):
             raise UserError(f"--out: {self.path} is not empty; allowed: a new or empty folder")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """While this is open, no other process runs in this folder, which is made where it is not there.
 
-        UserError where one does. The system ends the lock with the process, however that ends.
+        UserError where one does, or the folder cannot be made. The system ends the lock with the process,
+        however that ends.
         """
         if not self.writes:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out: {self.path} cannot be made: {error.strerror}; allowed: a folder that can be written"
+            ) from error
         if fcntl is None:
             yield
             return
@@ -111,16 +119,18 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, where it is not there, and write the settings."""
-        if self.writes:
+        if not self.writes:
+            return
+        with storing(self._config):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self._config, config_file.write(config))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of metrics.jsonl, in order."""
+        """Every complete line of metrics.jsonl, in order. UserError where one is damaged."""
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # the part after the last newline was cut off
+        lines = self.metrics.read_bytes().split(b"\n")
+        return [self._parsed(number, line) for number, line in enumerate(lines[:-1], start=1)]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of evaluations, in order; the same on every rank."""
@@ -128,11 +138,30 @@ class RunFolder:
             self._evaluations = [line for line in self.read_metrics() if line["kind"] == "eval"]
         return self._evaluations
 
-    def keep_metrics(self, step: int) -> None:
-        """Drop what was recorded after `step` steps: a resumed run records it again."""
-        kept = [line for line in self.read_metrics() if line["step"] + (line["kind"] == "step") <= step]
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+            if {"kind", "step"} <= set(found):
+                return found
+        except (ValueError, TypeError):
+            pass
+        raise UserError(f"{self.metrics}: line {number} is damaged; remove it and what follows, and --resume")
+
+    def keep_metrics(self, step: int, *, ended: bool) -> None:
+        """Drop what was recorded after `step` steps: a resumed run records it again.
+
+        ended: the run has no more steps than that; its last evaluation is made again too.
+        """
+        kept = [
+            line
+            for line in self.read_metrics()
+            if line["step"] + (line["kind"] == "step") <= step
+            and not (ended and line.get("when") == "after" and line["step"] == step)
+        ]
         self._evaluations = [line for line in kept if line["kind"] == "eval"]
-        if self.writes:
+        if not self.writes:
+            return
+        with storing(self.metrics):
             write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -140,25 +169,38 @@ class RunFolder:
         line = plain(record)
         if record["kind"] == "eval":
             self.evaluations().append(line)
-        if self.writes:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+        if not self.writes:
+            return
+        with storing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Force what was appended to the disk."""
+        if self.metrics.is_file():
+            with storing(self.metrics):
+                sync_file(self.metrics)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""
-        self._write(self._summary, json.dumps(plain(summary), indent=2, allow_nan=False))
+        self._write_json(self._summary, summary, indent=2)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Replace plan.json."""
-        self._write(self.plan, json.dumps(plain(plan), indent=2, allow_nan=False))
+        self._write_json(self.plan, plan, indent=2)
 
     def write_memory(self, record: Mapping[str, Any]) -> None:
         """Replace memory.json."""
-        self._write(self.memory, json.dumps(plain(record), allow_nan=False))
+        self._write_json(self.memory, record)
 
-    def _write(self, path: Path, text: str) -> None:
-        if self.writes:
-            write_text(path, text + "\n")
+    def write_identity(self, identity: Mapping[str, str]) -> None:
+        """Replace run.json."""
+        self._write_json(self.identity, identity, indent=2)
+
+    def _write_json(self, path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
+        if not self.writes:
+            return
+        with storing(path):
+            write_text(path, json.dumps(plain(value), indent=indent, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; empty where nothing was."""

@@ -146,10 +146,12 @@ def read(path: Path) -> list[Record]:
 
 def _scan(path: Path) -> tuple[list[Record], int]:
     """The records, and the checksum that the next one continues."""
+    found: list[Record] = []
+    if path.is_file() and path.stat().st_size < _HEADER.size:  # killed before its header was whole
+        return found, 0
     branches = _branches(path)
     size = record_bytes(branches)
     checksum = zlib.crc32(_header(branches))
-    found: list[Record] = []
     for index, (data, is_last) in enumerate(_pieces(path, size)):
         record, after = _unpacked(data, branches, checksum)
         if record is None:

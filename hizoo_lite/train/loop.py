@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
+from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
@@ -68,7 +69,11 @@ class Phases(Protocol):
 
 
 class Loop:
-    """One run in progress. `position` is where it stands, `before` and `after` are its evaluations."""
+    """One run in progress. `position` is where it stands, `before` and `after` are its evaluations.
+
+    is_whole: the state in memory is that of `position`, and may be saved; a step that failed after its losses
+    were there leaves neither that nor the next one.
+    """
 
     def __init__(
         self,
@@ -94,6 +99,9 @@ class Loop:
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
+        self.is_whole = True
+        self.adapter_step = position.step  # after which the parameters in memory are those
+        self.halvings = setup.traversal.halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
 
     def run(self) -> None:
@@ -133,6 +141,7 @@ class Loop:
     def _save_state(self) -> None:
         if self.journal is not None:
             self.journal.sync()
+            self.folder.sync_metrics()
             checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
 
     def _check_interrupt(self) -> None:
@@ -143,11 +152,19 @@ class Loop:
         self.interrupt.check()
 
     def best_step(self) -> int | None:
-        """After how many steps the evaluation on dev was best; the earliest of several. None without one."""
+        """After how many steps the evaluation on dev was best; the earliest of several. None without one.
+
+        Of those whose state is there, now or in a checkpoint: a run may be told late to keep the best.
+        """
         name = self.setup.encoder.task.metric
         sign = -1 if name == "loss" else 1
+        there = {self.position.step, *map(checkpoint.steps_of, checkpoint.every(self.folder.checkpoints))}
         found = [line for line in self.folder.evaluations() if line["when"] == "dev"]
-        scored = [(sign * line[name], -line["step"]) for line in found if line[name] is not None]
+        scored = [
+            (sign * line[name], -line["step"])
+            for line in found
+            if line[name] is not None and line["step"] in there
+        ]
         return -max(scored)[1] if scored else None
 
     def _measure_inference(self) -> None:
@@ -160,17 +177,24 @@ class Loop:
         number = self.position.step
         began = time.perf_counter()
         batches = self._batches(number)
-        with self.profiler.phase("train", number):
-            record = self.setup.stepper.step(number, *batches)
+        self.is_whole = False
+        try:
+            with self.profiler.phase("train", number):
+                record = self.setup.stepper.step(number, *batches)
+        except (StorageError, BudgetError):  # from the traversal or another rank: nothing was changed yet
+            self.is_whole = True
+            raise
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         self._record(record, time.perf_counter() - began, tokens)
         bad = self.position.bad_steps + 1 if record.skipped else 0
-        self.position = Position(number + 1, bad)
+        self.position, self.is_whole = Position(number + 1, bad), True
+        self.adapter_step, self.halvings = number + 1, self.setup.traversal.halvings
         self.listener.stepped(record)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
-                f"step {number}: the losses of {bad} steps in a row were not finite; "
-                "lower --lr or --mu, or use --compute-dtype float32"
+                f"step {number}: the losses of {bad} steps in a row were not finite; what was trained is "
+                f"saved in {self.folder.path}; begin another run with a lower --lr or --mu, or with "
+                "--compute-dtype float32"
             )
 
     def _due(self) -> None:
@@ -178,24 +202,25 @@ class Loop:
         config, step = self.setup.config, self.position.step
         if step == 0:
             return
-        wanted = config.eval_every and step % config.eval_every == 0
         at_end = step == config.steps and config.keep == "final"  # which is evaluated on the test examples
-        is_best = False
-        if wanted and not at_end and not self._recorded("dev", step):
+        wanted = config.eval_every and step % config.eval_every == 0 and not at_end
+        if wanted and not self._recorded("dev", step):
             self.listener.finish()
             self._evaluate("dev", self.setup.splits.dev)
             self.listener.phase("train", config.steps, step)
-            is_best = config.keep == "best" and self.best_step() == step
+        is_best = wanted and config.keep == "best" and self.best_step() == step
         if is_best or (config.save_every and step % config.save_every == 0):
             self.save()
 
     def _take_best(self) -> None:
         """The parameters of the best evaluation on dev, in place of the last ones."""
+        self.ranks.wait()  # until the main one has saved the last, and removed what is not kept
         step = self.best_step()
         if step is not None and step != self.position.step:
-            self.ranks.wait()  # until the main one has saved it
             path = checkpoint.path_of(self.folder.checkpoints, step)
+            checkpoint.check(path)
             self.setup.stepper.space.load(path / checkpoint.ADAPTER)
+            self.adapter_step = step
             self.listener.message(f"best on dev: after {step} steps; that is what is kept")
 
     def _batches(self, number: int) -> list[Batch]:

@@ -2,13 +2,15 @@
 
 No loss is computed: every step's z is drawn again and moved along by the scalars that the journal keeps. A
 LoRA run needs no model for that, since its initial parameters are in checkpoints/step-000000; a space inside
-the weights begins at the model's own.
+the weights begins at the model's own. The method is that of config.toml: options of objects given to `fit`
+that no setting says are not known here, and show in the comparison.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,7 +19,7 @@ import numpy as np
 from hizoo_lite import peft_format, tensorfile
 from hizoo_lite.arrays import Arrays, NumpyArrays
 from hizoo_lite.base import Space, UserError
-from hizoo_lite.train import checkpoint, parts
+from hizoo_lite.train import checkpoint, identity, parts
 from hizoo_lite.train.begin import after
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.config import TrainConfig
@@ -32,18 +34,21 @@ class Replayed(NamedTuple):
 
     steps: int
     folder: Path  # a checkpoint, with the adapter in it
-    compared: list[str]  # what was there of the same step, and is the same
-    differs: list[str]  # and is not
+    same: list[str]  # files that the run had of the same step, and that are the same
+    differs: list[str]  # and those that are not
 
 
 class StoredSpace:
-    """The parameters of a saved adapter, without the model that they are for."""
+    """The parameters of a saved adapter, without the model that they are for, in the order of `names`."""
 
     name, weights = "lora", None
 
-    def __init__(self, folder: Path, arrays: Arrays) -> None:
+    def __init__(self, folder: Path, names: list[str], arrays: Arrays) -> None:
         self.folder, self._arrays = folder, arrays
-        self.parameters = {name: arrays.on_device(arrays.copied(v)) for name, v in self._read(folder).items()}
+        found = self._read(folder)
+        if set(found) != set(names):
+            raise UserError(f"{folder}: does not hold the parameters that state.json beside it names")
+        self.parameters = {name: arrays.on_device(arrays.copied(found[name])) for name in names}
 
     def attach(self, model: Any, seed: int) -> NoReturn:
         """There is no model."""
@@ -89,13 +94,14 @@ def replay(
     run: Path,
     step: int | None = None,
     out: Path | None = None,
-    stepped: Callable[[int], None] = lambda _: None,
+    stepped: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replayed:
     """The state of the run in folder `run` after `step` steps (None: all), as a checkpoint in `out`.
 
     out: by default `replayed` in the run folder; the checkpoint is `out/step-000123`. What the run folder has
-    of the same step (a checkpoint; the adapter, of the last step) is compared bit for bit. Raises UserError
-    for a step that the journal does not have, or a run that this machine cannot replay.
+    of the same step (a checkpoint; the adapter) is compared bit for bit. `stepped` is told how many steps of
+    how many are done. Raises UserError for a step that the journal does not have, or a run that this machine
+    cannot replay; `StorageError` where the checkpoint cannot be written.
     """
     folder = RunFolder(run)
     config = folder.config()
@@ -104,16 +110,13 @@ def replay(
     target = checkpoint.path_of(out, len(records))
     if target.exists():
         raise UserError(f"--out: {target} exists already; allowed: a folder without it")
-    stepper = _stepper(folder, config)
-    try:
+    with _stepper(folder, config) as stepper:
         position = Position()
         for record in records:
             stepper.replay(record)
             position = after(position, record)
-            stepped(1)
+            stepped(position.step, len(records))
         written = checkpoint.save(out, position, stepper)
-    finally:
-        stepper.close()
     return _compared(folder, written, position.step)
 
 
@@ -129,14 +132,31 @@ def _records(folder: RunFolder, step: int | None) -> list[Record]:
     return records[:step]
 
 
-def _stepper(folder: RunFolder, config: TrainConfig) -> Stepper:
-    """The step of the run, in its initial state."""
-    if config.space != "lora":
-        return _with_model(config)
+@contextmanager
+def _stepper(folder: RunFolder, config: TrainConfig) -> Iterator[Stepper]:
+    """The step of the run, in its initial state; it ends with this."""
+    with _threads(identity.read(folder.identity).get("library", ""), config.threads):
+        made = _without_model(folder, config) if config.space == "lora" else _with_model(folder, config)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def _threads(library: str, count: int | None) -> AbstractContextManager[None]:
+    """As many as the run had: sums of another number may round otherwise."""
+    if library == "numpy":
+        return nullcontext()
+    from hizoo_lite.tensors import threads
+
+    return threads(count)
+
+
+def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     first = checkpoint.path_of(folder.checkpoints, 0)
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
-    space: Space = StoredSpace(first / ADAPTER, arrays)
+    space: Space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays)
     return parts.make_stepper(config, _NoModel(arrays), space, None, None)
 
 
@@ -153,28 +173,43 @@ def _arrays(library: str, where: Path) -> Arrays:
     return TorchArrays(torch.device(device))
 
 
-def _with_model(config: TrainConfig) -> Stepper:
-    """Blocks are brought in one after the other, as the updates want them."""
+def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
+    """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
+    from hizoo_lite.export.onnx.files import fingerprint
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import setup
 
     model = setup.load_model(config, parts.find_task(config.task))
     space = setup.make_space(config)
     space.attach(model, config.seed)
-    return parts.make_stepper(config, Traversal(model), space, None, None)
+    stepper = parts.make_stepper(config, Traversal(model), space, None, None)
+    identity.check(folder.identity, {"model": fingerprint(model.folder), "library": stepper.library})
+    return stepper
 
 
 def _compared(folder: RunFolder, written: Path, step: int) -> Replayed:
     """Against what the run itself has written of that step."""
-    pairs: Mapping[Path, Path] = {}
+    found: dict[str, bool] = {}
     theirs = checkpoint.path_of(folder.checkpoints, step)
     if theirs.is_dir():
-        pairs = {file: theirs / file.relative_to(written) for file in sorted(written.rglob("*.safetensors"))}
-    elif folder.adapter.is_dir() and step == folder.read_summary().get("steps"):
-        adapter = written / ADAPTER
-        pairs = {file: folder.adapter / file.relative_to(adapter) for file in adapter.rglob("*.safetensors")}
-    same: list[str] = []
-    other: list[str] = []
-    for ours, their in pairs.items():
-        (same if tensorfile.equal(ours, their) else other).append(str(their.relative_to(folder.path)))
-    return Replayed(step, written, same, other)
+        found = _same_tensors(written, theirs)
+        state = theirs / checkpoint.STATE
+        found[str(state)] = checkpoint.numbers(written) == checkpoint.numbers(theirs)
+    if folder.adapter.is_dir() and step == folder.read_summary().get("adapter_step"):
+        found |= _same_tensors(written / ADAPTER, folder.adapter)
+    return Replayed(
+        step,
+        written,
+        [name for name, same in found.items() if same],
+        [name for name, same in found.items() if not same],
+    )
+
+
+def _same_tensors(ours: Path, theirs: Path) -> dict[str, bool]:
+    """By file of theirs, whether ours holds the same."""
+    names = {file.relative_to(folder) for folder in (ours, theirs) for file in folder.rglob("*.safetensors")}
+    return {
+        str(theirs / name): all((folder / name).is_file() for folder in (ours, theirs))
+        and tensorfile.equal(ours / name, theirs / name)
+        for name in sorted(names)
+    }

@@ -30,7 +30,6 @@ def summarize(
     config, model = setup.config, setup.model
     return {
         **outcome(metrics, setup.task.metric),
-        "adapter": "final",
         "trainable_parameters": sum(math.prod(shape) for shape in trainable(setup.space).values()),
         "budget_bytes": setup.budgets.device_bytes,
         "profile": config.profile,
@@ -100,9 +99,10 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     if not steps:
         return {"seconds_per_step": None, "tokens_per_second": None}
     seconds = [line["seconds"] for line in steps]
+    total = sum(seconds)
     return {
         "seconds_per_step": statistics.median(seconds),
-        "tokens_per_second": sum(line["tokens"] for line in steps) / sum(seconds),
+        "tokens_per_second": sum(line["tokens"] for line in steps) / total if total > 0 else None,
     }
 
 

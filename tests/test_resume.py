@@ -1,0 +1,428 @@
+"""A run goes on from wherever it was stopped to the bytes of one that was not, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hizoo_lite import tasks
+from hizoo_lite.base import UserError
+from hizoo_lite.curvature import Grouped
+from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.files import storing
+from hizoo_lite.quant.checkpoint import Checkpoint
+from hizoo_lite.spaces import LoRA
+from hizoo_lite.train import checkpoint, identity, journal
+from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.parts import DEMO
+from hizoo_lite.train.step import StepRecord
+from tests.run_fixtures import short_run, write_task
+
+STEPS = 6
+MEASURED = ("seconds", "inference_peak_bytes")
+
+
+class Killed(BaseException):
+    """Ends a run where it stands: nothing catches it, so nothing is saved, as after SIGKILL."""
+
+
+class Told(Listener):
+    """Keeps what was said; is killed once so many steps are done."""
+
+    def __init__(self, killed_after: int = -1) -> None:
+        self.messages: list[str] = []
+        self.killed_after = killed_after
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def stepped(self, record: StepRecord) -> None:
+        if record.step + 1 == self.killed_after:
+            raise Killed
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    settings = {"steps": STEPS, "save_every": 2, "lr": 1e-2, "mu": 1e-2, **changes}
+    return TrainConfig(**short_run(folder, **settings))
+
+
+def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
+    return fit(config_of(folder, **changes), listener=listener)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """What must be the same of two runs."""
+    folder = RunFolder(run)
+    newest = checkpoint.newest(folder.checkpoints)
+    assert newest is not None
+    files = [path for top in (folder.adapter, newest) for path in sorted(top.rglob("*")) if path.is_file()]
+    found = {str(path.relative_to(run)): path.read_bytes() for path in [*files, folder.journal]}
+    lines = [{k: v for k, v in line.items() if k not in MEASURED} for line in folder.read_metrics()]
+    return {**found, "metrics": json.dumps(lines).encode()}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return contents(run_of(tmp_path_factory.mktemp("alone"), eval_every=2).folder)
+
+
+def stopped(folder: Path, after: int = 5, **changes: Any) -> Path:
+    with pytest.raises(Killed):
+        run_of(folder, Told(after), eval_every=2, **changes)
+    return folder / "run"
+
+
+def resumed(folder: Path, told: Told | None = None, **changes: Any) -> dict[str, bytes]:
+    return contents(run_of(folder, told, eval_every=2, resume=True, **changes).folder)
+
+
+@pytest.mark.parametrize("after", range(1, STEPS + 1))
+def test_a_run_that_is_killed_after_any_step_ends_in_the_same_bytes(
+    after: int, left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    stopped(tmp_path, after)
+    assert resumed(tmp_path) == left_alone
+
+
+def killed_at(plain: Any, call: int, when: str) -> Any:
+    """A method before or behind whose call of that number the process ends."""
+    calls = [0]
+
+    def method(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and when == "before":
+            raise Killed
+        found = plain(*given, **named)
+        if calls[0] == call:
+            raise Killed
+        return found
+
+    return method
+
+
+@pytest.mark.parametrize("name", ["_due", "_evaluate", "save"])
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_run_that_is_killed_around_evaluations_and_checkpoints_ends_in_the_same_bytes(
+    name: str, call: int, left_alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for when in ("before", "behind"):
+        plain = getattr(Loop, name)
+
+        monkeypatch.setattr(Loop, name, killed_at(plain, call, when))
+        with pytest.raises(Killed):
+            run_of(tmp_path / when, eval_every=2)
+        monkeypatch.setattr(Loop, name, plain)
+        assert resumed(tmp_path / when) == left_alone
+
+
+def test_a_finished_run_that_is_resumed_is_not_changed(left_alone: dict[str, bytes], tmp_path: Path) -> None:
+    run_of(tmp_path, eval_every=2)
+    assert resumed(tmp_path) == left_alone
+
+
+def test_the_first_evaluation_is_made_again_where_it_was_cut_off(
+    left_alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Loop._evaluate
+
+    def evaluate(self: Loop, when: str, *rest: Any, **named: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(Loop, "_evaluate", evaluate)
+    with pytest.raises(Killed):
+        run_of(tmp_path, eval_every=2)
+    monkeypatch.setattr(Loop, "_evaluate", plain)
+    assert resumed(tmp_path) == left_alone
+
+
+# ------------------------------------------------------------------------------- what the disk has lost
+
+
+def test_a_journal_without_its_header_is_begun_again(left_alone: dict[str, bytes], tmp_path: Path) -> None:
+    run = stopped(tmp_path, 1)
+    for length in (0, 20):
+        shutil.rmtree(run)
+        stopped(tmp_path, 1)
+        (run / "journal.bin").write_bytes((run / "journal.bin").read_bytes()[:length])
+        assert resumed(tmp_path) == left_alone
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_steps_that_metrics_have_lost_are_computed_again(
+    lost: int, left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-lost]) + '{"kind": "st')
+    assert resumed(tmp_path) == left_alone
+
+
+def test_steps_that_the_journal_has_lost_are_computed_again(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    path = run / "journal.bin"
+    os.truncate(path, path.stat().st_size - 10)
+    assert resumed(tmp_path) == left_alone
+
+
+def test_without_a_journal_a_run_goes_on_from_its_checkpoint(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    (run / "journal.bin").unlink()
+    found = resumed(tmp_path)
+    kept = journal.read(run / "journal.bin")
+    assert [record.step for record in kept] == [4, 5]
+    assert {k: v for k, v in found.items() if k != "journal.bin"} == {
+        k: v for k, v in left_alone.items() if k != "journal.bin"
+    }
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(left_alone: dict[str, bytes], tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    path = run / "checkpoints/step-000004/curvature.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert any("is damaged" in text and "an older checkpoint is taken" in text for text in told.messages)
+    assert "taking 3 steps from the journal" in told.messages
+    assert (run / "checkpoints/damaged-step-000004").is_dir()
+    assert [path.name for path in checkpoint.every(run / "checkpoints")] == [
+        *("step-000006", "step-000002", "step-000000")
+    ]
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for bad in ("{\n", "[]\n", '{"kind": "step"}\n'):
+        (run / "metrics.jsonl").write_text("".join([*lines[:2], bad, *lines[3:]]))
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 3 is damaged; remove it and what follows"):
+            resumed(tmp_path)
+    (run / "metrics.jsonl").write_text("".join(lines))
+
+
+# ------------------------------------------------------------------------------------ the best on dev
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_best_state_survives_a_kill_between_its_evaluation_and_its_checkpoint(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eval_every": 1, "save_every": 0, "keep": "best", "save_total_limit": limit}
+    alone = run_of(tmp_path / "a", **options)
+    best = alone.summary["adapter_step"]
+    assert 0 < best < STEPS  # otherwise the adapter says nothing
+    plain = Loop.save
+
+    def save(self: Loop) -> None:
+        if self.position.step == best:
+            raise Killed
+        plain(self)
+
+    monkeypatch.setattr(Loop, "save", save)
+    with pytest.raises(Killed):
+        run_of(tmp_path / "b", **options)
+    monkeypatch.setattr(Loop, "save", plain)
+    again = run_of(tmp_path / "b", resume=True, **options)
+    assert again.summary["adapter_step"] == best
+    assert contents(again.folder) == contents(alone.folder)
+
+
+def test_a_run_told_late_to_keep_the_best_takes_the_best_that_is_there(tmp_path: Path) -> None:
+    stopped(tmp_path, 5, save_every=3)
+    run = run_of(tmp_path, eval_every=2, save_every=3, keep="best", resume=True)
+    there = {checkpoint.steps_of(path) for path in checkpoint.every(run.folder / "checkpoints")}
+    assert run.summary["adapter_step"] in there
+
+
+# ------------------------------------------------------------------------------------ failures to write
+
+
+def refusing(plain: Any, first: int) -> Any:
+    """A method that raises from its call number `first` on, after its work, as a full disk does."""
+    calls = [0]
+
+    def method(self: Any, *rest: Any) -> Any:
+        calls[0] += 1
+        found = plain(self, *rest)
+        if calls[0] >= first:
+            with storing(Path("/full")):
+                raise OSError(28, "No space left on device", "/full/file")
+        return found
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "first"),
+    [(LoRA, "save", 1), (LoRA, "save", 3), (RunFolder, "append_metrics", 4), (journal.Journal, "append", 3)],
+)
+def test_a_full_disk_ends_a_run_that_goes_on_to_the_same_bytes(
+    owner: Any,
+    name: str,
+    first: int,
+    left_alone: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = getattr(owner, name)
+    monkeypatch.setattr(owner, name, refusing(plain, first))
+    with pytest.raises(StorageError, match=r"No space left.*--resume goes on after \d steps once this is me"):
+        run_of(tmp_path, eval_every=2)
+    monkeypatch.setattr(owner, name, plain)
+    found = list((tmp_path / "run").rglob("*.tmp"))
+    assert found == []
+    if first == 1:  # nothing was begun yet
+        assert not checkpoint.every(tmp_path / "run/checkpoints")
+    assert resumed(tmp_path) == left_alone
+
+
+def test_a_state_that_is_half_changed_is_not_saved(
+    left_alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe, calls = Grouped.observe, [0]
+
+    def refused(self: Grouped, *rest: Any) -> None:
+        calls[0] += 1
+        observe(self, *rest)
+        if calls[0] == 4:
+            raise MemoryError
+
+    monkeypatch.setattr(Grouped, "observe", refused)
+    with pytest.raises(BudgetError, match=r"memory ran out.*step-000002 is the last good state, --res"):
+        run_of(tmp_path, eval_every=2)
+    monkeypatch.setattr(Grouped, "observe", observe)
+    assert not (tmp_path / "run/checkpoints/step-000003").exists()
+    assert resumed(tmp_path) == left_alone
+
+
+def test_an_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    run = run_of(tmp_path, steps=1)
+    before = contents(run.folder)
+
+    class Refusing:
+        def save(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "half").write_text("")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        checkpoint.save_adapter(Refusing(), run.folder / "adapter")  # type: ignore[arg-type]
+    assert contents(run.folder) == before
+    assert not (run.folder / ".adapter.tmp").exists()
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=4)
+    with pytest.raises(UserError, match=r"--steps: got 3, the run has taken 4 already; allowed: 4 or more"):
+        run_of(tmp_path, steps=3, resume=True)
+
+
+def test_a_folder_that_another_run_took_in_the_meantime_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hizoo_lite.train.fit as module
+
+    plain, config = module.build, config_of(tmp_path)
+
+    def build(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(module, "build", plain)
+        fit(config)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(module, "build", build)
+    with pytest.raises(UserError, match=r"holds a run already"):
+        fit(config)
+
+
+def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file/run cannot be made: Not a directory; allowed"):
+        run_of(tmp_path, out=str(tmp_path / "file/run"))
+
+
+def test_what_a_killed_start_left_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.toml.tmp").write_text("")
+    assert run_of(tmp_path, steps=1).summary["steps"] == 1
+
+
+def test_other_data_another_task_and_another_model_are_named(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    write_task(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    run = stopped(tmp_path, model=str(model))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    data = tmp_path / "data/train.jsonl"
+    for path, old, new, words in (
+        (data, "game", "play", "--data: the training examples"),
+        (tmp_path / "data/test.jsonl", "The", "That", "--data: the test examples"),
+        (tmp_path / "moods.toml", "It was", "It is", "--task: its prompts, answers or metrics"),
+        (model / "tokenizer_config.json", "{", "{ ", "--model: its tokenizer"),
+    ):
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=rf"the run was begun with others.*\n  {words}\n"):
+            resumed(tmp_path, model=str(model))
+        path.write_text(text)
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    place = Checkpoint.open(model).place("model.norm.weight")
+    weights.write_bytes(content[: place.offset] + b"\x01" + content[place.offset + 1 :])
+    with pytest.raises(UserError, match=r"\n  --model: its weights\nput them"):
+        resumed(tmp_path, model=str(model))
+    weights.write_bytes(content)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "library": "torch-cuda"}))
+    with pytest.raises(UserError, match=r"\n  --device: what it is computed with\n"):
+        resumed(tmp_path, model=str(model))
+    (run / "run.json").write_text("[")
+    with pytest.raises(UserError, match=r"run.json: cannot be read"):
+        resumed(tmp_path, model=str(model))
+    (run / "run.json").write_bytes(before[run / "run.json"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert resumed(tmp_path, model=str(model))["metrics"] == left_alone["metrics"]
+
+
+def test_a_thousand_examples_are_looked_at_in_a_moment() -> None:
+    data = Path(__file__).parents[1] / "../shared/data/sst2"
+    if not data.is_dir():
+        pytest.skip("../shared/data/sst2 is not here")
+    task = tasks.get("sst2")
+    splits = tasks.make_splits(task, data, train_examples=1000, seed=0)
+    identity.of_run(splits, task, "", DEMO, "torch-cpu")
+    began = time.process_time()
+    found = identity.of_run(splits, task, "", DEMO, "torch-cpu")
+    assert time.process_time() - began < 0.1
+    other = replace(splits, train=[*splits.train[1:], splits.train[0]])
+    changed = identity.of_run(other, task, "", DEMO, "torch-cpu")
+    assert {name for name in found if found[name] != changed[name]} == {"train"}
+
+
+def test_large_files_are_told_apart_by_samples(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(3 << 20))
+    first = identity.of_files([path])
+    with path.open("rb+") as file:
+        file.seek((3 << 20) - 1)
+        file.write(b"\x01")
+    assert identity.of_files([path]) != first
+    assert identity.of_files([path, path]) == identity.of_files([path])
