@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hizoo_lite.cli.export import TARGETS
 from hizoo_lite.export import merged
-from hizoo_lite.export.onnx.check import LIMIT
+from hizoo_lite.export.onnx.compare import LIMIT
 from hizoo_lite.model.load import load
 from hizoo_lite.train import saved
 from hizoo_lite.train.config import TrainConfig

@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Bits], 
     def make(name: str, bits: Bits) -> Path:
         folder = tmp_path_factory.mktemp(f"{name}-{bits}")
         first, _ = tuned(folder, name, bits)
-        export_onnx(first, folder / "onnx")
+        export_onnx(first, folder / "onnx", base_bits=bits)
         return folder
 
     return make

@@ -20,7 +20,8 @@ from hizoo_lite.noise import normal
 from hizoo_lite.quant import ResidualWeight, pack
 from hizoo_lite.quant.quantize import Quantization
 from tests.architectures import save_tiny
-from tests.test_export_onnx import KINDS, multiply, tuned, write_adapter
+from tests.export_fixtures import KINDS, tuned, write_adapter
+from tests.test_export_onnx import multiply
 
 
 def tuned_weights(folder: Path, name: str, bits: Bits, space: str, **options: Any) -> Path:

@@ -105,9 +105,9 @@ def differences(folder: Path, name: str, bits: Bits) -> dict[str, Any]:
     "exported" is what the export itself has measured, decoding with the cache included.
     """
     adapters = tuned(folder, name, bits)
-    export = export_onnx(adapters[0], folder / "onnx")
+    export = export_onnx(adapters[0], folder / "onnx", base_bits=bits)
     found = {"exported": float(export.record["check"]["max_abs_difference"])}
-    session = Session(export_onnx(adapters[1], folder / "onnx"))
+    session = Session(export_onnx(adapters[1], folder / "onnx", base_bits=bits))
     source = folder / ("source" if bits == "none" else "model")
     model = load(source, kind=KINDS[name], bits=bits, compute_dtype="float32", device="cpu")
     for adapter in (None, *adapters):
