@@ -144,8 +144,8 @@ def test_python_exports_what_the_command_does(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "options", "messages"),
     [
-        ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, merged"]),
-        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to merged"]),
+        ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, onnx-train, merged"]),
+        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged"]),
         ("onnx", ["--model", "m"], ["--model: got 'm', allowed only with --to peft or merged"]),
         (
             "merged",

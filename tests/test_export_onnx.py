@@ -242,8 +242,9 @@ def test_a_graph_that_computes_something_else_is_removed(
 
     def written_before(model: Model, out: Path, *_: Any) -> Export:
         shutil.copytree(llama / "onnx", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("adapters"))
-        export = Export.open(llama / "onnx")
-        return Export(out, {**export.record, "adapters": {}, "check": None})
+        record = {**Export.open(llama / "onnx").record, "adapters": {}, "check": None}
+        (out / "export.json").write_text(json.dumps(record))
+        return Export(out, record)
 
     monkeypatch.setattr(exporting, "cases", shifted)
     monkeypatch.setattr(exporting, "export_base", written_before)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hizoo_lite.errors import ExportError, StorageError
+from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.memory.allocator import map_large
@@ -155,7 +155,7 @@ def main(folder: Path) -> dict[str, Any]:
     export = Export.open(request["export"])
     try:
         session = Session(export, sparing=request["sparing"])
-    except StorageError as error:
+    except UserError as error:
         return {"error": str(error), "at": "load"}
     runs: list[dict[str, Any]] = []
     try:
