@@ -21,7 +21,8 @@ from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.memory.allocator import map_large
 
-#: The largest difference of a logit that float32 sums in another order may make.
+#: The largest difference of a logit that float32 sums in another order may make, where no logit is above 1;
+#: times the largest one otherwise, as rounding is relative.
 LIMIT = 1e-4
 #: Tokens of a decoding that are given at once; the others come one by one.
 PREFILL = 6
@@ -71,7 +72,8 @@ def compare(session: Session, reference: Reference) -> list[dict[str, Any]]:
         got, wanted = got[shown], case.logits[shown]
         differences = np.abs(got - wanted)
         limit = np.inf if reference.limit is None else reference.limit
-        limit *= float(np.abs(case.logits).max()) if reference.share else 1.0
+        largest = float(np.abs(case.logits).max())
+        limit *= largest if reference.share else max(1.0, largest)
         worst = float(differences.max())
         if not (worst <= limit and np.isfinite(worst)):  # NaN is above it too
             raise ExportError(_failed(session, entry, reference.adapter, differences, limit))
