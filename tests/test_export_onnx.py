@@ -238,7 +238,7 @@ def test_a_graph_that_computes_something_else_is_removed(
     real = exporting.cases
 
     def shifted(model: Model) -> list[compare.Case]:
-        return [case._replace(logits=case.logits + 2e-4) for case in real(model)]
+        return [case._replace(logits=case.logits * (1 + 3e-4) + 3e-4) for case in real(model)]
 
     def written_before(model: Model, out: Path, *_: Any) -> Export:
         shutil.copytree(llama / "onnx", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("adapters"))
@@ -249,7 +249,7 @@ def test_a_graph_that_computes_something_else_is_removed(
     monkeypatch.setattr(exporting, "cases", shifted)
     monkeypatch.setattr(exporting, "export_base", written_before)
     with pytest.raises(
-        ExportError, match=r"differs from the model by 2\.\d+e-04, allowed is 1e-04: forward of 1 x 1"
+        ExportError, match=r"differs from the model by \d\.\d+e-0[34], allowed is \d+e-04: forward of 1 x 1"
     ):
         export_onnx(llama / "first", tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
