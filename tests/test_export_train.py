@@ -68,7 +68,7 @@ FAST = {
     ("bert", "nf4", "class"),
 }
 GRID = [
-    pytest.param(name, bits, loss, marks=[] if (name, bits, loss) in FAST else [pytest.mark.slow])
+    pytest.param(name, bits, loss, marks=[] if (name, bits, loss) in FAST else [pytest.mark.grid])
     for name, kind in KINDS.items()
     for bits in get_args(Bits)
     for loss in LOSSES[kind]
