@@ -8,7 +8,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores, here and in the processes of tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402, F401  (makes the logger)
+import torch  # noqa: F401  (makes the logger)
 
 # pytest hangs its handlers on every logger that does not propagate, and torch formats a stack for every step
 # of a trace as soon as this one has a handler: more than half of the time of an export.
