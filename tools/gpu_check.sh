@@ -22,7 +22,7 @@ part() { # name, command ...: run it, keep its output, remember the first failur
 }
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || { echo "no CUDA device here" >&2; exit 1; }
-part tests python3 -m pytest -q -n 0 -m gpu -o filterwarnings=default tests
+part tests python3 -m pytest -q -o addopts= -m gpu -o filterwarnings=default tests
 part numerics python3 tools/bench_numerics.py --quick --device cuda --json "$out/numerics.json"
 part step python3 tools/bench_step.py --device cuda --cap-gib 24 --json "$out/step.json"
 part stream python3 tools/bench_stream.py --device cuda --cap-gib 24 --shape llama-2-13b --rows 16 --length 256 \
