@@ -34,6 +34,7 @@ from hizoo_lite.errors import StorageError, UserError
 
 _CPU_SECONDS, _SECONDS = 2.0, 60.0
 _MEMORY_BYTES = 1 << 30
+_ROUND = 500  # cases that hypothesis makes at a time: it remembers all of them
 
 
 class _TooSlow(BaseException):
@@ -66,7 +67,7 @@ def attack(target: Target, cases: int) -> Figures:
         target.read(folder)
         begin, done, rounds = time.perf_counter(), 0, 0
         while done < cases:
-            done += _round(target, folder, cases - done, rounds, figures)
+            done += _round(target, folder, min(cases - done, _ROUND), rounds, figures)
             rounds += 1
         figures.seconds = time.perf_counter() - begin
     return figures
@@ -151,7 +152,9 @@ def _limited() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
     limit = int(taken.split()[1]) * 1024 + _MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

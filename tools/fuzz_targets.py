@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,20 +42,18 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def _tensors(dtype: str = "F32") -> bytes:
+def _tensors() -> bytes:
     """A safetensors file with a tensor w (3, 2) and an empty one."""
     header = {
         "__metadata__": {"format": "pt"},
-        "w": {"dtype": dtype, "shape": [3, 2], "data_offsets": [0, 24]},
-        "empty": {"dtype": dtype, "shape": [0, 2], "data_offsets": [24, 24]},
+        "w": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]},
+        "empty": {"dtype": "F32", "shape": [0, 2], "data_offsets": [24, 24]},
     }
     text = _json(header)
     return struct.pack("<Q", len(text)) + text + np.arange(6, dtype="<f4").tobytes()
 
 
 def _sha256(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 
@@ -77,7 +76,7 @@ def _rows(suffix: str) -> Target:
 
     def read(folder: Path) -> None:
         for row in files.rows(folder / name):
-            row.value(*row.values) if any(v is not None for v in row.values.values()) else None
+            row.value(*row.values)
 
     return Target(f"rows-{suffix}", {name: _ROWS[suffix]}, {name: _FORMS[suffix]}, read)
 
@@ -89,13 +88,34 @@ _QUESTIONS = {
 }
 #: A row that every built-in task finds its fields in.
 _ANY_ROW = {
-    **{"sentence": "a", "label": 0, "text": "t", "coarse_label": 1, "idx": 0, "sentence1": "a"},
-    **{"sentence2": "b", "premise": "p", "hypothesis": "h", "question": "cause", "passage": "p", "word": "a"},
-    **{"choice1": "a", "choice2": "b", "gold_label": "neutral", "title": "t", "paragraphs": [_QUESTIONS]},
-    **{"qa_pairs": [{"query_id": "1", "question": "q", "answer": _SPANS, "validated_answers": [_SPANS]}]},
-    **{"target": {"span1_text": "a", "span1_index": 0, "span2_text": "p", "span2_index": 1}},
-    **{"start1": 0, "end1": 1, "start2": 0, "end2": 1, "query": "q @placeholder", "prompt": "p"},
-    **{"entities": ["a"], "answers": ["a"], "messages": [{"role": "user", "content": "c"}]},
+    "sentence": "a",
+    "label": 0,
+    "text": "t",
+    "coarse_label": 1,
+    "idx": 0,
+    "sentence1": "a",
+    "sentence2": "b",
+    "premise": "p",
+    "hypothesis": "h",
+    "question": "cause",
+    "passage": "p",
+    "word": "a",
+    "choice1": "a",
+    "choice2": "b",
+    "gold_label": "neutral",
+    "title": "t",
+    "paragraphs": [_QUESTIONS],
+    "qa_pairs": [{"query_id": "1", "question": "q", "answer": _SPANS, "validated_answers": [_SPANS]}],
+    "target": {"span1_text": "a", "span1_index": 0, "span2_text": "p", "span2_index": 1},
+    "start1": 0,
+    "end1": 1,
+    "start2": 0,
+    "end2": 1,
+    "query": "q @placeholder",
+    "prompt": "p",
+    "entities": ["a"],
+    "answers": ["a"],
+    "messages": [{"role": "user", "content": "c"}],
 }
 
 
@@ -112,8 +132,9 @@ def _read_tasks(folder: Path) -> None:
 
 
 _TASK_FILES = {
-    "choice.toml": b'name = "t"\nkind = "choice"\nprompt = "{sentence!o} It was"\nmasked_prompt = "{sentence} {mask}"\n'
-    b'label_field = "label"\nmetric = "f1"\ncut = "sentence"\n[answers]\n0 = " bad"\n1 = " good"\n',
+    "choice.toml": b'name = "t"\nkind = "choice"\nprompt = "{sentence!o} It was"\n'
+    b'masked_prompt = "{sentence} {mask}"\nlabel_field = "label"\n'
+    b'metric = "f1"\ncut = "sentence"\n[answers]\n0 = " bad"\n1 = " good"\n',
     "completion.toml": b'name = "t"\nkind = "completion"\nprompt = "{sentence}"\nanswer = " {label}\\n"\n',
     "data.jsonl": _ROWS["jsonl"],
 }
@@ -156,11 +177,11 @@ def _read_hardware(folder: Path) -> None:
 
 def _journal() -> bytes:
     data = journal._header(3)
-    import zlib
-
     checksum = zlib.crc32(data)
     for step in range(4):
-        record = journal.Record(step, 7, 8 * step, (1.0, 1.5, 0.5), 0.25, 1e-3 if step else None, 0.1, 1e-4, 0.0)
+        record = journal.Record(
+            step, 7, 8 * step, (1.0, 1.5, 0.5), 0.25, 1e-3 if step else None, 0.1, 1e-4, 0.0
+        )
         packed, checksum = journal._packed(record, 3, checksum)
         data += packed
     return data
@@ -177,8 +198,13 @@ def _read_journal(folder: Path) -> None:
 
 
 _STATE = {
-    **{"step": 2, "bad_steps": 0, "step_size": {"scale": 1.0}, "halvings": 0, "library": "torch"},
-    **{"parameters": ["a", "b"], "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())}},
+    "step": 2,
+    "bad_steps": 0,
+    "step_size": {"scale": 1.0},
+    "halvings": 0,
+    "library": "torch",
+    "parameters": ["a", "b"],
+    "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())},
 }
 
 
@@ -206,7 +232,7 @@ _RUN = {
 
 
 def _read_run(folder: Path) -> None:
-    run = RunFolder(folder)
+    run = RunFolder(folder, writes=False)
     identity.read(folder / "run.json")
     run.read_metrics()
     run.evaluations()
@@ -217,7 +243,10 @@ def _read_run(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ models
 
-_INDEX = {"metadata": {"sha256": {"a.safetensors": _sha256(_tensors())}}, "weight_map": {"w": "a.safetensors"}}
+_INDEX = {
+    "metadata": {"sha256": {"a.safetensors": _sha256(_tensors())}},
+    "weight_map": {"w": "a.safetensors"},
+}
 _MODEL = {
     "config.json": _json(
         {"model_type": "llama", "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
@@ -249,7 +278,14 @@ def _read_tensors(folder: Path) -> None:
 
 _ADAPTER = {
     "adapter_config.json": _json(
-        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "use_rslora": True, "bias": "none"}
+        {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q"],
+            "use_rslora": True,
+            "bias": "none",
+        }
     ),
     "adapter_model.safetensors": _tensors(),
 }
@@ -264,12 +300,23 @@ def _read_adapter(folder: Path) -> None:
 
 
 _SPACE = {
-    **{"format": 1, "space": "dense", "targets": ["q"], "base_model": "b", "kind": "causal", "bits": "nf4"},
+    "format": 1,
+    "space": "dense",
+    "targets": ["q"],
+    "base_model": "b",
+    "kind": "causal",
+    "bits": "nf4",
     "head": False,
 }
 _EXPORT = {
-    **{"format": 1, "kind": "causal", "form": "base", "bits": "nf4", "products": "exact"},
-    **{"base": {"model": "m", "fingerprint": "f"}, "tuned": None, "check": None},
+    "format": 1,
+    "kind": "causal",
+    "form": "base",
+    "bits": "nf4",
+    "products": "exact",
+    "base": {"model": "m", "fingerprint": "f"},
+    "tuned": None,
+    "check": None,
     "model": {
         "files": {"model.onnx": {"bytes": 1, "sha256": _sha256(b"x")}},
         "inputs": [{"name": "input_ids"}],
@@ -290,24 +337,38 @@ def _read_export(folder: Path) -> None:
 
 
 _TRAIN = {
-    **{"format": 1, "kind": "classifier", "bits": "nf4", "loss": "class", "positions": 64},
-    **{"parameters": [{"name": "a", "shape": [3, 2]}], "lora": {"r": 2}},
+    "format": 1,
+    "kind": "classifier",
+    "bits": "nf4",
+    "loss": "class",
+    "positions": 64,
+    "parameters": [{"name": "a", "shape": [3, 2]}],
+    "lora": {"r": 2},
     "onnx_adapter": {"names": {"a": {"input": "i", "transpose": True, "scale": 1.0}}},
 }
 _WORDS = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}
 _TOKENIZER = {
     "tokenizer.json": _json(
         {
-            **{"version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "Lowercase"}},
-            **{"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None},
-            **{"decoder": None, "model": {"type": "WordLevel", "vocab": _WORDS, "unk_token": "[UNK]"}},
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": {"type": "Lowercase"},
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": _WORDS, "unk_token": "[UNK]"},
         }
     ),
     "tokenizer_config.json": _json(
         {
-            **{"eos_token": "</s>", "unk_token": {"content": "[UNK]"}, "model_max_length": 64},
-            **{"added_tokens_decoder": {"4": {"content": "<x>", "special": True}}},
-            **{"extra_special_tokens": ["<y>"], "chat_template": [{"name": "default", "template": "{{ 1 }}"}]},
+            "eos_token": "</s>",
+            "unk_token": {"content": "[UNK]"},
+            "model_max_length": 64,
+            "added_tokens_decoder": {"4": {"content": "<x>", "special": True}},
+            "extra_special_tokens": ["<y>"],
+            "chat_template": [{"name": "default", "template": "{{ 1 }}"}],
         }
     ),
     "special_tokens_map.json": _json({"pad_token": "<pad>"}),
@@ -331,7 +392,10 @@ def _every(made: Mapping[str, Any], form: Form) -> dict[str, Form]:
 def targets() -> Iterable[Target]:
     """All of them."""
     hardware_file = (hardware.folder() / "rtx3090-24gb.toml").read_bytes()
-    inside = {f"step-000002/{name}": data for name, data in {"adapter/x": b"x", "curvature.safetensors": _tensors()}.items()}
+    inside = {
+        f"step-000002/{name}": data
+        for name, data in {"adapter/x": b"x", "curvature.safetensors": _tensors()}.items()
+    }
     task_forms: dict[str, Form] = {"choice.toml": "toml", "completion.toml": "toml"}
     return (
         *map(_rows, _ROWS),

@@ -26,7 +26,20 @@ Form = Literal["json", "jsonl", "toml", "table", "journal", "safetensors"]
 _NUMBERS = (0, 1, -1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**30, 10**400, 10**4200)
 _FLOATS = (0.5, -0.0, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf)
 _PATHS = ("..", ".", "/", "../x", "a/../../x", "/etc/passwd", "C:\\x", "~/x", "a\0b", "x" * 5000)
-_TEXTS = ("", " ", "\ud800", "{", "{a.b}", "{0}", "-1", "NaN", "1e999", "24GiB", "9" * 400 + "GiB", "\U0001f642")
+_TEXTS = (
+    "",
+    " ",
+    "\ud800",
+    "{",
+    "{a.b}",
+    "{0}",
+    "-1",
+    "NaN",
+    "1e999",
+    "24GiB",
+    "9" * 400 + "GiB",
+    "\U0001f642",
+)
 _EMPTY: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": None}, [{}])
 _LEAVES = st.sampled_from((*_NUMBERS, *_FLOATS, *_PATHS, *_TEXTS, *_EMPTY)) | st.text(max_size=6)
 _VALUES = st.recursive(
@@ -47,12 +60,40 @@ _EXTREMES: dict[Form, tuple[bytes, ...]] = {
         b"a = " + b"9" * 5000,
         b"a = 1979-13-99",
     ),
-    "table": (b'"' * 9999, b'a\n"' + b"\n" * 9999, b"\t" * _DEEP, b"a\r" * 999, b"," * 200_000, b'a\n"' + b"x" * 200_000),
+    "table": (
+        b'"' * 9999,
+        b'a\n"' + b"\n" * 9999,
+        b"\t" * _DEEP,
+        b"a\r" * 999,
+        b"," * 200_000,
+        b'a\n"' + b"x" * 200_000,
+    ),
     "journal": (b"HIZOOJNL" * 99, bytes(32)),
-    "safetensors": (struct.pack("<Q", _DEEP) + b"[" * _DEEP, struct.pack("<Q", 2**63), struct.pack("<Q", 2) + b"{}"),
+    "safetensors": (
+        struct.pack("<Q", _DEEP) + b"[" * _DEEP,
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 2) + b"{}",
+    ),
 }
 _COMMON = (b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"null", b"{}", b"[]", b"\n" * 999)
-_PIECES = (b"\t", b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"{", b"}", b"[", b"]", b":", b"=", b"\\", b"-", b"e9")
+_PIECES = (
+    b"\t",
+    b",",
+    b'"',
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\xff",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b"=",
+    b"\\",
+    b"-",
+    b"e9",
+)
 
 
 def contents(form: Form, valid: bytes) -> st.SearchStrategy[bytes]:
@@ -66,7 +107,9 @@ def contents(form: Form, valid: bytes) -> st.SearchStrategy[bytes]:
         found += [st.builds(lambda seed: _signed(_damaged(valid, seed)), _SEEDS)] * 2
     elif form != "table":
         found += [st.builds(_rewritten, st.just(form), st.just(valid), _VALUES, _SEEDS)] * 3
-        found.append(st.builds(_written, st.just(form), st.dictionaries(st.text(max_size=4), _VALUES, max_size=3)))
+        found.append(
+            st.builds(_written, st.just(form), st.dictionaries(st.text(max_size=4), _VALUES, max_size=3))
+        )
     return st.integers(0, 39).flatmap(lambda which: found[0 if which == 0 else 1 + which % (len(found) - 1)])
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_toml
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
+from hizoo_lite.files import parse_toml
 from hizoo_lite.train.adapter_files import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
