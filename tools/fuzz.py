@@ -70,6 +70,8 @@ def attack(target: Target, cases: int) -> Figures:
             done += _round(target, folder, min(cases - done, _ROUND), rounds, figures)
             rounds += 1
         figures.seconds = time.perf_counter() - begin
+    counts = f"{figures.cases} cases, {figures.accepted} accepted, {figures.failed} failures"
+    print(f"{target.name}: {counts}, {figures.seconds:.0f} s", file=sys.stderr, flush=True)
     return figures
 
 

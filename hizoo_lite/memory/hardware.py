@@ -9,6 +9,7 @@ by dtype (`bf16`, `fp16`, `float32`). On a CPU there is one memory, and no `host
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -98,9 +99,9 @@ def names() -> list[str]:
 def find(name_or_file: str) -> Hardware:
     """A shipped profile by name, or a file. `UserError` with all of its problems."""
     path = Path(name_or_file)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also where no file can have such a name
         path = folder() / f"{name_or_file}.toml"
-        if Path(name_or_file).name != name_or_file or not path.is_file():
+        if Path(name_or_file).name != name_or_file or not os.path.isfile(path):
             raise UserError(
                 f"--profile: got {name_or_file!r}, which is no file; allowed: a TOML file, or one of "
                 f"{', '.join(names())}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -44,10 +45,10 @@ def profiles_folder() -> Path:
 def find(path_or_name: str) -> Path:
     """The file behind `--config`. UserError naming the profiles where there is none."""
     path = Path(path_or_name)
-    if path.is_file():
+    if os.path.isfile(path):  # False also where no file can have such a name
         return path
     profile = profiles_folder() / f"{path_or_name}.toml"
-    if path.name == path_or_name and profile.is_file():
+    if path.name == path_or_name and os.path.isfile(profile):
         return profile
     known = ", ".join(sorted(p.stem for p in profiles_folder().glob("*.toml"))) or "none found"
     refuse(
