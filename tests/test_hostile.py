@@ -17,9 +17,12 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.files import is_inside, parse_json, parse_toml
+from hizoo_lite.memory import hardware
+from hizoo_lite.memory.sizes import parse_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.train import checkpoint
+from hizoo_lite.train import checkpoint, config_file
+from hizoo_lite.train.adapter_files import read_peft_config
 
 _SOURCES = [
     path
@@ -130,6 +133,26 @@ def test_shapes_that_no_array_has_are_refused(tmp_path: Path, shape: list[int]) 
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="tensor w"):
         tensorfile.load(path)
+
+
+def test_sizes_and_names_beyond_all_use_are_refused() -> None:
+    with pytest.raises(ValueError, match="less than"):
+        parse_bytes("9" * 400 + "GiB")
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="which is no file"):
+            hardware.find(name)
+        with pytest.raises(UserError, match="which is no file"):
+            config_file.find(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("r", 0), ("r", 2.5), ("r", True), ("lora_alpha", 10**400), ("lora_alpha", [1])]
+)
+def test_numbers_of_an_adapter_are_checked(tmp_path: Path, key: str, value: object) -> None:
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q"], key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key}: got"):
+        read_peft_config(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- code of others
