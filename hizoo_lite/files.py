@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hizoo_lite.errors import StorageError, UserError
 
 #: Of a JSON file that is read: no record and no tokenizer's settings are larger.
 _MOST_BYTES = 64 << 20
+_MOST_NAME_BYTES = 255  # of a part of a path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,12 +64,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` of what others may have written: ValueError also where it is nested too deeply."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads` of what others may have written: ValueError also where it is nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def is_inside(name: object) -> bool:
+    """Whether this is a file's name, with `/` between its parts, that stays in its folder on every system."""
+    if not isinstance(name, str) or not name.isprintable() or any(sign in name for sign in "\\:"):
+        return False
+    path = PurePosixPath(name)
+    short = all(len(part.encode()) <= _MOST_NAME_BYTES for part in path.parts) and len(path.parts) < 99
+    return short and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
 def read_json(path: Path, wanted: str) -> dict[str, Any]:
     """The object in a file, which is `wanted`. UserError naming it where it is missing or something else."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: {wanted}, at most {_MOST_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; allowed: {wanted}") from error
     except OSError as error:

@@ -19,9 +19,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_json
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _ALIGNMENT = 8
+_MOST_DIMENSIONS, _MOST_VALUES = 32, 1 << 63  # what numpy and torch can say of an array
 
 _DTYPES = {
     name: np.dtype(code)
@@ -39,7 +41,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of a value, of every dtype that any file here may have.
-_SIZES = {**{name: dtype.itemsize for name, dtype in _DTYPES.items()}, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+SIZES = {**{name: dtype.itemsize for name, dtype in _DTYPES.items()}, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class Entry(NamedTuple):
@@ -91,7 +93,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 def equal(first: Path, second: Path) -> bool:
     """Whether two files hold the same tensors, bit for bit; their metadata may differ."""
-    a, b = (read_header(path, _SIZES) for path in (first, second))
+    a, b = (read_header(path, SIZES) for path in (first, second))
     if {n: (e.dtype, e.shape) for n, e in a.items()} != {n: (e.dtype, e.shape) for n, e in b.items()}:
         return False
     with open(first, "rb") as one, open(second, "rb") as other:
@@ -130,7 +132,7 @@ def read_header(path: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     except OSError as error:
         raise unreadable(path, error) from error
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = parse_json(text, object_pairs_hook=_unique)
     except ValueError as error:
         raise UserError(f"{path}: the safetensors header is not sound JSON: {error}") from error
     if not isinstance(header, dict):
@@ -160,6 +162,9 @@ def _entry(path: Path, name: str, fields: Any, data_start: int, sizes: Mapping[s
         raise UserError(
             f"{path}: tensor {name}: shape {shape} and offsets {[begin, end]} must be integers >= 0"
         )
+    count = math.prod(max(n, 1) for n in shape)
+    if len(shape) > _MOST_DIMENSIONS or max(count, end) >= _MOST_VALUES:
+        raise UserError(f"{path}: tensor {name}: no tensor has shape {shape!s:.80} at {[begin, end]!s:.80}")
     size = sizes.get(dtype_name) if isinstance(dtype_name, str) else None
     if size is None:
         raise UserError(f"{path}: tensor {name}: dtype {dtype_name!r}; allowed are {', '.join(sizes)}")

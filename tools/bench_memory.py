@@ -175,7 +175,9 @@ def run_backprop(case: Case, folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": "cpu"}, dtype=torch.bfloat16, trust_remote_code=False
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

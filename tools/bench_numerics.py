@@ -49,7 +49,8 @@ class Float64Norm(nn.Module):
 
 def float64_twin(model: Model) -> nn.Module:
     """A transformers model with the very weights of `model` (unpacked), in float64."""
-    twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa").double().eval()
+    twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", trust_remote_code=False)
+    twin = twin.double().eval()
     for name, parameter in twin.named_parameters():
         owner, leaf = name.rsplit(".", 1)
         if owner in model.linears and leaf == "weight":
@@ -183,7 +184,7 @@ def random_llama(folder: Path, seed: int = 0) -> Path:
         hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=8, vocab_size=1024, tie_word_embeddings=False,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     draw = generator(seed, "random llama")
     for name, value in model.named_parameters():
         if value.ndim > 1:

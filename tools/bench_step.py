@@ -59,7 +59,8 @@ def make_checkpoint(folder: Path, hidden: int, intermediate: int) -> None:
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, vocab_size=32000,
         num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------- one contender's process
@@ -127,7 +128,11 @@ def theirs(folder: str, device: str, contender: str) -> Callable[[int], None]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map={"": device}, dtype=torch.bfloat16
+        folder,
+        quantization_config=config,
+        device_map={"": device},
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     ).eval()
     ids = torch.randint(0, 32000, (8, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     if contender == "inference_unpacked":
@@ -163,7 +168,7 @@ def products(folder: str, device: str) -> Callable[[int], None]:
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes = [*[(hidden, hidden)] * 4, (inner, hidden), (inner, hidden), (hidden, inner)]
     weights = [torch.randn(shape, device=device).bfloat16() for shape in shapes * config.num_hidden_layers]

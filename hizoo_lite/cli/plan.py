@@ -128,9 +128,8 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
 
 def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
-    import json as json_module
-
     from hizoo_lite.errors import UserError
+    from hizoo_lite.files import parse_json
     from hizoo_lite.memory.outline import Outline
     from hizoo_lite.model import skeleton
     from hizoo_lite.quant import Checkpoint, hub
@@ -145,7 +144,7 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
         checkpoint = Checkpoint.open(folder)
         return Outline.of(checkpoint), _kind(config, checkpoint.config)
     try:
-        content = json_module.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--model: {folder / 'config.json'} cannot be read: {error}") from error
     kind = _kind(config, content)

@@ -66,7 +66,7 @@ class Record:
                 dict(found["lora"]),
                 names,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
 
 

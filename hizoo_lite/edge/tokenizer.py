@@ -37,11 +37,15 @@ class EdgeTokenizer:
             config = {**read_json(folder / _SPECIAL, "special tokens by name"), **config}
         self._tokens = {name: _text(config.get(name)) for name in _NAMES}
         self._backend = _backend(folder / _FILE)
-        self._add_tokens(config)
-        self.model_max_length = int(config.get("model_max_length") or _UNLIMITED)
+        try:
+            self._add_tokens(config)
+            self.model_max_length = int(config.get("model_max_length") or _UNLIMITED)
+            self.chat_template = _template(folder, config)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            where = f"{folder / _CONFIG}: not a tokenizer's settings"
+            raise UserError(f"{where} ({type(error).__name__}: {error})") from error
         wanted = bool(config.get("clean_up_tokenization_spaces"))
         self._cleans = wanted and type(self._backend.model).__name__ != "BPE"
-        self.chat_template = _template(folder, config)
 
     # ---------------------------------------------------------------------------- special tokens
 
@@ -90,7 +94,10 @@ class EdgeTokenizer:
         """`input_ids`, `token_type_ids` where the model has them, `offset_mapping` where it is asked for."""
         assert not truncation
         pair = pair or None  # transformers takes an empty second text for none
-        encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
+        try:
+            encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{self.folder / _FILE}: cannot read a text ({error})") from error
         found: dict[str, Any] = {"input_ids": encoding.ids}
         if self._token_types:
             found["token_type_ids"] = encoding.type_ids

@@ -9,19 +9,22 @@ by dtype (`bf16`, `fp16`, `float32`). On a CPU there is one memory, and no `host
 
 from __future__ import annotations
 
-import tomllib
+import os
+import sys
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_toml
 from hizoo_lite.memory.sizes import ALLOWED_SIZES, parse_bytes
 
 _SIZES = ("device_memory", "device_reserved", "host_memory", "host_reserved")
 _RATES = ("device_bandwidth", "host_to_device", "disk")
 _CHOICES = {"device": ("cuda", "cpu"), "residency": ("auto", "resident", "host", "disk")}
 _DTYPES: tuple[Literal["bf16", "fp16", "float32"], ...] = ("bf16", "fp16", "float32")
+_LARGEST = sys.float_info.max
 _ON_GPU_ONLY = ("host_memory", "host_reserved", "host_to_device")
 
 
@@ -96,9 +99,9 @@ def names() -> list[str]:
 def find(name_or_file: str) -> Hardware:
     """A shipped profile by name, or a file. `UserError` with all of its problems."""
     path = Path(name_or_file)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also where no file can have such a name
         path = folder() / f"{name_or_file}.toml"
-        if Path(name_or_file).name != name_or_file or not path.is_file():
+        if Path(name_or_file).name != name_or_file or not os.path.isfile(path):
             raise UserError(
                 f"--profile: got {name_or_file!r}, which is no file; allowed: a TOML file, or one of "
                 f"{', '.join(names())}"
@@ -109,8 +112,8 @@ def find(name_or_file: str) -> Hardware:
 def read(path: Path) -> Hardware:
     """A profile from its file. `UserError` with all of its problems."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        document = parse_toml(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     found = _problems(document)
     if found:
@@ -174,7 +177,8 @@ def _number_problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one, as a float too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _bytes(text: Any) -> int:

@@ -22,7 +22,6 @@ memory.json has
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from typing import Any, Literal, final
 
 import torch
 
+from hizoo_lite.files import parse_json
 from hizoo_lite.memory import machine
 from hizoo_lite.memory.record import number, table
 from hizoo_lite.memory.rss import PeakMeter, reset_peak
@@ -229,7 +229,7 @@ def predicted_owners(plan: Path) -> dict[str, int]:
     if not plan.is_file():
         return {}
     try:
-        value = json.loads(plan.read_text(encoding="utf-8"))
+        value = parse_json(plan.read_text(encoding="utf-8"))
     except ValueError:
         return {}  # the report names the file
     owners = table(table(value).get("owners"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_json, parse_toml
 
 _CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 _PLAN, _MEMORY = "plan.json", "memory.json"
@@ -82,8 +81,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(_read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not sound TOML ({error})") from error
 
 
@@ -91,7 +90,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
+        value = parse_json(_read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not sound JSON ({error})") from error
     if not isinstance(value, dict):
@@ -110,7 +109,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_line(path: Path, count: int, line: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise UserError(f"{path}: line {count} is not sound JSON ({error})") from error
     if not isinstance(value, dict) or "kind" not in value or number(value.get("step")) is None:

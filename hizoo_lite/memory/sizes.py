@@ -15,6 +15,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_TOO_MANY = 2**63  # bytes: no address reaches them
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 ALLOWED_SIZES = "a number and a unit, such as 24GiB or 500MB (B, KB, MB, GB, TB; KiB, MiB, GiB, TiB)"
@@ -26,10 +27,10 @@ def parse_bytes(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError(f"got {text!r}, allowed: {ALLOWED_SIZES}")
-    size_bytes = int(float(match[1]) * unit)
-    if size_bytes <= 0:
-        raise ValueError(f"got {text!r}, allowed: more than zero bytes")
-    return size_bytes
+    size_bytes = float(match[1]) * unit
+    if not 1 <= size_bytes < _TOO_MANY:
+        raise ValueError(f"got {text!r:.80}, allowed: more than zero bytes, and less than {_TOO_MANY:.1e}")
+    return int(size_bytes)
 
 
 def format_bytes(size_bytes: int | None) -> str:

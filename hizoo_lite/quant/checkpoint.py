@@ -5,18 +5,18 @@ Whatever is read is a fresh tensor; no file stays mapped and no copy of the mode
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, UserError
+from hizoo_lite.files import is_inside, parse_json
 from hizoo_lite.quant import hub
 from hizoo_lite.quant.shards import HASHED_CHUNK_BYTES, sha256_of
 from hizoo_lite.quant.tensorfile import Entry, TensorFile
@@ -173,8 +173,10 @@ class Checkpoint:
         quantization = self.config.get("quantization_config")
         if not quantization:
             return None
-        method = str(quantization.get("quant_method", "bitsandbytes"))
         where = f"{self.folder / 'config.json'}: quantization_config"
+        if not isinstance(quantization, dict):
+            raise UserError(f"{where}: an object wanted, got {quantization!r:.80}")
+        method = str(quantization.get("quant_method", "bitsandbytes"))
         if method != "bitsandbytes":
             raise UserError(
                 f"{where}: quant_method {method!r} is not supported; allowed are bitsandbytes and "
@@ -205,7 +207,7 @@ def _damaged(path: Path, folder: Path, recorded: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; a Hugging Face model folder is wanted") from error
     except ValueError as error:
@@ -221,7 +223,7 @@ def _indexed_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Tensor
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map: an object of tensor name -> file wanted, got {names!r}")
     for shard in names.values():
-        if not isinstance(shard, str):
+        if not is_inside(shard) or not shard.endswith(".safetensors"):
             raise UserError(
                 f"{index}: weight_map names {shard!r}; a .safetensors file inside the folder is wanted"
             )
@@ -232,14 +234,8 @@ def _indexed_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Tensor
     return {name: shards[shard] for name, shard in names.items()}
 
 
-def _shard(folder: Path, index: Path, shard: Any) -> TensorFile:
-    relative = PurePosixPath(str(shard))
-    inside = isinstance(shard, str) and not relative.is_absolute() and ".." not in relative.parts
-    if not inside or "\\" in shard or ":" in shard or relative.suffix != ".safetensors":
-        raise UserError(
-            f"{index}: weight_map names {shard!r}; a .safetensors file inside the folder is wanted"
-        )
-    path = folder / relative
+def _shard(folder: Path, index: Path, shard: str) -> TensorFile:
+    path = folder / shard
     if not path.is_file():
         raise UserError(f"{index}: names {shard}, which is missing")
     return TensorFile(path)

@@ -10,7 +10,6 @@ bitsandbytes.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
+from hizoo_lite.files import parse_json
 from hizoo_lite.quant import native
 from hizoo_lite.quant.rounding import Levels, grow, round_to_levels
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
@@ -228,7 +228,7 @@ def _quant_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:
     if len(keys) != 1:
         raise UserError(f"{name}: one weight.quant_state.bitsandbytes__* wanted, got {keys}")
     try:
-        state = json.loads(tensors[keys[0]].cpu().numpy().tobytes())
+        state = parse_json(tensors[keys[0]].cpu().numpy().tobytes())
         missing = {"quant_type", "blocksize", "shape"} - set(state)
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: {keys[0]} is not JSON: {error}") from error

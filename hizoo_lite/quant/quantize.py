@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, ModelKind, UserError
-from hizoo_lite.files import aside
+from hizoo_lite.files import aside, parse_json
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub, layout
@@ -383,7 +383,7 @@ def _sample(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not sound JSON: {error}") from error
     except OSError as error:

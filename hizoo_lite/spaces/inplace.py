@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hizoo_lite.base import Stored, UserError
+from hizoo_lite.files import parse_json
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
@@ -151,7 +152,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """hizoo_space.json of a folder; `UserError` where it is missing, not sound or of another version."""
     path = folder / SPACE_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
         missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error

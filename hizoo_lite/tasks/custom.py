@@ -18,12 +18,12 @@ is reported at once; unknown keys are problems.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import Example, UserError
+from hizoo_lite.files import parse_toml
 from hizoo_lite.tasks import metrics, text
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.metrics import Scorer
@@ -61,10 +61,10 @@ _TEMPLATES = ("prompt", "answer", "masked_prompt", "classifier_text", "classifie
 def load(path: Path) -> Task:
     """The task of a TOML file. UserError lists every problem of the file."""
     try:
-        keys = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        keys = parse_toml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"task: cannot read {path} ({error.strerror})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     problems = _problems(keys)
     if problems:

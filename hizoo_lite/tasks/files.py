@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hizoo_lite.base import UserError
+from hizoo_lite.files import parse_json
 
 Split = Literal["train", "dev", "test"]
 
@@ -137,9 +138,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
+            record = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {_reason(error)}") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {text[:60]!r}")
         yield Row(f"{path}:{number}", record)
@@ -148,13 +149,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json_document(path: Path) -> Iterator[Row]:
     """SQuAD's {"data": [...]}, a plain list, or DROP's mapping from an id to a record."""
     try:
-        document = json.loads(path.read_bytes().decode("utf-8-sig"))
+        document = parse_json(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not utf-8 text ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from error
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: not valid JSON: {_reason(error)}") from error
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
     named = (
@@ -168,6 +168,10 @@ def _json_document(path: Path) -> Iterator[Row]:
         yield Row(f"{path}: entry {key!r}", record)
     if not count and not _is_list(document):
         raise UserError(f"{path}: expected a list or an object of records, got {document!r:.60}")
+
+
+def _reason(error: ValueError) -> str:
+    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _is_list(value: Any) -> bool:

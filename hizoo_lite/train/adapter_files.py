@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_json
 
 PEFT_FILE = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 SPACE_FILE = "hizoo_space.json"
 #: In front of every name in PEFT's file of weights.
 PEFT_PREFIX = "base_model.model."
+
+_MOST_RANK = 1 << 31
 
 #: Settings of a PEFT adapter that change its product, and the only values that ours reproduces.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -40,7 +43,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a LoRA adapter. UserError, naming the field, where it is of another form."""
     path = folder / PEFT_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -48,6 +51,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{path}: no {missing[0]!r}; a LoRA adapter of PEFT has it")
+    _check_numbers(path, config)
     for key, values in _SUPPORTED.items():
         if key in config and config[key] not in values:
             shown = ", ".join(map(repr, values))
@@ -55,7 +59,15 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
+        raise UserError(f"{path}: r: got {rank!r:.80}, allowed: a whole number from 1 to {_MOST_RANK}")
+    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
+        raise UserError(f"{path}: lora_alpha: got {alpha!r:.80}, allowed: a finite number")
+
+
 def scaling(config: dict[str, Any]) -> float:
     """The factor of a LoRA product: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
-    rank = int(config["r"])
+    rank = config["r"]
     return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)

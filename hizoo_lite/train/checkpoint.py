@@ -22,7 +22,7 @@ import numpy as np
 
 from hizoo_lite import tensorfile
 from hizoo_lite.base import Space, UserError
-from hizoo_lite.files import storing, sync_file, sync_folder
+from hizoo_lite.files import is_inside, parse_json, storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -223,7 +223,7 @@ def _sweep(folder: Path) -> None:
 def _state(path: Path) -> dict[str, Any]:
     """state.json, checked."""
     try:
-        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        record = parse_json((path / STATE).read_text(encoding="utf-8"))
         return {
             **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
@@ -231,16 +231,15 @@ def _state(path: Path) -> dict[str, Any]:
             "parameters": [str(name) for name in record["parameters"]],
             "files": {_inside(path, name): str(value) for name, value in record["files"].items()},
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error})") from error
 
 
 def _inside(path: Path, name: str) -> str:
     """A file's name, which must not lead out of the checkpoint."""
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
+    if not is_inside(name):
         raise UserError(f"{path / STATE}: files: {name!r} is not inside the checkpoint")
-    return str(name)
+    return name
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -205,6 +206,9 @@ class TrainConfig:
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
 
 
+#: Of the numbers that a setting may have: a float can say it.
+LARGEST = sys.float_info.max
+
 #: What may differ between a run and its continuation: none of these changes what a step computes.
 MAY_CHANGE_ON_RESUME = {
     *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
@@ -298,7 +302,7 @@ def _fits(name: str, value: Any) -> bool:
         whole_only = float not in types_
         if not (int in types_ or float in types_) or (whole_only and not isinstance(value, int)):
             return False
-        return math.isfinite(value) and _in_range(value, rules)
+        return abs(value) <= LARGEST and _in_range(value, rules)
     return False
 
 

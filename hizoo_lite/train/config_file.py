@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_toml
 from hizoo_lite.memory import hardware
 from hizoo_lite.train.config import (
+    LARGEST,
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
     choices,
@@ -43,10 +45,10 @@ def profiles_folder() -> Path:
 def find(path_or_name: str) -> Path:
     """The file behind `--config`. UserError naming the profiles where there is none."""
     path = Path(path_or_name)
-    if path.is_file():
+    if os.path.isfile(path):  # False also where no file can have such a name
         return path
     profile = profiles_folder() / f"{path_or_name}.toml"
-    if path.name == path_or_name and profile.is_file():
+    if path.name == path_or_name and os.path.isfile(profile):
         return profile
     known = ", ".join(sorted(p.stem for p in profiles_folder().glob("*.toml"))) or "none found"
     refuse(
@@ -116,8 +118,8 @@ def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
 def _read(path: Path, found: list[str], origin: dict[str, str]) -> dict[str, Any]:
     """The known keys of a file; unknown ones are added to `found`."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = parse_toml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         refuse([f"not valid TOML: {error}"], str(path))
     values: dict[str, Any] = {}
     for key, value in document.items():
@@ -135,7 +137,7 @@ def _typed(name: str, value: Any) -> Any:
     """TOML writes 1 for 1.0, and may list names that a flag joins with commas."""
     if isinstance(value, list) and name == "targets" and all(isinstance(item, str) for item in value):
         return ",".join(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in members(kinds()[name]):
+    if type(value) is int and float in members(kinds()[name]) and abs(value) <= LARGEST:
         return float(value)
     return value
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import UserError
-from hizoo_lite.files import aside, storing, sync_file, write_text
+from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig
 
@@ -140,7 +140,7 @@ class RunFolder:
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             if {"kind", "step"} <= set(found):
                 return found
         except (ValueError, TypeError):
@@ -204,4 +204,4 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; empty where nothing was."""
-        return json.loads(self._summary.read_text(encoding="utf-8")) if self._summary.is_file() else {}
+        return read_json(self._summary, "the summary of a run") if self._summary.is_file() else {}

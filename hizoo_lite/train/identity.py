@@ -7,11 +7,11 @@ every large file are looked at, so that it costs milliseconds.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hizoo_lite.base import Example, UserError
+from hizoo_lite.files import parse_json
 from hizoo_lite.tasks import Splits, Task
 from hizoo_lite.tasks.task import WHERE
 
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, str]:
     if not path.is_file():  # made by an earlier version, or killed before its first step
         return {}
     try:
-        return {str(name): str(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {str(name): str(value) for name, value in parse_json(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}; without the file nothing is compared") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import onnxruntime
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
+from hizoo_lite.files import parse_toml
 from hizoo_lite.train.adapter_files import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
@@ -135,7 +135,7 @@ def _tuned_bits(source: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")).get("bits")
+        return parse_toml(path.read_text(encoding="utf-8")).get("bits")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from hizoo_lite import tensorfile
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import is_inside, parse_json
 
 _FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -59,27 +61,25 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / _SINGLE_FILE]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        shards = set(parse_json(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not a sound index: {error}") from error
+    if not all(map(is_inside, shards)):
+        raise UserError(f"{index}: weight_map: a file outside of the folder is named")
+    return [folder / name for name in sorted(shards)]
 
 
 def _samples(path: Path) -> dict[str, bytes]:
     found = {}
+    entries = tensorfile.read_header(path, tensorfile.SIZES)
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                file.seek(8 + length + begin)
-                form = json.dumps([entry["dtype"], entry["shape"]]).encode()
-                found[name] = form + file.read(min(_SAMPLE_BYTES, end - begin))
+            for name, entry in entries.items():
+                file.seek(entry.offset)
+                form = json.dumps([entry.dtype, entry.shape]).encode()
+                found[name] = form + file.read(min(_SAMPLE_BYTES, entry.nbytes))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise UserError(f"{path}: not a safetensors file: {error}") from error
+        raise tensorfile.unreadable(path, error) from error
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, final, get_args
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import sha256_of
-from hizoo_lite.files import read_json
+from hizoo_lite.files import is_inside, read_json
 
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
@@ -49,10 +49,14 @@ class Export:
         """
         export = cls(Path(path), _read(Path(path) / RECORD))
         try:
-            _check_files(export)
-        except (KeyError, TypeError, AttributeError) as error:
+            files = _files(export)
+            for part in ("inputs", "outputs", "cache", "adapter_inputs", "adapters"):
+                getattr(export, part)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             where = f"{export.path / RECORD}: not as export writes it"
             raise UserError(f"{where} ({type(error).__name__}: {error})") from error
+        for key, (name, about) in files.items():
+            _check_file(export.path, key, name, about)
         return export
 
     @property
@@ -128,19 +132,22 @@ def describe(path: Path, checksum: bool) -> dict[str, Any]:
     return {**about, "sha256": sha256_of(path)} if checksum else about
 
 
-def _check_files(export: Export) -> None:
-    """UserError naming the first file that is outside of the folder, missing or not as it was written."""
+def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """The files that export.json names, by the key that does: (name, what it says of it)."""
     files = {f"model.files.{name}": (name, about) for name, about in export.record["model"]["files"].items()}
     for name, about in export.record["adapters"].items():
         files[f"adapters.{name}.file"] = (str(about["file"]), about)
-    for key, (name, about) in files.items():
-        path = export.path / name
-        if not path.resolve().is_relative_to(export.path.resolve()):
-            raise UserError(f"{export.path / RECORD}: {key}: {path} is outside of the folder")
-        _check_file(path, about)
+    for key, (_, about) in files.items():
+        if type(about["bytes"]) is not int or not isinstance(about.get("sha256", ""), str):
+            raise TypeError(f"{key}: bytes, and sha256 as a text, wanted")
+    return files
 
 
-def _check_file(path: Path, about: Mapping[str, Any]) -> None:
+def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any]) -> None:
+    """UserError naming a file that is outside of the folder, missing or not as it was written."""
+    path = folder / name
+    if not is_inside(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / RECORD}: {key}: {path} is outside of the folder")
     if not path.is_file():
         raise UserError(f"{path}: no such file; {RECORD} names it")
     size = path.stat().st_size

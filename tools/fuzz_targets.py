@@ -1,0 +1,444 @@
+"""What reads files that others may have written: each target has a small valid folder and a reader of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from hostile import Form
+
+from hizoo_lite import peft_format, tasks, tensorfile
+from hizoo_lite.edge.graph import Record as TrainRecord
+from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.errors import UserError
+from hizoo_lite.export.onnx import files as export_files
+from hizoo_lite.export.onnx.folder import Export
+from hizoo_lite.memory import hardware
+from hizoo_lite.memory.record import read_run
+from hizoo_lite.quant import Checkpoint
+from hizoo_lite.quant.tensorfile import TensorFile
+from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.tasks import custom, files
+from hizoo_lite.train import adapter_files, checkpoint, config_file, identity, journal
+from hizoo_lite.train.folder import RunFolder
+
+
+class Target(NamedTuple):
+    """Something that reads a folder."""
+
+    name: str
+    files: Mapping[str, bytes]  # of a valid folder
+    attacked: Mapping[str, Form]  # those of them that are made hostile, one at a time
+    read: Callable[[Path], object]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _tensors() -> bytes:
+    """A safetensors file with a tensor w (3, 2) and an empty one."""
+    header = {
+        "__metadata__": {"format": "pt"},
+        "w": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]},
+        "empty": {"dtype": "F32", "shape": [0, 2], "data_offsets": [24, 24]},
+    }
+    text = _json(header)
+    return struct.pack("<Q", len(text)) + text + np.arange(6, dtype="<f4").tobytes()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ data, tasks
+
+_TABLE = 'sentence,label\n"a, ""b""",0\ngood,1\n'
+_TABBED = b"sentence\tlabel\na\t0\ngood\t1\n"
+_ROWS = {
+    "jsonl": b'{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 1}\n',
+    "json": _json({"data": [{"title": "t", "paragraphs": []}, {"title": "u"}]}),
+    "csv": _TABLE.encode(),
+    "tsv": _TABBED,
+    "txt": _TABBED,
+}
+_FORMS: dict[str, Form] = {"jsonl": "jsonl", "json": "json", "csv": "table", "tsv": "table", "txt": "table"}
+
+
+def _rows(suffix: str) -> Target:
+    name = f"data.{suffix}"
+
+    def read(folder: Path) -> None:
+        for row in files.rows(folder / name):
+            row.value(*row.values)
+
+    return Target(f"rows-{suffix}", {name: _ROWS[suffix]}, {name: _FORMS[suffix]}, read)
+
+
+_SPANS = {"number": "", "spans": ["a"], "date": {"day": "1", "month": "May", "year": ""}}
+_QUESTIONS = {
+    "qas": [{"id": "1", "question": "q", "answers": [{"text": "a", "answer_start": 0}]}],
+    "context": "c a",
+}
+#: A row that every built-in task finds its fields in.
+_ANY_ROW = {
+    "sentence": "a",
+    "label": 0,
+    "text": "t",
+    "coarse_label": 1,
+    "idx": 0,
+    "sentence1": "a",
+    "sentence2": "b",
+    "premise": "p",
+    "hypothesis": "h",
+    "question": "cause",
+    "passage": "p",
+    "word": "a",
+    "choice1": "a",
+    "choice2": "b",
+    "gold_label": "neutral",
+    "title": "t",
+    "paragraphs": [_QUESTIONS],
+    "qa_pairs": [{"query_id": "1", "question": "q", "answer": _SPANS, "validated_answers": [_SPANS]}],
+    "target": {"span1_text": "a", "span1_index": 0, "span2_text": "p", "span2_index": 1},
+    "start1": 0,
+    "end1": 1,
+    "start2": 0,
+    "end2": 1,
+    "query": "q @placeholder",
+    "prompt": "p",
+    "entities": ["a"],
+    "answers": ["a"],
+    "messages": [{"role": "user", "content": "c"}],
+}
+
+
+def _read_tasks(folder: Path) -> None:
+    """Every built-in task on the same file; each may refuse it."""
+    refused = []
+    for name in tasks.names():
+        try:
+            tasks.get(name).load(folder / "train.jsonl", "train")
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(tasks.names()):
+        raise refused[0]
+
+
+_TASK_FILES = {
+    "choice.toml": b'name = "t"\nkind = "choice"\nprompt = "{sentence!o} It was"\n'
+    b'masked_prompt = "{sentence} {mask}"\nlabel_field = "label"\n'
+    b'metric = "f1"\ncut = "sentence"\n[answers]\n0 = " bad"\n1 = " good"\n',
+    "completion.toml": b'name = "t"\nkind = "completion"\nprompt = "{sentence}"\nanswer = " {label}\\n"\n',
+    "data.jsonl": _ROWS["jsonl"],
+}
+
+
+def _read_task(folder: Path) -> None:
+    for name in ("choice.toml", "completion.toml"):
+        custom.load(folder / name).load(folder / "data.jsonl", "train")
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+_CONFIG = b"""model = "embedded"
+task = "embedded"
+data = "embedded"
+profile = "edge-4gb-cpu"
+steps = 20
+rank = 4
+lr = "auto"
+targets = ["q_proj", "v_proj"]
+batch_size = 4
+host_budget = "2GiB"
+"""
+
+
+def _read_config(folder: Path) -> None:
+    config_file.read(folder / "config.toml")
+    config = config_file.resolve(str(folder / "config.toml"), {"seed": "7"})
+    assert config_file.write(config)
+
+
+def _read_hardware(folder: Path) -> None:
+    machine = hardware.find(str(folder / "machine.toml"))
+    machine.settings({})
+    assert machine.rate(machine.compute)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def _journal() -> bytes:
+    data = journal._header(3)
+    checksum = zlib.crc32(data)
+    for step in range(4):
+        record = journal.Record(
+            step, 7, 8 * step, (1.0, 1.5, 0.5), 0.25, 1e-3 if step else None, 0.1, 1e-4, 0.0
+        )
+        packed, checksum = journal._packed(record, 3, checksum)
+        data += packed
+    return data
+
+
+def _read_journal(folder: Path) -> None:
+    path = folder / "journal.bin"
+    found = journal.read(path)
+    with journal.Journal(path, 3) as opened:
+        if found:
+            opened.append(found[-1]._replace(step=found[-1].step + 1 & (1 << 64) - 1))
+            opened.truncate(found[-1].step)
+    journal.read(path)
+
+
+_STATE = {
+    "step": 2,
+    "bad_steps": 0,
+    "step_size": {"scale": 1.0},
+    "halvings": 0,
+    "library": "torch",
+    "parameters": ["a", "b"],
+    "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())},
+}
+
+
+def _read_checkpoint(folder: Path) -> None:
+    path = folder / "step-000002"
+    checkpoint.check(path)
+    checkpoint.numbers(path)
+    checkpoint.parameters(path)
+    assert checkpoint.halvings(path) >= 0
+    tensorfile.load(path / "curvature.safetensors")
+    checkpoint.sound(folder)
+
+
+_METRICS = (
+    b'{"kind": "step", "step": 0, "loss": 1.5}\n{"kind": "eval", "step": 1, "when": "after", "metric": 0.5}\n'
+)
+_RUN = {
+    "config.toml": _CONFIG,
+    "metrics.jsonl": _METRICS,
+    "run.json": _json({"train": "a", "model": "b"}),
+    "summary.json": _json({"steps": 1, "seconds": 1.5}),
+    "plan.json": _json({"owners": {"weights": 100}}),
+    "memory.json": _json({"samples": []}),
+}
+
+
+def _read_run(folder: Path) -> None:
+    run = RunFolder(folder, writes=False)
+    identity.read(folder / "run.json")
+    run.read_metrics()
+    run.evaluations()
+    run.read_summary()
+    read_run(folder)
+    run.keep_metrics(1, ended=True)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+_INDEX = {
+    "metadata": {"sha256": {"a.safetensors": _sha256(_tensors())}},
+    "weight_map": {"w": "a.safetensors"},
+}
+_MODEL = {
+    "config.json": _json(
+        {"model_type": "llama", "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    ),
+    "model.safetensors.index.json": _json(_INDEX),
+    "a.safetensors": _tensors(),
+}
+
+
+def _read_model(folder: Path) -> None:
+    opened = Checkpoint.open(folder)
+    opened.quantized_bits  # noqa: B018 - it checks
+    for name in opened:
+        opened.read(name)
+    opened.verify()
+    export_files.fingerprint(folder)
+
+
+def _read_tensors(folder: Path) -> None:
+    path = folder / "x.safetensors"
+    file = TensorFile(path)
+    for name, entry in file.entries.items():
+        file.read(name)
+        if entry.shape:
+            file.read_rows(name, 0, entry.shape[0])
+    tensorfile.equal(path, path)
+    tensorfile.load(path)
+
+
+_ADAPTER = {
+    "adapter_config.json": _json(
+        {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q"],
+            "use_rslora": True,
+            "bias": "none",
+        }
+    ),
+    "adapter_model.safetensors": _tensors(),
+}
+
+
+def _read_adapter(folder: Path) -> None:
+    found = adapter_files.find_adapter(folder)
+    adapter_files.scaling(adapter_files.read_peft_config(found))
+    path = peft_format.tensor_file(found)
+    tensorfile.load(path)
+    export_files.read_floats(path)
+
+
+_SPACE = {
+    "format": 1,
+    "space": "dense",
+    "targets": ["q"],
+    "base_model": "b",
+    "kind": "causal",
+    "bits": "nf4",
+    "head": False,
+}
+_EXPORT = {
+    "format": 1,
+    "kind": "causal",
+    "form": "base",
+    "bits": "nf4",
+    "products": "exact",
+    "base": {"model": "m", "fingerprint": "f"},
+    "tuned": None,
+    "check": None,
+    "model": {
+        "files": {"model.onnx": {"bytes": 1, "sha256": _sha256(b"x")}},
+        "inputs": [{"name": "input_ids"}],
+        "outputs": ["logits"],
+        "cache": [[2, 8]],
+        "adapter_inputs": {"lora": {"q": [8, 8]}, "head": {"score": [2, 8]}},
+    },
+    "adapters": {"a": {"file": "adapters/a.onnx_adapter", "bytes": 1, "sha256": _sha256(b"x")}},
+}
+
+
+def _read_export(folder: Path) -> None:
+    export = Export.open(folder)
+    parts = (export.inputs, export.outputs, export.cache, export.adapter_inputs, export.graph, export.kind)
+    assert all(part is not None for part in parts)
+    for name in export.adapters:
+        export.find_adapter(name)
+
+
+_TRAIN = {
+    "format": 1,
+    "kind": "classifier",
+    "bits": "nf4",
+    "loss": "class",
+    "positions": 64,
+    "parameters": [{"name": "a", "shape": [3, 2]}],
+    "lora": {"r": 2},
+    "onnx_adapter": {"names": {"a": {"input": "i", "transpose": True, "scale": 1.0}}},
+}
+_WORDS = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}
+_TOKENIZER = {
+    "tokenizer.json": _json(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": {"type": "Lowercase"},
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": _WORDS, "unk_token": "[UNK]"},
+        }
+    ),
+    "tokenizer_config.json": _json(
+        {
+            "eos_token": "</s>",
+            "unk_token": {"content": "[UNK]"},
+            "model_max_length": 64,
+            "added_tokens_decoder": {"4": {"content": "<x>", "special": True}},
+            "extra_special_tokens": ["<y>"],
+            "chat_template": [{"name": "default", "template": "{{ 1 }}"}],
+        }
+    ),
+    "special_tokens_map.json": _json({"pad_token": "<pad>"}),
+}
+
+
+def _read_tokenizer(folder: Path) -> None:
+    tokenizer = EdgeTokenizer(folder)
+    ids = tokenizer("a b c <x>")["input_ids"]
+    tokenizer.decode(ids, skip_special_tokens=True)
+    if tokenizer.chat_template is not None:
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "c"}], tokenize=False, add_generation_prompt=True
+        )
+
+
+def _every(made: Mapping[str, Any], form: Form) -> dict[str, Form]:
+    return dict.fromkeys(made, form)
+
+
+def targets() -> Iterable[Target]:
+    """All of them."""
+    hardware_file = (hardware.folder() / "rtx3090-24gb.toml").read_bytes()
+    inside = {
+        f"step-000002/{name}": data
+        for name, data in {"adapter/x": b"x", "curvature.safetensors": _tensors()}.items()
+    }
+    task_forms: dict[str, Form] = {"choice.toml": "toml", "completion.toml": "toml"}
+    return (
+        *map(_rows, _ROWS),
+        Target("tasks", {"train.jsonl": _json(_ANY_ROW)}, {"train.jsonl": "jsonl"}, _read_tasks),
+        Target("task-toml", _TASK_FILES, task_forms, _read_task),
+        Target("config", {"config.toml": _CONFIG}, {"config.toml": "toml"}, _read_config),
+        Target("hardware", {"machine.toml": hardware_file}, {"machine.toml": "toml"}, _read_hardware),
+        Target("journal", {"journal.bin": _journal()}, {"journal.bin": "journal"}, _read_journal),
+        Target(
+            "checkpoint",
+            {**inside, "step-000002/state.json": _json(_STATE)},
+            {"step-000002/state.json": "json"},
+            _read_checkpoint,
+        ),
+        Target(
+            "run",
+            _RUN,
+            {
+                name: "toml" if name.endswith("toml") else "jsonl" if name.endswith("l") else "json"
+                for name in _RUN
+            },
+            _read_run,
+        ),
+        Target(
+            "model",
+            _MODEL,
+            {"config.json": "json", "model.safetensors.index.json": "json", "a.safetensors": "safetensors"},
+            _read_model,
+        ),
+        Target("safetensors", {"x.safetensors": _tensors()}, {"x.safetensors": "safetensors"}, _read_tensors),
+        Target(
+            "adapter",
+            _ADAPTER,
+            {"adapter_config.json": "json", "adapter_model.safetensors": "safetensors"},
+            _read_adapter,
+        ),
+        Target("space", {"hizoo_space.json": _json(_SPACE)}, {"hizoo_space.json": "json"}, read_record),
+        Target(
+            "export",
+            {"export.json": _json(_EXPORT), "model.onnx": b"x", "adapters/a.onnx_adapter": b"x"},
+            {"export.json": "json"},
+            _read_export,
+        ),
+        Target("train", {"train.json": _json(_TRAIN)}, {"train.json": "json"}, TrainRecord.read),
+        Target("tokenizer", _TOKENIZER, _every(_TOKENIZER, "json"), _read_tokenizer),
+    )
