@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import hizoo_lite as hz
@@ -287,13 +286,6 @@ def test_the_package_offers_its_public_names_and_no_others() -> None:
     assert set(hz.__all__) <= set(dir(hz))
     with pytest.raises(AttributeError, match="module 'hizoo_lite' has no attribute 'nosuch'"):
         _ = hz.nosuch
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(UserError, match="launched with 2 processes; allowed: one"):
-        run_of(tmp_path)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_real_llama_is_tuned_from_python_and_its_adapter_put_back(

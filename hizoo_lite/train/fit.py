@@ -198,8 +198,7 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     if config.tracker != "none" and config.tracker not in [str(t) for t in get_available_trackers()]:
         raise UserError(f"--tracker: {config.tracker} is not installed here; install it, or use none")
     if not config.resume:
-        if folder.writes:
-            folder.check_new()
+        folder.check_new()
         return config
     old = folder.config()
     if config.kind == "auto":

@@ -66,8 +66,8 @@ class RunFolder:
         self.memory = self.path / "memory.json"
 
     def check_new(self) -> None:
-        """UserError unless a run may begin here: no folder yet, or an empty one."""
-        if not self.path.exists():
+        """UserError unless a run may begin here: no folder yet, or an empty one. The main rank asks."""
+        if not self.writes or not self.path.exists():
             return
         if not self.path.is_dir():
             raise UserError(f"--out: {self.path} is a file; allowed: a new or empty folder")
