@@ -298,7 +298,9 @@ def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str
     listed = {
         name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
     }
-    record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": {"files": files}}
+    nothing: dict[str, object] = {"inputs": [], "outputs": [], "cache": []}
+    model = {"files": files, **nothing, "adapter_inputs": {"lora": {}, "head": {}}}
+    record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": model}
     record["adapters"] = listed
     (folder / "export.json").write_text(json.dumps(record))
     for name in TOKENIZER_FILES:

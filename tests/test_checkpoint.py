@@ -154,7 +154,7 @@ def header(**tensor: object) -> str:
         (header(shape=[True, 2]), "must be integers >= 0"),
         (header(data_offsets=[8, 0]), "its offsets give -8"),
         (header(shape=[3]), "takes 12 bytes, its offsets give 8"),
-        (header(shape=[1 << 40, 1 << 40]), "its offsets give 8"),
+        (header(shape=[1 << 40, 1 << 40]), "no tensor has shape"),
         (header(data_offsets=[4, 12]), "truncated"),
         (
             '{"t": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},'
