@@ -319,13 +319,19 @@ def test_a_file_that_is_no_adapter_is_named(exported: Path, tmp_path: Path) -> N
         OnnxModel(exported, str(cut))
 
 
+OUTSIDE = {
+    "files": {"../x": {"bytes": 1}},
+    **{"inputs": [], "outputs": [], "cache": [], "adapter_inputs": {"lora": {}, "head": {}}},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": 9}, "format: got 9, allowed: 1"),
         ({"kind": "x"}, "kind: got 'x', allowed: causal, masked, classifier"),
-        ({"adapters": {"tuned": {"file": "../../etc/passwd"}}}, "is outside of the folder"),
-        ({"model": {"files": {"../x": {}}}}, r"model\.files\.\.\./x: .* is outside of the folder"),
+        ({"adapters": {"tuned": {"file": "../../etc/passwd", "bytes": 1}}}, "is outside of the folder"),
+        ({"model": OUTSIDE}, r"model\.files\.\.\./x: .* is outside of the folder"),
         ({"adapters": {"tuned": {}}}, r"not as export writes it \(KeyError: 'file'\)"),
         ({"adapters": 3}, r"not as export writes it \(AttributeError"),
     ],
