@@ -321,7 +321,10 @@ def test_a_file_that_is_no_adapter_is_named(exported: Path, tmp_path: Path) -> N
 
 OUTSIDE = {
     "files": {"../x": {"bytes": 1}},
-    **{"inputs": [], "outputs": [], "cache": [], "adapter_inputs": {"lora": {}, "head": {}}},
+    "inputs": [],
+    "outputs": [],
+    "cache": [],
+    "adapter_inputs": {"lora": {}, "head": {}},
 }
 
 
