@@ -203,6 +203,22 @@ def test_an_adapter_is_added_without_torch(llama: Path, copy: Path) -> None:
     assert Export.open(copy).adapters == ["first", "other"]
 
 
+def test_a_peft_folder_runs_without_being_added(llama: Path, copy: Path, tmp_path: Path) -> None:
+    before = sorted(copy.rglob("*"))
+    export = Export.open(copy)
+    model = load_base(llama / "second")
+    attach_adapter(model, llama / "second")
+    entries = compare.compare(Session(export), compare.Reference(check.cases(model), str(llama / "second")))
+    assert max(entry["max_abs_difference"] for entry in entries) < compare.LIMIT
+    assert sorted(copy.rglob("*")) == before
+    changed = Path(shutil.copytree(llama / "second", tmp_path / "changed"))
+    config = json.loads((changed / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "another/model"
+    (changed / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"base_model_name_or_path: got 'another/model'"):
+        Session(export).adapter(str(changed))
+
+
 def test_bfloat16_adapters_are_read(llama: Path, copy: Path, tmp_path: Path) -> None:
     halved = shutil.copytree(llama / "first", tmp_path / "halved")
     weights = halved / "adapter_model.safetensors"
@@ -210,7 +226,9 @@ def test_bfloat16_adapters_are_read(llama: Path, copy: Path, tmp_path: Path) -> 
     export = export_onnx(halved, copy)
     model = load_base(llama / "first")
     attach_adapter(model, halved)
-    compare.compare(Session(export), compare.Reference(check.cases(model), "halved"))
+    entries = compare.compare(Session(export), compare.Reference(check.cases(model), "halved"))
+    assert max(entry["max_abs_difference"] for entry in entries) < compare.LIMIT
+    assert export.record["adapters"]["halved"]["check"]["max_abs_difference"] < compare.LIMIT
 
 
 def test_genai_config_names_the_graphs_inputs(llama: Path) -> None:

@@ -20,7 +20,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx import files as export_files
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.memory import hardware
-from hizoo_lite.memory.record import read_run
+from hizoo_lite.memory.report import write_report
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.tensorfile import TensorFile
 from hizoo_lite.spaces.inplace import read_record
@@ -237,7 +237,7 @@ def _read_run(folder: Path) -> None:
     run.read_metrics()
     run.evaluations()
     run.read_summary()
-    read_run(folder)
+    write_report([folder], with_png=False)
     run.keep_metrics(1, ended=True)
 
 

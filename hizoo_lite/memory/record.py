@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from hizoo_lite.files import parse_json, parse_toml
 
 _CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 _PLAN, _MEMORY = "plan.json", "memory.json"
+_MOST_LEVELS = 32  # of tables in tables; a run writes four
 #: What a report lacks without each file.
 _MISSING = {
     _CONFIG: "the configuration is not known",
@@ -60,10 +61,10 @@ def read_run(path: Path | str) -> RunRecord:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, else None: what is missing, null, NaN or of another kind is not shown."""
+    """A finite number, else None: what is missing, null, NaN, too large or of another kind is not shown."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= sys.float_info.max else None  # NaN is not
 
 
 def table(value: Any) -> dict[str, Any]:
@@ -76,12 +77,22 @@ def rows(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
+def _shallow(value: Any, levels: int = _MOST_LEVELS) -> Any:
+    """The value; ValueError where it is nested more deeply than what a report walks through."""
+    if isinstance(value, dict | list):
+        if levels == 0:
+            raise ValueError("it is nested too deeply")
+        for item in value.values() if isinstance(value, dict) else value:
+            _shallow(item, levels - 1)
+    return value
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """Raw, so that the settings of an older or newer version can be shown too."""
     if not path.is_file():
         return {}
     try:
-        return parse_toml(_read_text(path))
+        return _shallow(parse_toml(_read_text(path)))
     except ValueError as error:
         raise UserError(f"{path}: not sound TOML ({error})") from error
 
@@ -90,7 +101,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = parse_json(_read_text(path))
+        value = _shallow(parse_json(_read_text(path)))
     except ValueError as error:
         raise UserError(f"{path}: not sound JSON ({error})") from error
     if not isinstance(value, dict):
@@ -109,7 +120,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_line(path: Path, count: int, line: str) -> dict[str, Any]:
     try:
-        value = parse_json(line)
+        value = _shallow(parse_json(line))
     except ValueError as error:
         raise UserError(f"{path}: line {count} is not sound JSON ({error})") from error
     if not isinstance(value, dict) or "kind" not in value or number(value.get("step")) is None:

@@ -47,15 +47,20 @@ def write_report(
     beside = Written(page, page.with_suffix(".json"), page.with_suffix(".png") if with_png else None)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        beside.html.write_text(render(records, charts), encoding="utf-8")
+        _write(beside.html, render(records, charts))
         text = json.dumps(as_json(records), indent=2, allow_nan=False, ensure_ascii=False)
-        beside.json.write_text(text + "\n", encoding="utf-8")
+        _write(beside.json, text + "\n")
         if beside.png is not None:
             owners = {n: headline.owners(r) for n, r in zip(headline.labels(records), records, strict=True)}
             png.save(charts, owners, _title(records), beside.png)
     except OSError as error:
         raise UserError(f"--out: {page} cannot be written ({error.strerror or error})") from error
     return beside
+
+
+def _write(path: Path, text: str) -> None:
+    """A half of a surrogate pair, which JSON can bring in and UTF-8 cannot hold, becomes a question mark."""
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _default_page(records: Sequence[RunRecord]) -> Path:

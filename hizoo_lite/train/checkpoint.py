@@ -9,7 +9,6 @@ one, and renamed once the run goes on from there. `step-000000` of a space in me
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,14 +21,13 @@ import numpy as np
 
 from hizoo_lite import tensorfile
 from hizoo_lite.base import Space, UserError
-from hizoo_lite.files import is_inside, parse_json, storing, sync_file, sync_folder
+from hizoo_lite.files import is_inside, parse_json, sha256_of, storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 ADAPTER = "adapter"
-_CHUNK_BYTES = 1 << 20
 
 
 class Position(NamedTuple):
@@ -83,7 +81,7 @@ def check(path: Path) -> dict[str, Any]:
     state = _state(path)
     for name, wanted in state["files"].items():
         try:
-            found = _sha256(path / name)
+            found = sha256_of(path / name)
         except OSError as error:
             raise UserError(f"{path / name}: cannot be read: {error.strerror or error}") from error
         if found != wanted:
@@ -126,7 +124,7 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
         "halvings": stepper.traversal.halvings,
         "library": stepper.library,
         "parameters": list(stepper.space.parameters),
-        "files": {file.relative_to(aside).as_posix(): _sha256(file) for file in written},
+        "files": {file.relative_to(aside).as_posix(): sha256_of(file) for file in written},
     }
     (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(aside)
@@ -240,11 +238,3 @@ def _inside(path: Path, name: str) -> str:
     if not is_inside(name):
         raise UserError(f"{path / STATE}: files: {name!r} is not inside the checkpoint")
     return name
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

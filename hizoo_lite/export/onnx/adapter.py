@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -18,10 +18,11 @@ import onnxruntime
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
-from hizoo_lite.files import parse_toml
+from hizoo_lite.files import parse_toml, storing
 from hizoo_lite.train.adapter_files import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
+    SPACE_FILE,
     find_adapter,
     read_peft_config,
     scaling,
@@ -32,30 +33,58 @@ _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
 _ADAPTER_VERSION = _MODEL_VERSION = 1
 
 
+class Converted(NamedTuple):
+    """An adapter as the graph takes it."""
+
+    values: dict[str, np.ndarray]  # by input, float32
+    rank: int
+
+    def write(self, path: Path) -> None:
+        """Make an .onnx_adapter of it."""
+        adapter = onnxruntime.AdapterFormat()
+        adapter.set_adapter_version(_ADAPTER_VERSION)
+        adapter.set_model_version(_MODEL_VERSION)
+        adapter.set_parameters(
+            {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in self.values.items()}
+        )
+        adapter.export_adapter(str(path))
+
+
+def convert(export: Export, source: Path | str) -> Converted:
+    """The adapter of a run, or a PEFT folder.
+
+    Raises `UserError` where it was made for another base, or does not fit this one.
+    """
+    folder = find_adapter(source)
+    if (folder / SPACE_FILE).is_file():
+        raise UserError(f"{source}: space: its weights were tuned, it is no adapter; export it as a model")
+    config = read_peft_config(folder)
+    check_base(export, Path(source), config)
+    return Converted(graph_values(export, folder, config), int(config["r"]))
+
+
 def add_adapter(export: Export, source: Path | str, name: str) -> None:
     """Write the adapter of a run (or a PEFT folder) to the export, and name it in export.json.
 
     Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
     made for another base, or does not fit this one.
     """
-    folder = find_adapter(source)
-    config = read_peft_config(folder)
-    check_base(export, Path(source), config)
+    converted = convert(export, source)
     check_name(name)
     if name in export.record["adapters"]:
         raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
-    values = graph_values(export, folder, config)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
-    path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
-    _write(aside, values)
-    os.replace(aside, path)
+    with storing(path):
+        path.parent.mkdir(exist_ok=True)
+        converted.write(aside)
+        os.replace(aside, path)
     export.record["adapters"][name] = {
         "file": f"{ADAPTERS}/{path.name}",
         **describe(path, checksum=True),
         "source": str(source),
-        "rank": int(config["r"]),
-        "inputs": len(values),
+        "rank": converted.rank,
+        "inputs": len(converted.values),
         "check": None,
     }
     export.write()
@@ -138,13 +167,3 @@ def _tuned_bits(source: Path) -> str | None:
         return parse_toml(path.read_text(encoding="utf-8")).get("bits")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _write(path: Path, values: dict[str, np.ndarray]) -> None:
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(_ADAPTER_VERSION)
-    adapter.set_model_version(_MODEL_VERSION)
-    adapter.set_parameters(
-        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
-    )
-    adapter.export_adapter(str(path))

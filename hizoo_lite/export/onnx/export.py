@@ -50,7 +50,6 @@ from hizoo_lite.quant.hub import SMALL_FILES
 from hizoo_lite.quant.shards import write_json
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.train import saved
-from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
 from hizoo_lite.train.events import Listener
 
 MergedDtype = Literal["fp16", "float32"]
@@ -348,10 +347,6 @@ def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener: Listener) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
-    if (find_adapter(run) / SPACE_FILE).is_file():
-        raise UserError(
-            f"{run}: space: its weights were tuned, it is no adapter; allowed: a new --out folder"
-        )
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
     try:

@@ -17,7 +17,6 @@ from hizoo_lite.files import is_inside, parse_json
 _FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 1024  # of a tensor's beginning
-_CHUNK_BYTES = 1 << 20
 
 
 def read_floats(path: Path) -> dict[str, np.ndarray]:
@@ -81,12 +80,3 @@ def _samples(path: Path) -> dict[str, bytes]:
     except OSError as error:
         raise tensorfile.unreadable(path, error) from error
     return found
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a whole file, hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

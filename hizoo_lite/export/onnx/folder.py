@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, final, get_args
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.onnx.files import sha256_of
-from hizoo_lite.files import is_inside, read_json
+from hizoo_lite.files import is_inside, read_json, sha256_of
+from hizoo_lite.train.adapter_files import find_adapter
 
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
@@ -97,21 +97,25 @@ class Export:
         return list(self.record["adapters"])
 
     def find_adapter(self, adapter: str) -> Path:
-        """The file of an adapter: by its name here, its own path, or the run folder that it is in.
+        """Where an adapter is: the file of its name here, its own file, or that in the folder of an edge run.
 
+        Without a file in it, the folder of a run or of PEFT, whose adapter `adapter.convert` takes.
         UserError where there is none.
         """
         if adapter in self.record["adapters"]:
             return self.path / self.record["adapters"][adapter]["file"]
         given = Path(adapter)
-        if given.suffix != ADAPTER_SUFFIX:
-            given = given / RUN_ADAPTER
-        if not given.is_file():
+        for path in (given, given / RUN_ADAPTER):
+            if path.suffix == ADAPTER_SUFFIX and path.is_file():
+                return path
+        try:
+            find_adapter(given)
+        except UserError as error:
             known = ", ".join(self.adapters) or "none"
             raise UserError(
                 f"--adapter: got {adapter!r}, allowed: an adapter of {self.path} ({known}), a file "
-                f"*{ADAPTER_SUFFIX}, or a run folder with {RUN_ADAPTER}"
-            )
+                f"*{ADAPTER_SUFFIX}, or the folder of a run or of a PEFT adapter"
+            ) from error
         return given
 
     def write(self) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import numpy as np
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.onnx.folder import Export
+from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, Export
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _SILENT = 4  # what onnxruntime would print, our message says; warnings speak of the adapter inputs' defaults
@@ -122,16 +123,20 @@ class Session:
         return self.graph.run(outputs, feeds, None if adapter is None else self.adapter(adapter))
 
     def adapter(self, adapter: str) -> Any:
-        """The `LoraAdapter` of a name, file or run folder. UserError where there is none or it is damaged."""
+        """The `LoraAdapter` of what `Export.find_adapter` finds. UserError where it is damaged or unfit."""
         path = self.export.find_adapter(adapter)
         if path not in self._adapters:
-            loaded = runtime().LoraAdapter()
-            try:
-                loaded.Load(str(path))
-            except Exception as error:  # onnxruntime's own classes have no public common base
-                raise UserError(f"{path}: not an adapter of onnxruntime, or truncated ({error})") from error
-            self._adapters[path] = loaded
+            self._adapters[path] = self._converted(path) if path.is_dir() else _load(path)
         return self._adapters[path]
+
+    def _converted(self, folder: Path) -> Any:
+        """That of a PEFT folder, by way of a file: onnxruntime takes nothing else."""
+        from hizoo_lite.export.onnx.adapter import convert  # asks for onnxruntime, which `Graph` has checked
+
+        with TemporaryDirectory() as place:
+            path = Path(place) / f"{folder.name}{ADAPTER_SUFFIX}"
+            convert(self.export, folder).write(path)
+            return _load(path)
 
     def empty_cache(self, rows: int) -> dict[str, np.ndarray]:
         """The cache inputs of a run that begins `rows` texts; none for models without a cache."""
@@ -155,6 +160,15 @@ def runtime() -> Any:
     except ImportError as error:
         raise UserError("onnxruntime is not installed; run: pip install onnxruntime") from error
     return onnxruntime
+
+
+def _load(path: Path) -> Any:
+    loaded = runtime().LoraAdapter()
+    try:
+        loaded.Load(str(path))
+    except Exception as error:  # onnxruntime's own classes have no public common base
+        raise UserError(f"{path}: not an adapter of onnxruntime, or truncated ({error})") from error
+    return loaded
 
 
 def _explained(path: Path, error: Exception) -> UserError:
