@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hizoo_lite.errors import StorageError, UserError
+from hizoo_lite.memory.sizes import format_bytes
 
 #: Of a JSON file that is read: no record and no tokenizer's settings are larger.
 _MOST_BYTES = 64 << 20
@@ -69,6 +71,19 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a whole file, hex digits. OSError where it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """UserError where the disk of `folder`, which need not exist, has no room for so much."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        needed, free = format_bytes(needed_bytes), format_bytes(free_bytes)
+        raise UserError(
+            f"--out: {needed} are needed at {folder}, {free} are free; make room or choose another disk"
+        )
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:

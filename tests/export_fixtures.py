@@ -28,13 +28,15 @@ KINDS = {
 LAYERS = {"gpt2": "n_layer"}
 
 
-def write_adapter(model: Model, folder: Path, rank: int, seed: int, targets: str = "all-linear") -> Path:
+def write_adapter(
+    model: Model, folder: Path, rank: int, seed: int, targets: str = "all-linear", scale: float = 0.3
+) -> Path:
     """A PEFT adapter that changes the logits by much more than rounding."""
     space = LoRA(rank=rank, alpha=3.0, targets=targets)
     space.attach(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for value in space.parameters.values():
-        value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+        value.copy_(scale * torch.randn(value.shape, generator=generator))
     space.save(folder)
     space.detach()
     return folder

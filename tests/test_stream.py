@@ -95,6 +95,18 @@ def test_16_bit_blocks_stream_too(where: str, tmp_path: Path) -> None:
     assert torch.equal(step_losses(model, "llama"), wanted)
 
 
+def test_one_block_at_a_time_gives_the_same_losses(tmp_path: Path) -> None:
+    folder = deep(tmp_path)
+    wanted = step_losses(open_model(folder, "llama", "resident"), "llama")
+    model = open_model(folder, "llama", "disk")
+    assert isinstance(model.residency, Streamed)
+    model.residency.slots = 1
+    for _ in range(2):
+        assert torch.equal(step_losses(model, "llama"), wanted)
+    largest_bytes = max(layout.nbytes for layout in layouts(model))
+    assert model.residency.slot_bytes == largest_bytes
+
+
 def test_any_prequantized_checkpoint_streams_without_shards_by_block(tmp_path: Path) -> None:
     """As transformers saves it: one file, tensors in its own order."""
     reference = save_tiny("llama", tmp_path / "source")

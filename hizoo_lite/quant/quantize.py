@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import Bits, ModelKind, UserError
-from hizoo_lite.files import aside, parse_json
-from hizoo_lite.memory.sizes import format_bytes
+from hizoo_lite.files import aside, check_space, parse_json
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub, layout
 from hizoo_lite.quant.checkpoint import Checkpoint
@@ -204,16 +203,8 @@ class Quantization:
 
     def _check_space(self) -> None:
         needed = self.total_bytes - self.done_bytes + sum(p.stat().st_size for p in self._small_files())
-        parent = self.out
-        while not parent.exists():
-            parent = parent.absolute().parent
         left_over = self.out.glob(".*.tmp")  # of a killed call; written over
-        free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in left_over)
-        if free < needed:
-            raise UserError(
-                f"--out: {format_bytes(needed)} are needed at {self.out}, {format_bytes(free)} are free; "
-                "make room or choose another disk"
-            )
+        check_space(self.out, needed - sum(path.stat().st_size for path in left_over))
 
     # ---------------------------------------------------------------------------------- the files
 

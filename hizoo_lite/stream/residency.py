@@ -3,8 +3,9 @@
 A residency is called around every block of a traversal (see `block.py`); it brings the weights in and lets
 them go. `Streamed` keeps as many blocks on the compute device as the budget allows and moves the others
 through two buffers of the largest block's size: while one block computes, the next one is fetched; while the
-head runs, the first of the next pass. Only packed bytes travel. ZO2 (arXiv 2503.12668) streams 16-bit blocks
-of hand-written models from RAM in the same manner; ours takes any model, quantized, from RAM or disk.
+head runs, the first of the next pass. (With one buffer, where memory counts more than time, nothing is
+fetched ahead.) Only packed bytes travel. ZO2 (arXiv 2503.12668) streams 16-bit blocks of hand-written models
+from RAM in the same manner; ours takes any model, quantized, from RAM or disk.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Streamed:
         self.name: str = where
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0  # for what a pass needs besides the weights; set before the first one
+        self.slots = 2  # blocks that are here while they pass; with 1 none is fetched while another computes
         self.scratch: Path | None = None  # folder for changed blocks; None: the system's
         self._model = [model]
         self._fetcher: Fetcher | None = None  # from the first acquire on
@@ -123,7 +125,7 @@ class Streamed:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of both slots."""
+        """Bytes of the slots."""
         return sum(slot.numel() for slot in self._slots)
 
     @property
@@ -151,7 +153,9 @@ class Streamed:
         source = self._make_source(model)
         self._order = [block for block in range(len(self._layouts)) if block not in staying]
         size = max((self._layouts[block].nbytes for block in self._order), default=0)
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=model.device) for _ in self._order[:2]]
+        self._slots = [
+            torch.empty(size, dtype=torch.uint8, device=model.device) for _ in self._order[: self.slots]
+        ]
         self._held = [None for _ in self._slots]
         fetcher = make_fetcher(source, self._layouts, self._slots, model.device)
         for block, layout in enumerate(self._layouts):
@@ -187,16 +191,16 @@ class Streamed:
         free = self.budget_bytes - _taken_bytes(device) - self.reserved_bytes
         if sum(sizes) <= free:
             return len(sizes)
-        slots = min(2, len(sizes)) * largest_bytes
+        slots = min(self.slots, len(sizes)) * largest_bytes
         if free < slots:
             needed = format_bytes(self.budget_bytes - free + slots)
             raise BudgetError(
                 f"--device-budget: got {format_bytes(self.budget_bytes)}, at least {needed} is needed: "
                 f"{format_bytes(self.budget_bytes - free - self.reserved_bytes)} for what is there already, "
-                f"{format_bytes(self.reserved_bytes)} for a pass, {format_bytes(slots)} for two blocks; "
+                f"{format_bytes(self.reserved_bytes)} for a pass, {format_bytes(slots)} for passing blocks; "
                 "a smaller --batch-size, --max-length or --branch-chunk makes the pass smaller"
             )
-        return min(len(sizes) - 2, (free - slots) // largest_bytes)
+        return min(len(sizes) - self.slots, (free - slots) // largest_bytes)
 
     def _slot_of(self, block: int) -> int:
         """The slot with the block in it, or on its way; else one is taken and the fetch begun."""
@@ -207,6 +211,8 @@ class Streamed:
         return slot
 
     def _prefetch(self, block: int, other_than: int) -> None:
+        if len(self._slots) == 1:
+            return
         position = self._order.index(block)
         following = self._order[(position + 1) % len(self._order)]
         if following not in self._held:

@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import onnx_ir as ir
 import onnxruntime
 import torch
 import transformers
@@ -43,7 +42,7 @@ from hizoo_lite.export.onnx.source import (
     stored_folder,
     workplace,
 )
-from hizoo_lite.export.onnx.trace import trace
+from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant.hub import SMALL_FILES
@@ -197,7 +196,7 @@ def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Exp
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "hizoo_lite"
     graph.metadata_props.update({"bits": model.bits, "products": plan.format})
-    _save(graph, out, listener)
+    save(graph, out / folder.GRAPH, listener)
     described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
     for path in _small_files(described):
         shutil.copyfile(path, out / path.name)
@@ -209,20 +208,6 @@ def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Exp
     else:
         export.write()
     return export
-
-
-def _save(graph: ir.Model, out: Path, listener: Listener) -> None:
-    def written(tensor: object, info: Any) -> None:
-        if info.index == 0:
-            listener.phase("write, tensors", info.total)
-        listener.advanced(1)
-
-    try:
-        ir.save(graph, out / folder.GRAPH, external_data=folder.WEIGHTS, callback=written)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        listener.finish()
 
 
 def _small_files(source: Path) -> list[Path]:

@@ -1,9 +1,10 @@
 """The model that a run tuned, found, and loaded for an export so that no more than a tensor is in memory.
 
-Blocks are read from disk while they run. A checkpoint in 16 bits that was quantized on loading is first
-quantized into a working folder, with the same codes; GPT-2's transposed matrices become usual ones by that.
-Held as a whole are only models whose matrices are used in another form than they are stored in otherwise:
-transposed in 16 bits, in 64 bits, or with scales in 8 bits that were tuned.
+While it runs, to be compared with, its blocks are read from disk one at a time; embeddings and head are held.
+A checkpoint in 16 bits that was quantized on loading is first quantized into a working folder, with the same
+codes; GPT-2's transposed matrices become usual ones by that. Held as a whole are only models whose matrices
+are used in another form than they are stored in otherwise: transposed in 16 bits, in 64 bits, or with scales
+in 8 bits that were tuned.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved, setup
 from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
@@ -123,6 +125,8 @@ def load_folder(source: Source, folder: Path, bits: Bits | None) -> Model:
         model = loaded("resident" if _must_be_here(source, folder) else "disk")
     except UserError:  # a matrix that is stored transposed, or in 64 bits
         model = loaded("resident")
+    if isinstance(model.residency, Streamed):
+        model.residency.slots = 1  # memory counts here, not time
     map_large()  # what is freed is given back: every tensor is read once and dropped
     if model.kind == "classifier" and model.config.pad_token_id is None and model.tokenizer is not None:
         model.config.pad_token_id = pad_id(model.tokenizer)

@@ -10,15 +10,19 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import Part
 from hizoo_lite.export.onnx.skeleton import Skeleton
+from hizoo_lite.files import check_space
+from hizoo_lite.train.events import Listener
 
 OPSET = 20
 _DTYPES = {
@@ -122,6 +126,28 @@ def lazy(part: Part, name: str) -> ir.LazyTensor:
         return ir.Tensor(tensor.numpy(), name=name)
 
     return ir.LazyTensor(read, dtype=_DTYPES[part.dtype], shape=ir.Shape(part.shape), name=name)
+
+
+def save(graph: ir.Model, path: Path, listener: Listener) -> None:
+    """Write the graph to `path` and its weights, one by one, to a file beside it, PATH.data.
+
+    `UserError` where they cannot be written, before anything is where there is no room.
+    """
+    weights = [value.const_value for value in graph.graph.initializers.values()]
+    check_space(path.parent, sum(weight.nbytes for weight in weights if weight is not None))
+
+    def written(tensor: object, info: Any) -> None:
+        if info.index == 0:
+            listener.phase("write, tensors", info.total)
+        listener.advanced(1)
+
+    try:
+        ir.save(graph, path, external_data=f"{path.name}.data", callback=written)
+    except OSError as error:  # numpy's, of a disk that is full, says only how many bytes it could write
+        why = error.strerror or f"the disk is full ({error})"
+        raise UserError(f"{path.parent}: cannot be written: {why}") from error
+    finally:
+        listener.finish()
 
 
 @contextmanager

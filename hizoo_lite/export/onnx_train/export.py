@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import UserError
@@ -25,7 +24,7 @@ from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder, workplace
-from hizoo_lite.export.onnx.trace import trace
+from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
 from hizoo_lite.export.peft import tokenizer_files
@@ -101,16 +100,7 @@ def _write_graph(
     graph.producer_name = "hizoo_lite"
     graph.metadata_props["bits"] = model.bits
 
-    def written(tensor: object, info: Any) -> None:
-        if info.index == 0:
-            listener.phase("write, tensors", info.total)
-        listener.advanced(1)
-
-    try:
-        with named_errors(out / GRAPH):
-            ir.save(graph, out / GRAPH, external_data=f"{GRAPH}.data", callback=written)
-    finally:
-        listener.finish()
+    save(graph, out / GRAPH, listener)
 
 
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
