@@ -224,6 +224,7 @@ class PackedWeight(ABC):
 
         What the stored form cannot hold is rounded at random so that the expectation of what is decoded
         is `values`; `rounding` is on their device. Values that were decoded are stored as they were.
+        Where memory is refused, nothing has been changed.
         """
 
     @abstractmethod
@@ -346,6 +347,13 @@ class Residency(Protocol):
 
     def keep(self, block: int) -> None:
         """Called while block `block` is present and its stored buffers were changed: the change must last."""
+        ...
+
+    def discard(self, block: int) -> bool:
+        """Called while block `block` is present and in part changed, which is not to last.
+
+        Whether it will be as it was before when it is next present; False where it stays as it is.
+        """
         ...
 
     def release(self, block: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hizoo_lite.base import PackedWeight
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
@@ -50,6 +52,39 @@ def test_values_that_were_decoded_are_stored_bit_identically(kind: str, shape: t
     for seed in range(5):
         weight.store(values(weight), 0, generator(seed))
     assert all(torch.equal(before[name], tensor) for name, tensor in buffers(weight).items())
+
+
+class Refusing(TorchDispatchMode):
+    """Refuses the memory of operation number `at`, counted among those that make a tensor."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func._schema.is_mutable or func.is_view):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (5, 63)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_memory_is_refused_nothing_is_changed(kind: str, shape: tuple[int, int]) -> None:
+    weight = packed(kind, shape)
+    before = buffers(weight)
+    target = values(weight) + 0.004 * torch.randn(shape, generator=generator(7))
+    for at in range(1000):
+        try:
+            with Refusing(at):
+                weight.store(target.clone(), 0, generator(1))
+        except MemoryError:
+            assert all(torch.equal(before[name], tensor) for name, tensor in buffers(weight).items()), at
+        else:
+            break
+    assert at > 0
+    assert not all(torch.equal(before[name], tensor) for name, tensor in buffers(weight).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

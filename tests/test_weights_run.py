@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,11 +16,15 @@ from typer.testing import CliRunner
 import hizoo_lite as hz
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
+from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces.dense import DensePart
+from hizoo_lite.spaces.scales import ScalesPart
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.replay import replay
 from hizoo_lite.train.saved import attach_adapter, base_model, find_adapter
 from tests.batches import tiny_task_batch
 from tests.run_fixtures import short_run
@@ -66,6 +71,29 @@ def test_six_steps_equal_three_and_three_resumed_bitwise(name: str, tmp_path: Pa
     lines = [line for line in RunFolder(straight.folder).read_metrics() if line["kind"] == "step"]
     assert len({tuple(line["losses"]) for line in lines}) == 6
     assert not any(line["skipped"] for line in lines)
+
+
+@pytest.mark.parametrize("residency", ["resident", "disk"])
+@pytest.mark.parametrize("name", ["residual fp4", "dense int8", "scales nf4"])
+def test_memory_refused_in_an_update_moves_no_tile_twice(
+    name: str, residency: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass is repeated in smaller chunks, and what is saved is what the journal says."""
+    stored = tmp_path / "stored"
+    Quantization(_demo(), stored, kind="causal", bits=RUNS[name]["bits"], double_quant=False).run()
+    part = ScalesPart if RUNS[name]["space"] == "scales" else DensePart
+    plain, calls = part.move, itertools.count()
+
+    def move(*args: Any, **kwargs: Any) -> None:
+        if next(calls) in (17, 40, 41):  # two blocks; the second one again when it is repeated
+            raise MemoryError
+        plain(*args, **kwargs)
+
+    monkeypatch.setattr(part, "move", move)
+    run = run_of(tmp_path / "a", name, model=str(stored), residency=residency)
+    assert run.summary["memory_retries"] == 3
+    monkeypatch.setattr(part, "move", plain)
+    assert replay(run.folder, 6, tmp_path / "replayed").differs == []
 
 
 @every_run

@@ -172,7 +172,6 @@ class FourBitWeight(nn.Module, PackedWeight):
             flat = torch.nn.functional.pad(flat, (0, -count % self.blocksize))
         grouped = flat.view(-1, self.blocksize)
         inside, top = grow(grouped, self.absmax[blocks, None].clamp(min=0.0), rounding)
-        self.absmax[blocks] = top.squeeze(1)
         levels = _levels(self.bits, self.table.device)
         chosen = round_to_levels(inside, top, levels, rounding)
         codes = torch.index_select(levels.codes, 0, chosen.view(-1))
@@ -184,7 +183,9 @@ class FourBitWeight(nn.Module, PackedWeight):
             pairs = torch.where((pairs == 0) & (old == 8), old, pairs)
         if count % 2:
             pairs[-1, 1] = packed[-1] & 15
-        packed.copy_((pairs[:, 0] << 4) | pairs[:, 1])
+        joined = (pairs[:, 0] << 4) | pairs[:, 1]
+        self.absmax[blocks] = top.squeeze(1)
+        packed.copy_(joined)
 
     def scales(self) -> Tensor:
         """absmax of every block, (blocks,) float32, decoded where it is in 8 bits."""

@@ -89,12 +89,14 @@ class Int8Weight(nn.Module, PackedWeight):
         step = self.row_scale[rows, None] / 128  # as `values` decodes
         inside, top = grow(values, step * 127, rounding)
         grown = top != step * 127
-        self.scb[rows] = torch.where(grown, top, self.scb[rows, None]).squeeze(1)
-        step = self.row_scale[rows, None] / 128
+        scb = torch.where(grown, top, self.scb[rows, None])
+        step = scb * (128.0 / 127.0) / 128
         lower = (inside / step.clamp(min=torch.finfo(torch.float32).tiny)).floor_().clamp_(-127, 126)
         low = lower * step
         chance = inside.sub_(low).div_(((lower + 1) * step).sub_(low))
-        self.codes[rows] = lower.add_(uniform(values, rounding) < chance).to(torch.int8)
+        codes = lower.add_(uniform(values, rounding) < chance).to(torch.int8)
+        self.scb[rows] = scb.squeeze(1)
+        self.codes[rows] = codes
 
     def stored(self) -> list[Stored]:
         """Codes and the rows' absmax."""

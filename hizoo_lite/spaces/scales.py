@@ -51,9 +51,8 @@ class ScalesPart(Part):
     ) -> None:
         """In float32; nothing is rounded."""
         scales = self.linear.weight.get_buffer(self.buffer)[self.rows(tile)]
-        if decay:
-            scales.mul_(1 - decay)
-        scales.add_(z.mul_(self._factor(factors, tile)), alpha=-amount).clamp_(min=LEAST)
+        moved = scales * (1 - decay) if decay else scales.clone()
+        scales.copy_(moved.add_(z.mul_(self._factor(factors, tile)), alpha=-amount).clamp_(min=LEAST))
 
     def changed(self) -> list[Stored]:
         """The scales."""

@@ -89,7 +89,10 @@ class Part(ABC):
     def move(
         self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: torch.Generator
     ) -> None:
-        """The tile's update, in place; the block is present. `z` may be overwritten."""
+        """The tile's update, in place; the block is present. `z` may be overwritten.
+
+        As a whole or not at all: memory is taken before anything is changed, and may be refused.
+        """
 
     @abstractmethod
     def changed(self) -> list[Stored]:
@@ -128,6 +131,7 @@ class Weights:
         self._curvature: Curvature | None = None
         self._pending: _Pending | None = None
         self._waiting: set[int] = set()  # blocks that lack the pending update
+        self._moved: dict[int, int] = {}  # tiles that have it, of blocks where memory was refused
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -151,6 +155,7 @@ class Weights:
         if self._curvature.updates_with_new_scale:
             directions = directions._replace(factors=self._factors(self._curvature))
         self._pending, self._waiting = _Pending(directions, amount, decay), set(self._by_block)
+        self._moved = {}
 
     def see(self) -> None:
         """See `TrainedWeights.see`."""
@@ -163,15 +168,25 @@ class Weights:
         """Apply what waits for block `block`, which is present; whether its stored buffers changed."""
         if block not in self._waiting:
             return False
-        assert self._pending is not None
-        (seed, step, factors), amount, decay = self._pending
-        for part in self._by_block[block]:
-            for tile in part.tiles:
-                rounding = noise.tile_rounding(seed, step, part.name, tile.first, self.model.device)
-                z = self._draw(part, tile, seed, step)
-                part.move(z, factors[part.name], tile, amount, decay, rounding)
+        try:
+            self._move(block)
+        except BaseException:  # the pass may be repeated: no tile may be moved twice
+            if self.model.residency.discard(block):
+                del self._moved[block]
+            raise
         self._waiting.remove(block)
         return True
+
+    def _move(self, block: int) -> None:
+        assert self._pending is not None
+        (seed, step, factors), amount, decay = self._pending
+        moved = self._moved.setdefault(block, 0)
+        every = [(part, tile) for part in self._by_block[block] for tile in part.tiles]
+        for part, tile in every[moved:]:
+            rounding = noise.tile_rounding(seed, step, part.name, tile.first, self.model.device)
+            z = self._draw(part, tile, seed, step)
+            part.move(z, factors[part.name], tile, amount, decay, rounding)
+            self._moved[block] += 1
 
     def flush(self) -> None:
         """Bring in every block that an update waits for."""
@@ -182,6 +197,7 @@ class Weights:
     def drop(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+        self._moved.clear()
 
     def direction(self, part: Part, tile: Tile) -> tuple[Tensor, Factors]:
         """z of a tile in this step, float32, until the next one is drawn, and Sigma^(1/2)."""

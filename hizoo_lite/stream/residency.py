@@ -39,6 +39,10 @@ class Resident:
     def keep(self, block: int) -> None:
         """Buffers that are here were changed where they are."""
 
+    def discard(self, block: int) -> bool:
+        """There is no other copy."""
+        return False
+
     def release(self, block: int) -> None:
         """Nothing to let go."""
 
@@ -93,6 +97,14 @@ class Streamed:
         if block not in self._kept:
             fetcher, (_, slot) = self._running()
             fetcher.store(slot, block)
+
+    def discard(self, block: int) -> bool:
+        """What is in the slot is fetched anew; a block that stays has no other copy."""
+        if block in self._kept:
+            return False
+        _, (_, slot) = self._running()
+        self._held[slot] = None
+        return True
 
     def release(self, block: int) -> None:
         """Take the weights away; their bytes stay in the slot until it is needed."""

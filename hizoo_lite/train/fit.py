@@ -256,9 +256,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
             failure = error
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = BudgetError(f"memory ran out: {error}")
+            failure = _refused(error)
         listener.finish()
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
@@ -272,11 +270,13 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
             summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
             summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
-            summary |= {**profiler.figures(), "adapter_step": loop.adapter_step}
+            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
+            summary |= {**profiler.figures(), "adapter_step": adapter_step}
             folder.write_summary(summary)
             _report(folder, listener)
-        except StorageError as error:  # after one in the loop, the state may be out of reach
-            failure = failure if isinstance(failure, StorageError | BudgetError) else error
+        except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
+            again = error if isinstance(error, StorageError | BudgetError) else _refused(error)
+            failure = failure if isinstance(failure, StorageError | BudgetError) else again
         if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
             ranks.wait()
         accelerator.end_training()
@@ -285,6 +285,13 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _refused(error: RuntimeError | MemoryError) -> BudgetError:
+    """Memory that was refused, as an error of ours; any other error is raised."""
+    if not is_out_of_memory(error):
+        raise error
+    return BudgetError(f"memory ran out: {error}")
 
 
 def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
-from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
@@ -29,7 +29,7 @@ from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.interrupt import Interrupt
+from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.journal import Journal, Record
 from hizoo_lite.train.step import Stepper, StepRecord
 
@@ -147,23 +147,27 @@ class Loop:
     def _check_interrupt(self) -> None:
         """All ranks end after the same step."""
         requested = self.ranks.sum(np.array([float(self.interrupt.requested)]))
-        if requested[0]:
+        if requested[0]:  # not what this one alone knows by now: a signal may come while it waits
             self.interrupt.requested = True
-        self.interrupt.check()
+            raise Interrupted
 
     def best_step(self) -> int | None:
         """After how many steps the evaluation on dev was best; the earliest of several. None without one.
 
         Of those whose state is there, now or in a checkpoint: a run may be told late to keep the best.
         """
+        there = {self.position.step, *map(checkpoint.steps_of, checkpoint.every(self.folder.checkpoints))}
+        return self._best(there.__contains__)
+
+    def _best(self, counts: Callable[[int], bool]) -> int | None:
+        """Of the evaluations on dev after so many steps as `counts`."""
         name = self.setup.encoder.task.metric
         sign = -1 if name == "loss" else 1
-        there = {self.position.step, *map(checkpoint.steps_of, checkpoint.every(self.folder.checkpoints))}
         found = [line for line in self.folder.evaluations() if line["when"] == "dev"]
         scored = [
             (sign * line[name], -line["step"])
             for line in found
-            if line[name] is not None and line["step"] in there
+            if line[name] is not None and counts(line["step"])
         ]
         return -max(scored)[1] if scored else None
 
@@ -181,11 +185,10 @@ class Loop:
         try:
             with self.profiler.phase("train", number):
                 record = self.setup.stepper.step(number, *batches)
-        except (StorageError, BudgetError):  # from the traversal or another rank: nothing was changed yet
+        except (StorageError, BudgetError):  # from the losses: nothing has been learnt of this step
             self.is_whole = True
             raise
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        self._record(record, time.perf_counter() - began, tokens)
+        self._record(record, time.perf_counter() - began)
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position, self.is_whole = Position(number + 1, bad), True
         self.adapter_step, self.halvings = number + 1, self.setup.traversal.halvings
@@ -214,14 +217,33 @@ class Loop:
 
     def _take_best(self) -> None:
         """The parameters of the best evaluation on dev, in place of the last ones."""
-        self.ranks.wait()  # until the main one has saved the last, and removed what is not kept
-        step = self.best_step()
-        if step is not None and step != self.position.step:
+        step = self._sound_best() if self.ranks.is_main else 0
+        step = int(self.ranks.sum(np.array([float(step)]))[0])
+        if step != self.position.step:
             path = checkpoint.path_of(self.folder.checkpoints, step)
-            checkpoint.check(path)
+            self.is_whole = False
             self.setup.stepper.space.load(path / checkpoint.ADAPTER)
-            self.adapter_step = step
+            self.adapter_step, self.is_whole = step, True
             self.listener.message(f"best on dev: after {step} steps; that is what is kept")
+
+    def _sound_best(self) -> int:
+        """`best_step`, the last one without any; a checkpoint that is damaged is set aside."""
+        while (step := self.best_step()) not in (None, self.position.step):
+            path = checkpoint.path_of(self.folder.checkpoints, step)
+            try:
+                checkpoint.check(path)
+            except UserError as error:
+                checkpoint.set_aside(path)
+                self.listener.message(f"{error}; it is set aside")
+            else:
+                break
+        wanted = self._best(lambda step: True)
+        if wanted != step:
+            self.listener.message(
+                f"the best on dev, after {wanted} steps, is not among the checkpoints; "
+                f"hizoo-lite replay {self.folder.path} --step {wanted} makes it from the journal"
+            )
+        return self.position.step if step is None else step
 
     def _batches(self, number: int) -> list[Batch]:
         """This rank's share of a step's examples, in the parts that are asked for; none that is empty."""
@@ -235,8 +257,8 @@ class Loop:
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
         return [encoder.collate([self._encoded[index] for index in part]) for part in parts]
 
-    def _record(self, record: StepRecord, seconds: float, tokens: int) -> None:
-        line = {"kind": "step", **record._asdict(), "seconds": seconds, "tokens": tokens}
+    def _record(self, record: StepRecord, seconds: float) -> None:
+        line = {"kind": "step", **record._asdict(), "seconds": seconds}
         self.folder.append_metrics(line)
         if self.journal is not None:
             self.journal.append(self._journalled(record))

@@ -49,6 +49,7 @@ class StepRecord(NamedTuple):
     clipped: bool = False  # the projected gradient was cut to the limit
     smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 where none was measured
     decay: float = 0.0  # of the weights, already times lr
+    tokens: int = 0  # of the batch, on all ranks
 
 
 class Stepper:
@@ -99,17 +100,17 @@ class Stepper:
     def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
         z, branches = self.noise(step), self.estimator.branches(step)
         directions = self._begin(step, z, measured=branches.base)
-        losses = self._mean_losses(batches, branches, directions)
+        losses, tokens = self._mean_losses(batches, branches, directions)
         estimate = self.estimator.estimate(losses, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
-            return StepRecord(step, values, math.nan, None, 0.0, branches.count, True)
+            return StepRecord(step, values, math.nan, None, 0.0, branches.count, True, tokens=tokens)
         grad, clipped = self._clipped(estimate.projected_grad)
         estimate = estimate._replace(projected_grad=grad)
         smoothing = 0.0 if estimate.curvature is None else self.smoothing(step)
         lr, decay = self._learn(step, z, directions, estimate, smoothing)
         return StepRecord(
-            step, values, *estimate, lr, branches.count, False, clipped, smoothing=smoothing, decay=decay
+            step, values, *estimate, lr, branches.count, False, clipped, smoothing, decay, tokens
         )
 
     def replay(self, record: Record) -> None:
@@ -136,17 +137,21 @@ class Stepper:
 
     def _mean_losses(
         self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
-    ) -> np.ndarray:
-        """Over all examples of all ranks, (branches,) float64. All that ranks tell each other in a step."""
-        sums = np.zeros(branches.count + 1)  # and how many examples there are
+    ) -> tuple[np.ndarray, int]:
+        """Over all examples of all ranks, (branches,) float64; and the tokens of these, without padding.
+
+        All that ranks tell each other in a step.
+        """
+        sums = np.zeros(branches.count + 2)  # the last two: examples, tokens
         for batch in batches:
             losses = self.traversal.losses(batch, branches, self.mu, directions)
-            sums[:-1] += np.asarray(losses.per_example).sum(axis=1)
-            sums[-1] += batch.examples
+            sums[:-2] += np.asarray(losses.per_example).sum(axis=1)
+            sums[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
             self.space.weights.see()  # where this rank had no examples
+            self.space.weights.flush()  # now, while nothing has been learnt: it can fail
         sums = self.ranks.sum(sums)
-        return sums[:-1] / sums[-1]
+        return sums[:-2] / sums[-2], int(sums[-1])
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""
