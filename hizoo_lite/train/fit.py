@@ -291,7 +291,8 @@ def _refused(error: RuntimeError | MemoryError) -> BudgetError:
     """Memory that was refused, as an error of ours; any other error is raised."""
     if not is_out_of_memory(error):
         raise error
-    return BudgetError(f"memory ran out: {error}")
+    said = str(error)
+    return BudgetError(f"memory ran out: {said}" if said else "memory ran out")
 
 
 def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
