@@ -127,12 +127,10 @@ def test_a_best_state_that_is_loaded_in_part_is_not_saved(
         raise MemoryError
 
     options = {**BEST, "space": "dense"}
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(BudgetError, match="memory ran out; .*--resume goes on"),
-    ):
+    with monkeypatch.context() as patched:
         patched.setattr(InPlaceSpace, "load", refused)
-        run_of(tmp_path, **options)
+        with pytest.raises(BudgetError, match=r"memory ran out; .*--resume goes on"):
+            run_of(tmp_path, **options)
     assert best_of(tmp_path / "run") < 6
     assert not (tmp_path / "run/adapter").exists()
     assert RunFolder(tmp_path / "run").read_summary()["adapter_step"] is None

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,26 +61,36 @@ class Figures:
 def attack(target: Target, cases: int) -> Figures:
     """At least so many cases. UserError where the target refuses even its valid folder."""
     figures = Figures(target.name)
-    with tempfile.TemporaryDirectory() as name, _limited():
+    with tempfile.TemporaryDirectory() as name, limited():
         folder = Path(name) / "folder"
-        _restore(target, folder)
+        restored(target, folder)
         target.read(folder)
         begin, done, rounds = time.perf_counter(), 0, 0
         while done < cases:
             done += _round(target, folder, min(cases - done, _ROUND), rounds, figures)
             rounds += 1
         figures.seconds = time.perf_counter() - begin
-    counts = f"{figures.cases} cases, {figures.accepted} accepted, {figures.failed} failures"
-    print(f"{target.name}: {counts}, {figures.seconds:.0f} s", file=sys.stderr, flush=True)
+    tell(figures)
     return figures
+
+
+def tell(figures: Figures) -> None:
+    """A line of progress."""
+    counts = f"{figures.cases} cases, {figures.accepted} accepted, {figures.failed} failures"
+    print(f"{figures.target}: {counts}, {figures.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _round(target: Target, folder: Path, cases: int, number: int, figures: Figures) -> int:
     """hypothesis may make fewer cases than it is asked for; how many it made."""
-    made = 0
+    before = figures.cases
+    seed(number)(hostile_case(target, folder, figures, cases))()
+    return figures.cases - before
+
+
+def hostile_case(target: Target, folder: Path, figures: Figures, cases: int) -> Callable[[], None]:
+    """A test of hypothesis: one file of a folder that is there is replaced, and the folder read."""
     of_file = [st.tuples(st.just(n), contents(f, target.files[n])) for n, f in target.attacked.items()]
 
-    @seed(number)
     @settings(
         max_examples=cases,
         phases=[Phase.generate],
@@ -90,16 +100,13 @@ def _round(target: Target, folder: Path, cases: int, number: int, figures: Figur
     )
     @given(st.one_of(of_file))
     def run(case: tuple[str, bytes]) -> None:
-        nonlocal made
-        made += 1
         _try(target, folder, *case, figures)
 
-    run()
-    return made
+    return run
 
 
 def _try(target: Target, folder: Path, name: str, data: bytes, figures: Figures) -> None:
-    _restore(target, folder)
+    restored(target, folder)
     (folder / name).write_bytes(data)
     try:
         with _timed():
@@ -117,7 +124,8 @@ def _try(target: Target, folder: Path, name: str, data: bytes, figures: Figures)
         figures.accepted += 1
 
 
-def _restore(target: Target, folder: Path) -> None:
+def restored(target: Target, folder: Path) -> None:
+    """Write the valid folder."""
     for name, data in target.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def _timed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
+def limited() -> Iterator[None]:
     """Signals end a case; memory is limited to what is there and `_MEMORY_BYTES`."""
 
     def slow(*_: Any) -> None:
@@ -167,9 +175,9 @@ def _limited() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main() -> int:
-    """The exit code."""
-    parser = make_parser(__doc__)
+def fuzz(text: str | None, title: str, attack: Callable[[Target, int], Figures]) -> int:
+    """The command line: `attack` every target that is asked for; the exit code. text: of the help."""
+    parser = make_parser(text)
     parser.add_argument("--cases", type=int, default=10_000, help="for each target")
     parser.add_argument("--only", metavar="NAME", action="append", help="this target alone; may be repeated")
     arguments = parser.parse_args()
@@ -181,7 +189,7 @@ def main() -> int:
     found = [attack(known[name], cases) for name in arguments.only or known]
     rows = [(f.target, f.cases, f.accepted, f.refused, f.failed, f.seconds) for f in found]
     columns = ("target", "cases", "accepted", "refused", "failures", "s")
-    publish("hostile files", columns, rows, {"targets": [asdict(f) for f in found]}, arguments)
+    publish(title, columns, rows, {"targets": [asdict(f) for f in found]}, arguments)
     failures = [item for figures in found for item in figures.failures.items()]
     for what, reproduced in failures:
         print(f"\nFAILED {what}\n  {reproduced}")
@@ -189,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzz(__doc__, "hostile files", attack))
