@@ -271,7 +271,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
             summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            summary |= {**profiler.figures(), "adapter_step": adapter_step}
+            summary |= {**profiler.figures(), "adapter_step": adapter_step, "ranks": ranks.count}
             folder.write_summary(summary)
             _report(folder, listener)
         except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
