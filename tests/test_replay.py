@@ -210,6 +210,6 @@ def test_a_journal_of_another_run_or_with_a_gap_is_refused(tmp_path: Path) -> No
 def test_weights_are_replayed_on_the_model_they_were_trained_on(tmp_path: Path) -> None:
     run = run_of(tmp_path, space="dense", lr=1e-4, steps=2)
     record = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps({**record, "model": "0"}))
+    (run.folder / "run.json").write_text(json.dumps({**record, "weights": "0"}))
     with pytest.raises(UserError, match=r"the run was begun with others than are here now:\n  --model: its"):
         replay(run.folder)

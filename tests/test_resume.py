@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from hizoo_lite import tasks
+from hizoo_lite import tasks, tensorfile
 from hizoo_lite.base import UserError
 from hizoo_lite.curvature import Grouped
 from hizoo_lite.errors import BudgetError, StorageError
@@ -21,6 +22,7 @@ from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import checkpoint, identity, journal
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
@@ -395,11 +397,106 @@ def test_other_data_another_task_and_another_model_are_named(
     with pytest.raises(UserError, match=r"\n  --device: what it is computed with\n"):
         resumed(tmp_path, model=str(model))
     (run / "run.json").write_text("[")
-    with pytest.raises(UserError, match=r"run.json: cannot be read"):
+    with pytest.raises(UserError, match=r"run.json: not sound JSON .* or no file: then nothing is compared"):
         resumed(tmp_path, model=str(model))
     (run / "run.json").write_bytes(before[run / "run.json"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert resumed(tmp_path, model=str(model))["metrics"] == left_alone["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [
+        *(("batch_size", 4, 8), ("mu", 0.01, 0.02), ("smoothing", 0.01, 0.5), ("max_length", 32, 16)),
+        *(("clip", None, 1e-6), ("lr_schedule", "constant", "linear")),
+    ],
+)
+def test_a_config_that_was_edited_is_named(name: str, was: Any, now: Any, tmp_path: Path) -> None:
+    run = stopped(tmp_path, 3)
+    path = run / "config.toml"
+    before = path.read_text()
+    line = f"# {name} is not set" if was is None else f"{name} = {json.dumps(was)}"
+    assert f"\n{line}\n" in before
+    path.write_text(before.replace(f"\n{line}\n", f"\n{name} = {json.dumps(now)}\n"))
+    with pytest.raises(UserError) as refused:
+        fit(resolve(flags={"resume": True, "out": str(run)}))
+    assert str(refused.value) == (
+        f"--resume: {name}: the run has {was!r}, got {now!r}; it cannot change on --resume; "
+        f"put {was!r} back into its config.toml"
+    )
+
+
+def test_a_config_that_was_edited_does_not_hide_what_the_run_has(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path, 3)
+    path = run / "config.toml"
+    before = path.read_text()
+    path.write_text(before.replace("batch_size = 4\n", "batch_size = 8\n"))
+    assert resumed(tmp_path) == left_alone  # which was told 4
+    assert path.read_text() == before
+
+
+def test_a_run_that_keeps_no_settings_is_compared_with_its_config(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path, 3)
+    record = json.loads((run / "run.json").read_text())
+    for unsound in ([], "x"):
+        (run / "run.json").write_text(json.dumps({**record, "settings": unsound}))
+        with pytest.raises(UserError, match=r"run.json: settings: got .*, allowed: an object"):
+            resumed(tmp_path)
+    del record["settings"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"mu: the run has 0.01, got 0.5; it cannot change on --resume$"):
+        resumed(tmp_path, mu=0.5)
+    assert resumed(tmp_path) == left_alone
+
+
+@pytest.mark.parametrize("limit", [identity._WHOLE_BYTES, 1 << 20])  # looked at as a whole; by samples
+def test_another_config_and_other_weights_of_the_model_are_named(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_WHOLE_BYTES", limit)
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    stopped(tmp_path, 1, model=str(model))
+    config, weights = model / "config.json", model / "model.safetensors"
+    text, content = config.read_text(), weights.read_bytes()
+    settings = json.loads(text)
+    assert settings["rms_norm_eps"] != 1e-2
+    config.write_text(json.dumps({**settings, "rms_norm_eps": 1e-2}))
+    with pytest.raises(UserError, match=r"\n  --model: its config.json\nput them back"):
+        resumed(tmp_path, model=str(model))
+    config.write_text(text)
+    place = Checkpoint.open(model).place("model.layers.0.mlp.up_proj.weight")
+    begin, end = place.offset + 2000, place.offset + place.nbytes
+    weights.write_bytes(content[:begin] + bytes(end - begin) + content[end:])
+    with pytest.raises(UserError, match=r"\n  --model: its weights\nput them back"):
+        resumed(tmp_path, model=str(model))
+    weights.write_bytes(content)
+    resumed(tmp_path, model=str(model))
+
+
+def test_weights_are_told_apart_by_samples_of_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(identity, "_TENSOR_SAMPLES", 8)
+    values = {name: np.zeros(1 << 20, np.uint8) for name in ("a", "b")}
+    tensorfile.save(tmp_path / "model.safetensors", values)
+    first = identity.of_model(tmp_path)["weights"]
+    step = ((1 << 20) - 4096) // 3
+    for place, seen in ((0, True), (step, True), (step - 1, False), ((1 << 20) - 1, True)):
+        changed = values["b"].copy()
+        changed[place] = 1
+        tensorfile.save(tmp_path / "model.safetensors", {**values, "b": changed})
+        assert (identity.of_model(tmp_path)["weights"] != first) == seen
+    for name, value in values.items():  # the same tensors in two files
+        tensorfile.save(tmp_path / f"{name}.safetensors", {name: value})
+    index = {"weight_map": {name: f"{name}.safetensors" for name in values}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert identity.of_model(tmp_path)["weights"] == first
 
 
 def test_a_thousand_examples_are_looked_at_in_a_moment() -> None:
@@ -418,11 +515,12 @@ def test_a_thousand_examples_are_looked_at_in_a_moment() -> None:
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(3 << 20))
+    path, size = tmp_path / "weights", 65 << 20
+    path.touch()
+    os.truncate(path, size)
     first = identity.of_files([path])
     with path.open("rb+") as file:
-        file.seek((3 << 20) - 1)
+        file.seek(size - 1)
         file.write(b"\x01")
     assert identity.of_files([path]) != first
     assert identity.of_files([path, path]) == identity.of_files([path])

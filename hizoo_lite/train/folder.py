@@ -193,8 +193,9 @@ class RunFolder:
         self._write_json(self.memory, record)
 
     def write_identity(self, identity: Mapping[str, str]) -> None:
-        """Replace run.json."""
-        self._write_json(self.identity, identity, indent=2)
+        """Replace run.json: `identity`, and the settings of config.toml that cannot change any more."""
+        if self.writes:
+            self._write_json(self.identity, {**identity, **config_file.lasting(self.config())}, indent=2)
 
     def _write_json(self, path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
         if not self.writes:

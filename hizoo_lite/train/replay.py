@@ -175,7 +175,6 @@ def _arrays(library: str, where: Path) -> Arrays:
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
-    from hizoo_lite.export.onnx.files import fingerprint
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import setup
 
@@ -183,7 +182,7 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     space = setup.make_space(config)
     space.attach(model, config.seed)
     stepper = parts.make_stepper(config, Traversal(model), space, None, None)
-    identity.check(folder.identity, {"model": fingerprint(model.folder), "library": stepper.library})
+    identity.check(folder.identity, {**identity.of_model(model.folder), "library": stepper.library})
     return stepper
 
 
