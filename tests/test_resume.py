@@ -206,6 +206,85 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(left_alone: dict[str, byt
     ]
 
 
+def test_a_state_in_which_a_bit_is_flipped_is_passed_over(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    path = run / "checkpoints/step-000004/state.json"
+    whole = path.read_bytes()
+    record = json.loads(whole)
+    unseen = 0
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= 1
+        path.write_bytes(data)
+        try:
+            checkpoint.check(path.parent)
+        except UserError:
+            continue
+        unseen += 1
+        assert json.loads(path.read_bytes()) == record  # such as white space of another kind
+    assert unseen < len(whole) / 10
+    place = whole.index(b'"library": "') + len(b'"library": "')
+    path.write_bytes(whole[:place] + b"x" + whole[place + 1 :])
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert any("state.json: is damaged: its checksum" in text for text in told.messages)
+
+
+def test_a_checkpoint_under_the_name_of_another_is_passed_over(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = stopped(tmp_path) / "checkpoints"
+    shutil.rmtree(folder / "step-000004")
+    (folder / "step-000002").rename(folder / "step-000003")
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert any("step: got 2, the folder's name says 3; an older" in text for text in told.messages)
+
+
+def test_a_state_without_its_files_or_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = stopped(tmp_path, 3) / "checkpoints/step-000002/state.json"
+    record = json.loads(path.read_text())
+    del record["checksum"]
+
+    def write(**changes: Any) -> None:
+        changed = {**record, **changes}
+        path.write_text(json.dumps({**changed, "checksum": checkpoint._checksum(changed)}))
+
+    write()
+    checkpoint.check(path.parent)
+    kept = record["files"]
+    for files in (
+        {},
+        {name: value for name, value in kept.items() if not name.startswith("adapter/")},
+        {name: value for name, value in kept.items() if name != "curvature.safetensors"},
+    ):
+        write(files=files)
+        with pytest.raises(UserError, match=r"state.json: files: curvature.safetensors and those of adapter"):
+            checkpoint.check(path.parent)
+    write(format=3)
+    with pytest.raises(UserError, match=r"state.json: format: got 3, this program reads 1 and 2"):
+        checkpoint.check(path.parent)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksum(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    for path in run.glob("checkpoints/*/state.json"):
+        record = json.loads(path.read_text())
+        del record["checksum"]
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="is damaged: its checksum"):
+            checkpoint.check(path.parent)
+        del record["format"]
+        path.write_text(json.dumps(record))
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert "taking 1 steps from the journal" in told.messages
+
+
 def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -197,7 +197,8 @@ def _read_journal(folder: Path) -> None:
     journal.read(path)
 
 
-_STATE = {
+_STATE: dict[str, Any] = {
+    "format": 2,
     "step": 2,
     "bad_steps": 0,
     "step_size": {"scale": 1.0},
@@ -206,6 +207,7 @@ _STATE = {
     "parameters": ["a", "b"],
     "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())},
 }
+_STATE["checksum"] = checkpoint._checksum(_STATE)
 
 
 def _read_checkpoint(folder: Path) -> None:

@@ -1,19 +1,20 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, and `state.json` with the step size's state and a checksum of every other file. Noise
-and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
+`curvature.safetensors`, and `state.json` with the step size's state, a checksum of every other file and one of
+itself. Noise and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
 disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
 one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 ADAPTER = "adapter"
+#: Of state.json: 1, without the entries `format` and `checksum`, was written up to version 0.1.
+_FORMAT = 2
+_ENTRIES = {"step", "bad_steps", "step_size", "halvings", "library", "parameters", "files"}
 
 
 class Position(NamedTuple):
@@ -118,7 +122,8 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
     state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
     tensorfile.save(aside / _CURVATURE, state)
     written = sorted(file for file in aside.rglob("*") if file.is_file())
-    record = {
+    record: dict[str, Any] = {
+        "format": _FORMAT,
         **position._asdict(),
         "step_size": stepper.step_size.state_dict(),
         "halvings": stepper.traversal.halvings,
@@ -126,8 +131,14 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
         "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(aside).as_posix(): sha256_of(file) for file in written},
     }
+    record["checksum"] = _checksum(record)
     (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(aside)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries of state.json as JSON in one form, hex digits."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def save_adapter(space: Space, folder: Path) -> None:
@@ -219,10 +230,10 @@ def _sweep(folder: Path) -> None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """state.json, checked."""
+    """The entries of state.json, checked. UserError where they are not what was written for `path`."""
     try:
         record = parse_json((path / STATE).read_text(encoding="utf-8"))
-        return {
+        found = {
             **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
             "library": str(record["library"]),
@@ -231,6 +242,19 @@ def _state(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error})") from error
+    others = {name: value for name, value in record.items() if name not in _ENTRIES}
+    if others:  # none in format 1
+        if others.get("format", _FORMAT) != _FORMAT:
+            raise UserError(
+                f"{path / STATE}: format: got {others['format']!r:.80}, this program reads 1 and {_FORMAT}"
+            )
+        if others != {"format": _FORMAT, "checksum": _checksum({"format": _FORMAT, **found})}:
+            raise UserError(f"{path / STATE}: is damaged: its checksum is not that of its entries")
+    if found["step"] != steps_of(path):
+        raise UserError(f"{path / STATE}: step: got {found['step']}, the folder's name says {steps_of(path)}")
+    if _CURVATURE not in found["files"] or not any(name.startswith(f"{ADAPTER}/") for name in found["files"]):
+        raise UserError(f"{path / STATE}: files: {_CURVATURE} and those of {ADAPTER} are not all named")
+    return found
 
 
 def _inside(path: Path, name: str) -> str:
