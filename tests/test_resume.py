@@ -18,8 +18,10 @@ from hizoo_lite.base import UserError
 from hizoo_lite.curvature import Grouped
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.files import storing
+from hizoo_lite.memory.report import write_report
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.spaces import LoRA
+from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint, identity, journal
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import resolve
@@ -28,6 +30,7 @@ from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.parts import DEMO
+from hizoo_lite.train.replay import replay
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import short_run, write_task
 
@@ -160,14 +163,155 @@ def test_a_journal_without_its_header_is_begun_again(left_alone: dict[str, bytes
         assert resumed(tmp_path) == left_alone
 
 
-@pytest.mark.parametrize("lost", [1, 2])
-def test_steps_that_metrics_have_lost_are_computed_again(
-    lost: int, left_alone: dict[str, bytes], tmp_path: Path
+def without(found: dict[str, bytes], *names: str) -> dict[str, bytes]:
+    return {name: content for name, content in found.items() if name not in names}
+
+
+def test_steps_that_metrics_have_lost_are_written_again_from_the_journal(
+    left_alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     run = stopped(tmp_path)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:-lost]) + '{"kind": "st')
-    assert resumed(tmp_path) == left_alone
+    whole = json.loads(left_alone["metrics"])
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + '{"kind": "st')
+    told = Told()
+    found = resumed(tmp_path, told)
+    assert without(found, "metrics") == without(left_alone, "metrics")
+    assert "resuming after 5 of 6 steps" in told.messages
+    assert any("lacks 1 of 5 steps; 1 are written again" in text for text in told.messages)
+    wanted = [{**line, "tokens": None} if line.get("when") is None else line for line in whole]
+    again = [
+        {**line, "tokens": None} if line.get("when") is None else line
+        for line in json.loads(found["metrics"])
+    ]
+    assert again == wanted
+    assert [line["step"] for line in RunFolder(run).read_metrics() if line.get("tokens", 0) is None] == [4]
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_run_without_metrics_goes_on_from_the_journal(
+    missing: bool, left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path, save_every=0)
+    path = run / "metrics.jsonl"
+    path.unlink()
+    if not missing:
+        path.touch()
+    told = Told()
+    again = run_of(tmp_path, told, eval_every=2, save_every=0, resume=True)
+    assert "taking 5 steps from the journal" in told.messages
+    assert without(contents(run), "metrics") == without(left_alone, "metrics")
+    steps = [line for line in json.loads(left_alone["metrics"]) if line["kind"] == "step"]
+    found = [line for line in json.loads(contents(run)["metrics"]) if line["kind"] == "step"]
+    assert found == [{**line, "tokens": None} for line in steps[:5]] + steps[5:]
+    summary = again.summary
+    assert (summary["steps"], summary["forward_passes"], summary["skipped_steps"]) == (6, 18, 0)
+    assert summary["loss_before"] is None
+    assert summary["loss_after"] == json.loads(left_alone["metrics"])[-1]["loss"]
+    assert summary["seconds_per_step"] > 0
+    assert write_report([run], with_png=False).html.is_file()
+
+
+def test_a_skipped_step_is_written_again_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = Traversal.losses, [0]
+
+    def losses(self: Traversal, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, batch, *args, **kwargs)
+        calls[0] += bool(args or kwargs)
+        return found._replace(per_example=found.per_example * float("nan")) if calls[0] == 2 else found
+
+    monkeypatch.setattr(Traversal, "losses", losses)
+    run = stopped(tmp_path, 5, save_every=0)
+    before = [line for line in RunFolder(run).read_metrics() if line["kind"] == "step"]
+    assert any(line["skipped"] for line in before)
+    (run / "metrics.jsonl").unlink()
+    assert run_of(tmp_path, eval_every=2, save_every=0, resume=True).summary["skipped_steps"] == 1
+    after = [line for line in RunFolder(run).read_metrics() if line["kind"] == "step"]
+    assert after[:5] == [{**line, "seconds": None, "tokens": None} for line in before]
+
+
+def test_steps_that_metrics_and_journal_have_lost_count(left_alone: dict[str, bytes], tmp_path: Path) -> None:
+    run = stopped(tmp_path)
+    for name in ("metrics.jsonl", "journal.bin"):
+        (run / name).unlink()
+    told = Told()
+    again = run_of(tmp_path, told, eval_every=2, resume=True)
+    assert again.summary["steps"] == STEPS
+    assert again.summary["forward_passes"] == 6  # of the last two steps: the others are not known
+    assert any("lacks 4 of 4 steps; 0 are written again" in text for text in told.messages)
+
+
+@pytest.mark.parametrize("lost", [2, 5])
+def test_records_of_zeros_at_the_end_are_computed_again(
+    lost: int, left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path, save_every=0)
+    path = run / "journal.bin"
+    data, size = path.read_bytes(), journal.record_bytes(3)
+    path.write_bytes(data[: -lost * size] + bytes(lost * size))
+    told = Told()
+    assert resumed(tmp_path, told, save_every=0) == left_alone
+    assert f"{path}: {lost} records after {5 - lost} do not hold; they are dropped" in told.messages
+    assert f"resuming after {5 - lost} of 6 steps" in told.messages
+
+
+def test_a_damaged_record_before_a_checkpoint_ends_replay_but_not_the_run(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    path = run / "journal.bin"
+    data = bytearray(path.read_bytes())
+    data[32 + journal.record_bytes(3) + 60] ^= 1
+    path.write_bytes(data)
+    told = Told()
+    found = resumed(tmp_path, told)
+    assert f"{path}: 4 records after 1 do not hold; they are dropped" in told.messages
+    assert (
+        f"{path}: lacks steps 1 to 3: the run goes on from its checkpoint, but replay --step goes up to 1"
+    ) in told.messages
+    assert without(found, "journal.bin", "metrics") == without(left_alone, "journal.bin", "metrics")
+    assert [record.step for record in journal.read(path)] == [0, 4, 5]
+    assert replay(run, 1).steps == 1
+    with pytest.raises(
+        UserError, match=r"the record of step 1 is missing or damaged; .* --step 0 to --step 1"
+    ):
+        replay(run)
+
+
+def test_steps_behind_a_gap_of_the_journal_are_computed_again(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    path = run / "journal.bin"
+    records = journal.read(path)
+    path.unlink()
+    with journal.Journal(path, 3) as file:
+        for record in records:
+            if record.step != 2:
+                file.append(record)
+    shutil.rmtree(run / "checkpoints/step-000004")
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert f"{path}: 2 steps after 2 are taken again" in told.messages
+
+
+@pytest.mark.parametrize("space", ["lora", "dense"])
+def test_a_journal_of_zeros_is_no_obstacle(space: str, tmp_path: Path) -> None:
+    settings = {"space": space, "lr": 1e-4}
+    alone = contents(run_of(tmp_path / "a", eval_every=2, **settings).folder)
+    run = stopped(tmp_path / "b", **settings)
+    path = run / "journal.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    told = Told()
+    found = resumed(tmp_path / "b", told, **settings)
+    assert f"{path}: 5 records after 0 do not hold; they are dropped" in told.messages
+    assert any(text.endswith("but replay is over for this run") for text in told.messages)
+    assert without(found, "journal.bin") == without(alone, "journal.bin")
+    data = path.read_bytes()
+    path.write_bytes(b"\x01" + data[1:])
+    with pytest.raises(UserError, match=r"is not a journal; move it away: --resume then goes on from the ne"):
+        resumed(tmp_path / "b", **settings)
 
 
 def test_steps_that_the_journal_has_lost_are_computed_again(
@@ -183,13 +327,17 @@ def test_without_a_journal_a_run_goes_on_from_its_checkpoint(
     left_alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     run = stopped(tmp_path)
-    (run / "journal.bin").unlink()
-    found = resumed(tmp_path)
-    kept = journal.read(run / "journal.bin")
-    assert [record.step for record in kept] == [4, 5]
-    assert {k: v for k, v in found.items() if k != "journal.bin"} == {
-        k: v for k, v in left_alone.items() if k != "journal.bin"
-    }
+    path = run / "journal.bin"
+    path.unlink()
+    told = Told()
+    found = resumed(tmp_path, told)
+    assert (
+        f"{path}: lacks steps 0 to 3: the run goes on from its checkpoint, but replay is over for this run"
+    ) in told.messages
+    assert [record.step for record in journal.read(path)] == [4, 5]
+    assert without(found, "journal.bin") == without(left_alone, "journal.bin")
+    with pytest.raises(UserError, match="record of step 0 is missing or damaged"):
+        replay(run)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(left_alone: dict[str, bytes], tmp_path: Path) -> None:
@@ -288,7 +436,13 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksum(
 def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for bad in ("{\n", "[]\n", '{"kind": "step"}\n'):
+    for bad in (
+        *("{\n", "[]\n", '{"kind": "step"}\n', '{"kind": ["step"], "step": 1}\n', '"kind"\n'),
+        '{"kind": "step", "step": null, "skipped": false, "forwards": 3}\n',
+        '{"kind": "step", "step": 1, "skipped": false, "forwards": "3"}\n',
+        '{"kind": "eval", "step": 1}\n',
+        '{"kind": "other", "step": 1}\n',
+    ):
         (run / "metrics.jsonl").write_text("".join([*lines[:2], bad, *lines[3:]]))
         with pytest.raises(UserError, match=r"metrics.jsonl: line 3 is damaged; remove it and what follows"):
             resumed(tmp_path)
@@ -296,6 +450,26 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------ the best on dev
+
+
+def test_an_evaluation_that_decides_on_the_best_is_made_again_where_it_is_lost(tmp_path: Path) -> None:
+    options = {"eval_every": 1, "save_every": 2, "keep": "best"}
+    alone = run_of(tmp_path / "a", **options)
+    with pytest.raises(Killed):
+        run_of(tmp_path / "b", Told(5), **options)
+    path = tmp_path / "b/run/metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if '"kind": "step"' not in line]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] < 4))
+    told = Told()
+    again = run_of(tmp_path / "b", told, resume=True, **options)
+    assert "resuming after 4 of 6 steps" in told.messages
+    assert again.summary["adapter_step"] == alone.summary["adapter_step"]
+    assert without(contents(again.folder), "metrics") == without(contents(alone.folder), "metrics")
+
+    def judged(folder: Path) -> list[Any]:
+        return [(line["step"], line["loss"]) for line in RunFolder(folder).evaluations()]
+
+    assert judged(again.folder) == judged(alone.folder)
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -221,7 +221,8 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 _METRICS = (
-    b'{"kind": "step", "step": 0, "loss": 1.5}\n{"kind": "eval", "step": 1, "when": "after", "metric": 0.5}\n'
+    b'{"kind": "step", "step": 0, "skipped": false, "forwards": 3, "seconds": 0.5, "tokens": 9}\n'
+    b'{"kind": "eval", "step": 1, "when": "after", "metric": 0.5}\n'
 )
 _RUN = {
     "config.toml": _CONFIG,

@@ -1,10 +1,11 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, and `state.json` with the step size's state, a checksum of every other file and one of
-itself. Noise and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
-disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
-one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
+`curvature.safetensors`, and `state.json` with the step size's state, a checksum of every other file and one
+of itself. Noise and batches need no state: they are functions of (seed, step). A checkpoint is written aside,
+forced to the disk and renamed: one that has its name is complete. One whose checksums are wrong is passed
+over for an older one, and renamed once the run goes on from there. `step-000000` of a space in memory is
+where `replay` begins.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def _state(path: Path) -> dict[str, Any]:
     """The entries of state.json, checked. UserError where they are not what was written for `path`."""
     try:
         record = parse_json((path / STATE).read_text(encoding="utf-8"))
-        found = {
+        found: dict[str, Any] = {
             **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
             "library": str(record["library"]),

@@ -24,8 +24,7 @@ from hizoo_lite.train.begin import after
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.journal import Record
-from hizoo_lite.train.journal import read as read_journal
+from hizoo_lite.train.journal import Record, scan
 from hizoo_lite.train.step import Stepper
 
 
@@ -121,14 +120,21 @@ def replay(
 
 
 def _records(folder: RunFolder, step: int | None) -> list[Record]:
-    records = read_journal(folder.journal)
-    for number, record in enumerate(records):
-        if record.step != number:
-            raise UserError(f"{folder.journal}: lacks step {number}: it cannot be replayed from the start")
-    if step is None:
-        return records
-    if not 0 <= step <= len(records):
-        raise UserError(f"--step: got {step}, allowed: 0 to {len(records)}, the steps of {folder.journal}")
+    """Those of the steps before number `step`, None: of all. UserError where one of them is lost."""
+    found = scan(folder.journal)
+    records = [record for number, record in enumerate(found.records) if record.step == number]
+    most = len(records)
+    broken = len(found.records) > most or found.lost_bytes > 0
+    if step is None and broken:
+        raise UserError(
+            f"{folder.journal}: the record of step {most} is missing or damaged; what the run had trained "
+            f"before it can be rebuilt: --step 0 to --step {most}"
+        )
+    if step is not None and not 0 <= step <= most:
+        raise UserError(
+            f"--step: got {step}, allowed: 0 to {most}, the steps of {folder.journal}"
+            + (f", whose record of step {most} is missing or damaged" if broken else "")
+        )
     return records[:step]
 
 
