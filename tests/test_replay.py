@@ -195,6 +195,20 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
         replay(run.folder, 2)
 
 
+def test_two_replays_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    run, out = run_of(tmp_path, steps=2), tmp_path / "out"
+    refused = []
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(UserError, match=rf"--out: another process runs in {out}; wait for it") as error:
+            replay(run.folder, 1, out)
+        refused.append(error)
+
+    assert replay(run.folder, 2, out, second).differs == []
+    assert len(refused) == 2
+    assert [path.name for path in out.iterdir()] == ["step-000002"]
+
+
 def test_a_journal_of_another_run_or_with_a_gap_is_refused(tmp_path: Path) -> None:
     run, other = run_of(tmp_path / "a", steps=3), run_of(tmp_path / "b", steps=3, seed=1)
     journal = run.folder / "journal.bin"

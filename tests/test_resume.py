@@ -580,6 +580,64 @@ def test_an_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert not (run.folder / ".adapter.tmp").exists()
 
 
+def test_an_adapter_outlives_a_kill_between_its_renames_and_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, steps=2)
+    folder, space = run.folder / "adapter", run.setup.space
+    before = contents(run.folder)
+    plain = os.replace
+
+    def replace_and_die(source: Any, target: Any) -> None:
+        plain(source, target)
+        if str(target).endswith(".adapter.old"):
+            raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "replace", replace_and_die)
+        with pytest.raises(Killed):
+            checkpoint.save_adapter(space, folder)
+    assert not folder.exists()
+    with monkeypatch.context() as full:
+        full.setattr(LoRA, "save", refusing(LoRA.save, 1))
+        with pytest.raises(StorageError, match="No space left"):
+            checkpoint.save_adapter(space, folder)
+    assert contents(run.folder) == before
+    checkpoint.save_adapter(space, folder)
+    assert contents(run.folder) == before
+    assert not [path for path in run.folder.iterdir() if path.name.startswith(".adapter")]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_failure_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: Any, target: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    (tmp_path / "step-000001").mkdir()
+    (tmp_path / "step-000002").mkdir()
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(StorageError, match=r"step-000001: cannot be written: Read-only file system"):
+        checkpoint.keep(tmp_path, 1)
+
+
+def test_without_a_sound_checkpoint_the_journal_rebuilds_everything(
+    left_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = stopped(tmp_path)
+    folder = run / "checkpoints"
+    for path in folder.glob("*/curvature.safetensors"):
+        path.write_bytes(b"")
+    words = rf"no checkpoint can be used:\n.*is damaged(.|\n)*\nmove {folder} away: --resume then takes"
+    with pytest.raises(UserError, match=words):
+        resumed(tmp_path)
+    folder.rename(tmp_path / "away")
+    told = Told()
+    assert resumed(tmp_path, told) == left_alone
+    assert "taking 5 steps from the journal" in told.messages
+    assert replay(run).differs == []
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 

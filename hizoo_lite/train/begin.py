@@ -55,6 +55,8 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
         tell(line)
     if found is not None:
         position = checkpoint.load(found, stepper)
+    elif later and folder.writes and stepper.space.weights is None:
+        checkpoint.save(folder.checkpoints, position, stepper)  # for `replay`
     if later:
         tell(f"taking {len(later)} steps from the journal")
     for record in later:

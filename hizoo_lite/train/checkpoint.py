@@ -77,7 +77,12 @@ def sound(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
         else:
             return path, refused
     if refused:
-        raise UserError("no checkpoint can be used:\n  " + "\n  ".join(map(str, refused.values())))
+        raise UserError(
+            "no checkpoint can be used:\n  "
+            + "\n  ".join(map(str, refused.values()))
+            + f"\nmove {folder} away: --resume then takes the steps of the journal again from the start, and "
+            "computes those that it lacks"
+        )
     return None, {}
 
 
@@ -146,6 +151,8 @@ def save_adapter(space: Space, folder: Path) -> None:
     """Replace the folder with what the space saves now, as a whole. `StorageError` leaves the old one."""
     aside, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
     with storing(folder):
+        if old.exists() and not folder.exists():  # killed between the two renames
+            os.replace(old, folder)
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -212,7 +219,7 @@ def numbers(path: Path) -> dict[str, Any]:
 def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     """Remove all but the newest `limit` checkpoints, that of the start, and those after `also` steps.
 
-    limit: 0 keeps all.
+    limit: 0 keeps all. `StorageError` where one cannot be removed.
     """
     if limit < 1:
         return
@@ -220,7 +227,8 @@ def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     for path in every(folder)[limit:]:
         if steps_of(path) not in kept:
             aside = folder / f".{path.name}.old"
-            os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
+            with storing(path):
+                os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
             shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -99,23 +99,25 @@ def replay(
 
     out: by default `replayed` in the run folder; the checkpoint is `out/step-000123`. What the run folder has
     of the same step (a checkpoint; the adapter) is compared bit for bit. `stepped` is told how many steps of
-    how many are done. Raises UserError for a step that the journal does not have, or a run that this machine
-    cannot replay; `StorageError` where the checkpoint cannot be written.
+    how many are done. Raises UserError for a step that the journal does not have, a run that this machine
+    cannot replay, or an `out` that another process uses; `StorageError` where the checkpoint cannot be
+    written.
     """
     folder = RunFolder(run)
     config = folder.config()
     records = _records(folder, step)
     out = folder.path / "replayed" if out is None else out
     target = checkpoint.path_of(out, len(records))
-    if target.exists():
-        raise UserError(f"--out: {target} exists already; allowed: a folder without it")
-    with _stepper(folder, config) as stepper:
-        position = Position()
-        for record in records:
-            stepper.replay(record)
-            position = after(position, record)
-            stepped(position.step, len(records))
-        written = checkpoint.save(out, position, stepper)
+    with RunFolder(out).locked():
+        if target.exists():
+            raise UserError(f"--out: {target} exists already; allowed: a folder without it")
+        with _stepper(folder, config) as stepper:
+            position = Position()
+            for record in records:
+                stepper.replay(record)
+                position = after(position, record)
+                stepped(position.step, len(records))
+            written = checkpoint.save(out, position, stepper)
     return _compared(folder, written, position.step)
 
 
