@@ -252,7 +252,10 @@ def test_records_of_zeros_at_the_end_are_computed_again(
     path.write_bytes(data[: -lost * size] + bytes(lost * size))
     told = Told()
     assert resumed(tmp_path, told, save_every=0) == left_alone
-    assert f"{path}: {lost} records after {5 - lost} do not hold; they are dropped" in told.messages
+    assert (
+        f"{path}: {lost} records after the first {5 - lost} do not hold, as after a power failure: dropped"
+        in told.messages
+    )
     assert f"resuming after {5 - lost} of 6 steps" in told.messages
 
 
@@ -266,7 +269,9 @@ def test_a_damaged_record_before_a_checkpoint_ends_replay_but_not_the_run(
     path.write_bytes(data)
     told = Told()
     found = resumed(tmp_path, told)
-    assert f"{path}: 4 records after 1 do not hold; they are dropped" in told.messages
+    assert (
+        f"{path}: 4 records after the first 1 do not hold, as after a power failure: dropped" in told.messages
+    )
     assert (
         f"{path}: lacks steps 1 to 3: the run goes on from its checkpoint, but replay --step goes up to 1"
     ) in told.messages
@@ -305,7 +310,9 @@ def test_a_journal_of_zeros_is_no_obstacle(space: str, tmp_path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
     told = Told()
     found = resumed(tmp_path / "b", told, **settings)
-    assert f"{path}: 5 records after 0 do not hold; they are dropped" in told.messages
+    assert (
+        f"{path}: 5 records after the first 0 do not hold, as after a power failure: dropped" in told.messages
+    )
     assert any(text.endswith("but replay is over for this run") for text in told.messages)
     assert without(found, "journal.bin") == without(alone, "journal.bin")
     data = path.read_bytes()
@@ -733,7 +740,7 @@ def test_a_config_that_was_edited_is_named(name: str, was: Any, now: Any, tmp_pa
         fit(resolve(flags={"resume": True, "out": str(run)}))
     assert str(refused.value) == (
         f"--resume: {name}: the run has {was!r}, got {now!r}; it cannot change on --resume; "
-        f"put {was!r} back into its config.toml"
+        f"put back into config.toml: {line}"
     )
 
 

@@ -109,7 +109,8 @@ def _lost(folder: RunFolder, held: Found, start: int, taken: int, branches: int)
     last = len(_following(held.records, 0))
     count = -(-held.lost_bytes // journal.record_bytes(branches))
     if count:
-        yield f"{folder.journal}: {count} records after {len(held.records)} do not hold; they are dropped"
+        behind = f"{count} records after the first {len(held.records)}"
+        yield f"{folder.journal}: {behind} do not hold, as after a power failure: dropped"
     if last < start:
         missing = f"step {last}" if last + 1 == start else f"steps {last} to {start - 1}"
         kept = f"replay --step goes up to {last}" if last else "replay is over for this run"

@@ -170,8 +170,12 @@ def write(config: TrainConfig) -> str:
         if meta["group"] != group:
             group = meta["group"]
             lines += ["", f"# {group}"]
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml(value)}")
+        lines.append(_line(name, value))
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, value: Any) -> str:
+    return f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
 
 
 def _toml(value: str | bool | int | float) -> str:
@@ -205,7 +209,11 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
         kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"
-        + (f"; put {before[name]!r} back into its config.toml" if stated[name] != before[name] else "")
+        + (
+            f"; put back into config.toml: {_line(name, before[name])}"
+            if stated[name] != before[name]
+            else ""
+        )
         for name in after
         if name in kept and before[name] != after[name]
     ]
