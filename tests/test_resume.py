@@ -395,7 +395,7 @@ def test_a_checkpoint_under_the_name_of_another_is_passed_over(
     (folder / "step-000002").rename(folder / "step-000003")
     told = Told()
     assert resumed(tmp_path, told) == left_alone
-    assert any("step: got 2, the folder's name says 3; an older" in text for text in told.messages)
+    assert any("step: got 2, the folder is step-000003; an older" in text for text in told.messages)
 
 
 def test_a_state_without_its_files_or_of_a_later_format_is_refused(tmp_path: Path) -> None:
@@ -417,6 +417,10 @@ def test_a_state_without_its_files_or_of_a_later_format_is_refused(tmp_path: Pat
     ):
         write(files=files)
         with pytest.raises(UserError, match=r"state.json: files: curvature.safetensors and those of adapter"):
+            checkpoint.check(path.parent)
+    for count in (-1, 1.0, "1", True):
+        write(halvings=count)
+        with pytest.raises(UserError, match=r"step-000002: not a complete checkpoint .* is not a count"):
             checkpoint.check(path.parent)
     write(format=3)
     with pytest.raises(UserError, match=r"state.json: format: got 3, this program reads 1 and 2"):

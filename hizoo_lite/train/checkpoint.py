@@ -243,7 +243,7 @@ def _state(path: Path) -> dict[str, Any]:
     try:
         record = parse_json((path / STATE).read_text(encoding="utf-8"))
         found: dict[str, Any] = {
-            **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
+            **{key: _count(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
             "library": str(record["library"]),
             "parameters": [str(name) for name in record["parameters"]],
@@ -259,11 +259,17 @@ def _state(path: Path) -> dict[str, Any]:
             )
         if others != {"format": _FORMAT, "checksum": _checksum({"format": _FORMAT, **found})}:
             raise UserError(f"{path / STATE}: is damaged: its checksum is not that of its entries")
-    if found["step"] != steps_of(path):
-        raise UserError(f"{path / STATE}: step: got {found['step']}, the folder's name says {steps_of(path)}")
+    if path.name != path_of(path, found["step"]).name:
+        raise UserError(f"{path / STATE}: step: got {found['step']}, the folder is {path.name}")
     if _CURVATURE not in found["files"] or not any(name.startswith(f"{ADAPTER}/") for name in found["files"]):
         raise UserError(f"{path / STATE}: files: {_CURVATURE} and those of {ADAPTER} are not all named")
     return found
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is not a count")
+    return value
 
 
 def _inside(path: Path, name: str) -> str:
