@@ -58,13 +58,18 @@ def test_index_names_no_file_outside(folder: Path, name: str, read: Callable[[Pa
 
 @pytest.mark.parametrize("name", _OUT)
 def test_state_names_no_file_outside(folder: Path, name: str) -> None:
+    folder = folder.rename(folder.with_name("step-000001"))
     digest = hashlib.sha256((folder.parent / "x.safetensors").read_bytes()).hexdigest()
+    inside = {"curvature.safetensors": digest, "adapter/x.safetensors": digest}
+    (folder / "adapter").mkdir()
+    for kept in inside:
+        (folder / kept).write_bytes((folder.parent / "x.safetensors").read_bytes())
     record = {"step": 1, "bad_steps": 0, "halvings": 0, "step_size": {}, "library": "torch", "parameters": []}
     path = folder / checkpoint.STATE
-    path.write_text(json.dumps({**record, "files": {name.format(outside=folder.parent): digest}}))
+    path.write_text(json.dumps({**record, "files": {**inside, name.format(outside=folder.parent): digest}}))
     with pytest.raises(UserError, match="is not inside the checkpoint"):
         checkpoint.check(folder)
-    path.write_text(json.dumps({**record, "files": {}}))
+    path.write_text(json.dumps({**record, "files": inside}))
     assert checkpoint.check(folder)["step"] == 1
 
 

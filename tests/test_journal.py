@@ -1,4 +1,4 @@
-"""journal.bin: what is written is read again; what is torn is dropped; what is damaged is named."""
+"""journal.bin: what is written is read again; what is torn or damaged ends it, and is dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.train.journal import Journal, Record, read, record_bytes
+from hizoo_lite.train.journal import Journal, Record, read, record_bytes, scan
 
 FLOATS = st.floats(allow_nan=False)
 RECORDS = st.builds(
@@ -90,25 +90,54 @@ def test_a_last_record_of_which_not_all_bytes_arrived_is_dropped(tmp_path: Path)
     assert [r.step for r in read(path)] == [0, 1]
 
 
-def test_any_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_a_flipped_bit_ends_the_journal_or_is_named(tmp_path: Path) -> None:
     path = tmp_path / "journal.bin"
     write(path, 4)
-    whole = path.read_bytes()
-    for position in range(len(whole) - record_bytes(3)):
+    whole, size = path.read_bytes(), record_bytes(3)
+    for position in range(len(whole)):
         data = bytearray(whole)
         data[position] ^= 1 << position % 8
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"damaged|not a journal|version"):
-            read(path)
+        if position < 32:
+            with pytest.raises(UserError, match=r"(damaged|not a journal|reads 1); move it away: --resume"):
+                scan(path)
+            continue
+        sound = (position - 32) // size
+        found = scan(path)
+        assert found.records == [record(step) for step in range(sound)]
+        assert found.lost_bytes == (4 - sound) * size
 
 
-def test_a_record_that_is_missing_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [1, 2, 4])
+def test_records_of_which_only_zeros_reached_the_disk_are_dropped(lost: int, tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 4)
+    whole, size = path.read_bytes(), record_bytes(3)
+    path.write_bytes(whole[: -lost * size] + bytes(lost * size))
+    assert scan(path)[:2] == ([record(step) for step in range(4 - lost)], lost * size)
+    with Journal(path, 3) as journal:
+        assert path.stat().st_size == len(whole) - lost * size
+        for step in range(4 - lost, 4):
+            journal.append(record(step))
+    assert path.read_bytes() == whole
+
+
+def test_a_journal_of_zeros_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    write(path, 2)
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    assert scan(path)[:2] == ([], 2 * record_bytes(3))
+    write(path, 2)
+    assert path.read_bytes() == whole
+
+
+def test_a_record_that_is_missing_ends_the_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.bin"
     write(path, 4)
     data, size = path.read_bytes(), record_bytes(3)
     path.write_bytes(data[: 32 + size] + data[32 + 2 * size :])
-    with pytest.raises(UserError, match="record 1 is damaged"):
-        read(path)
+    assert scan(path)[:2] == ([record(0)], 2 * size)
 
 
 def test_records_can_be_taken_back(tmp_path: Path) -> None:
@@ -157,3 +186,29 @@ def test_a_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Mo
             journal.append(record(2))
     assert [r.step for r in read(path)] == [0, 1]
     assert path.stat().st_size == 32 + 2 * record_bytes(3)
+
+
+def test_a_disk_that_refuses_all_leaves_whole_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.bin"
+    plain = os.pwrite
+
+    def half(file: int, data: bytes, offset: int) -> int:
+        if len(data) <= 52:
+            raise OSError(5, "Input/output error")
+        return plain(file, data[:52], offset)
+
+    def refused(file: int, size: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Journal(path, 3) as journal:
+        journal.append(record(0))
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "pwrite", half)
+            broken.setattr(os, "ftruncate", refused)
+            with pytest.raises(StorageError, match=r"journal.bin: cannot be written: Input/output error"):
+                journal.append(record(1))
+            with pytest.raises(StorageError, match=r"journal.bin: cannot be written: Input/output error"):
+                journal.truncate(0)
+        assert [r.step for r in read(path)] == [0]

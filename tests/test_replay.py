@@ -18,6 +18,7 @@ from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.train.journal import record_bytes
 from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.replay import replay
 from tests.edge_fixtures import export_training
@@ -180,7 +181,8 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
         replay(run.folder, 1)
     first = run.folder / "checkpoints/step-000000"
     state = json.loads((first / "state.json").read_text())
-    (first / "state.json").write_text(json.dumps({**state, "parameters": state["parameters"][1:]}))
+    fewer = {name: value for name, value in state.items() if name not in ("format", "checksum")}
+    (first / "state.json").write_text(json.dumps({**fewer, "parameters": state["parameters"][1:]}))
     with pytest.raises(UserError, match=r"does not hold the parameters that state.json beside it names"):
         replay(run.folder, 2)
     (first / "adapter/adapter_model.safetensors").write_bytes(b"")
@@ -191,6 +193,20 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     (first / "state.json").unlink()
     with pytest.raises(UserError, match=r"step-000000: not a complete checkpoint"):
         replay(run.folder, 2)
+
+
+def test_two_replays_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    run, out = run_of(tmp_path, steps=2), tmp_path / "out"
+    refused = []
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(UserError, match=rf"--out: another process runs in {out}; wait for it") as error:
+            replay(run.folder, 1, out)
+        refused.append(error)
+
+    assert replay(run.folder, 2, out, second).differs == []
+    assert len(refused) == 2
+    assert [path.name for path in out.iterdir()] == ["step-000002"]
 
 
 def test_a_journal_of_another_run_or_with_a_gap_is_refused(tmp_path: Path) -> None:
@@ -207,9 +223,25 @@ def test_a_journal_of_another_run_or_with_a_gap_is_refused(tmp_path: Path) -> No
         replay(run.folder)
 
 
+def test_a_damaged_journal_is_replayed_up_to_the_damage(tmp_path: Path) -> None:
+    run, shorter = run_of(tmp_path / "a", steps=5), run_of(tmp_path / "b", steps=3)
+    path, size = run.folder / "journal.bin", record_bytes(3)
+    path.write_bytes(path.read_bytes()[: -2 * size] + bytes(2 * size))
+    words = r"the record of step 3 is missing or damaged; .*: --step 0 to --step 3$"
+    with pytest.raises(UserError, match=words):
+        replay(run.folder)
+    with pytest.raises(UserError, match=r"--step: got 4, allowed: 0 to 3, .*record of step 3 is missing or"):
+        replay(run.folder, 4)
+    assert replay(run.folder, 2).steps == 2
+    found = replay(run.folder, 3)
+    assert (found.differs, len(found.same)) == ([], 3)
+    theirs = shorter.folder / "checkpoints/step-000003/curvature.safetensors"
+    assert tensorfile.equal(found.folder / "curvature.safetensors", theirs)
+
+
 def test_weights_are_replayed_on_the_model_they_were_trained_on(tmp_path: Path) -> None:
     run = run_of(tmp_path, space="dense", lr=1e-4, steps=2)
     record = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps({**record, "model": "0"}))
+    (run.folder / "run.json").write_text(json.dumps({**record, "weights": "0"}))
     with pytest.raises(UserError, match=r"the run was begun with others than are here now:\n  --model: its"):
         replay(run.folder)

@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,34 +198,47 @@ def _read_journal(folder: Path) -> None:
     journal.read(path)
 
 
-_STATE = {
-    "step": 2,
-    "bad_steps": 0,
-    "step_size": {"scale": 1.0},
-    "halvings": 0,
-    "library": "torch",
-    "parameters": ["a", "b"],
-    "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())},
-}
+def _state(step: int, **others: Any) -> dict[str, Any]:
+    """The entries of a checkpoint's state.json."""
+    return {
+        **others,
+        "step": step,
+        "bad_steps": 0,
+        "step_size": {"scale": 1.0},
+        "halvings": 0,
+        "library": "torch",
+        "parameters": ["a", "b"],
+        "files": {"adapter/x": _sha256(b"x"), "curvature.safetensors": _sha256(_tensors())},
+    }
+
+
+def _sealed(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "checksum": checkpoint._checksum(state)}
+
+
+#: The older one has the form without a checksum, which would refuse most changes before they are looked at.
+_STATES = {"step-000002": _sealed(_state(2, format=2)), "step-000001": _state(1)}
 
 
 def _read_checkpoint(folder: Path) -> None:
-    path = folder / "step-000002"
-    checkpoint.check(path)
-    checkpoint.numbers(path)
-    checkpoint.parameters(path)
-    assert checkpoint.halvings(path) >= 0
-    tensorfile.load(path / "curvature.safetensors")
+    for name in _STATES:
+        path = folder / name
+        checkpoint.check(path)
+        checkpoint.numbers(path)
+        checkpoint.parameters(path)
+        assert checkpoint.halvings(path) >= 0
+        tensorfile.load(path / "curvature.safetensors")
     checkpoint.sound(folder)
 
 
 _METRICS = (
-    b'{"kind": "step", "step": 0, "loss": 1.5}\n{"kind": "eval", "step": 1, "when": "after", "metric": 0.5}\n'
+    b'{"kind": "step", "step": 0, "skipped": false, "forwards": 3, "seconds": 0.5, "tokens": 9}\n'
+    b'{"kind": "eval", "step": 1, "when": "after", "metric": 0.5}\n'
 )
 _RUN = {
     "config.toml": _CONFIG,
     "metrics.jsonl": _METRICS,
-    "run.json": _json({"train": "a", "model": "b"}),
+    "run.json": _json({"train": "a", "model": "b", "settings": {"seed": 0, "mu": 0.001, "clip": None}}),
     "summary.json": _json({"steps": 1, "seconds": 1.5}),
     "plan.json": _json({"owners": {"weights": 100}}),
     "memory.json": _json({"samples": []}),
@@ -234,6 +248,7 @@ _RUN = {
 def _read_run(folder: Path) -> None:
     run = RunFolder(folder, writes=False)
     identity.read(folder / "run.json")
+    config_file.check_same_run(run.config(), replace(run.config(), out=str(folder)))
     run.read_metrics()
     run.evaluations()
     run.read_summary()
@@ -393,7 +408,8 @@ def targets() -> Iterable[Target]:
     """All of them."""
     hardware_file = (hardware.folder() / "rtx3090-24gb.toml").read_bytes()
     inside = {
-        f"step-000002/{name}": data
+        f"{step}/{name}": data
+        for step in _STATES
         for name, data in {"adapter/x": b"x", "curvature.safetensors": _tensors()}.items()
     }
     task_forms: dict[str, Form] = {"choice.toml": "toml", "completion.toml": "toml"}
@@ -406,8 +422,8 @@ def targets() -> Iterable[Target]:
         Target("journal", {"journal.bin": _journal()}, {"journal.bin": "journal"}, _read_journal),
         Target(
             "checkpoint",
-            {**inside, "step-000002/state.json": _json(_STATE)},
-            {"step-000002/state.json": "json"},
+            {**inside, **{f"{step}/state.json": _json(state) for step, state in _STATES.items()}},
+            {f"{step}/state.json": "json" for step in _STATES},
             _read_checkpoint,
         ),
         Target(

@@ -1,19 +1,21 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, and `state.json` with the step size's state and a checksum of every other file. Noise
-and batches need no state: they are functions of (seed, step). A checkpoint is written aside, forced to the
-disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
-one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
+`curvature.safetensors`, and `state.json` with the step size's state, a checksum of every other file and one
+of itself. Noise and batches need no state: they are functions of (seed, step). A checkpoint is written aside,
+forced to the disk and renamed: one that has its name is complete. One whose checksums are wrong is passed
+over for an older one, and renamed once the run goes on from there. `step-000000` of a space in memory is
+where `replay` begins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 ADAPTER = "adapter"
+#: Of state.json: 1, without the entries `format` and `checksum`, was written up to version 0.1.
+_FORMAT = 2
+_ENTRIES = {"step", "bad_steps", "step_size", "halvings", "library", "parameters", "files"}
 
 
 class Position(NamedTuple):
@@ -72,7 +77,12 @@ def sound(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
         else:
             return path, refused
     if refused:
-        raise UserError("no checkpoint can be used:\n  " + "\n  ".join(map(str, refused.values())))
+        raise UserError(
+            "no checkpoint can be used:\n  "
+            + "\n  ".join(map(str, refused.values()))
+            + f"\nmove {folder} away: --resume then takes the steps of the journal again from the start, and "
+            "computes those that it lacks"
+        )
     return None, {}
 
 
@@ -118,7 +128,8 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
     state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
     tensorfile.save(aside / _CURVATURE, state)
     written = sorted(file for file in aside.rglob("*") if file.is_file())
-    record = {
+    record: dict[str, Any] = {
+        "format": _FORMAT,
         **position._asdict(),
         "step_size": stepper.step_size.state_dict(),
         "halvings": stepper.traversal.halvings,
@@ -126,14 +137,22 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
         "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(aside).as_posix(): sha256_of(file) for file in written},
     }
+    record["checksum"] = _checksum(record)
     (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(aside)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries of state.json as JSON in one form, hex digits."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def save_adapter(space: Space, folder: Path) -> None:
     """Replace the folder with what the space saves now, as a whole. `StorageError` leaves the old one."""
     aside, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
     with storing(folder):
+        if old.exists() and not folder.exists():  # killed between the two renames
+            os.replace(old, folder)
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -200,7 +219,7 @@ def numbers(path: Path) -> dict[str, Any]:
 def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     """Remove all but the newest `limit` checkpoints, that of the start, and those after `also` steps.
 
-    limit: 0 keeps all.
+    limit: 0 keeps all. `StorageError` where one cannot be removed.
     """
     if limit < 1:
         return
@@ -208,7 +227,8 @@ def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     for path in every(folder)[limit:]:
         if steps_of(path) not in kept:
             aside = folder / f".{path.name}.old"
-            os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
+            with storing(path):
+                os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
             shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -219,11 +239,11 @@ def _sweep(folder: Path) -> None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """state.json, checked."""
+    """The entries of state.json, checked. UserError where they are not what was written for `path`."""
     try:
         record = parse_json((path / STATE).read_text(encoding="utf-8"))
-        return {
-            **{key: int(record[key]) for key in ("step", "bad_steps", "halvings")},
+        found: dict[str, Any] = {
+            **{key: _count(record[key]) for key in ("step", "bad_steps", "halvings")},
             "step_size": {str(name): float(value) for name, value in record["step_size"].items()},
             "library": str(record["library"]),
             "parameters": [str(name) for name in record["parameters"]],
@@ -231,6 +251,25 @@ def _state(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error})") from error
+    others = {name: value for name, value in record.items() if name not in _ENTRIES}
+    if others:  # none in format 1
+        if others.get("format", _FORMAT) != _FORMAT:
+            raise UserError(
+                f"{path / STATE}: format: got {others['format']!r:.80}, this program reads 1 and {_FORMAT}"
+            )
+        if others != {"format": _FORMAT, "checksum": _checksum({"format": _FORMAT, **found})}:
+            raise UserError(f"{path / STATE}: is damaged: its checksum is not that of its entries")
+    if path.name != path_of(path, found["step"]).name:
+        raise UserError(f"{path / STATE}: step: got {found['step']}, the folder is {path.name}")
+    if _CURVATURE not in found["files"] or not any(name.startswith(f"{ADAPTER}/") for name in found["files"]):
+        raise UserError(f"{path / STATE}: files: {_CURVATURE} and those of {ADAPTER} are not all named")
+    return found
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is not a count")
+    return value
 
 
 def _inside(path: Path, name: str) -> str:

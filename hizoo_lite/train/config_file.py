@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_toml
+from hizoo_lite.files import parse_toml, read_json
 from hizoo_lite.memory import hardware
 from hizoo_lite.train.config import (
     LARGEST,
@@ -170,8 +170,12 @@ def write(config: TrainConfig) -> str:
         if meta["group"] != group:
             group = meta["group"]
             lines += ["", f"# {group}"]
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml(value)}")
+        lines.append(_line(name, value))
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, value: Any) -> str:
+    return f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
 
 
 def _toml(value: str | bool | int | float) -> str:
@@ -182,17 +186,44 @@ def _toml(value: str | bool | int | float) -> str:
     return repr(value)
 
 
+#: What the settings are called in run.json.
+_LASTING = "settings"
+
+
+def lasting(config: TrainConfig) -> dict[str, Any]:
+    """The entry of run.json with the settings that cannot change when a run is resumed."""
+    kept = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
+    return {_LASTING: kept}
+
+
 def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
-    """UserError naming every setting of `new` that cannot change when a run is resumed."""
-    before, after = asdict(old), asdict(new)
+    """UserError naming every setting of `new` that cannot change when a run is resumed.
+
+    old: config.toml of the run in the folder `new.out`. What run.json there says of a setting counts more:
+    config.toml may have been edited since. A run of an earlier version has no such entry.
+    """
+    stated, after = asdict(old), asdict(new)
+    before = {**stated, **_begun_with(Path(new.out or "") / "run.json")}
+    kept = {name for name in after if name not in MAY_CHANGE_ON_RESUME}
+    if before["lr_schedule"] == before["smoothing_schedule"] == "constant":
+        kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"
-        for name in before
-        if before[name] != after[name] and name not in MAY_CHANGE_ON_RESUME and not _more_steps(name, old)
+        + (
+            f"; put back into config.toml: {_line(name, before[name])}"
+            if stated[name] != before[name]
+            else ""
+        )
+        for name in after
+        if name in kept and before[name] != after[name]
     ]
     refuse(found, "--resume")
 
 
-def _more_steps(name: str, old: TrainConfig) -> bool:
-    """More steps are the same run unless a schedule ends with them."""
-    return name == "steps" and old.lr_schedule == "constant" and old.smoothing_schedule == "constant"
+def _begun_with(path: Path) -> dict[str, Any]:
+    """The settings in a run.json, none where it has none. UserError where it is not sound."""
+    wanted = "the run.json of the run, or no file: then nothing is compared"
+    found = read_json(path, wanted).get(_LASTING, {}) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {_LASTING}: got {found!r:.80}, allowed: an object")
+    return {name: value for name, value in found.items() if name in settings()}

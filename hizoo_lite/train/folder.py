@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_NUMBER = (int, float, type(None))
+#: What every line of metrics.jsonl has, by its kind.
+_LINES: dict[str, dict[str, tuple[type, ...]]] = {
+    "step": {"step": (int,), "skipped": (bool,), "forwards": (int,), "seconds": _NUMBER, "tokens": _NUMBER},
+    "eval": {"step": (int,), "when": (str,)},
+}
 
 
 def next_free(name: str) -> Path:
@@ -55,6 +62,7 @@ class RunFolder:
     def __init__(self, path: Path | str, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
         self._evaluations: list[dict[str, Any]] | None = None  # lines of metrics.jsonl, once they are read
+        self._settings: TrainConfig | None = None  # of config.toml, as it was first read or last written
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -110,12 +118,18 @@ class RunFolder:
             os.close(descriptor)
 
     def config(self) -> TrainConfig:
-        """The settings of the run that is here. UserError where there is none."""
+        """The settings of the run that is here. UserError where there is none.
+
+        Once read they stay: a rank still needs the old ones when the main one has written the new ones.
+        """
+        if self._settings is not None:
+            return self._settings
         if not self._config.is_file():
             raise UserError(
                 f"--resume: {self.path} holds no run (no config.toml); leave --resume out to begin one"
             )
-        return config_file.read(self._config)
+        self._settings = config_file.read(self._config)
+        return self._settings
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, where it is not there, and write the settings."""
@@ -124,6 +138,7 @@ class RunFolder:
         with storing(self._config):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self._config, config_file.write(config))
+        self._settings = config
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl, in order. UserError where one is damaged."""
@@ -141,9 +156,10 @@ class RunFolder:
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             found = parse_json(line)
-            if {"kind", "step"} <= set(found):
+            wanted = _LINES[found["kind"]]
+            if all(isinstance(found.get(name), kinds) for name, kinds in wanted.items()):
                 return found
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             pass
         raise UserError(f"{self.metrics}: line {number} is damaged; remove it and what follows, and --resume")
 
@@ -161,8 +177,16 @@ class RunFolder:
         self._evaluations = [line for line in kept if line["kind"] == "eval"]
         if not self.writes:
             return
+        self._write_metrics(kept)
+
+    def insert_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines of steps where they belong. Non-finite numbers become null."""
+        found = [*self.read_metrics(), *map(plain, lines)]
+        self._write_metrics(sorted(found, key=lambda line: (line["step"], line["kind"] == "step")))
+
+    def _write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with storing(self.metrics):
-            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line; it is in the file when this returns. Non-finite numbers become null."""
@@ -193,8 +217,9 @@ class RunFolder:
         self._write_json(self.memory, record)
 
     def write_identity(self, identity: Mapping[str, str]) -> None:
-        """Replace run.json."""
-        self._write_json(self.identity, identity, indent=2)
+        """Replace run.json: `identity`, and the settings of config.toml that cannot change any more."""
+        if self.writes:
+            self._write_json(self.identity, {**identity, **config_file.lasting(self.config())}, indent=2)
 
     def _write_json(self, path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
         if not self.writes:

@@ -1,16 +1,19 @@
 """run.json: what a run was made of, so that it does not go on with other data, another task or model.
 
-Settings are compared by `config_file.check_same_run`; here it is what their paths lead to. A few kilobytes of
-every large file are looked at, so that it costs milliseconds.
+Its settings are there too, for `config_file.check_same_run`; here it is what their paths lead to. Small files
+and weights are looked at as a whole, of large ones samples, so that it costs seconds at most.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from hizoo_lite import tensorfile
 from hizoo_lite.base import Example, UserError
+from hizoo_lite.export.onnx.files import weight_files
 from hizoo_lite.files import parse_json
 from hizoo_lite.tasks import Splits, Task
 from hizoo_lite.tasks.task import WHERE
@@ -22,6 +25,8 @@ _WORDS = {
     "test": "--data: the test examples",
     "task": "--task: its prompts, answers or metrics",
     "model": "--model: its weights",
+    "weights": "--model: its weights",
+    "model_config": "--model: its config.json",
     "tokenizer": "--model: its tokenizer",
     "library": "--device: what it is computed with",
 }
@@ -33,22 +38,64 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "*.model",
 )
-#: A large file is looked at in so many places, so many bytes each.
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_MODEL_CONFIG = "config.json"
+#: Up to here a file is looked at as a whole, and a model's weights together.
+_WHOLE_BYTES = 64 << 20
+#: A larger file is looked at in so many places; all tensors of larger weights together in so many.
+_SAMPLES, _TENSOR_SAMPLES = 256, 1 << 14
+_FEWEST_SAMPLES = 2  # of a tensor: its beginning and its end
+_SAMPLE_BYTES = 4096
 
 
-def of_run(splits: Splits, task: Task, model: str, tokenizer: Path, library: str) -> dict[str, str]:
+def of_run(splits: Splits, task: Task, model: str, folder: Path, library: str) -> dict[str, str]:
     """The entries of run.json.
 
-    model: a hash of the weights. tokenizer: the folder with its files. library: `Stepper.library`.
+    model: a hash of what is computed. folder: with the tokenizer's files, and with the model's where they
+    are there. library: `Stepper.library`.
     """
     return {
         **{name: _of_examples(getattr(splits, name)) for name in ("train", "dev", "test")},
         "task": _of_task(task),
         "model": model,
-        "tokenizer": of_files(path for pattern in _TOKENIZER_FILES for path in tokenizer.glob(pattern)),
+        **of_model(folder),
+        "tokenizer": of_files(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)),
         "library": library,
     }
+
+
+def of_model(folder: Path) -> dict[str, str]:
+    """The entries that are of a model's own files; a folder with a graph has no weights.
+
+    Every byte of up to 64 MiB of weights; of larger ones 4 KiB at 16384 places, the same number in every
+    tensor and at least two: 64 MiB of a model of 70 billion parameters. UserError, naming the file, where
+    one is not sound.
+    """
+    found = {"model_config": of_files([folder / _MODEL_CONFIG])}
+    files = weight_files(folder)
+    if all(path.is_file() for path in files):
+        found["weights"] = _of_weights(files)
+    return found
+
+
+def _of_weights(files: Sequence[Path]) -> str:
+    """Of every tensor's name, dtype, shape and bytes; how they lie in files does not count."""
+    headers = {path: tensorfile.read_header(path, tensorfile.SIZES) for path in files}
+    entries = [entry for header in headers.values() for entry in header.values()]
+    whole = sum(entry.nbytes for entry in entries) <= _WHOLE_BYTES
+    count = max(_FEWEST_SAMPLES, _TENSOR_SAMPLES // max(1, len(entries)))
+    hashes = {}
+    for path, header in headers.items():
+        try:
+            with path.open("rb") as file:
+                for name, entry in header.items():
+                    digest = hashlib.sha256(f"{entry.dtype} {entry.shape}\0".encode())
+                    limit = entry.nbytes if whole else count * _SAMPLE_BYTES
+                    for piece in _pieces(file, entry.offset, entry.nbytes, limit, count):
+                        digest.update(piece)
+                    hashes[name] = digest.hexdigest()
+        except OSError as error:
+            raise tensorfile.unreadable(path, error) from error
+    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
 
 
 def read(path: Path) -> dict[str, str]:
@@ -56,7 +103,8 @@ def read(path: Path) -> dict[str, str]:
     if not path.is_file():  # made by an earlier version, or killed before its first step
         return {}
     try:
-        return {str(name): str(value) for name, value in parse_json(path.read_text(encoding="utf-8")).items()}
+        found = parse_json(path.read_text(encoding="utf-8"))
+        return {name: str(value) for name, value in found.items() if name in _WORDS}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}; without the file nothing is compared") from error
 
@@ -72,7 +120,7 @@ def check(path: Path, found: Mapping[str, str]) -> None:
     if other:
         raise UserError(
             f"{path}: the run was begun with others than are here now:\n  "
-            + "\n  ".join(other)
+            + "\n  ".join(dict.fromkeys(other))
             + "\nput them back; other ones need a run of their own (--out)"
         )
 
@@ -89,14 +137,19 @@ def of_files(paths: Iterable[Path]) -> str:
 
 def _sample(path: Path) -> bytes:
     size = path.stat().st_size
-    if size <= _SAMPLES * _SAMPLE_BYTES:
-        return path.read_bytes()
     with path.open("rb") as file:
-        found = []
-        for number in range(_SAMPLES):
-            file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            found.append(file.read(_SAMPLE_BYTES))
-    return b"".join(found)
+        return b"".join(_pieces(file, 0, size, _WHOLE_BYTES, _SAMPLES))
+
+
+def _pieces(file: BinaryIO, offset: int, size: int, limit: int, count: int) -> Iterator[bytes]:
+    """What is looked at of `size` bytes: all of them up to `limit`, otherwise `count` pieces, evenly."""
+    if size <= limit:
+        file.seek(offset)
+        yield file.read(size)
+        return
+    for number in range(count):
+        file.seek(offset + number * (size - _SAMPLE_BYTES) // (count - 1))
+        yield file.read(_SAMPLE_BYTES)
 
 
 def _of_examples(examples: Sequence[Example]) -> str:

@@ -6,7 +6,8 @@ all that a run learns from its data. With the initial state they give every late
 
 The file, little-endian: a header of 32 bytes (magic, version, branches, size of a record, checksum), then the
 records. A record's CRC-32 continues the one before it, so that one that is lost, doubled or moved is seen
-too. What a killed process or a full disk left incomplete at the end is recognized and dropped.
+too. The journal is forced to the disk with every checkpoint only: a power failure may leave zeros where many
+records were. So it holds up to the first record that is not sound, and what is behind that is dropped.
 
 Nothing but the standard library is imported: `hizoo_lite.edge` writes the same file.
 """
@@ -17,7 +18,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,9 @@ _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
 _SKIPPED, _CLIPPED, _CURVED = 1, 2, 4
 _MASK = (1 << 64) - 1
+_WITHOUT = (
+    "move it away: --resume then goes on from the newest checkpoint, and earlier steps cannot be replayed"
+)
 
 
 class Record(NamedTuple):
@@ -62,8 +66,8 @@ class Journal:
     def __init__(self, path: Path, branches: int) -> None:
         """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
 
-        What is incomplete at its end is cut off. Raises `UserError` where it is another kind of journal or
-        damaged, `StorageError` where it cannot be written.
+        What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal,
+        `StorageError` where it cannot be written.
         """
         self.path, self.branches = path, branches
         try:
@@ -78,20 +82,20 @@ class Journal:
 
     def _prepare(self) -> tuple[int, int]:
         """The checksum to go on from, and where."""
-        if os.fstat(self._file).st_size < _HEADER.size:  # new, or killed before its header was whole
+        branches = _branches(self.path)
+        if branches is None:
             header = _header(self.branches)
-            os.ftruncate(self._file, 0)
+            self._cut(0)
             self._write(header, 0)
             return zlib.crc32(header), len(header)
-        found, checksum = _scan(self.path)
-        branches = _branches(self.path)
         if branches != self.branches:
             raise UserError(
                 f"{self.path}: was made for {branches} branches a step, this run has {self.branches}"
             )
-        end = _HEADER.size + len(found) * record_bytes(branches)
-        os.ftruncate(self._file, end)
-        return checksum, end
+        found = scan(self.path)
+        end = _HEADER.size + len(found.records) * record_bytes(branches)
+        self._cut(end)
+        return found.checksum, end
 
     def append(self, record: Record) -> None:
         """Add a record. It is in the file when this returns, or not at all: then `StorageError`."""
@@ -99,7 +103,8 @@ class Journal:
         try:
             self._write(data, self._end)
         except StorageError:
-            os.ftruncate(self._file, self._end)  # so that a later record does not follow half of this one
+            with suppress(StorageError):  # the next record overwrites it, a reader drops it
+                self._cut(self._end)
             raise
         self._end, self._checksum = self._end + len(data), checksum
 
@@ -111,7 +116,7 @@ class Journal:
         for record in kept:
             _, self._checksum = _packed(record, self.branches, self._checksum)
         self._end = len(header) + len(kept) * record_bytes(self.branches)
-        os.ftruncate(self._file, self._end)
+        self._cut(self._end)
 
     def sync(self) -> None:
         """Force what was appended to the disk: it then outlives a power failure too."""
@@ -130,6 +135,12 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _cut(self, size: int) -> None:
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
+
     def _write(self, data: bytes, offset: int) -> None:
         done = 0
         while done < len(data):
@@ -139,44 +150,37 @@ class Journal:
                 raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
+class Found(NamedTuple):
+    """What a journal holds."""
+
+    records: list[Record]  # up to the first that does not hold, in order
+    lost_bytes: int  # behind them
+    checksum: int  # which the next record continues
+
+
 def read(path: Path) -> list[Record]:
-    """Every complete record, in order. `UserError` where the file is no journal, or damaged inside."""
-    return _scan(path)[0]
+    """The records up to the first that does not hold, in order. `UserError` where the file is no journal."""
+    return scan(path).records
 
 
-def _scan(path: Path) -> tuple[list[Record], int]:
-    """The records, and the checksum that the next one continues."""
-    found: list[Record] = []
-    if path.is_file() and path.stat().st_size < _HEADER.size:  # killed before its header was whole
-        return found, 0
+def scan(path: Path) -> Found:
+    """The records up to the first that does not hold, and what is behind. `UserError` as for `read`."""
     branches = _branches(path)
-    size = record_bytes(branches)
-    checksum = zlib.crc32(_header(branches))
-    for index, (data, is_last) in enumerate(_pieces(path, size)):
-        record, after = _unpacked(data, branches, checksum)
-        if record is None:
-            if is_last:
-                break
-            raise UserError(f"{path}: record {index} is damaged; the steps before it can be replayed")
-        if found and record.step <= found[-1].step:
-            raise UserError(f"{path}: record {index} is of step {record.step}, after {found[-1].step}")
-        found.append(record)
-        checksum = after
-    return found, checksum
-
-
-def _pieces(path: Path, size: int) -> Iterator[tuple[bytes, bool]]:
-    """The file's records as bytes, and whether each is the last whole one."""
     try:
-        with path.open("rb") as file:
-            file.seek(_HEADER.size)
-            data = file.read(size)
-            while len(data) == size:
-                following = file.read(size)
-                yield data, len(following) < size
-                data = following
+        data = memoryview(path.read_bytes())[_HEADER.size :]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if branches is None:
+        return Found([], len(data), 0)
+    found: list[Record] = []
+    size, checksum = record_bytes(branches), zlib.crc32(_header(branches))
+    for begin in range(0, len(data) - size + 1, size):
+        record, after = _unpacked(bytes(data[begin : begin + size]), branches, checksum)
+        if record is None or (found and record.step <= found[-1].step):
+            break
+        found.append(record)
+        checksum = after
+    return Found(found, len(data) - len(found) * size, checksum)
 
 
 def _header(branches: int) -> bytes:
@@ -184,20 +188,22 @@ def _header(branches: int) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def _branches(path: Path) -> int:
-    """Of a record, from the header."""
+def _branches(path: Path) -> int | None:
+    """Of a record, from the header; None where that never reached the disk."""
     try:
         with path.open("rb") as file:
             data = file.read(_HEADER.size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) < _HEADER.size or data[:8] != MAGIC:
-        raise UserError(f"{path}: is not a journal")
+    if len(data) < _HEADER.size or not any(data):  # killed, or the power failed, before it was whole
+        return None
+    if data[:8] != MAGIC:
+        raise UserError(f"{path}: is not a journal; {_WITHOUT}")
     _, version, branches, _, _, _ = _HEADER.unpack(data)
     if version != VERSION:
-        raise UserError(f"{path}: version: got {version}, this program reads {VERSION}")
+        raise UserError(f"{path}: version: got {version}, this program reads {VERSION}; {_WITHOUT}")
     if data != _header(branches):
-        raise UserError(f"{path}: its header is damaged")
+        raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
     return int(branches)
 
 

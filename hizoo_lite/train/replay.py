@@ -24,8 +24,7 @@ from hizoo_lite.train.begin import after
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.journal import Record
-from hizoo_lite.train.journal import read as read_journal
+from hizoo_lite.train.journal import Record, scan
 from hizoo_lite.train.step import Stepper
 
 
@@ -100,35 +99,44 @@ def replay(
 
     out: by default `replayed` in the run folder; the checkpoint is `out/step-000123`. What the run folder has
     of the same step (a checkpoint; the adapter) is compared bit for bit. `stepped` is told how many steps of
-    how many are done. Raises UserError for a step that the journal does not have, or a run that this machine
-    cannot replay; `StorageError` where the checkpoint cannot be written.
+    how many are done. Raises UserError for a step that the journal does not have, a run that this machine
+    cannot replay, or an `out` that another process uses; `StorageError` where the checkpoint cannot be
+    written.
     """
     folder = RunFolder(run)
     config = folder.config()
     records = _records(folder, step)
     out = folder.path / "replayed" if out is None else out
     target = checkpoint.path_of(out, len(records))
-    if target.exists():
-        raise UserError(f"--out: {target} exists already; allowed: a folder without it")
-    with _stepper(folder, config) as stepper:
-        position = Position()
-        for record in records:
-            stepper.replay(record)
-            position = after(position, record)
-            stepped(position.step, len(records))
-        written = checkpoint.save(out, position, stepper)
+    with RunFolder(out).locked():
+        if target.exists():
+            raise UserError(f"--out: {target} exists already; allowed: a folder without it")
+        with _stepper(folder, config) as stepper:
+            position = Position()
+            for record in records:
+                stepper.replay(record)
+                position = after(position, record)
+                stepped(position.step, len(records))
+            written = checkpoint.save(out, position, stepper)
     return _compared(folder, written, position.step)
 
 
 def _records(folder: RunFolder, step: int | None) -> list[Record]:
-    records = read_journal(folder.journal)
-    for number, record in enumerate(records):
-        if record.step != number:
-            raise UserError(f"{folder.journal}: lacks step {number}: it cannot be replayed from the start")
-    if step is None:
-        return records
-    if not 0 <= step <= len(records):
-        raise UserError(f"--step: got {step}, allowed: 0 to {len(records)}, the steps of {folder.journal}")
+    """Those of the steps before number `step`, None: of all. UserError where one of them is lost."""
+    found = scan(folder.journal)
+    records = [record for number, record in enumerate(found.records) if record.step == number]
+    most = len(records)
+    broken = len(found.records) > most or found.lost_bytes > 0
+    if step is None and broken:
+        raise UserError(
+            f"{folder.journal}: the record of step {most} is missing or damaged; what the run had trained "
+            f"before it can be rebuilt: --step 0 to --step {most}"
+        )
+    if step is not None and not 0 <= step <= most:
+        raise UserError(
+            f"--step: got {step}, allowed: 0 to {most}, the steps of {folder.journal}"
+            + (f", whose record of step {most} is missing or damaged" if broken else "")
+        )
     return records[:step]
 
 
@@ -175,7 +183,6 @@ def _arrays(library: str, where: Path) -> Arrays:
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
-    from hizoo_lite.export.onnx.files import fingerprint
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import setup
 
@@ -183,7 +190,7 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     space = setup.make_space(config)
     space.attach(model, config.seed)
     stepper = parts.make_stepper(config, Traversal(model), space, None, None)
-    identity.check(folder.identity, {"model": fingerprint(model.folder), "library": stepper.library})
+    identity.check(folder.identity, {**identity.of_model(model.folder), "library": stepper.library})
     return stepper
 
 

@@ -59,10 +59,11 @@ def outcome(metrics: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
     """What the lines of metrics.jsonl come to; `metric` is the task's main one."""
     steps = [line for line in metrics if line["kind"] == "step"]
     before, after = _last(metrics, "before"), _last(metrics, "after")
-    if after.get("step") != len(steps):  # of an earlier end, before the run was given more steps
+    taken = max((line["step"] + (line["kind"] == "step") for line in metrics), default=0)
+    if after.get("step") != taken:  # of an earlier end, before the run was given more steps
         after = {}
     return {
-        "steps": len(steps),
+        "steps": taken,
         "skipped_steps": sum(line["skipped"] for line in steps),
         "forward_passes": sum(line["forwards"] for line in steps),
         **_speed(steps),
@@ -96,13 +97,15 @@ def _last(metrics: Sequence[Mapping[str, Any]], when: str) -> Mapping[str, Any]:
 
 
 def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    if not steps:
+    """Of the steps whose time is known: lines that were lost are written again without it."""
+    timed = [line for line in steps if line.get("seconds") is not None and line.get("tokens") is not None]
+    if not timed:
         return {"seconds_per_step": None, "tokens_per_second": None}
-    seconds = [line["seconds"] for line in steps]
+    seconds = [line["seconds"] for line in timed]
     total = sum(seconds)
     return {
         "seconds_per_step": statistics.median(seconds),
-        "tokens_per_second": sum(line["tokens"] for line in steps) / total if total > 0 else None,
+        "tokens_per_second": sum(line["tokens"] for line in timed) / total if total > 0 else None,
     }
 
 

@@ -47,7 +47,7 @@ def fingerprint(folder: Path) -> str:
     file, where one is missing or not sound.
     """
     samples: dict[str, bytes] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         samples.update(_samples(path))
     digest = hashlib.sha256()
     for name in sorted(samples):
@@ -55,7 +55,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, which need not be there. UserError where its index is not sound."""
     index = folder / _INDEX_FILE
     if not index.is_file():
         return [folder / _SINGLE_FILE]
