@@ -140,6 +140,21 @@ def test_greedy_text_equals_that_of_torch(
     assert want
 
 
+def test_greedy_text_takes_the_most_likely_tokens_whatever_the_model_asks_for(
+    exported: Path, tmp_path: Path
+) -> None:
+    asks = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "num_beams": 2, "min_length": 20}
+    shutil.copytree(DEMO, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asks}))
+    model = load(tmp_path / "model", kind="causal", bits="none", compute_dtype="float32", device="cpu")
+    for prompt in PROMPTS:
+        assert in_torch.continue_text(model, prompt, 24) == continue_text(OnnxModel(exported), prompt, 24)
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        load(tmp_path / "model", kind="causal", bits="none")
+
+
 def test_sampled_text_is_a_function_of_the_seed(exported: Path) -> None:
     model = OnnxModel(exported)
     texts = [continue_text(model, "The", 16, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
@@ -380,5 +395,46 @@ def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path
         continue_text(model, "The", 256)
     assert torch.tensor(model.tokenizer("")["input_ids"]).tolist() == [1]  # the embedded one begins with <s>
     model.tokenizer._backend.post_processor = None
+    in_torch_too = base()
+    in_torch_too.tokenizer = model.tokenizer
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):
         continue_text(model, "", 2)
+    with pytest.raises(UserError, match="--prompt: got no token to begin with"):
+        in_torch.continue_text(in_torch_too, "", 2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--max-new-tokens", "-1", "a whole number of 1 or more"),
+        ("--max-new-tokens", "0", "a whole number of 1 or more"),
+        ("--temperature", "-1.0", "a finite number of 0 or more"),
+        ("--temperature", "nan", "a finite number of 0 or more"),
+        ("--temperature", "inf", "a finite number of 0 or more"),
+        ("--top-p", "7.0", "a number above 0, at most 1"),
+        ("--top-p", "0.0", "a number above 0, at most 1"),
+        ("--top-p", "nan", "a number above 0, at most 1"),
+        ("--seed", "-1", "a whole number from 0"),
+    ],
+)
+def test_a_number_that_no_text_can_be_written_with_is_refused(
+    flag: str, value: str, allowed: str, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(exported), "--prompt", "The", flag, value]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {flag}: got {value}")
+    assert f", allowed: {allowed}" in captured.err
+    assert captured.out == ""
+    for source in (["--onnx", str(exported)], ["--model", "embedded"]):
+        done = CliRunner().invoke(app, ["generate", *source, "--prompt", "The", flag, value])
+        assert done.exit_code == 2
+        assert flag in done.output
+
+
+@pytest.mark.parametrize("examples", ["-5", "0"])
+def test_a_number_of_examples_below_1_is_refused(
+    examples: str, exported: Path, data: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--task", data[0], "--data", data[1], "--examples", examples]
+    assert main(["eval", str(exported), *flags]) == 2
+    assert f"--examples: got {examples}, allowed: a whole number of 1 or more" in capsys.readouterr().err
