@@ -26,10 +26,11 @@ from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
 from tests.architectures import save_tiny
 from tests.edge_fixtures import DEMO, export_causal, export_encoder, tuned_space
-from tests.run_fixtures import write_task
+from tests.run_fixtures import write_classes, write_task
 from tests.tasks_fixtures import word_piece
 from tests.test_edge_imports import without_torch
 
@@ -196,6 +197,11 @@ def test_encoders_with_token_types_equal_torch(kind: Any, tmp_path: Path) -> Non
         evaluate(ours, encoder, examples, 2).predictions == evaluate(theirs, encoder, examples, 2).predictions
     )
     if kind == "classifier":
+        config = TrainConfig(**write_classes(tmp_path, 3))
+        with pytest.raises(UserError, match=r"--task: of3 has 3 classes \(num_labels\), .* has 2 outputs"):
+            evaluate_export(exported, None, config, "test")
+        config = TrainConfig(**write_classes(tmp_path, 2))
+        assert evaluate_export(exported, None, config, "test")["scores"]["loss"] > 0
         with pytest.raises(UserError, match="is a classifier model; text is written by a causal one"):
             continue_text(ours, "the", 4)
 
@@ -248,7 +254,6 @@ def test_the_commands_run_without_torch(command: str, exported: Path, data: tupl
 def test_the_run_of_an_adapter_gives_the_settings(
     exported: Path, data: tuple[str, str], tmp_path: Path
 ) -> None:
-    from hizoo_lite.train.config import TrainConfig
     from hizoo_lite.train.folder import RunFolder
 
     run = RunFolder(tmp_path / "run")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.base import UserError
+from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.tokens import Tokenizer, open_ids, pad_id
@@ -48,6 +49,8 @@ def evaluate_export(
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
     encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss)
+    if model.kind == "classifier":
+        check_classes(task, model.session.graph, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))
     found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()

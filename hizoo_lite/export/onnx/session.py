@@ -6,16 +6,19 @@ Where a file cannot be opened or run, the error says in words what is wrong with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import numpy as np
 
-from hizoo_lite.errors import UserError
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, Export
+from hizoo_lite.files import aside, storing, sync_file
 
 _PAST, _PRESENT = "past_key_values.", "present."
+_VERSION = 1  # of adapters, and of the models that they are for
 _SILENT = 4  # what onnxruntime would print, our message says; warnings speak of the adapter inputs' defaults
 
 #: What onnxruntime says, and what that means to a user.
@@ -66,11 +69,12 @@ class Graph:
             raise _explained(path, error) from error
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
-        self._shapes = {item.name: item.shape for item in self._session.get_inputs()}
+        both = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._shapes = {item.name: item.shape for item in both}
         self._types = {item.name: item.type for item in self._session.get_inputs()}
 
     def shape(self, name: str) -> list[Any]:
-        """Of an input: numbers, and names where any size will do."""
+        """Of an input or output: numbers, and names where any size will do."""
         return list(self._shapes[name])
 
     def dtype(self, name: str) -> np.dtype[Any]:
@@ -160,6 +164,31 @@ def runtime() -> Any:
     except ImportError as error:
         raise UserError("onnxruntime is not installed; run: pip install onnxruntime") from error
     return onnxruntime
+
+
+def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    """Write an .onnx_adapter as a whole. values: by input of model.onnx, contiguous float32.
+
+    Raises `StorageError` naming the file, with nothing of it left and what was there before kept.
+    """
+    ort, beside = runtime(), aside(path)
+    whole = {name: np.ascontiguousarray(value) for name, value in values.items()}  # OrtValues only borrow
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(_VERSION)
+    adapter.set_model_version(_VERSION)
+    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in whole.items()})
+    try:
+        with storing(path):
+            adapter.export_adapter(str(beside))
+            sync_file(beside)
+            ort.AdapterFormat.read_adapter(str(beside))  # which sees that it is whole
+            beside.replace(path)
+    except RuntimeError as error:  # all that onnxruntime says; "FILE:LINE SIGNATURE Failed to ..." in C++
+        said = str(error).strip()
+        raise StorageError(f"{path}: cannot be written: {said[max(said.find('Failed'), 0) :]:.300}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Any:
