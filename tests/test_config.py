@@ -159,7 +159,7 @@ def test_unknown_files_and_broken_toml_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_there_is_not_resumed(tmp_path: Path) -> None:
     for flags in ({}, {"model": "embedded", "task": "embedded"}):
-        with pytest.raises(UserError, match="^--resume: .*nothing holds no run") as raised:
+        with pytest.raises(UserError, match=r"^--resume: .*nothing holds no run") as raised:
             resolve(None, {"resume": True, "out": str(tmp_path / "nothing"), **flags})
         assert "missing" not in str(raised.value)
 

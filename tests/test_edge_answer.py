@@ -21,6 +21,7 @@ from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
 from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
@@ -29,7 +30,7 @@ from hizoo_lite.tasks import Encoder, Task
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
 from tests.architectures import save_tiny
-from tests.edge_fixtures import DEMO, export_causal, export_encoder, tuned_space
+from tests.edge_fixtures import BASE, DEMO, export_causal, export_encoder, tuned_space
 from tests.run_fixtures import write_classes, write_task
 from tests.tasks_fixtures import word_piece
 from tests.test_edge_imports import without_torch
@@ -372,17 +373,62 @@ def test_an_unknown_adapter_is_named_with_those_that_are_there(exported: Path) -
 
 
 def test_an_adapter_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
-    import onnxruntime
+    """By the record of the export or run that it is of, whatever its shapes are."""
+    other = Path(shutil.copytree(exported, tmp_path / "other"))
+    adapter = other / "adapters" / "tuned.onnx_adapter"
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(adapter, run / "adapter.onnx_adapter")
+    same = json.dumps({"base": "embedded", "base_fingerprint": BASE["fingerprint"]})
+    (run / "run.json").write_text(same)
+    for sound in (adapter, run, run / "adapter.onnx_adapter"):
+        OnnxModel(exported, str(sound))
+    record = json.loads((other / "export.json").read_text())
+    record["base"] = {"model": "another/model", "fingerprint": "0" * 64}
+    (other / "export.json").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps({"base": "another/model", "base_fingerprint": "0" * 64}))
+    for odd in (adapter, run, run / "adapter.onnx_adapter"):
+        with pytest.raises(
+            UserError, match=r"is of 'another/model' \(fingerprint 0{12}\); the export in .* is of 'embedded'"
+        ):
+            OnnxModel(exported, str(odd))
+    record["base"] = "another/model"
+    (other / "export.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"other/export\.json: base: not as export writes it"):
+        OnnxModel(exported, str(adapter))
 
-    odd = onnxruntime.AdapterFormat()
-    odd.set_adapter_version(1)
-    odd.set_model_version(1)
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((2, 2), dtype=np.float32))
-    odd.set_parameters({"no.such.layer": value})
-    odd.export_adapter(str(tmp_path / "odd.onnx_adapter"))
-    model = OnnxModel(exported, str(tmp_path / "odd.onnx_adapter"))
-    with pytest.raises(UserError, match=r"model\.onnx: a run failed"):
-        continue_text(model, "The", 2)
+
+def test_a_tensor_that_does_not_fit_is_named(exported: Path, space: LoRA, tmp_path: Path) -> None:
+    path = tmp_path / "odd.onnx_adapter"
+    layer = space.target_names[0]
+    rows, columns = space.model.linears[layer].weight.shape
+
+    def of(a: tuple[int, ...], b: tuple[int, ...] | None, kind: Any = np.float32) -> dict[str, np.ndarray]:
+        found = {"A": a} if b is None else {"A": a, "B": b}
+        return {f"{layer}.lora_{side}": np.zeros(shape, dtype=kind) for side, shape in found.items()}
+
+    save_adapter(path, of((columns, 5), (5, rows)))
+    assert continue_text(OnnxModel(exported, str(path)), "The", 4) == continue_text(
+        OnnxModel(exported), "The", 4
+    )
+    for values, message in (
+        ({"no.such.layer": np.zeros((2, 2), dtype=np.float32)}, r"no\.such\.layer: the exported base has no"),
+        (of((columns + 1, 5), (5, rows)), rf"lora_A has shape \({columns + 1}, 5\), .* wants \({columns}, 5"),
+        (of((columns, 5), (4, rows)), rf"lora_B has shape \(4, {rows}\), .* wants \(5, {rows}\)"),
+        (of((columns, 5, 1), (5, rows)), r"lora_A has shape"),
+        (of((columns, 5), None), r"has .*lora_A without .*lora_B"),
+        (of((columns, 5), (5, rows), np.float16), r"lora_A is tensor\(float16\), .* wants tensor\(float\)"),
+    ):
+        save_adapter(path, values)
+        with pytest.raises(UserError, match=rf"odd\.onnx_adapter: .*{message}"):
+            OnnxModel(exported, str(path))
+
+
+def test_a_damaged_adapter_stops_neither_the_base_nor_another_adapter(copied: Path, exported: Path) -> None:
+    (copied / "adapters" / "tuned.onnx_adapter").write_bytes(b"x")
+    want = continue_text(OnnxModel(exported), "The", 2)
+    assert continue_text(OnnxModel(copied), "The", 2) == want
+    OnnxModel(copied, str(exported / "adapters" / "tuned.onnx_adapter"))
 
 
 def test_flags_of_a_model_in_torch_are_refused_beside_onnx(exported: Path) -> None:

@@ -31,7 +31,7 @@ from hizoo_lite.tasks.collate import collate
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import fit
-from tests.edge_fixtures import export_classifier, export_training
+from tests.edge_fixtures import BASE, export_classifier, export_training
 from tests.run_fixtures import short_run
 from tests.test_edge_imports import BLOCKED, without_torch
 
@@ -111,6 +111,8 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
         ),
         *("summary.json", "memory.json"),
     }
+    made_of = json.loads((folder / "run.json").read_text())
+    assert [made_of["base"], made_of["base_fingerprint"]] == list(BASE.values())
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["session_bytes"] > 0
     assert memory["phases"]["train"]["peak_bytes"] <= summary["measured_peak_bytes"]

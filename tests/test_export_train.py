@@ -39,6 +39,7 @@ from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
+from tests.edge_fixtures import BASE
 from tests.run_fixtures import short_run, write_classes
 from tests.tasks_fixtures import word_piece
 
@@ -259,6 +260,7 @@ def test_the_folder_says_what_the_graph_is(demo: tuple[Run, Path], classifier: t
     assert {entry["branches"] for entry in record["check"]["runs"]} == {1, 3}
     assert record["check"]["max_abs_difference"] < record["check"]["limit"] == 1e-4
     assert set(record["lora"]["target_modules"]) == set(run.setup.space.target_names)  # type: ignore[attr-defined]
+    assert record["base"]["fingerprint"] == BASE["fingerprint"]
     config = RunFolder(graph).config()
     assert config == replace(RunFolder(run.folder).config(), out=None)
     assert (graph / "tokenizer.json").is_file()
@@ -305,7 +307,9 @@ def test_a_task_with_other_classes_than_the_graphs_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("loss", "off", "sound"), [(50.0, 4e-3, True), (50.0, 6e-3, False), (0.5, 2e-4, False)])
+@pytest.mark.parametrize(
+    ("loss", "off", "sound"), [(50.0, 4e-3, True), (50.0, 6e-3, False), (0.5, 2e-4, False)]
+)
 def test_a_loss_may_differ_by_its_rounding(loss: float, off: float, sound: bool) -> None:
     batch = tiny_task_batch("causal", 2, 8)
 

@@ -19,7 +19,9 @@ import numpy as np
 from hizoo_lite import peft_format, tensorfile
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.export.onnx.session import Graph, save_adapter
+from hizoo_lite.export.onnx.folder import Base
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
+from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
@@ -40,6 +42,7 @@ class Record:
     shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
+    base: Base | None  # None where an earlier version has written it
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -66,9 +69,15 @@ class Record:
                 shapes,
                 dict(found["lora"]),
                 names,
+                _base(found),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
+
+
+def _base(found: Mapping[str, Any]) -> Base | None:
+    base = found.get("base") or {}
+    return Base(str(base["model"]), str(base["fingerprint"])) if "fingerprint" in base else None
 
 
 class TrainGraph:
@@ -150,7 +159,7 @@ class GraphSpace:
             self.parameters[name][...] = value
 
     def save_onnx_adapter(self, path: Path) -> None:
-        """Write the adapter as onnxruntime loads it beside model.onnx: see `session.save_adapter`."""
+        """Write the adapter as onnxruntime loads it beside model.onnx: see `onnx_adapter.save_adapter`."""
         made = {}
         for name, entry in self.graph.record.onnx_names.items():
             value = self.parameters[name].T if entry.get("transpose") else self.parameters[name]

@@ -123,6 +123,8 @@ def _run(
         position = Position()
         model = identity.of_files(exported.glob("train*"))
         made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
+        if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
+            made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
         if resume:
             identity.check(folder.identity, made_of)
             position, _ = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)

@@ -128,10 +128,11 @@ def read_tokenizer(folder: Path) -> Any | None:
 
 
 def read_generation_config(folder: Path, module: nn.Module) -> None:
-    """Give the module the tokens that begin, end and fill its texts, by generation_config.json or config.json.
+    """Give the module the tokens that begin, end and fill its texts.
 
-    Nothing else of them: the most likely token is that of the logits, without penalties, beams or a least
-    length, as in an export. Raises `UserError` where generation_config.json cannot be read.
+    Nothing else of generation_config.json and config.json: the most likely token is that of the logits, as in
+    an export, without penalties, beams or a least length. Raises `UserError` where generation_config.json
+    cannot be read.
     """
     own = getattr(module, "generation_config", None)
     if own is None:  # writes no text

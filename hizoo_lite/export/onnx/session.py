@@ -6,19 +6,18 @@ Where a file cannot be opened or run, the error says in words what is wrong with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import numpy as np
 
-from hizoo_lite.errors import StorageError, UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, Export
-from hizoo_lite.files import aside, storing, sync_file
+from hizoo_lite.export.onnx.onnx_adapter import load_adapter
+from hizoo_lite.export.onnx.runtime import runtime
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_VERSION = 1  # of adapters, and of the models that they are for
 _SILENT = 4  # what onnxruntime would print, our message says; warnings speak of the adapter inputs' defaults
 
 #: What onnxruntime says, and what that means to a user.
@@ -111,7 +110,7 @@ class Session:
         """UserError where onnxruntime cannot load the graph."""
         self.export = export
         self.graph = Graph(export.graph, threads, sparing=sparing)
-        self._adapters: dict[Path, Any] = {}
+        self._adapters: dict[str, Any] = {}
 
     def run(
         self,
@@ -128,10 +127,11 @@ class Session:
 
     def adapter(self, adapter: str) -> Any:
         """The `LoraAdapter` of what `Export.find_adapter` finds. UserError where it is damaged or unfit."""
-        path = self.export.find_adapter(adapter)
-        if path not in self._adapters:
-            self._adapters[path] = self._converted(path) if path.is_dir() else _load(path)
-        return self._adapters[path]
+        if adapter not in self._adapters:
+            path = self.export.find_adapter(adapter)
+            found = self._converted(path) if path.is_dir() else load_adapter(self.export, path)
+            self._adapters[adapter] = found
+        return self._adapters[adapter]
 
     def _converted(self, folder: Path) -> Any:
         """That of a PEFT folder, by way of a file: onnxruntime takes nothing else."""
@@ -140,7 +140,7 @@ class Session:
         with TemporaryDirectory() as place:
             path = Path(place) / f"{folder.name}{ADAPTER_SUFFIX}"
             convert(self.export, folder).write(path)
-            return _load(path)
+            return load_adapter(self.export, path)
 
     def empty_cache(self, rows: int) -> dict[str, np.ndarray]:
         """The cache inputs of a run that begins `rows` texts; none for models without a cache."""
@@ -155,49 +155,6 @@ class Session:
         """The cache inputs of the next run, from all outputs of this one."""
         named = zip(self.graph.outputs, outputs, strict=True)
         return {name.replace(_PRESENT, _PAST, 1): value for name, value in named if name.startswith(_PRESENT)}
-
-
-def runtime() -> Any:
-    """The onnxruntime module. UserError where it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("onnxruntime is not installed; run: pip install onnxruntime") from error
-    return onnxruntime
-
-
-def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:
-    """Write an .onnx_adapter as a whole. values: by input of model.onnx, contiguous float32.
-
-    Raises `StorageError` naming the file, with nothing of it left and what was there before kept.
-    """
-    ort, beside = runtime(), aside(path)
-    whole = {name: np.ascontiguousarray(value) for name, value in values.items()}  # OrtValues only borrow
-    adapter = ort.AdapterFormat()
-    adapter.set_adapter_version(_VERSION)
-    adapter.set_model_version(_VERSION)
-    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in whole.items()})
-    try:
-        with storing(path):
-            adapter.export_adapter(str(beside))
-            sync_file(beside)
-            ort.AdapterFormat.read_adapter(str(beside))  # which sees that it is whole
-            beside.replace(path)
-    except RuntimeError as error:  # all that onnxruntime says; "FILE:LINE SIGNATURE Failed to ..." in C++
-        said = str(error).strip()
-        raise StorageError(f"{path}: cannot be written: {said[max(said.find('Failed'), 0) :]:.300}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def _load(path: Path) -> Any:
-    loaded = runtime().LoraAdapter()
-    try:
-        loaded.Load(str(path))
-    except Exception as error:  # onnxruntime's own classes have no public common base
-        raise UserError(f"{path}: not an adapter of onnxruntime, or truncated ({error})") from error
-    return loaded
 
 
 def _explained(path: Path, error: Exception) -> UserError:

@@ -23,8 +23,8 @@ from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
 
-#: The largest difference of a loss or a score that float32 sums in another order may make, where none is above
-#: 1; times the largest one otherwise, as rounding is relative.
+#: The largest difference of a loss or a score that float32 sums in another order may make, where none is
+#: above 1; times the largest one otherwise, as rounding is relative.
 LIMIT = 1e-4
 #: Of the perturbation: large, so that a branch in the wrong place shows.
 _MU = 0.05
