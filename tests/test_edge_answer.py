@@ -19,7 +19,7 @@ from hizoo_lite.cli import app
 from hizoo_lite.cli import generate as in_torch
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
-from hizoo_lite.edge.model import OnnxModel
+from hizoo_lite.edge.model import OnnxModel, positions_of
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.export.onnx.onnx_adapter import save_adapter
 from hizoo_lite.export.onnx.session import Graph
@@ -29,7 +29,7 @@ from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Task
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
-from tests.architectures import save_tiny
+from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.edge_fixtures import BASE, DEMO, export_causal, export_encoder, tuned_space
 from tests.run_fixtures import write_classes, write_task
 from tests.tasks_fixtures import word_piece
@@ -396,6 +396,17 @@ def test_an_adapter_of_another_model_is_refused(exported: Path, tmp_path: Path) 
     (other / "export.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"other/export\.json: base: not as export writes it"):
         OnnxModel(exported, str(adapter))
+
+
+@pytest.mark.parametrize("name", ["roberta", "bert", "opt", "llama"])
+def test_positions_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = load(tmp_path, kind=TINY_CONFIGS[name].kind, bits="none", device="cpu")
+    assert positions_of(tmp_path) == model.positions
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": "many"}')
+    assert positions_of(tmp_path) is None
+    (tmp_path / "config.json").unlink()
+    assert positions_of(tmp_path) is None
 
 
 def test_a_tensor_that_does_not_fit_is_named(exported: Path, space: LoRA, tmp_path: Path) -> None:
