@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
+from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import _FIELDS, describe
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
@@ -30,6 +31,8 @@ from hizoo_lite.train import config_file, parts
 from hizoo_lite.train.config import TrainConfig
 
 DEMO = Path(hizoo_lite.__file__).parent / "demo"
+#: Of the embedded model, as the records say it.
+BASE = {"model": "embedded", "fingerprint": fingerprint(DEMO)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 INTEGERS = tuple(name for name in Batch._fields if name not in ("token_type_ids", "loss"))
 #: How many dimensions an input has.
@@ -115,6 +118,7 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
         "parameters": [{"name": name, "shape": list(v.shape)} for name, v in space.parameters.items()],
         "lora": json.loads((folder / "adapter" / "adapter_config.json").read_text()),
         "onnx_adapter": {"names": onnx_names(space)},
+        "base": BASE,
     }
     (folder / "train.json").write_text(json.dumps(record))
     (folder / "config.toml").write_text(config_file.write(config))
@@ -166,9 +170,18 @@ def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
 def onnx_names(space: LoRA) -> dict[str, dict[str, Any]]:
     """A as it is turned, B turned and scaled: as model.onnx takes them."""
     return {
-        name: {"input": name, "transpose": True, "scale": 1.0 if ".lora_A." in name else space.scaling}
+        name: {
+            "input": _input(name),
+            "transpose": True,
+            "scale": 1.0 if ".lora_A." in name else space.scaling,
+        }
         for name in space.parameters
     }
+
+
+def _input(name: str) -> str:
+    """Of model.onnx, for a parameter by its PEFT name."""
+    return name.removesuffix(".weight")
 
 
 def _export(
@@ -256,12 +269,12 @@ def export_causal(space: LoRA, folder: Path) -> Path:
     )
     layers = [(n, part) for n in range(config.num_hidden_layers) for part in ("key", "value")]
     tokens = ["input_ids", "attention_mask", "position_ids"]
-    inputs = [*tokens, *(f"past_key_values.{n}.{part}" for n, part in layers), *space.parameters]
+    inputs = [*tokens, *(f"past_key_values.{n}.{part}" for n, part in layers), *map(_input, space.parameters)]
     outputs = ["logits", *(f"present.{n}.{part}" for n, part in layers)]
     path = folder / "model.onnx"
     _export(graph, arguments, dynamic, inputs, outputs, path)
     empty = {
-        name: np.zeros((v.shape[1], 0) if ".lora_A." in name else (0, v.shape[0]), dtype=np.float32)
+        _input(name): np.zeros((v.shape[1], 0) if ".lora_A." in name else (0, v.shape[0]), dtype=np.float32)
         for name, v in space.parameters.items()
     }
     made = onnx.load(path, load_external_data=False)
@@ -270,7 +283,9 @@ def export_causal(space: LoRA, folder: Path) -> Path:
     _write_adapter(space, folder / "adapters" / "tuned.onnx_adapter")
     settings = {"model": {"context_length": config.max_position_embeddings, "eos_token_id": 2}}
     (folder / "genai_config.json").write_text(json.dumps(settings))
-    return _described(folder, "causal", DEMO, {"tuned": "adapters/tuned.onnx_adapter"})
+    sizes = {n: space.model.linears[n].weight.shape for n in space.target_names}
+    lora = {name: (columns, rows) for name, (rows, columns) in sizes.items()}
+    return _described(folder, "causal", DEMO, {"tuned": "adapters/tuned.onnx_adapter"}, lora)
 
 
 def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -> Path:
@@ -290,17 +305,29 @@ def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     arguments = (ids, torch.ones_like(ids), torch.zeros_like(ids))
     _export(Graph().eval(), arguments, ((any_size,) * 3,), names, ["logits"], folder / "model.onnx")
-    return _described(folder, kind, tokenizer, {})
+    return _described(folder, kind, tokenizer, {}, {})
 
 
-def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str]) -> Path:
+def _described(
+    folder: Path,
+    kind: str,
+    tokenizer: Path,
+    adapters: dict[str, str],
+    lora: Mapping[str, tuple[int, int]],
+) -> Path:
     files = {path.name: describe(path, checksum=True) for path in folder.glob("model.onnx*")}
     listed = {
         name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
     }
     nothing: dict[str, object] = {"inputs": [], "outputs": [], "cache": []}
-    model = {"files": files, **nothing, "adapter_inputs": {"lora": {}, "head": {}}}
-    record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": model}
+    model = {"files": files, **nothing, "adapter_inputs": {"lora": lora, "head": {}}}
+    record = dict.fromkeys(_FIELDS) | {
+        "format": 1,
+        "kind": kind,
+        "bits": "none",
+        "model": model,
+        "base": BASE,
+    }
     record["adapters"] = listed
     (folder / "export.json").write_text(json.dumps(record))
     for name in TOKENIZER_FILES:
@@ -309,14 +336,8 @@ def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str
 
 
 def _write_adapter(space: LoRA, path: Path) -> None:
-    made = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.ascontiguousarray(value.numpy().T * np.float32(1 if ".lora_A." in name else space.scaling))
-        )
+    values = {
+        _input(name): value.numpy().T * np.float32(1 if ".lora_A." in name else space.scaling)
         for name, value in space.parameters.items()
     }
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(1)
-    adapter.set_model_version(1)
-    adapter.set_parameters(made)
-    adapter.export_adapter(str(path))
+    save_adapter(path, values)

@@ -47,6 +47,25 @@ def write_task(folder: Path) -> tuple[Path, Path]:
     return task, data
 
 
+def write_classes(folder: Path, classes: int) -> dict[str, Any]:
+    """A task of so many classes for a classifier, with its data, as fields of `TrainConfig`."""
+    name = f"of{classes}"
+    rows = "".join(
+        json.dumps({"first": word, "label": number % classes}) + "\n"
+        for number, word in enumerate(("it was good", "a boy", "the game is bad", "yes") * 3)
+    )
+    (folder / name).mkdir()
+    for split in ("train", "test"):
+        (folder / name / f"{split}.jsonl").write_text(rows)
+    answers = "".join(f'{number} = " {number}"\n' for number in range(classes))
+    (folder / f"{name}.toml").write_text(
+        f'name = "{name}"\nkind = "choice"\nprompt = "{{first}} It was"\nclassifier_text = "{{first}}"\n'
+        f'label_field = "label"\n[answers]\n{answers}'
+    )
+    task, data = str(folder / f"{name}.toml"), str(folder / name)
+    return {"model": "m", "task": task, "data": data, "dev_examples": 2}
+
+
 def short_run(folder: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a run of six steps on the embedded model, as fields of `TrainConfig`."""
     task, data = (

@@ -157,6 +157,13 @@ def test_unknown_files_and_broken_toml_are_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path / "x.toml"))
 
 
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path: Path) -> None:
+    for flags in ({}, {"model": "embedded", "task": "embedded"}):
+        with pytest.raises(UserError, match=r"^--resume: .*nothing holds no run") as raised:
+            resolve(None, {"resume": True, "out": str(tmp_path / "nothing"), **flags})
+        assert "missing" not in str(raised.value)
+
+
 def test_only_settings_that_do_not_change_a_step_may_change_on_resume() -> None:
     old = TrainConfig(**MINIMAL)
     check_same_run(old, replace(old, steps=5000, eval_every=3, out="other", tracker="tensorboard"))

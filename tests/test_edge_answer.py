@@ -19,17 +19,19 @@ from hizoo_lite.cli import app
 from hizoo_lite.cli import generate as in_torch
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
-from hizoo_lite.edge.model import OnnxModel
+from hizoo_lite.edge.model import OnnxModel, positions_of
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
 from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
-from tests.architectures import save_tiny
-from tests.edge_fixtures import DEMO, export_causal, export_encoder, tuned_space
-from tests.run_fixtures import write_task
+from tests.architectures import TINY_CONFIGS, save_tiny
+from tests.edge_fixtures import BASE, DEMO, export_causal, export_encoder, tuned_space
+from tests.run_fixtures import write_classes, write_task
 from tests.tasks_fixtures import word_piece
 from tests.test_edge_imports import without_torch
 
@@ -140,6 +142,21 @@ def test_greedy_text_equals_that_of_torch(
     assert want
 
 
+def test_greedy_text_takes_the_most_likely_tokens_whatever_the_model_asks_for(
+    exported: Path, tmp_path: Path
+) -> None:
+    asks = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "num_beams": 2, "min_length": 20}
+    shutil.copytree(DEMO, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asks}))
+    model = load(tmp_path / "model", kind="causal", bits="none", compute_dtype="float32", device="cpu")
+    for prompt in PROMPTS:
+        assert in_torch.continue_text(model, prompt, 24) == continue_text(OnnxModel(exported), prompt, 24)
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        load(tmp_path / "model", kind="causal", bits="none")
+
+
 def test_sampled_text_is_a_function_of_the_seed(exported: Path) -> None:
     model = OnnxModel(exported)
     texts = [continue_text(model, "The", 16, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
@@ -181,6 +198,11 @@ def test_encoders_with_token_types_equal_torch(kind: Any, tmp_path: Path) -> Non
         evaluate(ours, encoder, examples, 2).predictions == evaluate(theirs, encoder, examples, 2).predictions
     )
     if kind == "classifier":
+        config = TrainConfig(**write_classes(tmp_path, 3))
+        with pytest.raises(UserError, match=r"--task: of3 has 3 classes \(num_labels\), .* has 2 outputs"):
+            evaluate_export(exported, None, config, "test")
+        config = TrainConfig(**write_classes(tmp_path, 2))
+        assert evaluate_export(exported, None, config, "test")["scores"]["loss"] > 0
         with pytest.raises(UserError, match="is a classifier model; text is written by a causal one"):
             continue_text(ours, "the", 4)
 
@@ -233,7 +255,6 @@ def test_the_commands_run_without_torch(command: str, exported: Path, data: tupl
 def test_the_run_of_an_adapter_gives_the_settings(
     exported: Path, data: tuple[str, str], tmp_path: Path
 ) -> None:
-    from hizoo_lite.train.config import TrainConfig
     from hizoo_lite.train.folder import RunFolder
 
     run = RunFolder(tmp_path / "run")
@@ -352,17 +373,73 @@ def test_an_unknown_adapter_is_named_with_those_that_are_there(exported: Path) -
 
 
 def test_an_adapter_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
-    import onnxruntime
+    """By the record of the export or run that it is of, whatever its shapes are."""
+    other = Path(shutil.copytree(exported, tmp_path / "other"))
+    adapter = other / "adapters" / "tuned.onnx_adapter"
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(adapter, run / "adapter.onnx_adapter")
+    same = json.dumps({"base": "embedded", "base_fingerprint": BASE["fingerprint"]})
+    (run / "run.json").write_text(same)
+    for sound in (adapter, run, run / "adapter.onnx_adapter"):
+        OnnxModel(exported, str(sound))
+    record = json.loads((other / "export.json").read_text())
+    record["base"] = {"model": "another/model", "fingerprint": "0" * 64}
+    (other / "export.json").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps({"base": "another/model", "base_fingerprint": "0" * 64}))
+    for odd in (adapter, run, run / "adapter.onnx_adapter"):
+        with pytest.raises(
+            UserError, match=r"is of 'another/model' \(fingerprint 0{12}\); the export in .* is of 'embedded'"
+        ):
+            OnnxModel(exported, str(odd))
+    record["base"] = "another/model"
+    (other / "export.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"other/export\.json: base: not as export writes it"):
+        OnnxModel(exported, str(adapter))
 
-    odd = onnxruntime.AdapterFormat()
-    odd.set_adapter_version(1)
-    odd.set_model_version(1)
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((2, 2), dtype=np.float32))
-    odd.set_parameters({"no.such.layer": value})
-    odd.export_adapter(str(tmp_path / "odd.onnx_adapter"))
-    model = OnnxModel(exported, str(tmp_path / "odd.onnx_adapter"))
-    with pytest.raises(UserError, match=r"model\.onnx: a run failed"):
-        continue_text(model, "The", 2)
+
+@pytest.mark.parametrize("name", ["roberta", "bert", "opt", "llama"])
+def test_positions_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = load(tmp_path, kind=TINY_CONFIGS[name].kind, bits="none", device="cpu")
+    assert positions_of(tmp_path) == model.positions
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": "many"}')
+    assert positions_of(tmp_path) is None
+    (tmp_path / "config.json").unlink()
+    assert positions_of(tmp_path) is None
+
+
+def test_a_tensor_that_does_not_fit_is_named(exported: Path, space: LoRA, tmp_path: Path) -> None:
+    path = tmp_path / "odd.onnx_adapter"
+    layer = space.target_names[0]
+    rows, columns = space.model.linears[layer].weight.shape
+
+    def of(a: tuple[int, ...], b: tuple[int, ...] | None, kind: Any = np.float32) -> dict[str, np.ndarray]:
+        found = {"A": a} if b is None else {"A": a, "B": b}
+        return {f"{layer}.lora_{side}": np.zeros(shape, dtype=kind) for side, shape in found.items()}
+
+    save_adapter(path, of((columns, 5), (5, rows)))
+    assert continue_text(OnnxModel(exported, str(path)), "The", 4) == continue_text(
+        OnnxModel(exported), "The", 4
+    )
+    for values, message in (
+        ({"no.such.layer": np.zeros((2, 2), dtype=np.float32)}, r"no\.such\.layer: the exported base has no"),
+        (of((columns + 1, 5), (5, rows)), rf"lora_A has shape \({columns + 1}, 5\), .* wants \({columns}, 5"),
+        (of((columns, 5), (4, rows)), rf"lora_B has shape \(4, {rows}\), .* wants \(5, {rows}\)"),
+        (of((columns, 5, 1), (5, rows)), r"lora_A has shape"),
+        (of((columns, 5), None), r"has .*lora_A without .*lora_B"),
+        (of((columns, 5), (5, rows), np.float16), r"lora_A is tensor\(float16\), .* wants tensor\(float\)"),
+    ):
+        save_adapter(path, values)
+        with pytest.raises(UserError, match=rf"odd\.onnx_adapter: .*{message}"):
+            OnnxModel(exported, str(path))
+
+
+def test_a_damaged_adapter_stops_neither_the_base_nor_another_adapter(copied: Path, exported: Path) -> None:
+    (copied / "adapters" / "tuned.onnx_adapter").write_bytes(b"x")
+    want = continue_text(OnnxModel(exported), "The", 2)
+    assert continue_text(OnnxModel(copied), "The", 2) == want
+    OnnxModel(copied, str(exported / "adapters" / "tuned.onnx_adapter"))
 
 
 def test_flags_of_a_model_in_torch_are_refused_beside_onnx(exported: Path) -> None:
@@ -380,5 +457,46 @@ def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path
         continue_text(model, "The", 256)
     assert torch.tensor(model.tokenizer("")["input_ids"]).tolist() == [1]  # the embedded one begins with <s>
     model.tokenizer._backend.post_processor = None
+    in_torch_too = base()
+    in_torch_too.tokenizer = model.tokenizer
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):
         continue_text(model, "", 2)
+    with pytest.raises(UserError, match="--prompt: got no token to begin with"):
+        in_torch.continue_text(in_torch_too, "", 2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--max-new-tokens", "-1", "a whole number of 1 or more"),
+        ("--max-new-tokens", "0", "a whole number of 1 or more"),
+        ("--temperature", "-1.0", "a finite number of 0 or more"),
+        ("--temperature", "nan", "a finite number of 0 or more"),
+        ("--temperature", "inf", "a finite number of 0 or more"),
+        ("--top-p", "7.0", "a number above 0, at most 1"),
+        ("--top-p", "0.0", "a number above 0, at most 1"),
+        ("--top-p", "nan", "a number above 0, at most 1"),
+        ("--seed", "-1", "a whole number from 0"),
+    ],
+)
+def test_a_number_that_no_text_can_be_written_with_is_refused(
+    flag: str, value: str, allowed: str, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(exported), "--prompt", "The", flag, value]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {flag}: got {value}")
+    assert f", allowed: {allowed}" in captured.err
+    assert captured.out == ""
+    for source in (["--onnx", str(exported)], ["--model", "embedded"]):
+        done = CliRunner().invoke(app, ["generate", *source, "--prompt", "The", flag, value])
+        assert done.exit_code == 2
+        assert flag in done.output
+
+
+@pytest.mark.parametrize("examples", ["-5", "0"])
+def test_a_number_of_examples_below_1_is_refused(
+    examples: str, exported: Path, data: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--task", data[0], "--data", data[1], "--examples", examples]
+    assert main(["eval", str(exported), *flags]) == 2
+    assert f"--examples: got {examples}, allowed: a whole number of 1 or more" in capsys.readouterr().err

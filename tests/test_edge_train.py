@@ -21,17 +21,17 @@ from safetensors.numpy import load_file
 
 from hizoo_lite.base import Branches, Example
 from hizoo_lite.edge.__main__ import main
-from hizoo_lite.edge.graph import Record, TrainGraph
+from hizoo_lite.edge.graph import GraphSpace, Record, TrainGraph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.edge.train import resolve, train
-from hizoo_lite.errors import UserError
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.tasks import Encoded, Encoder, Task
 from hizoo_lite.tasks.collate import collate
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import fit
-from tests.edge_fixtures import export_classifier, export_training
+from tests.edge_fixtures import BASE, export_classifier, export_training
 from tests.run_fixtures import short_run
 from tests.test_edge_imports import BLOCKED, without_torch
 
@@ -111,6 +111,8 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
         ),
         *("summary.json", "memory.json"),
     }
+    made_of = json.loads((folder / "run.json").read_text())
+    assert [made_of["base"], made_of["base_fingerprint"]] == list(BASE.values())
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["session_bytes"] > 0
     assert memory["phases"]["train"]["peak_bytes"] <= summary["measured_peak_bytes"]
@@ -288,6 +290,24 @@ def test_a_task_with_another_loss_than_the_graphs_is_refused(
     changed = replace(config, task="lm", data=str(tmp_path), out=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"lm has the loss 'answer', the graph in .* computes 'choice'"):
         train(exported, changed)
+
+
+def test_an_adapter_that_cannot_be_written_is_named_and_not_left(exported: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    space, path = GraphSpace("lora", TrainGraph(exported)), tmp_path / "adapter.onnx_adapter"
+    with pytest.raises(StorageError, match=r"nothing/x\.onnx_adapter: cannot be written: Failed to open"):
+        space.save_onnx_adapter(tmp_path / "nothing" / "x.onnx_adapter")
+    space.save_onnx_adapter(path)
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))  # a disk that is full
+    try:
+        with pytest.raises(StorageError, match=r"adapter\.onnx_adapter: cannot be written: Failed to write"):
+            space.save_onnx_adapter(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole
+    assert [found.name for found in tmp_path.iterdir()] == ["adapter.onnx_adapter"]
 
 
 def test_a_completion_is_evaluated_by_its_loss_alone(exported: Path) -> None:

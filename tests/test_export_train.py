@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from hizoo_lite.base import EVALUATION, Batch, Bits, Branches
+from hizoo_lite.base import EVALUATION, Batch, Bits, Branches, Losses
 from hizoo_lite.cli import app
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.train import resolve, train
@@ -39,7 +39,8 @@ from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
-from tests.run_fixtures import short_run
+from tests.edge_fixtures import BASE
+from tests.run_fixtures import short_run, write_classes
 from tests.tasks_fixtures import word_piece
 
 #: Of a loss of tiny models, in float32 on both sides.
@@ -259,6 +260,7 @@ def test_the_folder_says_what_the_graph_is(demo: tuple[Run, Path], classifier: t
     assert {entry["branches"] for entry in record["check"]["runs"]} == {1, 3}
     assert record["check"]["max_abs_difference"] < record["check"]["limit"] == 1e-4
     assert set(record["lora"]["target_modules"]) == set(run.setup.space.target_names)  # type: ignore[attr-defined]
+    assert record["base"]["fingerprint"] == BASE["fingerprint"]
     config = RunFolder(graph).config()
     assert config == replace(RunFolder(run.folder).config(), out=None)
     assert (graph / "tokenizer.json").is_file()
@@ -295,6 +297,35 @@ def test_what_cannot_be_trained_is_refused(demo: tuple[Run, Path], tmp_path: Pat
     assert not (tmp_path / "graph").exists()
 
 
+def test_a_task_with_other_classes_than_the_graphs_is_refused(
+    classifier: tuple[Run, Path], tmp_path: Path
+) -> None:
+    config = replace(RunFolder(classifier[1]).config(), out=str(tmp_path / "run"))
+    changed = replace(config, **{**write_classes(tmp_path, 3), "model": config.model})
+    with pytest.raises(UserError, match=r"--task: of3 has 3 classes .*train\.onnx has 2 outputs; allowed"):
+        train(classifier[1], changed)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "off", "sound"), [(50.0, 4e-3, True), (50.0, 6e-3, False), (0.5, 2e-4, False)]
+)
+def test_a_loss_may_differ_by_its_rounding(loss: float, off: float, sound: bool) -> None:
+    batch = tiny_task_batch("causal", 2, 8)
+
+    class Graph:
+        def losses(self, *_: object) -> Losses:
+            return Losses(np.full((1, 2), loss + off), np.zeros((1, 2)))
+
+    wanted = Losses(np.full((1, 2), loss), np.zeros((1, 2)))
+    case = check.Case(batch, EVALUATION, {}, wanted)
+    if sound:
+        assert check._compared(Graph(), case)["max_abs_difference"] == pytest.approx(off)  # type: ignore[arg-type]
+        return
+    with pytest.raises(ExportError, match="differs from the model by"):
+        check._compared(Graph(), case)  # type: ignore[arg-type]
+
+
 def test_a_graph_of_other_losses_is_removed(
     demo: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +336,7 @@ def test_a_graph_of_other_losses_is_removed(
     broken = Path(shutil.copytree(graph, tmp_path / "broken"))
     (broken / "train.onnx.data").write_bytes(data)
     cheap(monkeypatch, broken)
-    with pytest.raises(ExportError, match=r"differs from the model by .*, allowed is 1e-04: 1 branches of"):
+    with pytest.raises(ExportError, match=r"differs from the model by .*, allowed is \d+e-04: 1 branches of"):
         export_train(run.folder, tmp_path / "graph")
     (broken / "train.onnx").write_bytes(b"no graph")
     arguments = ["export", str(run.folder), "--to", "onnx-train", "--out", str(tmp_path / "graph")]

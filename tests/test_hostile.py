@@ -21,6 +21,7 @@ from hizoo_lite.memory import hardware
 from hizoo_lite.memory.sizes import parse_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.adapter_files import read_peft_config
 
@@ -158,6 +159,21 @@ def test_numbers_of_an_adapter_are_checked(tmp_path: Path, key: str, value: obje
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"adapter_config\.json: {key}: got"):
         read_peft_config(tmp_path)
+
+
+@pytest.mark.parametrize("targets", [3, None, [["q"]], {"q": 1}])
+def test_layers_of_an_adapter_are_named_by_texts(tmp_path: Path, targets: object) -> None:
+    config = {"r": 2, "lora_alpha": 4, "target_modules": targets}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter_config\.json: target_modules: got"):
+        read_peft_config(tmp_path)
+    space = {"format": 1, "space": "dense", "targets": targets, "base_model": "b", "kind": "k", "bits": "nf4"}
+    (tmp_path / "hizoo_space.json").write_text(json.dumps(space))
+    with pytest.raises(UserError, match=r"hizoo_space\.json: targets: got"):
+        read_record(tmp_path)
+    (tmp_path / "hizoo_space.json").write_text(json.dumps({**space, "targets": [], "space": ["dense"]}))
+    with pytest.raises(UserError, match=r"hizoo_space\.json: space: got"):
+        read_record(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- code of others

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from hizoo_lite.base import UserError
 from hizoo_lite.model.load import load
@@ -101,6 +102,16 @@ def test_saved_adapters_load_back_bit_equal(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["modules_to_save"] == ["classifier"]
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read"):
+        space.load(tmp_path / "adapter")
+    last = max(tensors)
+    save_file({**tensors, last: tensors[last].int()}, path)
+    with pytest.raises(UserError, match=rf"{last.removeprefix('base_model.model.')} is torch\.int32"):
+        space.load(tmp_path / "adapter")
+    assert all(torch.equal(space.parameters[name], value) for name, value in kept.items())
 
 
 def test_a_is_drawn_from_the_seed_alone_and_b_is_zero(tmp_path: Path) -> None:

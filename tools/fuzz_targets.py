@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,9 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from hostile import Form
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hizoo_lite import peft_format, tasks, tensorfile
+from hizoo_lite import peft_format, spaces, tasks, tensorfile
 from hizoo_lite.edge.graph import Record as TrainRecord
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import UserError
@@ -22,12 +28,15 @@ from hizoo_lite.export.onnx import files as export_files
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.memory import hardware
 from hizoo_lite.memory.report import write_report
+from hizoo_lite.model.load import load
+from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.quant.tensorfile import TensorFile
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import custom, files
 from hizoo_lite.train import adapter_files, checkpoint, config_file, identity, journal
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.saved import attach_adapter
 
 
 class Target(NamedTuple):
@@ -343,6 +352,50 @@ _EXPORT = {
 }
 
 
+def _tiny_llama() -> Model:
+    """A Llama of random weights in memory, made once; 4-bit linears 64 wide."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=32, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    with tempfile.TemporaryDirectory() as name:
+        LlamaForCausalLM(config).save_pretrained(name)
+        return load(name, kind="causal", bits="nf4", device="cpu", double_quant=False, residency="resident")
+
+
+@functools.cache
+def _attached(name: str) -> Any:
+    """A space on a model of its own."""
+    options = {"rank": 2} if name == "lora" else {}
+    space: Any = spaces.get(name, targets="attention", **options)
+    space.attach(_tiny_llama(), 0)
+    return space
+
+
+def _saved(name: str) -> dict[str, bytes]:
+    """The files that a space saves."""
+    with tempfile.TemporaryDirectory() as place:
+        _attached(name).save(place)
+        return {path.name: path.read_bytes() for path in Path(place).iterdir()}
+
+
+def _bits(value: Tensor) -> bytes:
+    return value.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _loading(name: str, space: str, attacked: Mapping[str, Form]) -> Target:
+    """An adapter that is put on a model, as `eval` and `generate` do, and then read into its parameters."""
+
+    model = _attached(space).model
+
+    def read(folder: Path) -> None:
+        again = folder / "again"
+        attach_adapter(model, folder).save(again)
+        for path in again.glob("*.safetensors"):
+            given, kept = load_file(folder / path.name), load_file(path)
+            assert all(_bits(given[name].to(value.dtype)) == _bits(value) for name, value in kept.items())
+
+    return Target(name, _saved(space), attacked, read)
+
+
 def _read_export(folder: Path) -> None:
     export = Export.open(folder)
     parts = (export.inputs, export.outputs, export.cache, export.adapter_inputs, export.graph, export.kind)
@@ -454,6 +507,14 @@ def targets() -> Iterable[Target]:
             {"export.json": _json(_EXPORT), "model.onnx": b"x", "adapters/a.onnx_adapter": b"x"},
             {"export.json": "json"},
             _read_export,
+        ),
+        _loading(
+            "lora-load",
+            "lora",
+            {"adapter_config.json": "json", "adapter_model.safetensors": "safetensors"},
+        ),
+        _loading(
+            "inplace-load", "scales", {"hizoo_space.json": "json", "block-00000.safetensors": "safetensors"}
         ),
         Target("train", {"train.json": _json(_TRAIN)}, {"train.json": "json"}, TrainRecord.read),
         Target("tokenizer", _TOKENIZER, _every(_TOKENIZER, "json"), _read_tokenizer),

@@ -126,22 +126,18 @@ def continue_text(
     """The text that a causal model writes after `prompt`; a pure function of the arguments.
 
     temperature 0 takes the most likely token each time; otherwise it is sampled from the most likely ones
-    that hold `top_p` of the probability.
+    that hold `top_p` of the probability. Raises `UserError` as `answer.continue_text` does.
     """
     from transformers import LogitsProcessorList
 
+    from hizoo_lite.edge.answer import check_sampling, prompt_ids
     from hizoo_lite.errors import UserError
-    from hizoo_lite.tasks.tokens import open_ids, pad_id
+    from hizoo_lite.tasks.tokens import pad_id
 
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files")
-    ids = _tensor(open_ids(model.tokenizer, prompt), model)
-    most = model.positions
-    if most is not None and ids.shape[1] + max_new_tokens > most:
-        raise UserError(
-            f"--max-new-tokens: got {max_new_tokens} after a prompt of {ids.shape[1]} tokens; "
-            f"allowed: {most} tokens in all, the model's positions"
-        )
+    ids = _tensor(prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions), model)
     processors = LogitsProcessorList(_sampling(model, temperature, top_p, seed) if temperature > 0 else [])
     written = model.module.generate(  # type: ignore[operator]
         input_ids=ids,

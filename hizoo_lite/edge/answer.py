@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.base import UserError
+from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.noise import generator
-from hizoo_lite.tasks.tokens import open_ids, pad_id
+from hizoo_lite.tasks.tokens import Tokenizer, open_ids, pad_id
 from hizoo_lite.train import parts
-from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.config import TrainConfig, refuse
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
+
+_MOST_SEED = (1 << 63) - 1  # torch's generators take no larger one
 
 
 def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
@@ -36,13 +40,17 @@ def evaluate_export(
     limit: int | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """The result as it is printed: scores by name, the loss first."""
+    """The result as it is printed: scores by name, the loss first. `limit`: examples at most."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--examples: got {limit}, allowed: a whole number of 1 or more")
     listener = listener or Listener()
     task = parts.find_task(config.task)
     examples = parts.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
     encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss)
+    if model.kind == "classifier":
+        check_classes(task, model.session.graph, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))
     found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()
@@ -63,20 +71,46 @@ def continue_text(
 
     temperature 0 takes the most likely token each time; otherwise it is sampled from the most likely ones
     that hold `top_p` of the probability. Samples are drawn by numpy: they differ from those of torch.
+    Raises `UserError` as `check_sampling` and `prompt_ids` do.
     """
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     tokenizer = model.tokenizer
-    ids = open_ids(tokenizer, prompt)
-    if not ids:
-        raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
-    if model.positions is not None and len(ids) + max_new_tokens > model.positions:
-        raise UserError(
-            f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "
-            f"allowed: {model.positions} tokens in all, the model's positions"
-        )
+    ids = prompt_ids(tokenizer, prompt, max_new_tokens, model.positions)
     pick = greedy if temperature == 0 else sampler(temperature, top_p, seed)
     [written] = model.write([ids], pad_id(tokenizer), max_new_tokens, pick=pick)
     whole = tokenizer.decode([*ids, *written], skip_special_tokens=True)
     return whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """UserError naming the flags of the numbers that no text can be written with."""
+    refuse(
+        [
+            f"{flag}: got {got}, allowed: {allowed}"
+            for flag, got, sound, allowed in (
+                ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of 1 or more"),
+                ("--temperature", temperature, 0 <= temperature < math.inf, "a finite number of 0 or more"),
+                ("--top-p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
+                ("--seed", seed, 0 <= seed <= _MOST_SEED, f"a whole number from 0 to {_MOST_SEED}"),
+            )
+            if not sound
+        ]
+    )
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str, max_new_tokens: int, positions: int | None = None
+) -> list[int]:
+    """The tokens of a prompt. UserError where there are none, or more than the model has positions for."""
+    ids = open_ids(tokenizer, prompt)
+    if not ids:
+        raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
+    if positions is not None and len(ids) + max_new_tokens > positions:
+        raise UserError(
+            f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "
+            f"allowed: {positions} tokens in all, the model's positions"
+        )
+    return ids
 
 
 def sampler(temperature: float, top_p: float, seed: int) -> Pick:

@@ -19,12 +19,15 @@ import numpy as np
 from hizoo_lite import peft_format, tensorfile
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.export.onnx.session import Graph, runtime
+from hizoo_lite.export.onnx.folder import Base
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
+from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
 FORMAT = 1
 RECORD, GRAPH, ADAPTER = "train.json", "train.onnx", "adapter"
+LOSSES, SCORES = "losses", "scores"
 _EXPORTED = "a folder of: hizoo-lite export --to onnx-train"
 
 
@@ -39,6 +42,7 @@ class Record:
     shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
+    base: Base | None  # None where an earlier version has written it
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -65,9 +69,15 @@ class Record:
                 shapes,
                 dict(found["lora"]),
                 names,
+                _base(found),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error
+
+
+def _base(found: Mapping[str, Any]) -> Base | None:
+    base = found.get("base") or {}
+    return Base(str(base["model"]), str(base["fingerprint"])) if "fingerprint" in base else None
 
 
 class TrainGraph:
@@ -110,7 +120,7 @@ class TrainGraph:
                 if sign:
                     assert directions is not None
                     self._arrays.add_scaled(feeds[name][branch, ...], directions[name], sign * mu)
-        return Losses(*self.session.run(("losses", "scores"), feeds))
+        return Losses(*self.session.run((LOSSES, SCORES), feeds))
 
     def write(
         self,
@@ -149,17 +159,12 @@ class GraphSpace:
             self.parameters[name][...] = value
 
     def save_onnx_adapter(self, path: Path) -> None:
-        """Write the adapter as onnxruntime loads it beside model.onnx (`LoraAdapter`)."""
-        ort, made = runtime(), {}
+        """Write the adapter as onnxruntime loads it beside model.onnx: see `onnx_adapter.save_adapter`."""
+        made = {}
         for name, entry in self.graph.record.onnx_names.items():
             value = self.parameters[name].T if entry.get("transpose") else self.parameters[name]
-            scaled = np.ascontiguousarray(value * np.float32(entry.get("scale", 1.0)))
-            made[entry["input"]] = ort.OrtValue.ortvalue_from_numpy(scaled)
-        adapter = ort.AdapterFormat()
-        adapter.set_adapter_version(FORMAT)
-        adapter.set_model_version(FORMAT)
-        adapter.set_parameters(made)
-        adapter.export_adapter(str(path))
+            made[entry["input"]] = value * np.float32(entry.get("scale", 1.0))
+        save_adapter(path, made)
 
 
 def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

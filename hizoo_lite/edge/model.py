@@ -21,6 +21,8 @@ from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.files import read_json
 
 _SETTINGS = "genai_config.json"
+#: Architectures that count positions from behind the padding token's id.
+_BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "esm")
 #: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
 LOGITS_BYTES = 256 << 20
 
@@ -48,7 +50,7 @@ class OnnxModel:
         self.tokenizer = EdgeTokenizer(folder, token_types="token_type_ids" in self.inputs)
         path = folder / _SETTINGS
         settings = read_json(path, "settings of onnxruntime-genai").get("model", {}) if path.is_file() else {}
-        self.positions: int | None = settings.get("context_length")
+        self.positions: int | None = settings.get("context_length", positions_of(folder))
         ends = settings.get("eos_token_id", self.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self._vocabulary = 1  # of a row of logits; known after the first forward
@@ -154,6 +156,17 @@ class OnnxModel:
         found["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         found |= self.session.empty_cache(len(ids))
         return {name: found[name] for name in self.inputs}
+
+
+def positions_of(folder: Path) -> int | None:
+    """Tokens that the position codes of the folder's config.json reach; None where it does not say."""
+    path = folder / "config.json"
+    config = read_json(path, "settings of a model") if path.is_file() else {}
+    most, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
+    if type(most) is not int or most < 1:
+        return None
+    unused = padding + 1 if type(padding) is int and config.get("model_type") in _BEHIND_PADDING else 0
+    return most - unused
 
 
 def greedy(logits: np.ndarray) -> np.ndarray:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import TooManyBadSteps, UserError
-from hizoo_lite.edge.graph import GraphSpace, TrainGraph
+from hizoo_lite.edge.classes import check_classes
+from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import StorageError
-from hizoo_lite.files import aside, storing
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
@@ -102,6 +102,8 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
             f"--task: {task.name} has the loss {encoder.loss!r}, the graph in {folder} computes "
             f"{graph.record.loss!r}; allowed: a task with that loss"
         )
+    if graph.record.kind == "classifier":
+        check_classes(task, graph.session, SCORES)
     stepper = parts.make_stepper(config, graph, GraphSpace(config.space, graph), None, None)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 
@@ -121,6 +123,8 @@ def _run(
         position = Position()
         model = identity.of_files(exported.glob("train*"))
         made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
+        if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
+            made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
         if resume:
             identity.check(folder.identity, made_of)
             position, _ = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
@@ -169,10 +173,7 @@ def _save_adapter(setup: EdgeSetup, folder: RunFolder) -> None:
     space = setup.stepper.space
     assert isinstance(space, GraphSpace)
     checkpoint.save_adapter(space, folder.adapter)
-    path = folder.path / _ONNX_ADAPTER
-    with storing(path):
-        space.save_onnx_adapter(aside(path))
-        aside(path).replace(path)
+    space.save_onnx_adapter(folder.path / _ONNX_ADAPTER)
 
 
 def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: bool) -> dict[str, Any]:

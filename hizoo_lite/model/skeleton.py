@@ -128,9 +128,24 @@ def read_tokenizer(folder: Path) -> Any | None:
 
 
 def read_generation_config(folder: Path, module: nn.Module) -> None:
-    """Give the module the folder's generation_config.json, where there is one (end-of-text tokens)."""
-    if (folder / "generation_config.json").exists() and hasattr(module, "generation_config"):
-        module.generation_config = GenerationConfig.from_pretrained(folder)
+    """Give the module the tokens that begin, end and fill its texts.
+
+    Nothing else of generation_config.json and config.json: the most likely token is that of the logits, as in
+    an export, without penalties, beams or a least length. Raises `UserError` where generation_config.json
+    cannot be read.
+    """
+    own = getattr(module, "generation_config", None)
+    if own is None:  # writes no text
+        return
+    path, stored = folder / "generation_config.json", own
+    if path.exists():
+        try:
+            stored = GenerationConfig.from_pretrained(folder)
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+    ids = {name: getattr(stored, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(own, name) if value is None else value for name, value in ids.items()}
+    module.generation_config = GenerationConfig(**ids)
 
 
 def choose_bits(wanted: Bits | None, stored: Bits | None) -> Bits:

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hizoo_lite.base import Stored, UserError
@@ -23,7 +21,7 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.heads import attach_head
-from hizoo_lite.spaces.storage import save_tensors
+from hizoo_lite.spaces.storage import load_tensors, save_tensors
 from hizoo_lite.spaces.targets import release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 from hizoo_lite.stream.block import each_block
@@ -109,7 +107,7 @@ class InPlaceSpace(ABC):
             if record[key] != value:
                 raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record[key]!r}, this run {value!r}")
         if self.parameters:
-            _copy(_read(folder / _HEAD), self.parameters, folder / _HEAD)
+            _copy(load_tensors(folder / _HEAD), self.parameters, folder / _HEAD)
         self.weights.drop()
         for block in each_block(self.model):
             self._restore(block, folder / _block_file(block))
@@ -118,7 +116,7 @@ class InPlaceSpace(ABC):
     def _restore(self, block: int, path: Path) -> None:
         assert self.weights is not None
         changed = {key: stored.tensor for key, stored in self._changed(block).items()}
-        saved = _read(path)
+        saved = load_tensors(path)
         for part in self.weights.parts:
             if self.model.block_of(part.linear.name) == block:
                 part.reconcile(saved, changed, str(path))
@@ -159,19 +157,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
     if record["format"] != FORMAT:
-        raise UserError(f"{path}: format: got {record['format']!r}, this version reads {FORMAT}")
+        raise UserError(f"{path}: format: got {record['format']!r:.80}, this version reads {FORMAT}")
+    targets = record["targets"]
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"{path}: targets: got {targets!r:.80}, allowed: a list of layers' names")
+    if not isinstance(record["space"], str):
+        raise UserError(f"{path}: space: got {record['space']!r:.80}, allowed: a space's name")
     return record
 
 
 def _block_file(block: int) -> str:
     return f"block-{block:05d}.safetensors"
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path) -> None:

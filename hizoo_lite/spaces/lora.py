@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hizoo_lite import peft_format
@@ -20,7 +19,7 @@ from hizoo_lite.base import BranchState, LinearDelta, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
 from hizoo_lite.spaces.heads import attach_head, branch_values
-from hizoo_lite.spaces.storage import save_tensors
+from hizoo_lite.spaces.storage import load_tensors, save_tensors
 from hizoo_lite.spaces.targets import release, resolve_targets
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
@@ -122,10 +121,16 @@ class LoRA:
         save_tensors(tensors, folder / peft_format.TENSOR_FILE, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
-        """Read `adapter_model.safetensors` into the attached parameters."""
+        """Read `adapter_model.safetensors` into the attached parameters.
+
+        Raises `UserError`, before any is changed, where the file is damaged or does not fit.
+        """
         path = peft_format.tensor_file(folder)
-        tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_file(path).items()}
+        tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_tensors(path).items()}
         found = {name: value.shape for name, value in tensors.items()}
         peft_format.check_fits(path, found, {name: value.shape for name, value in self.parameters.items()})
+        for name, value in tensors.items():
+            if not value.is_floating_point():
+                raise UserError(f"{path}: {name} is {value.dtype}, allowed are floats")
         for name, value in self.parameters.items():
             value.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""Writing tensors of a space."""
+"""Writing and reading tensors of a space."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hizoo_lite.errors import StorageError
+from hizoo_lite.errors import StorageError, UserError
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -18,3 +18,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:  # the library's word for what the system says
         raise StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. `UserError` naming it where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error

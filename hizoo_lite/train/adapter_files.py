@@ -52,6 +52,10 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: no {missing[0]!r}; a LoRA adapter of PEFT has it")
     _check_numbers(path, config)
+    targets = config["target_modules"]
+    names = targets if isinstance(targets, list) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: target_modules: got {targets!r:.80}, allowed: a text, or a list of texts")
     for key, values in _SUPPORTED.items():
         if key in config and config[key] not in values:
             shown = ", ".join(map(repr, values))

@@ -108,11 +108,14 @@ def with_profile(values: Mapping[str, Any], found: list[str] | None = None) -> d
 
 
 def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
-    """The configuration of the run that is to be resumed."""
-    if flags.get("resume") is True and "out" in flags:
-        path = Path(str(flags["out"])) / "config.toml"
-        return path if path.is_file() else None
-    return None
+    """The configuration of the run that is to be resumed. UserError where there is no run."""
+    if flags.get("resume") is not True or "out" not in flags:
+        return None
+    path = Path(str(flags["out"])) / "config.toml"
+    if not os.path.isfile(path):  # False also where no folder can have such a name
+        found = f"{path.parent} holds no run (no {path.name}); leave --resume out to begin one"
+        refuse([found], "--resume")
+    return path
 
 
 def _read(path: Path, found: list[str], origin: dict[str, str]) -> dict[str, Any]:

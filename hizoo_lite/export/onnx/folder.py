@@ -27,6 +27,16 @@ RUN_ADAPTER = f"adapter{ADAPTER_SUFFIX}"  # in the folder of a run on a device
 _FIELDS = {"format", "kind", "form", "bits", "products", "base", "tuned", "model", "adapters", "check"}
 
 
+class Base(NamedTuple):
+    """The model that something was made for; the fingerprint is that of `files.fingerprint`."""
+
+    model: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.model!r} (fingerprint {self.fingerprint:.12})"
+
+
 class AdapterInputs(NamedTuple):
     """What an adapter of a base may bring: layers that take A and B, and tensors of the head."""
 
@@ -43,11 +53,12 @@ class Export:
 
     @classmethod
     def open(cls, path: Path | str) -> Export:
-        """Read export.json and see that its files are there as they were written.
+        """Read export.json and see that the model's files are there as they were written.
 
-        Raises `UserError`, naming file and field, where one is missing, truncated or changed.
+        Adapters are looked at when they are asked for (`find_adapter`). Raises `UserError`, naming file and
+        field, where one is missing, truncated or changed.
         """
-        export = cls(Path(path), _read(Path(path) / RECORD))
+        export = cls(Path(path), read_record(Path(path) / RECORD))
         try:
             files = _files(export)
             for part in ("inputs", "outputs", "cache", "adapter_inputs", "adapters"):
@@ -55,8 +66,10 @@ class Export:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             where = f"{export.path / RECORD}: not as export writes it"
             raise UserError(f"{where} ({type(error).__name__}: {error})") from error
-        for key, (name, about) in files.items():
-            _check_file(export.path, key, name, about)
+        for key, (name, _) in files.items():
+            _check_inside(export.path, key, name)
+        for name, about in export.record["model"]["files"].items():
+            _check_content(export.path / name, about)
         return export
 
     @property
@@ -68,6 +81,11 @@ class Export:
     def kind(self) -> ModelKind:
         """causal, masked or classifier."""
         return self.record["kind"]
+
+    @property
+    def base(self) -> Base:
+        """The model that this is of. UserError where export.json does not say."""
+        return made_for(self.path / RECORD, self.record)
 
     @property
     def inputs(self) -> list[str]:
@@ -100,10 +118,12 @@ class Export:
         """Where an adapter is: the file of its name here, its own file, or that in the folder of an edge run.
 
         Without a file in it, the folder of a run or of PEFT, whose adapter `adapter.convert` takes.
-        UserError where there is none.
+        UserError where there is none, or where the file of a name is not as it was written.
         """
         if adapter in self.record["adapters"]:
-            return self.path / self.record["adapters"][adapter]["file"]
+            about = self.record["adapters"][adapter]
+            _check_content(self.path / about["file"], about)
+            return self.path / about["file"]
         given = Path(adapter)
         for path in (given, given / RUN_ADAPTER):
             if path.suffix == ADAPTER_SUFFIX and path.is_file():
@@ -147,11 +167,15 @@ def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
     return files
 
 
-def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any]) -> None:
-    """UserError naming a file that is outside of the folder, missing or not as it was written."""
+def _check_inside(folder: Path, key: str, name: str) -> None:
+    """UserError naming a file that is outside of the folder."""
     path = folder / name
     if not is_inside(name) or not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder / RECORD}: {key}: {path} is outside of the folder")
+
+
+def _check_content(path: Path, about: Mapping[str, Any]) -> None:
+    """UserError naming a file that is missing or not as it was written."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {RECORD} names it")
     size = path.stat().st_size
@@ -161,7 +185,16 @@ def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any]) -> 
         raise UserError(f"{path}: its sha256 is not the one in {RECORD}: changed or damaged")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def made_for(path: Path, record: Mapping[str, Any]) -> Base:
+    """The model that an export.json, in the file `path`, says that it is of. UserError where it does not."""
+    base = record["base"]
+    if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str):
+        raise UserError(f"{path}: base: not as export writes it, with model and fingerprint")
+    return Base(str(base.get("model")), base["fingerprint"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of an export.json. UserError, naming file and field, where it is none."""
     record = read_json(path, "a folder of: hizoo-lite export --to onnx")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: format: got {record.get('format')!r}, allowed: {FORMAT}")

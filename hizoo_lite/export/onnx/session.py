@@ -14,6 +14,8 @@ import numpy as np
 
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, Export
+from hizoo_lite.export.onnx.onnx_adapter import load_adapter
+from hizoo_lite.export.onnx.runtime import runtime
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _SILENT = 4  # what onnxruntime would print, our message says; warnings speak of the adapter inputs' defaults
@@ -66,11 +68,12 @@ class Graph:
             raise _explained(path, error) from error
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
-        self._shapes = {item.name: item.shape for item in self._session.get_inputs()}
+        both = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._shapes = {item.name: item.shape for item in both}
         self._types = {item.name: item.type for item in self._session.get_inputs()}
 
     def shape(self, name: str) -> list[Any]:
-        """Of an input: numbers, and names where any size will do."""
+        """Of an input or output: numbers, and names where any size will do."""
         return list(self._shapes[name])
 
     def dtype(self, name: str) -> np.dtype[Any]:
@@ -107,7 +110,7 @@ class Session:
         """UserError where onnxruntime cannot load the graph."""
         self.export = export
         self.graph = Graph(export.graph, threads, sparing=sparing)
-        self._adapters: dict[Path, Any] = {}
+        self._adapters: dict[str, Any] = {}
 
     def run(
         self,
@@ -124,10 +127,11 @@ class Session:
 
     def adapter(self, adapter: str) -> Any:
         """The `LoraAdapter` of what `Export.find_adapter` finds. UserError where it is damaged or unfit."""
-        path = self.export.find_adapter(adapter)
-        if path not in self._adapters:
-            self._adapters[path] = self._converted(path) if path.is_dir() else _load(path)
-        return self._adapters[path]
+        if adapter not in self._adapters:
+            path = self.export.find_adapter(adapter)
+            found = self._converted(path) if path.is_dir() else load_adapter(self.export, path)
+            self._adapters[adapter] = found
+        return self._adapters[adapter]
 
     def _converted(self, folder: Path) -> Any:
         """That of a PEFT folder, by way of a file: onnxruntime takes nothing else."""
@@ -136,7 +140,7 @@ class Session:
         with TemporaryDirectory() as place:
             path = Path(place) / f"{folder.name}{ADAPTER_SUFFIX}"
             convert(self.export, folder).write(path)
-            return _load(path)
+            return load_adapter(self.export, path)
 
     def empty_cache(self, rows: int) -> dict[str, np.ndarray]:
         """The cache inputs of a run that begins `rows` texts; none for models without a cache."""
@@ -151,24 +155,6 @@ class Session:
         """The cache inputs of the next run, from all outputs of this one."""
         named = zip(self.graph.outputs, outputs, strict=True)
         return {name.replace(_PRESENT, _PAST, 1): value for name, value in named if name.startswith(_PRESENT)}
-
-
-def runtime() -> Any:
-    """The onnxruntime module. UserError where it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("onnxruntime is not installed; run: pip install onnxruntime") from error
-    return onnxruntime
-
-
-def _load(path: Path) -> Any:
-    loaded = runtime().LoraAdapter()
-    try:
-        loaded.Load(str(path))
-    except Exception as error:  # onnxruntime's own classes have no public common base
-        raise UserError(f"{path}: not an adapter of onnxruntime, or truncated ({error})") from error
-    return loaded
 
 
 def _explained(path: Path, error: Exception) -> UserError:

@@ -21,9 +21,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import UserError
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
+from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
-from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder, workplace
+from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder, workplace
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
@@ -76,7 +77,7 @@ def export_train(
         space.save(aside / ADAPTER)
         shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
         _write_settings(model, config, aside)
-        record = _record(model, space, encoder, aside)
+        record = _record(model, space, encoder, source, aside)
         write_json(aside / RECORD, record)
         if isinstance(model.residency, Streamed):
             model.residency.close()
@@ -113,7 +114,7 @@ def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 
 
-def _record(model: Model, space: LoRA, encoder: Encoder, out: Path) -> dict[str, Any]:
+def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Path) -> dict[str, Any]:
     """train.json without its check."""
     settings = read_peft_config(out / ADAPTER)
     return {
@@ -128,6 +129,7 @@ def _record(model: Model, space: LoRA, encoder: Encoder, out: Path) -> dict[str,
         "base": {
             "model": settings.get("base_model_name_or_path"),
             "architecture": type(model.module).__name__,
+            "fingerprint": fingerprint(source.checkpoint.folder),
         },
     }
 
