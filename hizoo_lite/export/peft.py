@@ -17,6 +17,7 @@ from torch import nn
 
 from hizoo_lite.base import ModelKind, UserError
 from hizoo_lite.export.changes import LoRAChanges
+from hizoo_lite.export.tokenizer import tokenizer_files
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub
 from hizoo_lite.quant.layout import skip_patterns, split_linears
@@ -26,17 +27,6 @@ from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, 
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.spm",
-    "*.tiktoken",
-    "spiece.model",
-)
 #: PEFT has no task type for masked language models.
 _KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 _CLASSES: dict[ModelKind, str] = {
@@ -107,11 +97,6 @@ def _check_new(out: Path) -> None:
         raise UserError(f"--out: {out} is a file; allowed: a new or empty folder")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
-
-
-def tokenizer_files(base: Path) -> list[Path]:
-    """The files of a model folder that its tokenizer is read from."""
-    return sorted({path for pattern in _TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()})
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ whole export or none. It has one of three forms:
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -43,6 +42,7 @@ from hizoo_lite.export.onnx.source import (
     workplace,
 )
 from hizoo_lite.export.onnx.trace import save, trace
+from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant.hub import SMALL_FILES
@@ -189,6 +189,8 @@ def _close(model: Model) -> None:
 
 def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Export:
     """Write graph, weights, tokenizer and settings to `out`, and with a base the adapter."""
+    described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
+    write_tokenizer(model.tokenizer, _small_files(described), out)
     listener.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
     traced = interface(model, skeleton, takes_adapters=plan.form == "base")
@@ -197,9 +199,6 @@ def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Exp
     graph.producer_name = "hizoo_lite"
     graph.metadata_props.update({"bits": model.bits, "products": plan.format})
     save(graph, out / folder.GRAPH, listener)
-    described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
-    for path in _small_files(described):
-        shutil.copyfile(path, out / path.name)
     if traced.layers:
         write_json(out / GENAI_CONFIG, genai_config(model, traced.layers))
     export = Export(out, _record(model, traced, skeleton.linears, plan, out))

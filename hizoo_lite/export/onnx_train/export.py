@@ -27,7 +27,7 @@ from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder,
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
-from hizoo_lite.export.peft import tokenizer_files
+from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant.shards import named_errors, write_json
@@ -39,7 +39,7 @@ from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter, read_peft_co
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 
-CONFIG, TOKENIZER = "config.toml", "tokenizer.json"
+CONFIG = "config.toml"
 
 
 def export_train(
@@ -72,10 +72,10 @@ def export_train(
             space.attach(model, config.seed)
         batches = cases(model, space, encoder, examples, config.seed)
         token_types = batches[0].batch.token_type_ids is not None
+        _write_settings(model, config, aside)
         _write_graph(model, space, encoder, token_types, aside, listener)
         space.save(aside / ADAPTER)
         shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
-        _write_settings(model, config, aside)
         record = _record(model, space, encoder, aside)
         write_json(aside / RECORD, record)
         if isinstance(model.residency, Streamed):
@@ -105,10 +105,7 @@ def _write_graph(
 
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
-    for path in tokenizer_files(model.folder):
-        shutil.copyfile(path, out / path.name)
-    if model.tokenizer is not None and not (out / TOKENIZER).is_file():  # has only what it is made from
-        model.tokenizer.save_pretrained(out)
+    write_tokenizer(model.tokenizer, tokenizer_files(model.folder), out)
     settings = replace(config, out=None, resume=False)
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 
