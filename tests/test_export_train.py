@@ -313,7 +313,12 @@ def test_a_graph_of_other_losses_is_removed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(demo: tuple[Run, Path], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_taken_is_refused_before_any_work(
+    demo: tuple[Run, Path], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"graph: cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"--out: .*file is a file; no folder can be made in it"):
         export_train(demo[0].folder, tmp_path / "file" / "graph")
+    with pytest.raises(UserError, match=r"--out: .*file is a file; allowed: a new or empty folder"):
+        export_train(demo[0].folder, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

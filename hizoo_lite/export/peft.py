@@ -17,6 +17,7 @@ from torch import nn
 
 from hizoo_lite.base import ModelKind, UserError
 from hizoo_lite.export.changes import LoRAChanges
+from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.tokenizer import tokenizer_files
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub
@@ -81,7 +82,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     labels = _labels(config, changes)
     module = _empty(base, config, labels)
     changes.check_fits(module, base)
-    _check_new(out)
+    check_empty(find_place(out))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
@@ -90,13 +91,6 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
     write_json(out / PEFT_FILE, config)
     return out
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; allowed: a new or empty folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -39,9 +39,9 @@ from hizoo_lite.export.onnx.source import (
     load_folder,
     read_source,
     stored_folder,
-    workplace,
 )
 from hizoo_lite.export.onnx.trace import save, trace
+from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
@@ -98,23 +98,30 @@ def export_onnx(
     name = name or run.resolve().name
     check_name(name)
     _check_options(format, merge, dtype)
-    if folder.is_export(out):
-        export = Export.open(out)
-        _check_takes(export, format, merge)
-        return _add(export, run, name, base_bits, listener)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
-        )
-    source = read_source(run, base_bits)
-    form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
-    plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
-    with workplace(out, "partial") as aside, workplace(out, "work") as work:
+    place, plan = find_place(out), None
+    if not folder.is_export(place):
+        check_new(place, "a new or empty folder, or an export")
+        plan = _plan(run, name, format or "exact", merge, dtype or "fp16", base_bits)
+    with workplace(place) as work:
+        if plan is None or folder.is_export(place):  # another process may have made it just now
+            export = Export.open(out)
+            _check_takes(export, format, merge)
+            return _add(export, run, name, base_bits, work, listener)
+        aside = work / "export"
+        aside.mkdir()
         export, references = _write(plan, aside, work, listener)
         trim()
         _check(export, references, work, listener)
-        aside.replace(out)
+        aside.replace(place)
     return Export(out, export.record)
+
+
+def _plan(
+    run: Path, name: str, format: Format, merge: bool, dtype: MergedDtype, base_bits: Bits | None
+) -> _Plan:
+    source = read_source(run, base_bits)
+    form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
+    return _Plan(run, name, source, form, format, dtype)
 
 
 def _check_options(format: Format | None, merge: bool, dtype: MergedDtype | None) -> None:
@@ -329,7 +336,9 @@ def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {"max_abs_difference": worst}
 
 
-def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener: Listener) -> Export:
+def _add(
+    export: Export, run: Path, name: str, base_bits: Bits | None, work: Path, listener: Listener
+) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
@@ -341,11 +350,10 @@ def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener:
         export.write()
         return export
     try:
-        with workplace(export.path, "work") as work:
-            reference = _adapter_reference(export, source, run, name, work, listener)
-            trim()
-            listener.message("running the export in onnxruntime")
-            runs = _run_check(export, [reference], work)
+        reference = _adapter_reference(export, source, run, name, work, listener)
+        trim()
+        listener.message("running the export in onnxruntime")
+        runs = _run_check(export, [reference], work)
     except BaseException:
         remove_adapter(export, name)
         raise

@@ -9,9 +9,6 @@ in 8 bits that were tuned.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,19 +39,6 @@ class Source(NamedTuple):
     num_labels: int
     seed: int
     changes: Changes | None
-
-
-@contextmanager
-def workplace(out: Path, ending: str) -> Iterator[Path]:
-    """An empty folder beside `out` that is gone afterwards, unless it was renamed."""
-    whole = out.absolute()
-    path = whole.with_name(f".{whole.name}.{ending}")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_source(run: Path, base_bits: Bits | None = None) -> Source:

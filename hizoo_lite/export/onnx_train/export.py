@@ -23,14 +23,15 @@ from hizoo_lite.base import UserError
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
-from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder, workplace
+from hizoo_lite.export.onnx.source import load_base, read_source, stored_folder
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
+from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.shards import named_errors, write_json
+from hizoo_lite.quant.shards import write_json
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks import Encoder
@@ -51,7 +52,8 @@ def export_train(
     a batch of it is the check. Raises `UserError` before anything is written where something does not fit,
     and `ExportError` where onnxruntime computes other losses than the model.
     """
-    run, out, listener = Path(run), Path(out), listener or Listener()
+    run, listener, place = Path(run), listener or Listener(), find_place(out)
+    check_new(place)
     adapter = find_adapter(run)
     if not (adapter / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to train on a device")
@@ -60,10 +62,11 @@ def export_train(
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
     task = parts.find_task(config.task)
     examples = parts.make_splits(config, task).train[: config.batch_size]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
     source = read_source(run)
-    with named_errors(out), workplace(out, "partial") as aside, workplace(out, "work") as work:
+    with workplace(place) as work:
+        check_new(place)  # another process may have made it just now
+        aside = work / "export"
+        aside.mkdir()
         model = load_base(source, stored_folder(source, work, listener))
         encoder = setup.make_encoder(model, task, config.max_length, config.loss)
         space = saved.attach_adapter(model, run)
@@ -84,7 +87,7 @@ def export_train(
         listener.message("running the export in onnxruntime")
         record["check"] = compare(aside, batches)
         write_json(aside / RECORD, record)
-        aside.replace(out)
+        aside.replace(place)
     return record
 
 
