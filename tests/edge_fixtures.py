@@ -294,10 +294,8 @@ def export_encoder(model: nn.Module, kind: str, tokenizer: Path, folder: Path) -
 
 
 def _described(folder: Path, kind: str, tokenizer: Path, adapters: dict[str, str]) -> Path:
-    files = {path.name: describe(path, checksum=True) for path in folder.glob("model.onnx*")}
-    listed = {
-        name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
-    }
+    files = {path.name: describe(path) for path in folder.glob("model.onnx*")}
+    listed = {name: {"file": file, **describe(folder / file)} for name, file in adapters.items()}
     nothing: dict[str, object] = {"inputs": [], "outputs": [], "cache": []}
     model = {"files": files, **nothing, "adapter_inputs": {"lora": {}, "head": {}}}
     record = dict.fromkeys(_FIELDS) | {"format": 1, "kind": kind, "bits": "none", "model": model}

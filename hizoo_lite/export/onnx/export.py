@@ -83,13 +83,14 @@ def export_onnx(
     merge: bool = False,
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
+    model: str | None = None,
     listener: Listener | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
-    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`.
+    the weights, in `dtype` (fp16 by default). base_bits, model: as of `read_source`.
 
     Raises `UserError` before anything is written where something does not fit, and `ExportError` where
     onnxruntime computes something else, or cannot run the model.
@@ -101,12 +102,16 @@ def export_onnx(
     place, plan = find_place(out), None
     if not folder.is_export(place):
         check_new(place, "a new or empty folder, or an export")
-        plan = _plan(run, name, format or "exact", merge, dtype or "fp16", base_bits)
+        source = read_source(run, base_bits, model)
+        form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
+        plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
     with workplace(place) as work:
         if plan is None or folder.is_export(place):  # another process may have made it just now
             export = Export.open(out)
             _check_takes(export, format, merge)
-            return _add(export, run, name, base_bits, work, listener)
+            source_or_why = _find_source(run, base_bits, model)
+            export.verify()
+            return _add(export, run, name, source_or_why, work, listener)
         aside = work / "export"
         aside.mkdir()
         export, references = _write(plan, aside, work, listener)
@@ -114,14 +119,6 @@ def export_onnx(
         _check(export, references, work, listener)
         aside.replace(place)
     return Export(out, export.record)
-
-
-def _plan(
-    run: Path, name: str, format: Format, merge: bool, dtype: MergedDtype, base_bits: Bits | None
-) -> _Plan:
-    source = read_source(run, base_bits)
-    form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
-    return _Plan(run, name, source, form, format, dtype)
 
 
 def _check_options(format: Format | None, merge: bool, dtype: MergedDtype | None) -> None:
@@ -161,7 +158,7 @@ def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Expo
     merged.prepare(
         plan.run,
         work / "merged",
-        model=source.name,
+        model=str(source.checkpoint.folder),
         base_bits=source.bits,
         base_double_quant=source.double_quant,
         dtype=plan.dtype,
@@ -246,8 +243,8 @@ def _record(
         "tuned": _tuned(plan),
         "model": {
             "files": {
-                folder.GRAPH: folder.describe(out / folder.GRAPH, checksum=True),
-                folder.WEIGHTS: folder.describe(out / folder.WEIGHTS, checksum=False),
+                folder.GRAPH: folder.describe(out / folder.GRAPH),
+                folder.WEIGHTS: folder.describe(out / folder.WEIGHTS),
             },
             "inputs": [
                 {
@@ -336,17 +333,25 @@ def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {"max_abs_difference": worst}
 
 
+def _find_source(run: Path, base_bits: Bits | None, model: str | None) -> Source | UserError:
+    """The model of one more adapter, or why it is not compared with it. UserError for what was given."""
+    try:
+        return read_source(run, base_bits, model)
+    except UserError as error:
+        if base_bits is not None or model is not None:
+            raise
+        return error
+
+
 def _add(
-    export: Export, run: Path, name: str, base_bits: Bits | None, work: Path, listener: Listener
+    export: Export, run: Path, name: str, source: Source | UserError, work: Path, listener: Listener
 ) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
-    try:
-        source = read_source(run, base_bits)
-    except UserError as error:
-        about["check"] = {"skipped": str(error)}
-        listener.message(f"{name} is not compared with its model: {error}")
+    if isinstance(source, UserError):
+        about["check"] = {"skipped": str(source)}
+        listener.message(f"{name} is not compared with its model: {source}")
         export.write()
         return export
     try:

@@ -10,14 +10,13 @@ tokenizer.json, ...     as the model has them
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final, get_args
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, read_json, sha256_of
+from hizoo_lite.files import is_inside, read_json, sha256_of, storing, write_text
 from hizoo_lite.train.adapter_files import find_adapter
 
 FORMAT = 1
@@ -45,7 +44,8 @@ class Export:
     def open(cls, path: Path | str) -> Export:
         """Read export.json and see that its files are there as they were written.
 
-        Raises `UserError`, naming file and field, where one is missing, truncated or changed.
+        Raises `UserError`, naming file and field, where one is missing, truncated or changed. Of the weights
+        the size alone is compared: they may be gigabytes; `verify` reads them too.
         """
         export = cls(Path(path), _read(Path(path) / RECORD))
         try:
@@ -56,8 +56,13 @@ class Export:
             where = f"{export.path / RECORD}: not as export writes it"
             raise UserError(f"{where} ({type(error).__name__}: {error})") from error
         for key, (name, about) in files.items():
-            _check_file(export.path, key, name, about)
+            _check_file(export.path, key, name, about, hashed=name != WEIGHTS)
         return export
+
+    def verify(self) -> None:
+        """Compare every file with its checksum, the weights too. UserError naming one that is damaged."""
+        for key, (name, about) in _files(self).items():
+            _check_file(self.path, key, name, about, hashed=True)
 
     @property
     def graph(self) -> Path:
@@ -119,10 +124,10 @@ class Export:
         return given
 
     def write(self) -> None:
-        """Replace export.json: a reader sees the old one or the new one."""
-        aside = self.path / f".{RECORD}.tmp"
-        aside.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / RECORD)
+        """Replace export.json: a reader sees the old one or the new one. StorageError where that fails."""
+        path = self.path / RECORD
+        with storing(path):
+            write_text(path, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
 
 def is_export(path: Path) -> bool:
@@ -130,10 +135,9 @@ def is_export(path: Path) -> bool:
     return (path / RECORD).is_file()
 
 
-def describe(path: Path, checksum: bool) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     """What export.json says of a file."""
-    about: dict[str, Any] = {"bytes": path.stat().st_size}
-    return {**about, "sha256": sha256_of(path)} if checksum else about
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -147,7 +151,7 @@ def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
     return files
 
 
-def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any]) -> None:
+def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any], *, hashed: bool) -> None:
     """UserError naming a file that is outside of the folder, missing or not as it was written."""
     path = folder / name
     if not is_inside(name) or not path.resolve().is_relative_to(folder.resolve()):
@@ -157,7 +161,7 @@ def _check_file(folder: Path, key: str, name: str, about: Mapping[str, Any]) -> 
     size = path.stat().st_size
     if size != about["bytes"]:
         raise UserError(f"{path}: has {size} bytes, {about['bytes']} were written: truncated or changed")
-    if "sha256" in about and sha256_of(path) != about["sha256"]:
+    if hashed and "sha256" in about and sha256_of(path) != about["sha256"]:
         raise UserError(f"{path}: its sha256 is not the one in {RECORD}: changed or damaged")
 
 

@@ -44,13 +44,19 @@ CONFIG = "config.toml"
 
 
 def export_train(
-    run: Path | str, out: Path | str, *, fresh: bool = False, listener: Listener | None = None
+    run: Path | str,
+    out: Path | str,
+    *,
+    fresh: bool = False,
+    model: str | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Write `out`, to tune further from a run's adapter, and return the content of its train.json.
 
-    fresh: start from new parameters, those of the run's seed, as the run itself did. The run's data is read:
-    a batch of it is the check. Raises `UserError` before anything is written where something does not fit,
-    and `ExportError` where onnxruntime computes other losses than the model.
+    fresh: start from new parameters, those of the run's seed, as the run itself did. model: as of
+    `read_source`. The run's data is read: a batch of it is the check. Raises `UserError` before anything is
+    written where something does not fit, and `ExportError` where onnxruntime computes other losses than the
+    model.
     """
     run, listener, place = Path(run), listener or Listener(), find_place(out)
     check_new(place)
@@ -62,27 +68,27 @@ def export_train(
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
     task = parts.find_task(config.task)
     examples = parts.make_splits(config, task).train[: config.batch_size]
-    source = read_source(run)
+    source = read_source(run, model=model)
     with workplace(place) as work:
         check_new(place)  # another process may have made it just now
         aside = work / "export"
         aside.mkdir()
-        model = load_base(source, stored_folder(source, work, listener))
-        encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-        space = saved.attach_adapter(model, run)
+        loaded = load_base(source, stored_folder(source, work, listener))
+        encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
+        space = saved.attach_adapter(loaded, run)
         assert isinstance(space, LoRA)
         if fresh:
-            space.attach(model, config.seed)
-        batches = cases(model, space, encoder, examples, config.seed)
+            space.attach(loaded, config.seed)
+        batches = cases(loaded, space, encoder, examples, config.seed)
         token_types = batches[0].batch.token_type_ids is not None
-        _write_settings(model, config, aside)
-        _write_graph(model, space, encoder, token_types, aside, listener)
+        _write_settings(loaded, config, aside)
+        _write_graph(loaded, space, encoder, token_types, aside, listener)
         space.save(aside / ADAPTER)
         shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
-        record = _record(model, space, encoder, aside)
+        record = _record(loaded, space, encoder, aside)
         write_json(aside / RECORD, record)
-        if isinstance(model.residency, Streamed):
-            model.residency.close()
+        if isinstance(loaded.residency, Streamed):
+            loaded.residency.close()
         trim()
         listener.message("running the export in onnxruntime")
         record["check"] = compare(aside, batches)
