@@ -34,7 +34,7 @@ from hizoo_lite.train.folder import RunFolder
 class Source(NamedTuple):
     """What a run says of its model, and what it changed of the weights (None with an adapter)."""
 
-    name: str  # folder or Hub id, as the run says
+    name: str  # folder or Hub id, as the adapter says
     checkpoint: Checkpoint
     kind: ModelKind
     bits: Bits
@@ -57,8 +57,8 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         tuned = read_record(adapter)["bits"]
     if base_bits is not None and tuned not in (None, base_bits):
         raise UserError(f"--base-bits: got {base_bits!r}, but {run} was tuned with bits {tuned!r}")
-    name = saved.base_model(run) if config is None else config.model
-    where = setup.model_path(model or name)
+    name = saved.base_model(run)
+    where = setup.model_path(model or (name if config is None else config.model))
     if not where:
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
     checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
@@ -66,7 +66,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
     kind = None if config is None or config.kind == "auto" else config.kind
     labels = None if config is None else setup.find_task(config.task).num_labels
     return Source(
-        setup.model_path(name) or where,
+        name or where,
         checkpoint,
         kind or setup.find_kind(str(checkpoint.folder), None, None),
         skeleton.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
