@@ -315,10 +315,8 @@ def _described(
     adapters: dict[str, str],
     lora: Mapping[str, tuple[int, int]],
 ) -> Path:
-    files = {path.name: describe(path, checksum=True) for path in folder.glob("model.onnx*")}
-    listed = {
-        name: {"file": file, **describe(folder / file, checksum=True)} for name, file in adapters.items()
-    }
+    files = {path.name: describe(path) for path in folder.glob("model.onnx*")}
+    listed = {name: {"file": file, **describe(folder / file)} for name, file in adapters.items()}
     nothing: dict[str, object] = {"inputs": [], "outputs": [], "cache": []}
     model = {"files": files, **nothing, "adapter_inputs": {"lora": lora, "head": {}}}
     record = dict.fromkeys(_FIELDS) | {

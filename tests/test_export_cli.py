@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite.cli.export import TARGETS
 from hizoo_lite.export import merged
 from hizoo_lite.export.onnx.compare import LIMIT
+from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.model.load import load
 from hizoo_lite.train import saved
 from hizoo_lite.train.config import TrainConfig
@@ -78,6 +81,47 @@ def test_a_run_becomes_an_export_for_onnxruntime_and_takes_more_adapters(run: Ru
     assert "causal, nf4, " in more.stdout
     assert "adapters run, more; logits within" in more.stdout
     assert run.export_onnx(tmp_path / "out", name="mine").adapters == ["run", "more", "mine"]
+
+
+@pytest.mark.parametrize("to", ["onnx", "onnx-train"])
+def test_a_model_that_was_moved_is_named_and_must_be_the_same(to: str, run: Run, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run.folder, tmp_path / "moved"))
+    for path in (moved / "config.toml", moved / "adapter/adapter_config.json"):
+        old = "embedded" if path.suffix == ".toml" else model_path("embedded")
+        assert f'"{old}"' in path.read_text()
+        path.write_text(path.read_text().replace(f'"{old}"', '"models/gone"'))
+    model = Path(shutil.copytree(model_path("embedded"), tmp_path / "model"))
+    arguments = ("export", str(moved), "--to", to, "--out", str(tmp_path / "out"))
+    assert call(*arguments).exit_code == 2
+    tensors = load_file(model / "model.safetensors")
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    refused = call(*arguments, "--model", str(other))
+    assert refused.exit_code == 2
+    assert f"--model: {other} has other weights than the model that was tuned" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = call(*arguments, "--model", str(model))
+    assert done.exit_code == 0, done.stderr
+    if to == "onnx":
+        more = call(*arguments, "--model", str(model), "--name", "more")
+        assert "adapters moved, more; logits within" in more.stdout, more.stderr
+        assert "skipped" not in (tmp_path / "out/export.json").read_text()
+        refused = call(*arguments, "--model", str(other), "--name", "another")
+        assert f"--model: {other} has other weights" in refused.stderr
+
+
+@pytest.mark.parametrize(("share", "is_warned"), [(0.91, False), (0.89, True)])
+def test_an_export_that_chooses_otherwise_is_warned_of(
+    share: float, is_warned: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = {"max_abs_difference": 1.0, "mean_abs_difference": 0.5, "same_choice": share}
+    files = {"model.onnx": {"bytes": 1}}
+    record = {"kind": "causal", "bits": "nf4", "form": "tuned", "model": {"files": files}, "check": check}
+    export = Export(tmp_path, record | {"adapters": {}})
+    monkeypatch.setattr("hizoo_lite.export.onnx.export.export_onnx", lambda *_, **__: export)
+    done = call("export", str(run.folder), "--to", "onnx", "--out", str(tmp_path), "--format", "fast")
+    assert ("WARNING" in done.stdout) == is_warned
 
 
 def test_a_run_becomes_a_plain_model(run: Run, ours: torch.Tensor, tmp_path: Path) -> None:
@@ -146,7 +190,10 @@ def test_python_exports_what_the_command_does(run: Run, tmp_path: Path) -> None:
     [
         ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, onnx-train, merged"]),
         ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged"]),
-        ("onnx", ["--model", "m"], ["--model: got 'm', allowed only with --to peft or merged"]),
+        ("onnx", ["--fresh"], ["--fresh: got True, allowed only with --to onnx-train"]),
+        ("onnx", ["--base-bits", "int8"], ["--base-bits: got 'int8', but ", " was tuned with bits 'nf4'"]),
+        ("onnx", ["--model", "/nowhere/at/all"], ["the folder /nowhere/at/all does not exist"]),
+        ("onnx-train", ["--model", "/nowhere/at/all"], ["the folder /nowhere/at/all does not exist"]),
         (
             "merged",
             ["--format", "fast", "--name", "x"],
@@ -170,6 +217,16 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
         assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_result_is_named(run: Run, tmp_path: Path) -> None:
+    shutil.copy(run.folder / "config.toml", tmp_path)
+    done = call("export", str(tmp_path), "--to", "onnx", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert (
+        f"{tmp_path}: the run has no result yet; finish it with --resume, or give one of its" in done.stderr
+    )
+    assert str(tmp_path / "checkpoints" / "step-N") in done.stderr
 
 
 @pytest.mark.parametrize("to", list(TARGETS))

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hizoo_lite.base import Bits, UserError
-from hizoo_lite.errors import ExportError
+from hizoo_lite.errors import ExportError, StorageError
 from hizoo_lite.export.onnx import check, compare
 from hizoo_lite.export.onnx import export as exporting
+from hizoo_lite.export.onnx import folder as folders
 from hizoo_lite.export.onnx import source as loading
 from hizoo_lite.export.onnx.adapter import add_adapter
 from hizoo_lite.export.onnx.export import export_onnx
@@ -336,9 +337,64 @@ def test_damaged_files_are_named(copy: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and no export"):
+    with pytest.raises(UserError, match=r"--out: .* is not empty; allowed: .*, or an export"):
         export_onnx(llama / "first", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_damaged_weights_are_found_before_an_adapter_is_added(llama: Path, copy: Path) -> None:
+    weights = copy / "model.onnx.data"
+    Export.open(copy).verify()
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    export = Export.open(copy)  # which looks at their size alone
+    for add in (export.verify, lambda: export_onnx(llama / "second", copy)):
+        with pytest.raises(UserError, match=r"model\.onnx\.data: its sha256 is not the one in export\.json"):
+            add()
+    assert Export.open(copy).adapters == ["first"]
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_export_as_it_was(
+    llama: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    export = Export.open(copy)
+
+    def cut_off(self: Any, path: str) -> None:
+        real(self, path)
+        with open(path, "rb+") as file:
+            file.truncate(Path(path).stat().st_size - 64)
+
+    def failing(self: Any, path: str) -> None:
+        raise RuntimeError("lora_adapters.cc:42 Failed to open file")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    real = onnxruntime.AdapterFormat.export_adapter
+    for owner, name, value, message in (
+        (onnxruntime.AdapterFormat, "export_adapter", cut_off, r"second\.onnx_adapter: cannot be written"),
+        (onnxruntime.AdapterFormat, "export_adapter", failing, r"second\.onnx_adapter: cannot be written"),
+        (folders, "write_text", full, r"export\.json: cannot be written: No space left on device"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, value)
+            with pytest.raises(StorageError, match=message):
+                add_adapter(export, llama / "second", "second")
+        assert export.adapters == ["first"]
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    add_adapter(export, llama / "second", "second")
+
+
+def test_names_that_are_one_file_on_some_disks_are_refused(llama: Path, copy: Path) -> None:
+    with pytest.raises(UserError, match=r"--name: 'first' is in .*export\.json already; give another name"):
+        add_adapter(Export.open(copy), llama / "second", "FIRST")
+    run = Path(shutil.copytree(llama / "second", copy.parent / "my run"))
+    with pytest.raises(
+        UserError, match=r"--name: got 'my run', which is the run folder's name .* give --name"
+    ):
+        export_onnx(run, copy)
 
 
 def test_an_unknown_adapter_is_named(llama: Path) -> None:

@@ -18,8 +18,10 @@ from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import saved
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import fit
+from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.run_fixtures import short_run
+from tests.tasks_fixtures import word_piece
 from tests.test_export_merged import AUTO, FLOAT32, logits, tuned
 
 
@@ -76,6 +78,45 @@ def test_the_code_of_the_card_gives_our_logits(run, tmp_path):
     assert (logits(model.module) - untuned).abs().max() > 0.1
     # bitsandbytes multiplies float32 inputs with its decoded weight in float32
     torch.testing.assert_close(logits(theirs), logits(model.module), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bert", "classifier"), ("roberta", "masked"), ("llama", "classifier")]
+)
+def test_the_cards_code_quantizes_what_the_run_did_and_no_head(name, kind, tmp_path):
+    labels = {"num_labels": 3} if kind == "classifier" else {}
+    save_tiny(name, tmp_path / "base", kind=kind, **labels)
+    word_piece().save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", kind=kind, bits="nf4", compute_dtype="float32", device="cpu", **labels)
+    untuned = logits(model.module)
+    tuned(model, "lora", rank=4).save(tmp_path / "run" / "adapter")
+    settings = TrainConfig(model=str(tmp_path / "base"), task="sst2", data="data", kind=kind, bits="nf4")
+    RunFolder(tmp_path / "run").create(settings)
+    made = {"ADAPTER": str(export(tmp_path / "run", tmp_path / "out"))}
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    exec(code[1], made)
+    torch.testing.assert_close(logits(made["model"].eval()), logits(model.module), **FLOAT32)
+    assert (logits(model.module) - untuned).abs().max() > 1e-2
+    assert ("llm_int8_skip_modules" in code[1]) == (name != "llama")  # whose head is left by itself
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gpt2", {}, r"does not fit .*other; first of \d+ names that the model lacks: 'model\.layers"),
+        ("llama", {"num_hidden_layers": 1}, r"the model lacks: 'model\.layers\.1\."),
+        ("llama", {"hidden_size": 32}, r"has A \(2, 128\) and B \(64, 2\), the model's weight is \("),
+    ],
+)
+def test_a_base_that_the_adapter_does_not_fit_is_refused(name, changes, message, tmp_path):
+    save_tiny("llama", tmp_path / "base")
+    model = load(tmp_path / "base", bits="none", compute_dtype="float32", device="cpu")
+    tuned(model, "lora", rank=2).save(tmp_path / "adapter")
+    save_tiny(name, tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_tells_what_came_of_the_run(run, tmp_path):

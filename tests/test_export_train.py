@@ -245,8 +245,6 @@ def test_tuning_goes_on_from_the_run_and_the_adapter_fits_the_exported_base(
     assert summary["loss_after"] != pytest.approx(summary["loss_before"], abs=100 * ROUNDING)
 
     export_onnx(run.folder, tmp_path / "onnx")
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # the classifier's base has none
-        shutil.copyfile(graph / name, tmp_path / "onnx" / name)
     assert main(["eval", str(tmp_path / "onnx"), "--adapter", str(folder)]) == 0
     shown = json.loads(capsys.readouterr().out)["scores"]
     assert shown["loss"] == pytest.approx(summary["loss_after"], abs=ROUNDING)
@@ -346,7 +344,12 @@ def test_a_graph_of_other_losses_is_removed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(demo: tuple[Run, Path], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_taken_is_refused_before_any_work(
+    demo: tuple[Run, Path], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"graph: cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"--out: .*file is a file; no folder can be made in it"):
         export_train(demo[0].folder, tmp_path / "file" / "graph")
+    with pytest.raises(UserError, match=r"--out: .*file is a file; allowed: a new or empty folder"):
+        export_train(demo[0].folder, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from hizoo_lite.export.onnx.linear import Format
 
 
+#: Below this share of places with the model's choice, an export is to be evaluated anew.
+_LEAST_SAME_CHOICE = 0.9
+
+
 class Exported(NamedTuple):
     """What the command prints: figures with --json, else the line."""
 
@@ -50,6 +54,7 @@ def _onnx(
     merge: bool = False,
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
+    model: str | None = None,
 ) -> Exported:
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
@@ -58,16 +63,26 @@ def _onnx(
 
     listener = progress.listener(quiet)
     export = export_onnx(
-        run, out, name=name, format=format, merge=merge, dtype=dtype, base_bits=base_bits, listener=listener
+        run,
+        out,
+        name=name,
+        format=format,
+        merge=merge,
+        dtype=dtype,
+        base_bits=base_bits,
+        model=model,
+        listener=listener,
     )
     record, check = export.record, export.record["check"]
     size = sum(about["bytes"] for about in record["model"]["files"].values())
+    far = check["same_choice"] < _LEAST_SAME_CHOICE
+    warning = "; WARNING: this is not the model that was tuned any more, evaluate it" if far else ""
     named = f"adapters {', '.join(export.adapters)}" if record["form"] == "base" else record["form"]
     return Exported(
         record,
         f"{out}: {export.kind}, {record['bits']}, {format_bytes(size)}, {named}; logits within "
         f"{check['max_abs_difference']:.1e} of the model's, {check['mean_abs_difference']:.1e} in the mean, "
-        f"the same choice at {100 * check['same_choice']:.1f} % of the places",
+        f"the same choice at {100 * check['same_choice']:.1f} % of the places{warning}",
     )
 
 
@@ -119,12 +134,14 @@ def _merged(
     return Exported(figures, f"{out}: {form}, {files} files, {size}, {figures['seconds']:.0f} s")
 
 
-def _onnx_train(run: str, out: str, quiet: bool, *, fresh: bool = False) -> Exported:
+def _onnx_train(
+    run: str, out: str, quiet: bool, *, fresh: bool = False, model: str | None = None
+) -> Exported:
     """A graph of the run's losses, for training beside onnxruntime."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.onnx_train.export import export_train
 
-    record = export_train(run, out, fresh=fresh, listener=progress.listener(quiet))
+    record = export_train(run, out, fresh=fresh, model=model, listener=progress.listener(quiet))
     count = sum(math.prod(parameter["shape"]) for parameter in record["parameters"])
     worst = record["check"]["max_abs_difference"]
     return Exported(
@@ -161,7 +178,7 @@ def command(
         bool | None, typer.Option("--fresh", help="onnx-train: begin with new parameters, not the run's")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="peft, merged: folder or hub id of the base (default: the run's)")
+        str | None, typer.Option(help="folder or hub id of the base (default: the run's)")
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "float32"] | None,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import PackedWeight, UserError
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
@@ -73,12 +74,35 @@ class LoRAChanges:
     def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
         """The base itself. Raises `UserError` where the adapter has another shape."""
         if linear in self.linears:
-            a, b = (self._file.entries[_key(linear, half)].shape for half in "AB")
-            if (b[0], a[1]) != base.shape or a[0] != b[1]:
-                raise UserError(
-                    f"{self._file.path}: {linear} has A {a} and B {b}, the model's weight is {base.shape}"
-                )
+            self._check_shape(linear, base.shape)
         return base
+
+    def check_fits(self, module: nn.Module, model: Path) -> None:
+        """UserError, naming a layer or a tensor, where this is no adapter of `module`, which is empty."""
+        layers = dict(module.named_modules())
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        lacking = sorted(
+            {name for name in self.linears if not isinstance(layers.get(name), nn.Linear | Conv1D)}
+            | (set(self.heads) - set(parameters))
+        )
+        if lacking:
+            raise UserError(
+                f"{self._file.path.parent}: does not fit {model}; first of {len(lacking)} names that the "
+                f"model lacks: {lacking[0]!r}"
+            )
+        for linear in sorted(self.linears):
+            rows, columns = layers[linear].get_parameter("weight").shape
+            transposed = isinstance(layers[linear], Conv1D)
+            self._check_shape(linear, (columns, rows) if transposed else (rows, columns))
+        for name, value in self.heads.items():
+            check_head(self._file.path, name, value, parameters[name])
+
+    def _check_shape(self, linear: str, wanted: tuple[int, ...]) -> None:
+        a, b = (self._file.entries[_key(linear, half)].shape for half in "AB")
+        if (b[0], a[1]) != wanted or a[0] != b[1]:
+            raise UserError(
+                f"{self._file.path}: {linear} has A {a} and B {b}, the model's weight is {wanted}"
+            )
 
     def add(self, linear: str, rows: Tensor, first_row: int) -> None:
         """scaling * B A of these rows."""
@@ -143,6 +167,12 @@ class InPlaceChanges:
         _check_same_form(f"{where}.residual", residual, weight.residual)
         weight.residual = residual
         return weight
+
+
+def check_head(path: Path, name: str, got: Tensor, wanted: Tensor) -> None:
+    """UserError where a parameter that was trained in full, read from `path`, has another shape."""
+    if got.shape != wanted.shape:
+        raise UserError(f"{path}: {name} has shape {tuple(got.shape)}, the model wants {tuple(wanted.shape)}")
 
 
 def _key(linear: str, half: str) -> str:

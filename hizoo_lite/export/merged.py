@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
-from hizoo_lite.export.changes import Changes, read_changes
+from hizoo_lite.export.changes import Changes, check_head, read_changes
 from hizoo_lite.memory.allocator import map_large
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.blocks import find_blocks
@@ -292,11 +292,7 @@ class Merged:
 
     def _add_head(self, name: str, parameter: str, wanted: Tensor) -> None:
         value = self._changes.heads[parameter]
-        if value.shape != wanted.shape:
-            raise UserError(
-                f"{self._changes.files[-1]}: {parameter} has shape {tuple(value.shape)}, the model wants "
-                f"{tuple(wanted.shape)}"
-            )
+        check_head(self._changes.files[-1], parameter, value, wanted)
         self._heads[name] = value
 
     def _check_may_lack(self, parameter: str, parameters: dict[str, nn.Parameter]) -> None:

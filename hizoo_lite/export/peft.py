@@ -13,28 +13,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.base import UserError
+from torch import nn
+
+from hizoo_lite.base import ModelKind, UserError
 from hizoo_lite.export.changes import LoRAChanges
+from hizoo_lite.export.place import check_empty, find_place
+from hizoo_lite.export.tokenizer import tokenizer_files
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import hub
+from hizoo_lite.quant.layout import skip_patterns, split_linears
 from hizoo_lite.quant.shards import aside, named_errors, write_json, write_text
 from hizoo_lite.train import saved, setup
 from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.spm",
-    "*.tiktoken",
-    "spiece.model",
-)
-_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+#: PEFT has no task type for masked language models.
+_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
+_CLASSES: dict[ModelKind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+}
 
 #: Entries of summary.json that the card shows, by what they are called there.
 _FIGURES = {
@@ -79,27 +79,18 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     config = {**config, "base_model_name_or_path": name, "inference_mode": True}
     if settings is not None and settings.revision is not None:
         config["revision"] = settings.revision
-    _check_new(out)
+    labels = _labels(config, changes)
+    module = _empty(base, config, labels)
+    changes.check_fits(module, base)
+    check_empty(find_place(out))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
         _copy(file, out / file.name)
-    how = _arguments(base, config, settings, changes)
+    how = [*_arguments(config, labels), *_quantization(base, settings, module)]
     write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
     write_json(out / PEFT_FILE, config)
     return out
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; allowed: a new or empty folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
-
-
-def tokenizer_files(base: Path) -> list[Path]:
-    """The files of a model folder that its tokenizer is read from."""
-    return sorted({path for pattern in _TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()})
 
 
 def _copy(file: Path, target: Path) -> None:
@@ -141,7 +132,7 @@ def _number(value: Any) -> str:
 
 def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
     """Python that loads base and adapter."""
-    auto = _CLASSES.get(str(config.get("task_type")), "AutoModelForMaskedLM")
+    auto = _CLASSES[_kind(config)]
     given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
     quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
     lines = [
@@ -155,24 +146,55 @@ def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _arguments(
-    base: Path, config: Mapping[str, Any], settings: TrainConfig | None, changes: LoRAChanges
-) -> list[str]:
-    """What transformers must be told to have the base as it was tuned: labels, and how it was quantized."""
+def _kind(config: Mapping[str, Any]) -> ModelKind:
+    return _KINDS.get(str(config.get("task_type")), "masked")
+
+
+def _labels(config: Mapping[str, Any], changes: LoRAChanges) -> int | None:
+    """How many classes the head that was tuned knows; None where none was."""
+    matrices = [value for value in changes.heads.values() if value.ndim == 2]
+    return min(value.shape[0] for value in matrices) if _kind(config) == "classifier" and matrices else None
+
+
+def _empty(base: Path, config: Mapping[str, Any], labels: int | None) -> nn.Module:
+    """The module that the card's code makes, without its weights."""
+    kind = _kind(config)
+    return skeleton.build(skeleton.read_config(base, kind, labels or 2), kind)
+
+
+def _arguments(config: Mapping[str, Any], labels: int | None) -> list[str]:
+    """What transformers must be told to have the base as it was tuned, but how it was quantized."""
     found = []
     if config.get("revision"):
         found.append(f"revision={json.dumps(config['revision'])}")
-    matrices = [value for value in changes.heads.values() if value.ndim == 2]
-    if config.get("task_type") == "SEQ_CLS" and matrices:
-        found.append(f"num_labels={min(value.shape[0] for value in matrices)}")
-    content = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if settings is None or "quantization_config" in content:
-        return found
-    bits = skeleton.choose_bits(settings.bits, None)
-    if bits == "int8":
-        found.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
-    elif bits != "none":
-        nested = f", bnb_4bit_use_double_quant={settings.double_quant}"
-        four = f'load_in_4bit=True, bnb_4bit_quant_type="{bits}"{nested}'
-        found.append(f"quantization_config=BitsAndBytesConfig({four})")
+    if labels is not None:
+        found.append(f"num_labels={labels}")
     return found
+
+
+def _quantization(base: Path, settings: TrainConfig | None, module: nn.Module) -> list[str]:
+    """The argument that quantizes a base in 16 bits as the run did; none where nothing is to be told."""
+    content = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    bits = "none" if settings is None else skeleton.choose_bits(settings.bits, None)
+    if settings is None or bits == "none" or "quantization_config" in content:
+        return []
+    options = ["load_in_8bit=True"]
+    if bits != "int8":
+        nested = f"bnb_4bit_use_double_quant={settings.double_quant}"
+        options = ["load_in_4bit=True", f'bnb_4bit_quant_type="{bits}"', nested]
+    skipped = _skipped(module)
+    if skipped:
+        options.append(f"llm_int8_skip_modules={json.dumps(skipped)}")
+    return [f"quantization_config=BitsAndBytesConfig({', '.join(options)})"]
+
+
+def _skipped(module: nn.Module) -> list[str]:
+    """The linears outside of the blocks, which a run leaves as they are; none where transformers does too.
+
+    By itself it leaves the output embeddings and what comes last.
+    """
+    outside, inside = split_linears(module)
+    last, _ = list(module.named_parameters())[-1]
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    left = {name for name in outside if f"{name}.weight" == last or module.get_submodule(name) is head}
+    return [] if left == set(outside) else skip_patterns(outside, inside)

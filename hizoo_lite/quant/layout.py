@@ -219,7 +219,7 @@ def quantized_config(
         "bnb_4bit_compute_dtype": name,
     }
     options = {"load_in_8bit": True} if bits == "int8" else four
-    skipped = _skip_patterns(_outside(config, kind), list(linears))
+    skipped = skip_patterns(_outside(config, kind), list(linears))
     quantization = BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
     quantization["quant_method"] = "bitsandbytes"
     content["quantization_config"] = {k: v for k, v in quantization.items() if not k.startswith("_")}
@@ -238,14 +238,20 @@ def _outside(config: Any, kind: ModelKind) -> list[str]:
             module = skeleton.build(config, each)
         except UserError:
             continue
-        inside = find_blocks(module).prefix + "."
-        for name, layer in module.named_modules():
-            if isinstance(layer, nn.Linear | Conv1D) and not name.startswith(inside):
-                found[name.removeprefix(f"{module.base_model_prefix}.")] = None
+        outside, _ = split_linears(module)
+        found |= dict.fromkeys(name.removeprefix(f"{module.base_model_prefix}.") for name in outside)
     return list(found)
 
 
-def _skip_patterns(outside: Iterable[str], inside: list[str]) -> list[str]:
+def split_linears(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the linears outside of the blocks, and of those inside."""
+    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    inside = find_blocks(module).prefix + "."
+    outside = [name for name in linears if not name.startswith(inside)]
+    return outside, [name for name in linears if name.startswith(inside)]
+
+
+def skip_patterns(outside: Iterable[str], inside: list[str]) -> list[str]:
     """Names as transformers matches them: from the start, or as an ending; anchored where one is both."""
 
     def hits(name: str) -> bool:

@@ -34,6 +34,11 @@ def find_adapter(path: Path | str) -> Path:
     for folder in (Path(path) / "adapter", Path(path)):
         if (folder / PEFT_FILE).is_file() or (folder / SPACE_FILE).is_file():
             return folder
+    if (Path(path) / "config.toml").is_file() or (Path(path) / "checkpoints").is_dir():
+        raise UserError(
+            f"{path}: the run has no result yet; finish it with --resume, or give one of its checkpoints, "
+            f"{Path(path) / 'checkpoints' / 'step-N'}"
+        )
     raise UserError(
         f"--adapter: got {str(path)!r}, allowed: a run folder, or a folder with {PEFT_FILE} or {SPACE_FILE}"
     )

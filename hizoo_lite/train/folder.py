@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,9 @@ from typing import Any
 
 from hizoo_lite.base import UserError
 from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
+from hizoo_lite.locks import held
 from hizoo_lite.train import config_file
 from hizoo_lite.train.config import TrainConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _NUMBER = (int, float, type(None))
 #: What every line of metrics.jsonl has, by its kind.
@@ -102,20 +97,9 @@ class RunFolder:
             raise UserError(
                 f"--out: {self.path} cannot be made: {error.strerror}; allowed: a folder that can be written"
             ) from error
-        if fcntl is None:
+        busy = f"--out: another process runs in {self.path}; wait for it, end it, or use another folder"
+        with held(self.path, busy):
             yield
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"--out: another process runs in {self.path}; wait for it, end it, or use another folder"
-                ) from error
-            yield
-        finally:
-            os.close(descriptor)
 
     def config(self) -> TrainConfig:
         """The settings of the run that is here. UserError where there is none.

@@ -7,17 +7,16 @@ of rank 0. A tuned head goes along in full.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 
-from hizoo_lite.errors import UserError
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.export.onnx.files import fingerprint, read_floats
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
+from hizoo_lite.export.onnx.onnx_adapter import save_adapter
 from hizoo_lite.files import parse_toml, storing
 from hizoo_lite.train.adapter_files import (
     PEFT_PREFIX,
@@ -30,7 +29,6 @@ from hizoo_lite.train.adapter_files import (
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
-_ADAPTER_VERSION = _MODEL_VERSION = 1
 
 
 class Converted(NamedTuple):
@@ -38,16 +36,6 @@ class Converted(NamedTuple):
 
     values: dict[str, np.ndarray]  # by input, float32
     rank: int
-
-    def write(self, path: Path) -> None:
-        """Make an .onnx_adapter of it."""
-        adapter = onnxruntime.AdapterFormat()
-        adapter.set_adapter_version(_ADAPTER_VERSION)
-        adapter.set_model_version(_MODEL_VERSION)
-        adapter.set_parameters(
-            {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in self.values.items()}
-        )
-        adapter.export_adapter(str(path))
 
 
 def convert(export: Export, source: Path | str) -> Converted:
@@ -69,25 +57,29 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
     made for another base, or does not fit this one.
     """
-    converted = convert(export, source)
     check_name(name)
-    if name in export.record["adapters"]:
-        raise UserError(f"--name: {name!r} is in {export.path / RECORD} already; give another name")
+    for known in export.adapters:
+        if name.casefold() == known.casefold():  # one file, where disks take both for the same name
+            raise UserError(f"--name: {known!r} is in {export.path / RECORD} already; give another name")
+    converted = convert(export, source)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
-    aside = path.with_name(f".{path.name}.tmp")
     with storing(path):
         path.parent.mkdir(exist_ok=True)
-        converted.write(aside)
-        os.replace(aside, path)
+    save_adapter(path, converted.values)
     export.record["adapters"][name] = {
         "file": f"{ADAPTERS}/{path.name}",
-        **describe(path, checksum=True),
+        **describe(path),
         "source": str(source),
         "rank": converted.rank,
         "inputs": len(converted.values),
         "check": None,
     }
-    export.write()
+    try:
+        export.write()
+    except StorageError:
+        del export.record["adapters"][name]
+        path.unlink()
+        raise
 
 
 def remove_adapter(export: Export, name: str) -> None:
@@ -155,7 +147,10 @@ def _check_shape(path: Path, name: str, got: tuple[int, ...], wanted: tuple[int,
 def check_name(name: str) -> None:
     """UserError where an adapter cannot be called so: the name becomes a file's."""
     if not _NAME.fullmatch(name):
-        raise UserError(f"--name: got {name!r}, allowed are letters, digits, '.', '_' and '-'")
+        raise UserError(
+            f"--name: got {name!r}, which is the run folder's name where none is given; give --name with "
+            "letters, digits, '.', '_' and '-'"
+        )
 
 
 def _tuned_bits(source: Path) -> str | None:

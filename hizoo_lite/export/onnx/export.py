@@ -12,7 +12,6 @@ whole export or none. It has one of three forms:
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -40,9 +39,10 @@ from hizoo_lite.export.onnx.source import (
     load_folder,
     read_source,
     stored_folder,
-    workplace,
 )
 from hizoo_lite.export.onnx.trace import save, trace
+from hizoo_lite.export.place import check_new, find_place, workplace
+from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant.hub import SMALL_FILES
@@ -83,13 +83,14 @@ def export_onnx(
     merge: bool = False,
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
+    model: str | None = None,
     listener: Listener | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
-    the weights, in `dtype` (fp16 by default). base_bits: as of `read_source`.
+    the weights, in `dtype` (fp16 by default). base_bits, model: as of `read_source`.
 
     Raises `UserError` before anything is written where something does not fit, and `ExportError` where
     onnxruntime computes something else, or cannot run the model.
@@ -98,22 +99,25 @@ def export_onnx(
     name = name or run.resolve().name
     check_name(name)
     _check_options(format, merge, dtype)
-    if folder.is_export(out):
-        export = Export.open(out)
-        _check_takes(export, format, merge)
-        return _add(export, run, name, base_bits, listener)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out: {out} is not empty and no export; allowed: a new or empty folder, or an export"
-        )
-    source = read_source(run, base_bits)
-    form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
-    plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
-    with workplace(out, "partial") as aside, workplace(out, "work") as work:
+    place, plan = find_place(out), None
+    if not folder.is_export(place):
+        check_new(place, "a new or empty folder, or an export")
+        source = read_source(run, base_bits, model)
+        form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
+        plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
+    with workplace(place) as work:
+        if plan is None or folder.is_export(place):  # another process may have made it just now
+            export = Export.open(out)
+            _check_takes(export, format, merge)
+            source_or_why = _find_source(run, base_bits, model)
+            export.verify()
+            return _add(export, run, name, source_or_why, work, listener)
+        aside = work / "export"
+        aside.mkdir()
         export, references = _write(plan, aside, work, listener)
         trim()
         _check(export, references, work, listener)
-        aside.replace(out)
+        aside.replace(place)
     return Export(out, export.record)
 
 
@@ -154,7 +158,7 @@ def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Expo
     merged.prepare(
         plan.run,
         work / "merged",
-        model=source.name,
+        model=str(source.checkpoint.folder),
         base_bits=source.bits,
         base_double_quant=source.double_quant,
         dtype=plan.dtype,
@@ -189,6 +193,8 @@ def _close(model: Model) -> None:
 
 def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Export:
     """Write graph, weights, tokenizer and settings to `out`, and with a base the adapter."""
+    described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
+    write_tokenizer(model.tokenizer, _small_files(described), out)
     listener.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
     traced = interface(model, skeleton, takes_adapters=plan.form == "base")
@@ -197,9 +203,6 @@ def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Exp
     graph.producer_name = "hizoo_lite"
     graph.metadata_props.update({"bits": model.bits, "products": plan.format})
     save(graph, out / folder.GRAPH, listener)
-    described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
-    for path in _small_files(described):
-        shutil.copyfile(path, out / path.name)
     if traced.layers:
         write_json(out / GENAI_CONFIG, genai_config(model, traced.layers))
     export = Export(out, _record(model, traced, skeleton.linears, plan, out))
@@ -240,8 +243,8 @@ def _record(
         "tuned": _tuned(plan),
         "model": {
             "files": {
-                folder.GRAPH: folder.describe(out / folder.GRAPH, checksum=True),
-                folder.WEIGHTS: folder.describe(out / folder.WEIGHTS, checksum=False),
+                folder.GRAPH: folder.describe(out / folder.GRAPH),
+                folder.WEIGHTS: folder.describe(out / folder.WEIGHTS),
             },
             "inputs": [
                 {
@@ -330,23 +333,32 @@ def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {"max_abs_difference": worst}
 
 
-def _add(export: Export, run: Path, name: str, base_bits: Bits | None, listener: Listener) -> Export:
+def _find_source(run: Path, base_bits: Bits | None, model: str | None) -> Source | UserError:
+    """The model of one more adapter, or why it is not compared with it. UserError for what was given."""
+    try:
+        return read_source(run, base_bits, model)
+    except UserError as error:
+        if base_bits is not None or model is not None:
+            raise
+        return error
+
+
+def _add(
+    export: Export, run: Path, name: str, source: Source | UserError, work: Path, listener: Listener
+) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
-    try:
-        source = read_source(run, base_bits)
-    except UserError as error:
-        about["check"] = {"skipped": str(error)}
-        listener.message(f"{name} is not compared with its model: {error}")
+    if isinstance(source, UserError):
+        about["check"] = {"skipped": str(source)}
+        listener.message(f"{name} is not compared with its model: {source}")
         export.write()
         return export
     try:
-        with workplace(export.path, "work") as work:
-            reference = _adapter_reference(export, source, run, name, work, listener)
-            trim()
-            listener.message("running the export in onnxruntime")
-            runs = _run_check(export, [reference], work)
+        reference = _adapter_reference(export, source, run, name, work, listener)
+        trim()
+        listener.message("running the export in onnxruntime")
+        runs = _run_check(export, [reference], work)
     except BaseException:
         remove_adapter(export, name)
         raise

@@ -10,14 +10,13 @@ tokenizer.json, ...     as the model has them
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final, get_args
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, read_json, sha256_of
+from hizoo_lite.files import is_inside, read_json, sha256_of, storing, write_text
 from hizoo_lite.train.adapter_files import find_adapter
 
 FORMAT = 1
@@ -55,8 +54,9 @@ class Export:
     def open(cls, path: Path | str) -> Export:
         """Read export.json and see that the model's files are there as they were written.
 
-        Adapters are looked at when they are asked for (`find_adapter`). Raises `UserError`, naming file and
-        field, where one is missing, truncated or changed.
+        Adapters are looked at when they are asked for (`find_adapter`). Of the weights the size alone is
+        compared: they may be gigabytes; `verify` reads them too. Raises `UserError`, naming file and field,
+        where one is missing, truncated or changed.
         """
         export = cls(Path(path), read_record(Path(path) / RECORD))
         try:
@@ -69,8 +69,13 @@ class Export:
         for key, (name, _) in files.items():
             _check_inside(export.path, key, name)
         for name, about in export.record["model"]["files"].items():
-            _check_content(export.path / name, about)
+            _check_content(export.path / name, about, hashed=name != WEIGHTS)
         return export
+
+    def verify(self) -> None:
+        """Compare every file with its checksum, the weights too. UserError naming one that is damaged."""
+        for name, about in _files(self).values():
+            _check_content(self.path / name, about)
 
     @property
     def graph(self) -> Path:
@@ -139,10 +144,10 @@ class Export:
         return given
 
     def write(self) -> None:
-        """Replace export.json: a reader sees the old one or the new one."""
-        aside = self.path / f".{RECORD}.tmp"
-        aside.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / RECORD)
+        """Replace export.json: a reader sees the old one or the new one. StorageError where that fails."""
+        path = self.path / RECORD
+        with storing(path):
+            write_text(path, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
 
 def is_export(path: Path) -> bool:
@@ -150,10 +155,9 @@ def is_export(path: Path) -> bool:
     return (path / RECORD).is_file()
 
 
-def describe(path: Path, checksum: bool) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     """What export.json says of a file."""
-    about: dict[str, Any] = {"bytes": path.stat().st_size}
-    return {**about, "sha256": sha256_of(path)} if checksum else about
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -174,14 +178,14 @@ def _check_inside(folder: Path, key: str, name: str) -> None:
         raise UserError(f"{folder / RECORD}: {key}: {path} is outside of the folder")
 
 
-def _check_content(path: Path, about: Mapping[str, Any]) -> None:
+def _check_content(path: Path, about: Mapping[str, Any], *, hashed: bool = True) -> None:
     """UserError naming a file that is missing or not as it was written."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {RECORD} names it")
     size = path.stat().st_size
     if size != about["bytes"]:
         raise UserError(f"{path}: has {size} bytes, {about['bytes']} were written: truncated or changed")
-    if "sha256" in about and sha256_of(path) != about["sha256"]:
+    if hashed and "sha256" in about and sha256_of(path) != about["sha256"]:
         raise UserError(f"{path}: its sha256 is not the one in {RECORD}: changed or damaged")
 
 

@@ -42,6 +42,8 @@ def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:
             sync_file(beside)
             ort.AdapterFormat.read_adapter(str(beside))  # which sees that it is whole
             beside.replace(path)
+    except StorageError:
+        raise
     except RuntimeError as error:  # all that onnxruntime says; "FILE:LINE SIGNATURE Failed to ..." in C++
         reason = str(error)[max(str(error).find("Failed"), 0) :].strip()
         raise StorageError(f"{path}: cannot be written: {reason:.300}") from error

@@ -13,8 +13,9 @@ from typing import Any, final
 import numpy as np
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.export.onnx.adapter import convert
 from hizoo_lite.export.onnx.folder import ADAPTER_SUFFIX, Export
-from hizoo_lite.export.onnx.onnx_adapter import load_adapter
+from hizoo_lite.export.onnx.onnx_adapter import load_adapter, save_adapter
 from hizoo_lite.export.onnx.runtime import runtime
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -135,11 +136,9 @@ class Session:
 
     def _converted(self, folder: Path) -> Any:
         """That of a PEFT folder, by way of a file: onnxruntime takes nothing else."""
-        from hizoo_lite.export.onnx.adapter import convert  # asks for onnxruntime, which `Graph` has checked
-
         with TemporaryDirectory() as place:
             path = Path(place) / f"{folder.name}{ADAPTER_SUFFIX}"
-            convert(self.export, folder).write(path)
+            save_adapter(path, convert(self.export, folder).values)
             return load_adapter(self.export, path)
 
     def empty_cache(self, rows: int) -> dict[str, np.ndarray]:

@@ -9,14 +9,13 @@ in 8 bits that were tuned.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Bits, ModelKind, UserError
 from hizoo_lite.export.changes import Changes, read_changes
+from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.memory.allocator import map_large
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.load import load
@@ -26,15 +25,16 @@ from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import saved, setup
+from hizoo_lite.train import identity, saved, setup
 from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
 from hizoo_lite.train.events import Listener
+from hizoo_lite.train.folder import RunFolder
 
 
 class Source(NamedTuple):
     """What a run says of its model, and what it changed of the weights (None with an adapter)."""
 
-    name: str  # folder or Hub id
+    name: str  # folder or Hub id, as the adapter says
     checkpoint: Checkpoint
     kind: ModelKind
     bits: Bits
@@ -44,44 +44,48 @@ class Source(NamedTuple):
     changes: Changes | None
 
 
-@contextmanager
-def workplace(out: Path, ending: str) -> Iterator[Path]:
-    """An empty folder beside `out` that is gone afterwards, unless it was renamed."""
-    whole = out.absolute()
-    path = whole.with_name(f".{whole.name}.{ending}")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def read_source(run: Path, base_bits: Bits | None = None, model: str | None = None) -> Source:
+    """That of a run or an adapter folder. Raises `UserError` where its model is not there, or another one.
 
-
-def read_source(run: Path, base_bits: Bits | None = None) -> Source:
-    """That of a run or an adapter folder. Raises `UserError` where its model is not there.
-
-    base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default.
+    base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default. model: folder or Hub
+    id where the model is now.
     """
     config, adapter = saved.saved_config(run), find_adapter(run)
     changes = read_changes(adapter) if (adapter / SPACE_FILE).is_file() else None
-    name = setup.model_path(saved.base_model(run) if config is None else config.model)
-    checkpoint = Checkpoint.open(name, revision=None if config is None else config.revision)
+    tuned = None if config is None else config.bits
+    if tuned is None and changes is not None:
+        tuned = read_record(adapter)["bits"]
+    if base_bits is not None and tuned not in (None, base_bits):
+        raise UserError(f"--base-bits: got {base_bits!r}, but {run} was tuned with bits {tuned!r}")
+    name = saved.base_model(run)
+    where = setup.model_path(model or (name if config is None else config.model))
+    if not where:
+        raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
+    checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
+    _check_same(run, checkpoint, where)
     kind = None if config is None or config.kind == "auto" else config.kind
-    bits = base_bits or (None if config is None else config.bits)
-    if bits is None and changes is not None:
-        bits = read_record(adapter)["bits"]
     labels = None if config is None else setup.find_task(config.task).num_labels
     return Source(
-        name,
+        name or where,
         checkpoint,
         kind or setup.find_kind(str(checkpoint.folder), None, None),
-        skeleton.choose_bits(bits, checkpoint.quantized_bits),
+        skeleton.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,
         labels or 2,
         0 if config is None else config.seed,
         changes,
     )
+
+
+def _check_same(run: Path, checkpoint: Checkpoint, where: str) -> None:
+    """UserError where run.json knows the model, and this is another one."""
+    path = RunFolder(run).identity
+    made_of = identity.read(path)
+    if made_of.get("library") == NumpyArrays.name:  # a run on a device, which knows its graph alone
+        return
+    if made_of.get("model") not in (None, fingerprint(checkpoint.folder)):
+        raise UserError(f"--model: {where} has other weights than the model that was tuned, says {path}")
 
 
 def stored_folder(source: Source, work: Path, listener: Listener) -> Path:

@@ -24,14 +24,15 @@ from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
-from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder, workplace
+from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
-from hizoo_lite.export.peft import tokenizer_files
+from hizoo_lite.export.place import check_new, find_place, workplace
+from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.shards import named_errors, write_json
+from hizoo_lite.quant.shards import write_json
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks import Encoder
@@ -40,19 +41,26 @@ from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter, read_peft_co
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 
-CONFIG, TOKENIZER = "config.toml", "tokenizer.json"
+CONFIG = "config.toml"
 
 
 def export_train(
-    run: Path | str, out: Path | str, *, fresh: bool = False, listener: Listener | None = None
+    run: Path | str,
+    out: Path | str,
+    *,
+    fresh: bool = False,
+    model: str | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Write `out`, to tune further from a run's adapter, and return the content of its train.json.
 
-    fresh: start from new parameters, those of the run's seed, as the run itself did. The run's data is read:
-    a batch of it is the check. Raises `UserError` before anything is written where something does not fit,
-    and `ExportError` where onnxruntime computes other losses than the model.
+    fresh: start from new parameters, those of the run's seed, as the run itself did. model: as of
+    `read_source`. The run's data is read: a batch of it is the check. Raises `UserError` before anything is
+    written where something does not fit, and `ExportError` where onnxruntime computes other losses than the
+    model.
     """
-    run, out, listener = Path(run), Path(out), listener or Listener()
+    run, listener, place = Path(run), listener or Listener(), find_place(out)
+    check_new(place)
     adapter = find_adapter(run)
     if not (adapter / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to train on a device")
@@ -61,31 +69,32 @@ def export_train(
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
     task = parts.find_task(config.task)
     examples = parts.make_splits(config, task).train[: config.batch_size]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
-    source = read_source(run)
-    with named_errors(out), workplace(out, "partial") as aside, workplace(out, "work") as work:
-        model = load_base(source, stored_folder(source, work, listener))
-        encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-        space = saved.attach_adapter(model, run)
+    source = read_source(run, model=model)
+    with workplace(place) as work:
+        check_new(place)  # another process may have made it just now
+        aside = work / "export"
+        aside.mkdir()
+        loaded = load_base(source, stored_folder(source, work, listener))
+        encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
+        space = saved.attach_adapter(loaded, run)
         assert isinstance(space, LoRA)
         if fresh:
-            space.attach(model, config.seed)
-        batches = cases(model, space, encoder, examples, config.seed)
+            space.attach(loaded, config.seed)
+        batches = cases(loaded, space, encoder, examples, config.seed)
         token_types = batches[0].batch.token_type_ids is not None
-        _write_graph(model, space, encoder, token_types, aside, listener)
+        _write_settings(loaded, config, aside)
+        _write_graph(loaded, space, encoder, token_types, aside, listener)
         space.save(aside / ADAPTER)
         shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
-        _write_settings(model, config, aside)
-        record = _record(model, space, encoder, source, aside)
+        record = _record(loaded, space, encoder, source, aside)
         write_json(aside / RECORD, record)
-        if isinstance(model.residency, Streamed):
-            model.residency.close()
+        if isinstance(loaded.residency, Streamed):
+            loaded.residency.close()
         trim()
         listener.message("running the export in onnxruntime")
         record["check"] = compare(aside, batches)
         write_json(aside / RECORD, record)
-        aside.replace(out)
+        aside.replace(place)
     return record
 
 
@@ -106,10 +115,7 @@ def _write_graph(
 
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
-    for path in tokenizer_files(model.folder):
-        shutil.copyfile(path, out / path.name)
-    if model.tokenizer is not None and not (out / TOKENIZER).is_file():  # has only what it is made from
-        model.tokenizer.save_pretrained(out)
+    write_tokenizer(model.tokenizer, tokenizer_files(model.folder), out)
     settings = replace(config, out=None, resume=False)
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 

@@ -1,0 +1,72 @@
+"""Where an export is made: beside its place, by one process at a time, and renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hizoo_lite.errors import UserError
+from hizoo_lite.files import storing
+from hizoo_lite.locks import held
+from hizoo_lite.quant.shards import named_errors
+
+
+def find_place(out: Path | str) -> Path:
+    """`out` with all links followed. UserError where that is no folder, and none can be made there."""
+    try:
+        place = Path(out).resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--out: {out} leads nowhere: {error}") from error
+    above = place
+    with named_errors(Path(out), "looked at"):
+        while not above.exists():
+            above = above.parent
+    if not above.is_dir():
+        within = "" if above == place else f"; no folder can be made in it, and so not {out}"
+        raise UserError(f"--out: {above} is a file{within}; allowed: a new or empty folder")
+    return place
+
+
+def check_empty(place: Path, allowed: str = "a new or empty folder") -> None:
+    """UserError where there is something in the folder that `find_place` gave."""
+    if place.exists() and any(place.iterdir()):
+        raise UserError(f"--out: {place} is not empty; allowed: {allowed}")
+
+
+def check_new(place: Path, allowed: str = "a new or empty folder") -> None:
+    """UserError unless a folder can be renamed to the one that `find_place` gave."""
+    check_empty(place, allowed)
+    if place == Path.cwd().resolve():
+        raise UserError(f"--out: {place} is the folder that you are in; allowed: another one, or one in it")
+    if place.is_mount():
+        raise UserError(f"--out: {place} is where a disk is mounted; allowed: a folder in it")
+
+
+@contextmanager
+def workplace(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place` that is gone afterwards; no other process has it meanwhile.
+
+    What an export that was killed has left of it is removed. UserError where another process exports to
+    `place` now, and where the folder cannot be made; later failures to write are a `StorageError`.
+    """
+    path = place.with_name(f".{place.name}.work")
+    with named_errors(place.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    busy = f"--out: another export into {place} is under way; wait for it, end it, or use another folder"
+    with held(path, busy), storing(place):
+        try:
+            _empty(path)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
