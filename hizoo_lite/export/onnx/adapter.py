@@ -57,11 +57,11 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
     made for another base, or does not fit this one.
     """
+    converted = convert(export, source)
     check_name(name)
     for known in export.adapters:
         if name.casefold() == known.casefold():  # one file, where disks take both for the same name
             raise UserError(f"--name: {known!r} is in {export.path / RECORD} already; give another name")
-    converted = convert(export, source)
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
     with storing(path):
         path.parent.mkdir(exist_ok=True)

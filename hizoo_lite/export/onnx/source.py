@@ -93,7 +93,7 @@ def stored_folder(source: Source, work: Path, listener: Listener) -> Path:
     checkpoint = source.checkpoint
     if source.bits == (checkpoint.quantized_bits or "none"):
         return checkpoint.folder
-    listener.message(f"quantizing {source.name} to {source.bits}")
+    listener.message(f"quantizing {source.checkpoint.folder} to {source.bits}")
     Quantization(
         str(checkpoint.folder),
         work / "quantized",
