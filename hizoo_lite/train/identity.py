@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, str]:
         return {}
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
-        return {name: str(value) for name, value in found.items() if name in _WORDS}
+        return {name: str(value) for name, value in found.items() if not isinstance(value, dict)}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}; without the file nothing is compared") from error
 
