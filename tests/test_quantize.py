@@ -232,7 +232,7 @@ def test_float64_is_quantized_from_float32(llama, tmp_path):
 
 
 def test_a_head_named_like_a_linear_of_a_block_is_anchored():
-    patterns = layout._skip_patterns(["dense", "lm_head"], ["layers.0.dense", "layers.0.up"])
+    patterns = layout.skip_patterns(["dense", "lm_head"], ["layers.0.dense", "layers.0.up"])
     assert patterns == [r"^(\w+\.)?dense$", "lm_head"]
     assert not should_convert_module("dense", patterns)
     assert not should_convert_module("model.dense", patterns)

@@ -158,7 +158,8 @@ def _run(
                 _save_adapter(setup, folder)
             peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
             summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted))
-            summary |= {**memory.figures(), "adapter_step": loop.adapter_step}
+            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
+            summary |= {**memory.figures(), "adapter_step": adapter_step, "ranks": 1}
             folder.write_summary(summary)
         except StorageError as error:
             failure = failure if isinstance(failure, StorageError) else error
