@@ -38,7 +38,7 @@ def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 #: What the commands that only run a model say to run an exported one; --adapter is then a name of its own.
 Onnx = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="run an exported folder in onnxruntime; --adapter is a name in it"),
+    typer.Option(metavar="DIR", help="run an exported folder in onnxruntime; --adapter may be a name in it"),
 ]
 
 

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_train)
     command = commands.add_parser("eval", help="loss and metric of an exported model on a task, as JSON")
     command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
-    command.add_argument("--adapter", help="its name in DIR, or a run folder")
+    command.add_argument("--adapter", help="its name in DIR, a run folder, or a PEFT adapter's")
     command.add_argument("--split", choices=("train", "dev", "test"), default="test")
     command.add_argument("--examples", type=int, help="evaluate this many at most")
     for name in _EVAL_SETTINGS:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="continue a text with an exported causal model")
     command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
     command.add_argument("--prompt", required=True)
-    command.add_argument("--adapter", help="its name in DIR, or a run folder")
+    command.add_argument("--adapter", help="its name in DIR, a run folder, or a PEFT adapter's")
     command.add_argument("--max-new-tokens", type=int, default=64)
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     command.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the mass")
