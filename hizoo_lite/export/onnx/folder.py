@@ -164,7 +164,9 @@ def _files(export: Export) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """The files that export.json names, by the key that does: (name, what it says of it)."""
     files = {f"model.files.{name}": (name, about) for name, about in export.record["model"]["files"].items()}
     for name, about in export.record["adapters"].items():
-        files[f"adapters.{name}.file"] = (str(about["file"]), about)
+        if not isinstance(about["file"], str):
+            raise TypeError(f"adapters.{name}.file: a text wanted")
+        files[f"adapters.{name}.file"] = (about["file"], about)
     for key, (_, about) in files.items():
         if type(about["bytes"]) is not int or not isinstance(about.get("sha256", ""), str):
             raise TypeError(f"{key}: bytes, and sha256 as a text, wanted")
