@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def test_used_folders_and_full_disks_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not empty; allowed: a new or empty folder"):
         make(tmp_path)
-    usage = make_random_model.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(make_random_model.shutil, "disk_usage", lambda _: usage._replace(free=5))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5))
     arguments = ["make_random_model.py", "--shape", "opt-175b", "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", arguments)
     assert make_random_model.main() == 2

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ import transformers
 from torch import Tensor
 
 from hizoo_lite.base import Bits, UserError
+from hizoo_lite.files import check_space
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model import skeleton
 from hizoo_lite.quant import layout, native
@@ -205,7 +205,7 @@ def make(
         for shard, names in plan.shards.items()
     }
     total_bytes = sum(file_bytes(tensors, METADATA) for tensors in forms.values())
-    _check_space(out, total_bytes)
+    check_space(out, total_bytes)
     out.mkdir(parents=True, exist_ok=True)
     sha256 = {}
     for shard, names in plan.shards.items():
@@ -259,15 +259,6 @@ def _config(shape: str, layers: int | None, overrides: dict[str, Any]) -> Any:
 def _deviation(config: Any) -> float:
     """Of new matrices; OPT has a name of its own for it."""
     return float(getattr(config, "initializer_range", getattr(config, "init_std", 0.02)))
-
-
-def _check_space(out: Path, needed: int) -> None:
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"--out: {format_bytes(needed)} are needed at {out}, {format_bytes(free)} are free")
 
 
 def main() -> int:
