@@ -79,11 +79,11 @@ class Estimate(NamedTuple):
     """What an estimator makes of the losses of one step."""
 
     projected_grad: float  # (l+ - l-) / (2 mu): the directional derivative along d
-    curvature: float | None  # (l+ + l- - 2 l0) / mu^2: d' H d; None in a step without base branch
+    curvature: float | None  # d' G d or d' H d along d, see `estimators/hizoo.py`; None where not measured
 
 
 class Estimator(Protocol):
-    """Which branches a step evaluates, and from their losses to an `Estimate`."""
+    """Which branches a step evaluates, and from what they gave to an `Estimate`."""
 
     name: str
 
@@ -91,8 +91,23 @@ class Estimator(Protocol):
         """The branches of step `step` (counted from 0)."""
         ...
 
-    def estimate(self, losses: np.ndarray, mu: float) -> Estimate:
-        """From the mean loss of each branch, (branches,) float64, to the scalars of the step."""
+    @property
+    def predicts(self) -> bool:
+        """Whether its curvature is from predictions, in place of losses."""
+        ...
+
+    def measures(self, step: int) -> bool:
+        """Whether `estimate` gives a curvature at step `step`."""
+        ...
+
+    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """The scalars of the step, from the means over its examples.
+
+        Args:
+            losses: of each branch, (branches,) float64.
+            divergences: of each pair's predictions, (pairs,) float64, see `Losses`.
+            mu: perturbation scale, above 0.
+        """
         ...
 
 
@@ -295,11 +310,13 @@ class LinearDelta(ABC):
 class Space(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
-    `parameters` are float32 leaves by PEFT name; the loop updates them in place.
+    `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in memory
+    that are saved and loaded with them and never move.
     """
 
     name: str
     parameters: dict[str, Array]
+    frozen: dict[str, Array]
 
     @property
     def weights(self) -> TrainedWeights | None:
@@ -441,6 +458,10 @@ class Losses(NamedTuple):
 
     per_example: Array  # (branches, examples) float64
     scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
+    divergences: Array = np.zeros((0, 0))
+    # (pairs, examples) float64: KL(p+ || p-) + KL(p- || p+) of the distribution that the loss is of. "choice":
+    # over the example's slots; "class": over the classes; "answer": over the vocabulary, the mean over the
+    # places of the gold slot's tokens.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""

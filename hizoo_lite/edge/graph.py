@@ -2,8 +2,8 @@
 
 `train.onnx` takes the arrays of a batch by their names, and every trained parameter once a branch,
 (branches, *shape) float32; the rows of the batch are folded over the branches inside. Its outputs are
-`losses`, (branches, examples) float64, and `scores`. A perturbed parameter exists only in the feed: what
-is trained is never changed by a forward.
+`losses`, (branches, examples) float64, `scores`, and `divergences` between the predictions of each branch and the
+next. A perturbed parameter exists only in the feed: what is trained is never changed by a forward.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
-FORMAT = 1
+FORMAT = 2
 RECORD, GRAPH, ADAPTER = "train.json", "train.onnx", "adapter"
-LOSSES, SCORES = "losses", "scores"
+LOSSES, SCORES, DIVERGENCES = "losses", "scores", "divergences"
 _EXPORTED = "a folder of: hizoo-lite export --to onnx-train"
 
 
@@ -39,7 +39,8 @@ class Record:
     bits: str
     loss: Loss  # that the graph computes
     positions: int | None  # tokens that the position codes reach; None where the model does not say
-    shapes: dict[str, tuple[int, ...]]  # of the parameters, by PEFT name
+    shapes: dict[str, tuple[int, ...]]  # of all tensors of the adapter, by PEFT name
+    trained: frozenset[str]  # those of them that a run moves
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
     base: Base | None  # None where an earlier version has written it
@@ -50,7 +51,9 @@ class Record:
         path = folder / RECORD
         found = read_json(path, _EXPORTED)
         if found.get("format") != FORMAT:
-            raise UserError(f"{path}: format: got {found.get('format')!r}, allowed: {FORMAT}")
+            raise UserError(
+                f"{path}: format: got {found.get('format')!r}, allowed: {FORMAT}; export the run again"
+            )
         if found.get("kind") not in get_args(ModelKind):
             raise UserError(
                 f"{path}: kind: got {found.get('kind')!r}, allowed: {', '.join(get_args(ModelKind))}"
@@ -59,6 +62,7 @@ class Record:
             raise UserError(f"{path}: loss: got {found.get('loss')!r}, allowed: {', '.join(get_args(Loss))}")
         try:
             shapes = {str(p["name"]): tuple(int(n) for n in p["shape"]) for p in found["parameters"]}
+            trained = frozenset(str(p["name"]) for p in found["parameters"] if p["trained"] is True)
             names = {str(name): dict(entry) for name, entry in found["onnx_adapter"]["names"].items()}
             positions = None if found["positions"] is None else int(found["positions"])
             return cls(
@@ -67,6 +71,7 @@ class Record:
                 found["loss"],
                 positions,
                 shapes,
+                trained,
                 dict(found["lora"]),
                 names,
                 _base(found),
@@ -93,7 +98,9 @@ class TrainGraph:
         missing = [name for name in self.record.shapes if name not in self.session.inputs]
         if missing:
             raise UserError(f"{folder / GRAPH}: has no input {missing[0]!r}, which {RECORD} names")
-        self.parameters = read_parameters(folder / ADAPTER, self.record.shapes)
+        tensors = read_parameters(folder / ADAPTER, self.record.shapes)
+        self.parameters = {name: value for name, value in tensors.items() if name in self.record.trained}
+        self.frozen = {name: value for name, value in tensors.items() if name not in self.record.trained}
         self._arrays = NumpyArrays()
 
     @property
@@ -114,13 +121,15 @@ class TrainGraph:
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` d by parameter name."""
         feeds = {name: value for name, value in batch._asdict().items() if name in self.session.inputs}
-        for name, value in self.parameters.items():
+        for name, value in {**self.frozen, **self.parameters}.items():
             feeds[name] = np.repeat(value[None], branches.count, axis=0)
+        for name in self.parameters:
             for branch, sign in enumerate(branches.signs):
                 if sign:
                     assert directions is not None
                     self._arrays.add_scaled(feeds[name][branch, ...], directions[name], sign * mu)
-        return Losses(*self.session.run((LOSSES, SCORES), feeds))
+        losses, scores, between = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
+        return Losses(losses, scores, between[int(branches.base) :: 2])  # those of a pair are neighbours
 
     def write(
         self,
@@ -139,7 +148,8 @@ class GraphSpace:
     weights = None
 
     def __init__(self, name: str, graph: TrainGraph) -> None:
-        self.name, self.graph, self.parameters = name, graph, graph.parameters
+        self.name, self.graph = name, graph
+        self.parameters, self.frozen = graph.parameters, graph.frozen
 
     def attach(self, model: Any, seed: int) -> None:
         """The parameters are inputs of the graph: nothing is left to do."""
@@ -150,21 +160,27 @@ class GraphSpace:
         folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self.graph.record.peft_config, indent=2, sort_keys=True)
         (folder / peft_format.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        tensors = {peft_format.PREFIX + name: value for name, value in self.parameters.items()}
+        tensors = {peft_format.PREFIX + name: value for name, value in self._tensors().items()}
         tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` (or PEFT) wrote into the parameters."""
+        own = self._tensors()
         for name, value in read_parameters(Path(folder), self.graph.record.shapes).items():
-            self.parameters[name][...] = value
+            own[name][...] = value
 
     def save_onnx_adapter(self, path: Path) -> None:
         """Write the adapter as onnxruntime loads it beside model.onnx: see `onnx_adapter.save_adapter`."""
-        made = {}
+        made, own = {}, self._tensors()
         for name, entry in self.graph.record.onnx_names.items():
-            value = self.parameters[name].T if entry.get("transpose") else self.parameters[name]
+            value = own[name].T if entry.get("transpose") else own[name]
             made[entry["input"]] = value * np.float32(entry.get("scale", 1.0))
         save_adapter(path, made)
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """All that PEFT's file holds, in its order."""
+        tensors = {**self.frozen, **self.parameters}
+        return {name: tensors[name] for name in self.graph.record.shapes}
 
 
 def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -16,13 +16,18 @@ class MeZO:
     """Projected gradient from one antithetic pair."""
 
     name = "mezo"
+    predicts = False
 
     def branches(self, step: int) -> Branches:
         """The pair, at every step."""
         return Branches(base=False, pairs=1)
 
-    def estimate(self, losses: np.ndarray, mu: float) -> Estimate:
-        """`losses` is (2,) = l+, l-, float64; mu > 0. Non-finite losses pass through."""
+    def measures(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """See `Estimator.estimate`; losses are l+, l-. What is not finite passes through."""
         plus, minus = as_losses(losses, (2,), self.name)
         return Estimate(central_difference(plus, minus, mu), None)
 

@@ -45,5 +45,5 @@ def _trained(model: Model) -> Trained | None:
     leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
     delta = model.linears[names[0]].delta
     if isinstance(delta, LoRADelta):
-        return Trained("lora", leaves, delta.a.shape[0])
+        return Trained("lora", leaves, delta.a.shape[0], train_a=delta.names[0] is not None)
     return Trained("dense", leaves)

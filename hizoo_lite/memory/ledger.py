@@ -76,7 +76,7 @@ def measure(setup: Setup) -> Ledger:
     model, space, stepper = setup.model, setup.space, setup.stepper
     count = _Count()
     found = dict.fromkeys(OWNERS, 0)
-    found["adapters"] = count.tensors(space.parameters.values())
+    found["adapters"] = count.tensors([*space.parameters.values(), *space.frozen.values()])
     if isinstance(model.residency, Streamed):
         found["block_slots"] = count.tensors(model.residency._slots)
         found["resident_blocks"] = count.tensors(model.residency._kept.values())

@@ -85,17 +85,17 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     sizes = subject.block_bytes(streamed)
     outside = sum(subject.anatomy.outside.values())
     away = sum(subject.anatomy.away.values()) if streamed else 0
-    adapters = subject.adapter_bytes()
+    noise = subject.trained_bytes()
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
         "embeddings_and_head": outside - away,
         "small_parameters": subject.anatomy.small_bytes,
-        "adapters": adapters,
-        "noise": adapters + subject.weight_noise_bytes(),
+        "adapters": subject.adapter_bytes(),
+        "noise": noise + subject.weight_noise_bytes(),
         "scratch": sum(scratch.values()),
         **activations,
     }
-    host = {"curvature": subject.curvature_bytes(), "noise": 2 * adapters}
+    host = {"curvature": subject.curvature_bytes(), "noise": 2 * noise}
     if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
     kept = len(sizes)

@@ -49,6 +49,7 @@ class Trained(NamedTuple):
     targets: str = "attention"
     rank: int = 8
     residual: bool = False
+    train_a: bool = False
 
 
 class Pass(NamedTuple):
@@ -329,8 +330,10 @@ class Rehearsal:
                 names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
                 a = torch.empty(trained.rank, linear.in_features, device=META)
                 b = torch.empty(linear.out_features, trained.rank, device=META)
-                directions |= {names[0]: torch.empty_like(a), names[1]: torch.empty_like(b)}
-                linear.delta = LoRADelta(a, b, names, 1.0)
+                directions[names[1]] = torch.empty_like(b)
+                if trained.train_a:
+                    directions[names[0]] = torch.empty_like(a)
+                linear.delta = LoRADelta(a, b, names if trained.train_a else (None, names[1]), 1.0)
             else:
                 linear.delta = self._weight_delta(linear, trained, present)
         if self.kind == "classifier":

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from hizoo_lite import curvature as curvatures
-from hizoo_lite import estimators
 from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
 from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.ledger import tensor_bytes
@@ -25,6 +24,7 @@ from hizoo_lite.model import skeleton
 from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.stream.choose import Budgets, Place
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.parts import make_estimator
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
 #: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
@@ -93,6 +93,7 @@ class Subject:
             self._targets(),
             config.rank,
             self.residual,
+            config.train_a,
         )
         self.shapes = self._trainable()
         few_blocks(self.module, self.anatomy.prefix, self.model_config)
@@ -137,10 +138,12 @@ class Subject:
         stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
         chosen = resolve_targets(stand_in, self.trained.targets)
         shapes: dict[str, torch.Size] = {}
+        self.frozen: dict[str, torch.Size] = {}
         for name in chosen:
             rows, columns = linears[name].shape
             if self.config.space == "lora":
-                shapes[f"{name}.lora_A.weight"] = torch.Size((self.config.rank, columns))
+                held = shapes if self.config.train_a else self.frozen
+                held[f"{name}.lora_A.weight"] = torch.Size((self.config.rank, columns))
                 shapes[f"{name}.lora_B.weight"] = torch.Size((rows, self.config.rank))
             elif self.config.space == "dense":
                 shapes[f"{name}.weight"] = torch.Size((rows, columns))
@@ -165,7 +168,11 @@ class Subject:
     # ------------------------------------------------------------------------------------ quantities
 
     def adapter_bytes(self) -> int:
-        """Of trainable tensors in memory."""
+        """Of adapters and heads in memory."""
+        return self.trained_bytes() + 4 * sum(shape.numel() for shape in self.frozen.values())
+
+    def trained_bytes(self) -> int:
+        """Those of them that are trained, and have noise."""
         shapes = self.shapes if not self.in_weights else self.heads
         return 4 * sum(shape.numel() for shape in shapes.values())
 
@@ -203,7 +210,7 @@ class Subject:
 
     def branches(self) -> Branches:
         """The most branches of a step."""
-        return estimators.get(self.config.estimator).branches(0)
+        return make_estimator(self.config).branches(0)
 
     def rows(self, batch: int) -> int:
         """Token sequences of a step."""

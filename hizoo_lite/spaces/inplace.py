@@ -44,6 +44,7 @@ class InPlaceSpace(ABC):
     def __init__(self, targets: str | Sequence[str] = "all-linear", head: bool | None = None) -> None:
         self.targets, self.head = targets, head
         self.parameters: dict[str, Tensor] = {}  # of heads
+        self.frozen: dict[str, Tensor] = {}
         self.weights: Weights | None = None
 
     @abstractmethod

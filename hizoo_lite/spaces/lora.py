@@ -1,7 +1,11 @@
 """LoRA (Hu et al., 2106.09685) with PEFT semantics, plus fully trainable classification heads.
 
-A branch uses A + k*mu*dA and B + k*mu*dB, k in {0, +1, -1}, in float32 beside the shared base product;
-the adapter products are batched over the branches. Saved in PEFT's own format, under PEFT's own names.
+A branch uses B + k*mu*dB, k in {0, +1, -1}, in float32 beside the shared base product; the adapter products are
+batched over the branches. Saved in PEFT's own format, under PEFT's own names.
+
+A stays at its random start (as in LoRA-FA, 2308.03303) unless `train_a`. With B alone trained the adapter is
+linear in its parameters, and the curvature along them stays what it was. Trained together, A grows with B and
+the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone.
 """
 
 from __future__ import annotations
@@ -26,17 +30,23 @@ _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
 class LoRADelta(LinearDelta):
-    """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32."""
+    """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    def __init__(self, a: Tensor, b: Tensor, names: tuple[str, str], scaling: float) -> None:
+    names: of A, None where it is the same in all branches, and of B.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, names: tuple[str | None, str], scaling: float) -> None:
         self.a, self.b, self.names, self.scaling = a, b, names, scaling
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
         assert y is not None
-        a = branch_values(self.a, self.names[0], state)
+        if self.names[0] is None:
+            inner = x @ self.a.t()
+        else:
+            inner = torch.bmm(x, branch_values(self.a, self.names[0], state).transpose(1, 2))
         b = branch_values(self.b, self.names[1], state)
-        return y.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2), alpha=self.scaling)
+        return y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
 
 
 class LoRA:
@@ -46,6 +56,7 @@ class LoRA:
     targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
     or names of linear layers (full, or the last part, such as "q_proj").
     head: train the head outside the trunk in full; None does so for classifiers only.
+    train_a: train A as well as B.
     """
 
     name = "lora"
@@ -58,13 +69,15 @@ class LoRA:
         targets: str | Sequence[str] = "attention",
         rslora: bool = False,
         head: bool | None = None,
+        train_a: bool = False,
     ) -> None:
         if rank < 1:
             raise UserError(f"--rank: got {rank}, allowed is a whole number of 1 or more")
-        self.rank, self.rslora, self.head = rank, rslora, head
+        self.rank, self.rslora, self.head, self.train_a = rank, rslora, head, train_a
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.targets = targets
         self.parameters: dict[str, Tensor] = {}
+        self.frozen: dict[str, Tensor] = {}
 
     @property
     def scaling(self) -> float:
@@ -74,19 +87,19 @@ class LoRA:
     def attach(self, model: Model, seed: int) -> None:
         """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others."""
         release(model)
-        self.model, self.parameters = model, {}
+        self.model, self.parameters, self.frozen = model, {}, {}
         self.target_names = resolve_targets(model, self.targets)
         for target in self.target_names:
             linear = model.linears[target]
             names = (f"{target}.lora_A.weight", f"{target}.lora_B.weight")
             bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
             draw = generator(seed, "init", names[0])
-            a = draw.uniform(-bound, bound, (self.rank, linear.in_features)).astype("float32")
-            self.parameters[names[0]] = torch.from_numpy(a).to(model.device)
-            self.parameters[names[1]] = torch.zeros(linear.out_features, self.rank, device=model.device)
-            linear.delta = LoRADelta(
-                self.parameters[names[0]], self.parameters[names[1]], names, self.scaling
-            )
+            drawn = draw.uniform(-bound, bound, (self.rank, linear.in_features)).astype("float32")
+            a = torch.from_numpy(drawn).to(model.device)
+            b = torch.zeros(linear.out_features, self.rank, device=model.device)
+            (self.parameters if self.train_a else self.frozen)[names[0]] = a
+            self.parameters[names[1]] = b
+            linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
         self.head_names = attach_head(model, self.head, self.parameters)
 
     def detach(self) -> None:
@@ -117,7 +130,7 @@ class LoRA:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_config().save_pretrained(folder)
-        tensors = {peft_format.PREFIX + name: p for name, p in self.parameters.items()}
+        tensors = {peft_format.PREFIX + name: p for name, p in self._tensors().items()}
         save_tensors(tensors, folder / peft_format.TENSOR_FILE, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
@@ -128,9 +141,14 @@ class LoRA:
         path = peft_format.tensor_file(folder)
         tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_tensors(path).items()}
         found = {name: value.shape for name, value in tensors.items()}
-        peft_format.check_fits(path, found, {name: value.shape for name, value in self.parameters.items()})
+        own = self._tensors()
+        peft_format.check_fits(path, found, {name: value.shape for name, value in own.items()})
         for name, value in tensors.items():
             if not value.is_floating_point():
                 raise UserError(f"{path}: {name} is {value.dtype}, allowed are floats")
-        for name, value in self.parameters.items():
+        for name, value in own.items():
             value.copy_(tensors[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that PEFT's file holds."""
+        return {**self.frozen, **self.parameters}

@@ -2,8 +2,8 @@
 
 The batch is repeated once a branch along its first axis; the Hugging Face model runs unchanged on it.
 Blocks come and go as they run (see `block.py`). Logits are computed only where a label is, through the
-model's own head, in chunks; log-probabilities are summed in float64 because a step needs differences of
-losses of order mu^2.
+model's own head, in chunks; log-probabilities and divergences are summed in float64 because a step needs
+differences of order mu^2.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
+from hizoo_lite.divergence import divergence_terms
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
 from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
+
+#: Bytes of the terms of divergences over a vocabulary that are made at once.
+TERMS_BYTES = 2 << 20
 
 
 class Traversal:
@@ -65,12 +69,12 @@ class Traversal:
             inputs = self._fold(batch, branches.count)
             if self.model.kind == "classifier":
                 logits = self.model.module(**inputs).logits
-                return _class_losses(logits.view(branches.count, batch.examples, -1), batch.gold)
+                return _class_losses(logits.view(branches.count, batch.examples, -1), batch.gold, branches)
             trunk = self.model.module.get_submodule(self.model.trunk_name)
             hidden = trunk(**inputs, **self._no_cache())[0]
             hidden = hidden.view(branches.count, *batch.input_ids.shape, -1)
-            scored = self._scored_log_probabilities(hidden, batch)
-        return _slot_losses(scored, batch)
+            scored, divergences = self._scored_log_probabilities(hidden, batch, branches)
+        return _slot_losses(scored, divergences, batch, branches)
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
@@ -92,9 +96,17 @@ class Traversal:
     def _no_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if self.model.kind == "causal" else {}
 
-    def _scored_log_probabilities(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Log-probability of every scored token, (branches, scored) float64, on the model's device."""
+    def _scored_log_probabilities(
+        self, hidden: Tensor, batch: Batch, branches: Branches
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of every scored token, (branches, scored) float64, on the model's device.
+
+        And the divergence of each pair over the vocabulary at every site, (pairs, sites) float64, where the
+        loss is of that; no pair otherwise.
+        """
         device = hidden.device
+        pairs = branches.pairs if batch.loss == "answer" else 0
+        divergences = torch.empty(pairs, len(batch.site_row), dtype=torch.float64, device=device)
         rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
         order = torch.argsort(batch.token_site)
         sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
@@ -107,12 +119,16 @@ class Traversal:
             first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
             at = _sent(sites[first:last] - part.start, device)
             wide = logits.double()
-            out[:, first:last] = wide[:, at, ids[first:last]] - torch.logsumexp(wide, dim=-1)[:, at]
+            normalizer = torch.logsumexp(wide, dim=-1)
+            out[:, first:last] = wide[:, at, ids[first:last]] - normalizer[:, at]
+            if pairs:
+                wide -= normalizer[..., None]
+                _divergences_into(divergences[:, part], wide, branches)
             if self.model.observer is not None:
                 self.model.observer.reached("head")
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
-        return unsorted
+        return unsorted, divergences
 
 
 def _once(work: Callable[[], Losses]) -> Losses:
@@ -124,24 +140,51 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _class_losses(logits: Tensor, gold: Tensor) -> Losses:
+def _pairs(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+    """Of values by branch, those at theta + mu d and those at theta - mu d."""
+    first = int(branches.base)
+    return values[first::2], values[first + 1 :: 2]
+
+
+def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
+    """Of each pair, a few sites at a time: the terms of a whole chunk would be as much as its logits again.
+
+    out: (pairs, sites). log_p: (branches, sites, vocabulary), both float64.
+    """
+    plus, minus = _pairs(log_p, branches)
+    step = max(1, TERMS_BYTES // (8 * max(1, len(plus)) * log_p.shape[-1]))
+    for first in range(0, out.shape[1], step):
+        part = slice(first, first + step)
+        out[:, part] = divergence_terms(plus[:, part], minus[:, part], torch).sum(-1)
+
+
+def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
     wide = logits.cpu().double()
-    losses = F.cross_entropy(wide.flatten(0, 1), gold.repeat(wide.shape[0]), reduction="none")
-    return Losses(losses.view(wide.shape[0], -1), wide)
+    log_p = F.log_softmax(wide, dim=-1)
+    losses = -log_p[:, torch.arange(len(gold)), gold]
+    return Losses(losses, wide, divergence_terms(*_pairs(log_p, branches), torch).sum(-1))
 
 
-def _slot_losses(scored: Tensor, batch: Batch) -> Losses:
-    scored = scored.cpu()
-    slots, examples = batch.slot_example.shape[0], batch.examples
-    counts = torch.zeros(slots, dtype=torch.float64).index_add_(
-        0, batch.token_slot, torch.ones(batch.token_slot.shape[0], dtype=torch.float64)
-    )
-    sums = torch.zeros(scored.shape[0], slots, dtype=torch.float64).index_add_(1, batch.token_slot, scored)
-    scores = sums / counts
+def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
+    """scored: (branches, scored tokens). divergences: (pairs, sites) where the loss is of answers."""
+    scores = _slot_means(scored.cpu(), batch)
     if batch.loss == "answer":
-        return Losses(-scores[:, batch.gold], scores)
+        by_token = divergences.cpu()[:, batch.token_site]
+        return Losses(-scores[:, batch.gold], scores, _slot_means(by_token, batch)[:, batch.gold])
     index = batch.slot_example.expand_as(scores)
-    peak = torch.full((scores.shape[0], examples), -torch.inf, dtype=torch.float64)
+    peak = torch.full((scores.shape[0], batch.examples), -torch.inf, dtype=torch.float64)
     peak = peak.scatter_reduce(1, index, scores, "amax")
     total = torch.zeros_like(peak).scatter_add_(1, index, (scores - peak[:, batch.slot_example]).exp())
-    return Losses(peak + total.log() - scores[:, batch.gold], scores)
+    normalizer = peak + total.log()
+    terms = divergence_terms(*_pairs(scores - normalizer[:, batch.slot_example], branches), torch)
+    sums = torch.zeros(len(terms), batch.examples, dtype=torch.float64)
+    sums.scatter_add_(1, batch.slot_example.expand_as(terms), terms)
+    return Losses(normalizer - scores[:, batch.gold], scores, sums)
+
+
+def _slot_means(by_token: Tensor, batch: Batch) -> Tensor:
+    """(..., scored tokens) float64 on the host -> their mean over every slot, (..., slots)."""
+    slots = batch.slot_example.shape[0]
+    counts = torch.bincount(batch.token_slot, minlength=slots)
+    sums = torch.zeros(by_token.shape[0], slots, dtype=torch.float64)
+    return sums.index_add_(1, batch.token_slot, by_token) / counts

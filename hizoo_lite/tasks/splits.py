@@ -150,12 +150,16 @@ def _key(example: Example) -> tuple[tuple[str, str], ...]:
     return tuple((name, repr(value)) for name, value in example.fields.items() if name != WHERE)
 
 
-def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+def batch_indices(
+    count: int, batch_size: int, seed: int, step: int, labels: Sequence[int] | None = None
+) -> list[int]:
     """The examples of one training step: a pure function of its arguments.
 
     The stream of examples is one permutation of `range(count)` after another, each a function of (seed,
     epoch); step s takes positions s * batch_size onwards. The last, incomplete batch of an epoch goes on into
     the next epoch's permutation, so that every batch is full and no example is left out.
+
+    labels: the class of each example, (count,), to spread the classes evenly over an epoch (see `_spread`).
     """
     if count < 1 or batch_size < 1 or seed < 0 or step < 0:
         raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
@@ -163,9 +167,27 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int
     position = step * batch_size
     while len(indices) < batch_size:
         epoch, offset = divmod(position + len(indices), count)
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+        draw = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        order = draw.permutation(count)
+        if labels is not None:
+            order = _spread(order, np.asarray(labels), draw)
         indices += order[offset : offset + batch_size - len(indices)].tolist()
     return indices
+
+
+def _spread(order: np.ndarray, labels: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """`order` with its classes spread evenly: every batch has them in the proportions of the whole.
+
+    The k-th of a class's n examples goes to the place (k + u) / n of the epoch, with one u in [0, 1) a class.
+    Each example is still seen once an epoch and the loss that is trained is the same, but what batches differ
+    in by the share of their classes is gone from its gradient (stratified sampling with proportional allocation;
+    Cochran, Sampling Techniques, section 5.5).
+    """
+    place = np.empty(len(order))
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels[order] == label)
+        place[own] = (np.arange(len(own)) + draw.random()) / len(own)
+    return order[np.argsort(place, kind="stable")]
 
 
 def batches(

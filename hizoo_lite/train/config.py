@@ -89,6 +89,9 @@ class TrainConfig:
         group="Space",
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
+    train_a: bool = _setting(
+        False, "of lora: train A as well as B; without it A keeps its random start", group="Space"
+    )
     dense_update: Literal["requantize", "residual"] = _setting(
         "residual",
         "of dense: residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
@@ -98,7 +101,13 @@ class TrainConfig:
 
     estimator: Literal["hizoo", "mezo"] = _setting(
         "hizoo",
-        "hizoo: 3 forwards a step; mezo: 2, no curvature is measured",
+        "hizoo: slope and curvature; mezo: the slope alone",
+        group="Method",
+    )
+    curvature_from: Literal["predictions", "losses"] = _setting(
+        "predictions",
+        "of hizoo: how far apart the pair's predictions are, 2 forwards a step; or the second difference of "
+        "losses, as published, 3 forwards",
         group="Method",
     )
     curvature: Literal["none", "diagonal", "grouped", "factored"] = _setting(
@@ -111,7 +120,7 @@ class TrainConfig:
         "tensor", "of grouped: one value for each tensor or row", group="Method"
     )
     curvature_every: int = _setting(
-        1, "steps between two measurements of curvature (2 + 1/k forwards a step)", group="Method", minimum=1
+        1, "of losses: steps between two measurements, 2 + 1/k forwards a step", group="Method", minimum=1
     )
     smoothing: float = _setting(
         0.01, "weight of a new curvature measurement", group="Method", above=0.0, maximum=1.0
@@ -122,7 +131,7 @@ class TrainConfig:
         "auto", "learning rate; auto derives it from the measured curvature", group="Method", above=0.0
     )
     lr_schedule: ScheduleName = _setting(
-        "constant", "course of the learning rate, on top of auto too", group="Method"
+        "linear", "course of the learning rate to zero at the last step, on top of auto too", group="Method"
     )
     warmup_steps: int = _setting(
         0, "steps in which the learning rate grows from zero", group="Method", minimum=0
@@ -139,6 +148,11 @@ class TrainConfig:
 
     steps: int = _setting(1000, "steps of the whole run", group="Run", minimum=1)
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
+    balanced: Literal["auto", "off"] = _setting(
+        "auto",
+        "auto: every batch has the classes in the proportions of the training examples, where a task has classes",
+        group="Run",
+    )
     accumulate: int = _setting(
         1, "parts in which a batch goes through, one after the other, to save memory", group="Run", minimum=1
     )
@@ -327,6 +341,11 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     found = []
     if values["estimator"] == "mezo" and values["lr"] == "auto":
         found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
+    if values["curvature_from"] == "predictions" and values["curvature_every"] != 1:
+        found.append(
+            f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the curvature at "
+            f"every step; allowed: 1, or {where('curvature_from')} losses"
+        )
     if values["space"] != "lora" and values["curvature"] == "diagonal":
         found.append(
             f"{where('curvature')}: got 'diagonal', a value for every weight, with {where('space')} "

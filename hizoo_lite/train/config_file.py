@@ -29,6 +29,9 @@ from hizoo_lite.train.config import (
     settings,
 )
 
+#: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it began.
+OLDER: dict[str, Any] = {"train_a": True, "curvature_from": "losses", "balanced": "off"}
+
 
 def flag(name: str) -> str:
     """The flag of a field: `--batch-size`."""
@@ -68,6 +71,8 @@ def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = 
     found: list[str] = []
     origin: dict[str, str] = {}
     values = _read(file, found, origin) if file is not None else {}
+    if config is None and file is not None:
+        values = {**OLDER, **values}
     for name, text in flags.items():
         values[name], origin[name] = _parsed(name, text), flag(name)
 
@@ -85,7 +90,7 @@ def read(path: Path) -> TrainConfig:
     """The settings of a run as it resolved them. UserError with every problem."""
     found: list[str] = []
     origin: dict[str, str] = {}
-    values = _read(path, found, origin)
+    values = {**OLDER, **_read(path, found, origin)}
     refuse(found + problems(values, lambda name: origin.get(name, name)))
     return TrainConfig(**values)
 

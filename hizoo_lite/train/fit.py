@@ -151,7 +151,7 @@ def _configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
-    known = {name: getattr(space, name, None) for name in ("rank", "alpha", "rslora", "targets")}
+    known = {name: getattr(space, name, None) for name in ("rank", "alpha", "rslora", "train_a", "targets")}
     named = {key: value for key, value in known.items() if value is not None}
     if isinstance(named.get("targets"), list | tuple):
         named["targets"] = ",".join(named["targets"])
@@ -161,7 +161,7 @@ def _configured(
     if isinstance(space, Dense):
         named["dense_update"] = space.update
     if isinstance(estimator, HiZOO):
-        named["curvature_every"] = estimator.every
+        named |= {"curvature_every": estimator.every, "curvature_from": estimator.curvature_from}
     if isinstance(curvature, Diagonal):
         named["curvature_mode"] = curvature.mode
     if isinstance(curvature, Grouped):

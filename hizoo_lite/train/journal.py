@@ -25,13 +25,15 @@ from typing import NamedTuple
 from hizoo_lite.errors import StorageError, UserError
 
 MAGIC = b"HIZOOJNL"
-VERSION = 1
+#: 2 says of every curvature where it is from; in 1 it was from losses. Both are read, and 1 is gone on with.
+VERSION = 2
+VERSIONS = (1, VERSION)
 #: magic, version, branches, bytes of a record, nothing, CRC-32 of what is before it
 _HEADER = struct.Struct("<8sHHI12sI")
 #: step, seed, data position, losses, halvings, flags, nothing, gradient, curvature, smoothing, lr, decay
 _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
-_SKIPPED, _CLIPPED, _CURVED = 1, 2, 4
+_SKIPPED, _CLIPPED, _CURVED, _PREDICTED = 1, 2, 4, 8
 _MASK = (1 << 64) - 1
 _WITHOUT = (
     "move it away: --resume then goes on from the newest checkpoint, and earlier steps cannot be replayed"
@@ -53,6 +55,7 @@ class Record(NamedTuple):
     skipped: bool = False  # a loss was not finite: nothing was changed
     clipped: bool = False  # the projected gradient was cut to the limit
     halvings: int = 0  # of the chunks that the losses were computed in
+    predicted: bool = False  # the curvature is from predictions, not from losses
 
 
 def record_bytes(branches: int) -> int:
@@ -69,7 +72,7 @@ class Journal:
         What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal,
         `StorageError` where it cannot be written.
         """
-        self.path, self.branches = path, branches
+        self.path, self.branches, self.version = path, branches, VERSION
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
@@ -82,12 +85,13 @@ class Journal:
 
     def _prepare(self) -> tuple[int, int]:
         """The checksum to go on from, and where."""
-        branches = _branches(self.path)
-        if branches is None:
+        form = _form(self.path)
+        if form is None:
             header = _header(self.branches)
             self._cut(0)
             self._write(header, 0)
             return zlib.crc32(header), len(header)
+        self.version, branches = form
         if branches != self.branches:
             raise UserError(
                 f"{self.path}: was made for {branches} branches a step, this run has {self.branches}"
@@ -111,7 +115,7 @@ class Journal:
     def truncate(self, steps: int) -> None:
         """Drop the records from step number `steps` on."""
         kept = [record for record in read(self.path) if record.step < steps]
-        header = _header(self.branches)
+        header = _header(self.branches, self.version)
         self._checksum = zlib.crc32(header)
         for record in kept:
             _, self._checksum = _packed(record, self.branches, self._checksum)
@@ -165,15 +169,16 @@ def read(path: Path) -> list[Record]:
 
 def scan(path: Path) -> Found:
     """The records up to the first that does not hold, and what is behind. `UserError` as for `read`."""
-    branches = _branches(path)
+    form = _form(path)
     try:
         data = memoryview(path.read_bytes())[_HEADER.size :]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if branches is None:
+    if form is None:
         return Found([], len(data), 0)
+    version, branches = form
     found: list[Record] = []
-    size, checksum = record_bytes(branches), zlib.crc32(_header(branches))
+    size, checksum = record_bytes(branches), zlib.crc32(_header(branches, version))
     for begin in range(0, len(data) - size + 1, size):
         record, after = _unpacked(bytes(data[begin : begin + size]), branches, checksum)
         if record is None or (found and record.step <= found[-1].step):
@@ -183,13 +188,13 @@ def scan(path: Path) -> Found:
     return Found(found, len(data) - len(found) * size, checksum)
 
 
-def _header(branches: int) -> bytes:
-    data = _HEADER.pack(MAGIC, VERSION, branches, record_bytes(branches), bytes(12), 0)[:-4]
+def _header(branches: int, version: int = VERSION) -> bytes:
+    data = _HEADER.pack(MAGIC, version, branches, record_bytes(branches), bytes(12), 0)[:-4]
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def _branches(path: Path) -> int | None:
-    """Of a record, from the header; None where that never reached the disk."""
+def _form(path: Path) -> tuple[int, int] | None:
+    """Version and branches of a record, from the header; None where that never reached the disk."""
     try:
         with path.open("rb") as file:
             data = file.read(_HEADER.size)
@@ -200,11 +205,12 @@ def _branches(path: Path) -> int | None:
     if data[:8] != MAGIC:
         raise UserError(f"{path}: is not a journal; {_WITHOUT}")
     _, version, branches, _, _, _ = _HEADER.unpack(data)
-    if version != VERSION:
-        raise UserError(f"{path}: version: got {version}, this program reads {VERSION}; {_WITHOUT}")
-    if data != _header(branches):
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
+    if data != _header(branches, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
-    return int(branches)
+    return int(version), int(branches)
 
 
 def _packed(record: Record, branches: int, checksum: int) -> tuple[bytes, int]:
@@ -212,7 +218,7 @@ def _packed(record: Record, branches: int, checksum: int) -> tuple[bytes, int]:
     if len(record.losses) > branches:
         raise ValueError(f"journal: {len(record.losses)} losses in a record of {branches}")
     flags = _SKIPPED * record.skipped | _CLIPPED * record.clipped
-    flags |= _CURVED * (record.curvature is not None)
+    flags |= _CURVED * (record.curvature is not None) | _PREDICTED * record.predicted
     curvature = math.nan if record.curvature is None else record.curvature
     losses = (*record.losses, *[math.nan] * (branches - len(record.losses)))
     data = _FIXED.pack(
@@ -259,5 +265,6 @@ def _unpacked(data: bytes, branches: int, checksum: int) -> tuple[Record | None,
         bool(flags & _SKIPPED),
         bool(flags & _CLIPPED),
         halvings,
+        bool(flags & _PREDICTED),
     )
     return record, checksum

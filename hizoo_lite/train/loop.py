@@ -103,6 +103,8 @@ class Loop:
         self.adapter_step = position.step  # after which the parameters in memory are those
         self.halvings = setup.traversal.halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
+        balanced = setup.config.balanced == "auto" and setup.encoder.task.kind == "choice"
+        self._labels = [example.gold for example in setup.splits.train] if balanced else None
 
     def run(self) -> None:
         """To the end. Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN."""
@@ -248,7 +250,7 @@ class Loop:
     def _batches(self, number: int) -> list[Batch]:
         """This rank's share of a step's examples, in the parts that are asked for; none that is empty."""
         config, train, encoder = self.setup.config, self.setup.splits.train, self.setup.encoder
-        indices = batch_indices(len(train), config.batch_size, config.seed, number)
+        indices = batch_indices(len(train), config.batch_size, config.seed, number, self._labels)
         mine = self.ranks.share(indices)
         for index in mine:
             if index not in self._encoded:
@@ -288,6 +290,7 @@ class Loop:
             skipped=record.skipped,
             clipped=record.clipped,
             halvings=self.setup.traversal.halvings,
+            predicted=record.predicted,
         )
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:

@@ -71,6 +71,14 @@ def task_encoder(tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, 
     return Encoder(tokenizer, kind, task, min(limit, tokenizer.model_max_length), loss=chosen)
 
 
+def make_estimator(config: TrainConfig) -> Estimator:
+    """The estimator that a configuration names, with its own options."""
+    options: dict[str, dict[str, Any]] = {
+        "hizoo": {"every": config.curvature_every, "curvature_from": config.curvature_from},
+    }
+    return estimators.get(config.estimator, **options.get(config.estimator, {}))
+
+
 def make_curvature(config: TrainConfig) -> Curvature:
     """The curvature that a configuration names, with its own options."""
     options: dict[str, dict[str, Any]] = {
@@ -88,10 +96,8 @@ def make_stepper(
     curvature: Curvature | None,
 ) -> Stepper:
     """The step of a configuration, on an attached space."""
-    if estimator is None:
-        options = {"every": config.curvature_every} if config.estimator == "hizoo" else {}
-        estimator = estimators.get(config.estimator, **options)
-    measures = any(estimator.branches(step).base for step in range(config.steps))
+    estimator = make_estimator(config) if estimator is None else estimator
+    measures = any(estimator.measures(step) for step in range(config.steps))
     if curvature is None:
         curvature = make_curvature(config) if measures else curvatures.get("none")
     course = schedules.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
@@ -102,7 +108,7 @@ def make_stepper(
         space,
         estimator,
         curvature,
-        schedules.step_size(config.lr, course, measures),
+        schedules.step_size(config.lr, course, measures, estimator.predicts),
         seed=config.seed,
         mu=config.mu,
         smoothing=smoothing,

@@ -45,9 +45,10 @@ class StoredSpace:
     def __init__(self, folder: Path, names: list[str], arrays: Arrays) -> None:
         self.folder, self._arrays = folder, arrays
         found = self._read(folder)
-        if set(found) != set(names):
+        if not set(names) <= set(found):
             raise UserError(f"{folder}: does not hold the parameters that state.json beside it names")
         self.parameters = {name: arrays.on_device(arrays.copied(found[name])) for name in names}
+        self.frozen = {name: value for name, value in found.items() if name not in self.parameters}
 
     def attach(self, model: Any, seed: int) -> NoReturn:
         """There is no model."""
@@ -60,14 +61,15 @@ class StoredSpace:
         shutil.copyfile(self.folder / peft_format.CONFIG_FILE, folder / peft_format.CONFIG_FILE)
         tensors = {
             peft_format.PREFIX + name: np.asarray(self._arrays.on_host(value))
-            for name, value in self.parameters.items()
+            for name, value in {**self.frozen, **self.parameters}.items()
         }
         tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read another adapter of the same shapes."""
-        for name, value in self._read(Path(folder)).items():
-            self.parameters[name][...] = self._arrays.on_device(self._arrays.copied(value))
+        found = self._read(Path(folder))
+        for name, value in self.parameters.items():
+            value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
         found = tensorfile.load(peft_format.tensor_file(folder))

@@ -31,15 +31,19 @@ def base_model(path: Path | str) -> str:
     return str(read_peft_config(folder).get("base_model_name_or_path") or "")
 
 
-def attach_adapter(model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None) -> Space:
+def attach_adapter(
+    model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None, train_a: bool = False
+) -> Space:
     """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
     `path` as for `find_adapter`. `prepare` is called before blocks are first asked for, to say how much
-    memory a pass will need. Raises UserError where what was saved does not fit the model, or is of a
+    memory a pass will need. `train_a`: of LoRA, where it is trained further. Raises UserError where what was saved does not fit the model, or is of a
     form that is not supported.
     """
     folder = find_adapter(path)
-    return _weights(model, folder, prepare) if (folder / SPACE_FILE).is_file() else _lora(model, folder)
+    if (folder / SPACE_FILE).is_file():
+        return _weights(model, folder, prepare)
+    return _lora(model, folder, train_a)
 
 
 def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
@@ -61,7 +65,7 @@ def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
     return space
 
 
-def _lora(model: Model, folder: Path) -> LoRA:
+def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
     config = read_peft_config(folder)
     targets = config["target_modules"]
     space = spaces.LoRA(
@@ -69,6 +73,7 @@ def _lora(model: Model, folder: Path) -> LoRA:
         alpha=float(config["lora_alpha"]),
         targets=targets if isinstance(targets, str) else list(targets),
         rslora=bool(config.get("use_rslora")),
+        train_a=train_a,
     )
     space.attach(model, seed=0)
     space.load(folder)

@@ -201,7 +201,12 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
 def make_space(config: TrainConfig) -> Space:
     """The space that a configuration names."""
     options: dict[str, dict[str, Any]] = {
-        "lora": {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora},
+        "lora": {
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "rslora": config.rslora,
+            "train_a": config.train_a,
+        },
         "dense": {"update": config.dense_update},
     }
     if config.targets != "auto":

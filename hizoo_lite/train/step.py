@@ -1,6 +1,6 @@
 """One step: noise, one traversal for all branches, the scalars of the estimator, the update.
 
-    z -> d = Sigma^(1/2) z -> losses at theta, theta + mu d, theta - mu d -> projected gradient g, curvature c
+    z -> d = Sigma^(1/2) z -> losses and predictions at theta +- mu d -> projected gradient g, curvature c
       -> Sigma <- observe(c, z) -> theta <- theta - lr g d, weight decay aside
 
 Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
@@ -50,6 +50,7 @@ class StepRecord(NamedTuple):
     smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 where none was measured
     decay: float = 0.0  # of the weights, already times lr
     tokens: int = 0  # of the batch, on all ranks
+    predicted: bool = False  # the curvature is from predictions, not from losses
 
 
 class Stepper:
@@ -99,9 +100,9 @@ class Stepper:
 
     def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
         z, branches = self.noise(step), self.estimator.branches(step)
-        directions = self._begin(step, z, measured=branches.base)
-        losses, tokens = self._mean_losses(batches, branches, directions)
-        estimate = self.estimator.estimate(losses, self.mu)
+        directions = self._begin(step, z, measured=self.estimator.measures(step))
+        losses, divergences, tokens = self._mean_losses(batches, branches, directions)
+        estimate = self.estimator.estimate(losses, divergences, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
             return StepRecord(step, values, math.nan, None, 0.0, branches.count, True, tokens=tokens)
@@ -110,7 +111,17 @@ class Stepper:
         smoothing = 0.0 if estimate.curvature is None else self.smoothing(step)
         lr, decay = self._learn(step, z, directions, estimate, smoothing)
         return StepRecord(
-            step, values, *estimate, lr, branches.count, False, clipped, smoothing, decay, tokens
+            step,
+            values,
+            *estimate,
+            lr,
+            branches.count,
+            False,
+            clipped,
+            smoothing,
+            decay,
+            tokens,
+            self.estimator.predicts,
         )
 
     def replay(self, record: Record) -> None:
@@ -122,6 +133,12 @@ class Stepper:
             raise UserError(f"journal.bin: step {record.step}: seed {record.seed}, the run has {self.seed}")
         if record.skipped:
             return
+        if record.curvature is not None and record.predicted != self.estimator.predicts:
+            raise UserError(
+                f"journal.bin: step {record.step}: its curvature is from "
+                f"{'predictions' if record.predicted else 'losses'}, these settings take the other: it is of "
+                "another run"
+            )
         with self._arrays.without_gradients():
             z = self.noise(record.step)
             directions = self._begin(record.step, z, measured=record.curvature is not None)
@@ -137,21 +154,23 @@ class Stepper:
 
     def _mean_losses(
         self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
-    ) -> tuple[np.ndarray, int]:
-        """Over all examples of all ranks, (branches,) float64; and the tokens of these, without padding.
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Losses (branches,) and divergences (pairs,), float64, over all ranks' examples; and these' tokens.
 
-        All that ranks tell each other in a step.
+        All that ranks tell each other in a step. Padding is no token.
         """
-        sums = np.zeros(branches.count + 2)  # the last two: examples, tokens
+        sums = np.zeros(branches.count + branches.pairs + 2)  # losses, divergences, examples, tokens
         for batch in batches:
-            losses = self.traversal.losses(batch, branches, self.mu, directions)
-            sums[:-2] += np.asarray(losses.per_example).sum(axis=1)
+            found = self.traversal.losses(batch, branches, self.mu, directions)
+            sums[: branches.count] += np.asarray(found.per_example).sum(axis=1)
+            sums[branches.count : -2] += np.asarray(found.divergences).sum(axis=1)
             sums[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
             self.space.weights.see()  # where this rank had no examples
             self.space.weights.flush()  # now, while nothing has been learnt: it can fail
         sums = self.ranks.sum(sums)
-        return sums[:-2] / sums[-2], int(sums[-1])
+        means = sums[:-2] / sums[-2]
+        return means[: branches.count], means[branches.count :], int(sums[-1])
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""

@@ -76,7 +76,7 @@ def export_train(
         aside.mkdir()
         loaded = load_base(source, stored_folder(source, work, listener))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
-        space = saved.attach_adapter(loaded, run)
+        space = saved.attach_adapter(loaded, run, train_a=config.train_a)
         assert isinstance(space, LoRA)
         if fresh:
             space.attach(loaded, config.seed)
@@ -129,7 +129,10 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
         "bits": model.bits,
         "loss": encoder.loss,
         "positions": model.positions,
-        "parameters": [{"name": n, "shape": list(value.shape)} for n, value in space.parameters.items()],
+        "parameters": [
+            {"name": name, "shape": list(value.shape), "trained": name in space.parameters}
+            for name, value in {**space.frozen, **space.parameters}.items()
+        ],
         "lora": settings,
         "onnx_adapter": {"names": _adapter_inputs(space)},
         "base": {

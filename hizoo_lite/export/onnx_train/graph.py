@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from hizoo_lite.divergence import divergence_terms
 from hizoo_lite.export.onnx.interface import encoder_inputs
 from hizoo_lite.export.onnx.linear import InputValues
 from hizoo_lite.export.onnx.skeleton import Skeleton
@@ -24,7 +25,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks.collate import Loss
 
-OUTPUTS = ("losses", "scores")
+OUTPUTS = ("losses", "scores", "divergences")
 #: Sizes of the example's dynamic dimensions: above 1, and all different.
 _SIZES = {
     "branches": 3,
@@ -69,7 +70,8 @@ def train_interface(
         inputs.append(_integers("gold", "rows"))  # a row is an example
     else:
         inputs += [_integers(name, size) for name, size in _PLACES.items()]
-    inputs += [_parameter(name, value) for name, value in space.parameters.items()]
+    tensors = {**space.frozen, **space.parameters}
+    inputs += [_parameter(name, value) for name, value in tensors.items()]
     for name in space.target_names:
         skeleton.linears[name].delta = BranchedAdapter(values, space.scaling)
     for name in space.head_names:
@@ -102,7 +104,7 @@ class _AtSites:
 
 @final
 class _Losses(nn.Module):
-    """Losses and scores of every branch, float64."""
+    """Losses and scores of every branch, and how far each one's predictions are from the next one's; float64."""
 
     def __init__(
         self,
@@ -117,49 +119,65 @@ class _Losses(nn.Module):
         self.hf, self.inputs, self.names, self.tokens = hf, inputs, list(names), list(tokens)
         self.no_cache, self.loss = dict(no_cache), loss
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        """given: the inputs, in order. (branches, examples); (branches, slots or examples, classes)."""
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """given: the inputs, in order.
+
+        (branches, examples); (branches, slots or examples, classes); (branches - 1, examples).
+        """
         values = self.inputs.values = dict(zip(self.names, given, strict=True))
         branches = given[-1].shape[0]
         folded = {name: values[name].repeat(branches, 1) for name in self.tokens}
         logits = self.hf(**folded, **self.no_cache).logits
         if self.loss == "class":
             return _class_losses(by_branch(logits, given[-1]), values["gold"])
-        scores = _slot_scores(_log_probabilities(logits, values), values)
-        return _slot_losses(scores, values, self.loss), scores
+        wide = logits.double()
+        normalizer = torch.logsumexp(wide, dim=-1)
+        scores = _slot_means(_log_probabilities(logits, normalizer, values), values)
+        if self.loss == "answer":
+            between = _between(wide - normalizer.unsqueeze(-1)).sum(-1).index_select(1, values["token_site"])
+            gold = values["gold"]
+            return -scores.index_select(1, gold), scores, _slot_means(between, values).index_select(1, gold)
+        return _choice_losses(scores, values)
 
 
-def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _between(log_p: Tensor) -> Tensor:
+    """The terms of the divergence between each branch and the next, (branches, ...) -> (branches - 1, ...)."""
+    return divergence_terms(log_p[:-1], log_p[1:], torch)
+
+
+def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = logits.double()
     index = gold.view(1, -1, 1).expand(wide.shape[0], -1, 1)
-    return -F.log_softmax(wide, dim=-1).gather(2, index).squeeze(2), wide
+    log_p = F.log_softmax(wide, dim=-1)
+    return -log_p.gather(2, index).squeeze(2), wide, _between(log_p).sum(-1)
 
 
-def _log_probabilities(logits: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+def _log_probabilities(logits: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Of every scored token. logits: (branches, sites, vocabulary) float32 -> (branches, scored) float64."""
     site, token = values["token_site"], values["token_id"]
     chosen = logits.flatten(1).index_select(1, site * logits.shape[-1] + token)
-    return chosen.double() - torch.logsumexp(logits.double(), dim=-1).index_select(1, site)
+    return chosen.double() - normalizer.index_select(1, site)
 
 
-def _slot_scores(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """Mean log-probability of every slot: (branches, scored) -> (branches, slots)."""
+def _slot_means(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """The mean over the tokens of every slot: (..., scored) -> (..., slots)."""
     slot, slots = values["token_slot"], values["slot_example"].shape[0]
     sums = scored.new_zeros(scored.shape[0], slots).scatter_add(1, slot.expand_as(scored), scored)
     counts = scored.new_zeros(slots).scatter_add(0, slot, torch.ones_like(slot, dtype=scored.dtype))
     return sums / counts
 
 
-def _slot_losses(scores: Tensor, values: Mapping[str, Tensor], loss: Loss) -> Tensor:
-    """(branches, slots) -> (branches, examples)."""
+def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(branches, slots) -> (branches, examples); the scores; (branches - 1, examples)."""
     example, gold = values["slot_example"], values["gold"]
     chosen = scores.index_select(1, gold)
-    if loss == "answer":
-        return -chosen
     index = example.expand_as(scores)
     peak = torch.full_like(chosen, -torch.inf).scatter_reduce(1, index, scores, "amax")
     shares = (scores - peak.index_select(1, example)).exp()
-    return peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log() - chosen
+    normalizer = peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log()
+    terms = _between(scores - normalizer.index_select(1, example))
+    sums = torch.zeros_like(chosen[1:]).scatter_add(1, index[1:], terms)
+    return normalizer - chosen, scores, sums
 
 
 def _integers(name: str, *dimensions: str) -> Input:
