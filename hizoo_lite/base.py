@@ -310,8 +310,8 @@ class LinearDelta(ABC):
 class Space(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
-    `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in memory
-    that are saved and loaded with them and never move.
+    `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in
+    memory that are saved and loaded with them and never move.
     """
 
     name: str
@@ -459,9 +459,9 @@ class Losses(NamedTuple):
     per_example: Array  # (branches, examples) float64
     scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
     divergences: Array = np.zeros((0, 0))
-    # (pairs, examples) float64: KL(p+ || p-) + KL(p- || p+) of the distribution that the loss is of. "choice":
-    # over the example's slots; "class": over the classes; "answer": over the vocabulary, the mean over the
-    # places of the gold slot's tokens.
+    # (pairs, examples) float64: KL(p+ || p-) + KL(p- || p+) of the distribution that the loss is of: "choice"
+    # over the example's slots, "class" over the classes, "answer" over the vocabulary, there the mean over
+    # the gold slot's tokens.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""

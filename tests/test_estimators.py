@@ -11,22 +11,31 @@ from torch import Tensor
 
 from hizoo_lite.base import UserError
 from hizoo_lite.estimators import ESTIMATORS, HiZOO, MeZO, get
+from hizoo_lite.estimators.hizoo import directional_curvature
+from hizoo_lite.stream.divergence import divergence_terms
 from tests import reference
 
 MU = 1e-3  # the default perturbation scale
 #: Required of the scalars of a step, in float32 at the default mu. See `per_example_losses` for how.
 AUTOGRAD_TOLERANCE = 1e-3
 SEEDS = range(9)
+#: Divergences of a step in which they are not looked at.
+NO_PAIR = np.zeros(0)
+
+
+def published(every: int = 1) -> HiZOO:
+    """HiZOO with the second difference of losses."""
+    return HiZOO(every, curvature_from="losses")
 
 
 def test_hizoo_scalars_equal_the_float64_formula():
     losses = [2.5, 2.75, 2.5625]
-    estimate = HiZOO().estimate(np.array(losses), MU)
+    estimate = published().estimate(np.array(losses), NO_PAIR, MU)
     assert estimate == pytest.approx(reference.hizoo_scalars(losses, MU), rel=1e-12)
 
 
 def test_mezo_scalar_equals_the_float64_formula():
-    estimate = MeZO().estimate(np.array([2.75, 2.5625]), MU)
+    estimate = MeZO().estimate(np.array([2.75, 2.5625]), NO_PAIR, MU)
     assert estimate.projected_grad == pytest.approx(
         reference.hizoo_scalars([0.0, 2.75, 2.5625], MU)[0], rel=1e-12
     )
@@ -35,12 +44,12 @@ def test_mezo_scalar_equals_the_float64_formula():
 
 def test_hizoo_without_base_branch_equals_mezo():
     losses = np.array([2.75, 2.5625])
-    assert HiZOO(every=2).estimate(losses, MU) == MeZO().estimate(losses, MU)
+    assert published(every=2).estimate(losses, NO_PAIR, MU) == MeZO().estimate(losses, NO_PAIR, MU)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_hizoo_costs_two_forwards_and_one_over_every(every):
-    estimator = HiZOO(every)
+    estimator = published(every)
     counts = [estimator.branches(step).count for step in range(10 * every)]
     assert sum(counts) / len(counts) == 2 + 1 / every
     assert counts[0] == 3
@@ -51,17 +60,52 @@ def test_mezo_costs_two_forwards():
 
 
 def test_branch_order_is_base_plus_minus():
-    assert HiZOO().branches(0).signs == (0, 1, -1)
+    assert published().branches(0).signs == (0, 1, -1)
+
+
+def test_predictions_cost_two_forwards_and_measure_every_step():
+    estimator = HiZOO()
+    assert {estimator.branches(step).signs for step in range(5)} == {(1, -1)}
+    assert all(estimator.measures(step) for step in range(5))
+
+
+def test_curvature_from_predictions_is_their_divergence_over_the_distance_squared():
+    estimate = HiZOO().estimate(np.array([2.75, 2.5625]), np.array([3e-6]), MU)
+    assert estimate.curvature == pytest.approx(3e-6 / (4 * MU**2), rel=1e-12)
+    assert directional_curvature(3e-6, MU) == pytest.approx(3e-6 / MU**2, rel=1e-12)  # of a one-sided point
+
+
+def test_divergence_equals_both_kullback_leibler_divergences():
+    draw = np.random.default_rng(0)
+    p, q = (torch.from_numpy(draw.dirichlet(np.ones(5), 7)) for _ in range(2))
+    wanted = (p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)
+    terms = divergence_terms(p.log(), q.log())
+    assert (terms >= 0).all()
+    torch.testing.assert_close(terms.sum(1), wanted, rtol=1e-12, atol=0)
+
+
+def test_a_one_sided_divergence_is_twice_the_kullback_leibler_one_to_leading_order():
+    generator = torch.Generator().manual_seed(0)
+    logits, move = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    zero, moved = logits.log_softmax(0), (logits + MU * move).log_softmax(0)
+    ours = directional_curvature(float(divergence_terms(zero, moved).sum()), MU)
+    theirs = 2 * float((zero.exp() * (zero - moved)).sum()) / MU**2
+    assert ours == pytest.approx(theirs, rel=1e-2)  # they differ by terms of order mu
+
+
+def test_an_outcome_that_is_impossible_adds_nothing_to_a_divergence():
+    log_p = torch.tensor([0.0, -torch.inf], dtype=torch.float64)
+    assert divergence_terms(log_p, log_p).tolist() == [0.0, 0.0]
 
 
 def test_curvature_keeps_differences_that_a_plain_sum_would_round_away():
     base, rise = 1e6, 2.0**-33  # l+ + l- of this size is spaced 2^-32: the rise of one branch falls between
-    estimate = HiZOO().estimate(np.array([base, base + rise, base]), 1.0)
+    estimate = published().estimate(np.array([base, base + rise, base]), NO_PAIR, 1.0)
     assert estimate.curvature == rise
 
 
 def test_non_finite_losses_give_non_finite_scalars():
-    estimate = HiZOO().estimate(np.array([1.0, math.nan, 1.0]), MU)
+    estimate = published().estimate(np.array([1.0, math.nan, 1.0]), NO_PAIR, MU)
     assert math.isnan(estimate.projected_grad)
     assert math.isnan(estimate.curvature)
 
@@ -87,17 +131,27 @@ def test_impossible_refresh_interval_is_an_error(every):
         HiZOO(every=every)
 
 
+def test_predictions_are_not_measured_now_and_then():
+    with pytest.raises(UserError, match="every: got 2, but predictions give the curvature at every step"):
+        HiZOO(every=2)
+
+
+def test_an_unknown_source_of_curvature_is_an_error():
+    with pytest.raises(UserError, match="curvature_from must be predictions or losses, got 'gradients'"):
+        HiZOO(curvature_from="gradients")
+
+
 @pytest.mark.parametrize("mu", [0.0, -1e-3, math.nan, math.inf])
 def test_impossible_mu_is_an_error(mu):
     with pytest.raises(UserError, match="mu must be a positive number"):
-        MeZO().estimate(np.array([1.0, 2.0]), mu)
+        MeZO().estimate(np.array([1.0, 2.0]), NO_PAIR, mu)
 
 
 def test_wrong_number_of_losses_is_an_error():
     with pytest.raises(ValueError, match=r"losses of shape \(2,\) expected, got \(3,\)"):
-        MeZO().estimate(np.zeros(3), MU)
+        MeZO().estimate(np.zeros(3), NO_PAIR, MU)
     with pytest.raises(ValueError, match=r"losses of shape \(2,\) or \(3,\) expected, got \(5,\)"):
-        HiZOO().estimate(np.zeros(5), MU)
+        published().estimate(np.zeros(5), NO_PAIR, MU)
 
 
 def network(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -135,9 +189,9 @@ def step_errors(seed: int) -> tuple[float, float]:
                 [w + sign * MU * d for w, d in zip(weights, z, strict=True)], inputs, classes
             ).mean()
         )
-        for sign in HiZOO().branches(0).signs
+        for sign in published().branches(0).signs
     ]
-    estimate = HiZOO().estimate(np.array(losses), MU)
+    estimate = published().estimate(np.array(losses), NO_PAIR, MU)
 
     def along(t: Tensor) -> Tensor:
         point = [w.double() + t * d.double() for w, d in zip(weights, z, strict=True)]

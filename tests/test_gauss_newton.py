@@ -1,6 +1,6 @@
 """The measured curvature is d' G d of autograd's exact Gauss-Newton product, on adapters of real models.
 
-The reference is transformers' model with PEFT's adapter in float64; a product J d comes from two backward passes.
+The reference is transformers' model with PEFT's adapter in float64; J d comes from two backward passes.
 """
 
 from __future__ import annotations
@@ -46,13 +46,18 @@ class Twin(NamedTuple):
 
 
 def make(
-    case: str, folder: Path, *, compute: str = "float32", train_a: bool = True, sigma: str = "none", **more: Any
+    case: str,
+    folder: Path,
+    *,
+    compute: str = "float32",
+    sigma: str = "none",
+    **more: Any,
 ) -> Stepper:
     """A step on a tiny model with an adapter at B = 0."""
     name, kind = CASES[case]
     save_tiny(name, folder / "model", kind=kind)
     model = load(folder / "model", kind=kind, bits="none", compute_dtype=compute, device="cpu")
-    space = LoRA(rank=4, train_a=train_a)
+    space = LoRA(rank=4, train_a=True)
     space.attach(model, seed=0)
     made: Curvature = curvature.get(sigma)
     return Stepper(
@@ -69,7 +74,7 @@ def make(
 
 def make_batch(case: str) -> Batch:
     """Three examples with the loss that the case names."""
-    name, kind = CASES[case]
+    kind = CASES[case][1]
     batch = tiny_task_batch(kind)
     if not case.endswith("choice"):
         return batch
@@ -121,7 +126,9 @@ def exact(twin: Twin, batch: Batch, directions: dict[str, Tensor]) -> float:
     values = list(twin.parameters.values())
     weight = torch.zeros_like(logits, requires_grad=True)
     pulled = torch.autograd.grad(logits, values, weight, create_graph=True)
-    along = sum((g * directions[name].double()).sum() for name, g in zip(twin.parameters, pulled, strict=True))
+    along = sum(
+        (g * directions[name].double()).sum() for name, g in zip(twin.parameters, pulled, strict=True)
+    )
     [moved] = torch.autograd.grad(along, weight)
     p = logits.detach().softmax(-1)
     variance = (p * moved**2).sum(-1) - (p * moved).sum(-1) ** 2
@@ -190,7 +197,7 @@ def test_every_measured_curvature_is_nonnegative_and_right_along_its_own_directi
 def test_a_large_gradient_on_little_curvature_gets_the_rate_of_the_curvature(tmp_path: Path) -> None:
     """Confidently wrong: the gradient is as large as it can be, p (1 - p) is next to nothing.
 
-    The second difference takes the gradient's product term of A and B for curvature; its rate is far too small.
+    The second difference takes the gradient's product term of A and B for curvature: too small a rate.
     """
     case, rates = "llama choice", {}
     for source in ("predictions", "losses"):

@@ -28,6 +28,7 @@ RECORDS = st.builds(
     skipped=st.booleans(),
     clipped=st.booleans(),
     halvings=st.integers(0, 10),
+    predicted=st.booleans(),
 )
 
 
@@ -99,7 +100,9 @@ def test_a_flipped_bit_ends_the_journal_or_is_named(tmp_path: Path) -> None:
         data[position] ^= 1 << position % 8
         path.write_bytes(data)
         if position < 32:
-            with pytest.raises(UserError, match=r"(damaged|not a journal|reads 1); move it away: --resume"):
+            with pytest.raises(
+                UserError, match=r"(damaged|not a journal|reads 1 and 2); move it away: --resume"
+            ):
                 scan(path)
             continue
         sound = (position - 32) // size

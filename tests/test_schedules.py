@@ -18,7 +18,7 @@ def feed(rate: AutoRate, curvature: float | None, gradient: float = 1.0, steps: 
 
 def settled(curvature: float = 100.0) -> AutoRate:
     """An automatic rate that has seen a steady curvature for long."""
-    rate = AutoRate()
+    rate = AutoRate(kappa=0.03)
     feed(rate, curvature, steps=500)
     return rate
 
@@ -89,7 +89,7 @@ def test_auto_rate_of_a_steady_curvature_is_kappa_over_it():
 
 
 def test_auto_rate_starts_small():
-    rate = AutoRate(ramp=20)
+    rate = AutoRate(kappa=0.03, ramp=20)
     rates = [feed(rate, 100.0) for _ in range(25)]
     assert rates[0] == pytest.approx(0.03 / 100.0 / 20, rel=1e-9)
     assert rates == sorted(rates)
@@ -118,6 +118,10 @@ def test_auto_rate_without_curvature_is_the_ceiling(curvature):
     assert feed(AutoRate(ceiling=1e-2), curvature, steps=50) == 1e-2
 
 
+def test_auto_rate_without_curvature_and_ceiling_is_zero():
+    assert feed(AutoRate(), 0.0, steps=50) == 0.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200, None])
 def test_auto_rate_passes_over_a_missing_or_infinite_curvature(bad):
     rate = settled(100.0)
@@ -140,7 +144,7 @@ def test_auto_rate_bounds_the_move_of_a_huge_gradient():
 
 
 def test_auto_rate_follows_its_schedule():
-    rate = AutoRate(schedule=Schedule("linear", 1.0, total_steps=1_000))
+    rate = AutoRate(kappa=0.03, schedule=Schedule("linear", 1.0, total_steps=1_000))
     for step in range(500):
         last = rate.rate(step, Estimate(1.0, 100.0))
     assert last == pytest.approx(0.03 / 100.0 * 501 / 1_000, rel=1e-9)
@@ -176,7 +180,11 @@ def test_a_state_of_another_step_size_is_an_error():
 
 def test_step_size_makes_what_the_flag_says():
     schedule = Schedule("linear", 1.0, total_steps=4)
-    assert isinstance(step_size("auto", schedule, measures_curvature=True), AutoRate)
+    auto = step_size("auto", schedule, measures_curvature=True)
+    assert isinstance(auto, AutoRate)
+    assert auto.ceiling is None
+    published = step_size("auto", schedule, measures_curvature=True, predicts=False)
+    assert (published.kappa, published.ramp, published.ceiling) == (0.03, 20, 1e-2)
     assert step_size(0.5, schedule, measures_curvature=False).rate(2, Estimate(1.0, None)) == 0.25
 
 

@@ -21,18 +21,25 @@ from tests.batches import tiny_task_batch
 LR, MU = 1e-3, 1e-3
 
 
-def make_stepper(folder: Path, kind: str = "causal", estimator: str = "hizoo", **options: float) -> Stepper:
-    """A stepper on a tiny NF4 Llama with a fixed rate."""
+def make_stepper(
+    folder: Path,
+    kind: str = "causal",
+    estimator: str = "hizoo",
+    source: str = "predictions",
+    **options: float,
+) -> Stepper:
+    """A stepper on a tiny NF4 Llama with a fixed rate, both sides of its adapters trained."""
     save_tiny("llama", folder, kind=kind)
     model = load(folder, kind=kind, bits="nf4", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=4)
+    space = LoRA(rank=4, train_a=True)
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)
+    made = {"curvature_from": source} if estimator == "hizoo" else {}
     return Stepper(
         Traversal(model),
         space,
-        estimators.get(estimator),
+        estimators.get(estimator, **made),
         curvature.get("grouped" if estimator == "hizoo" else "none"),
         FixedRate(Schedule("constant", LR, 0, 100)),
         seed=7,
@@ -42,9 +49,14 @@ def make_stepper(folder: Path, kind: str = "causal", estimator: str = "hizoo", *
     )
 
 
-@pytest.mark.parametrize(("estimator", "forwards"), [("hizoo", 3), ("mezo", 2)])
-def test_the_update_is_the_projected_gradient_along_z(estimator: str, forwards: int, tmp_path: Path) -> None:
-    stepper = make_stepper(tmp_path, estimator=estimator)
+@pytest.mark.parametrize(
+    ("estimator", "source", "forwards"),
+    [("hizoo", "predictions", 2), ("hizoo", "losses", 3), ("mezo", "losses", 2)],
+)
+def test_the_update_is_the_projected_gradient_along_z(
+    estimator: str, source: str, forwards: int, tmp_path: Path
+) -> None:
+    stepper = make_stepper(tmp_path, estimator=estimator, source=source)
     before = {name: p.clone() for name, p in stepper.space.parameters.items()}
     record = stepper.step(0, tiny_task_batch("causal"))
     assert record.forwards == forwards == len(record.losses)
@@ -61,7 +73,7 @@ def test_scalars_equal_autograd_on_a_language_model(tmp_path: Path) -> None:
     import peft
     import transformers
 
-    stepper = make_stepper(tmp_path / "model")
+    stepper = make_stepper(tmp_path / "model", source="losses")
     stepper.space.save(tmp_path / "adapter")
     model, batch = stepper.traversal.model, tiny_task_batch("causal")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
@@ -98,7 +110,7 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(
     stepper = make_stepper(tmp_path)
     before = {name: p.clone() for name, p in stepper.space.parameters.items()}
     state = {name: t.clone() for name, t in stepper.curvature.state_dict().items()}
-    bad = Losses(torch.tensor([[1.0], [math.nan], [1.0]], dtype=torch.float64), torch.zeros(3, 1))
+    bad = Losses(torch.tensor([[math.nan], [1.0]], dtype=torch.float64), torch.zeros(2, 1), torch.ones(1, 1))
     monkeypatch.setattr(stepper.traversal, "losses", lambda *_: bad)
     record = stepper.step(0, tiny_task_batch("causal"))
     stepper.close()

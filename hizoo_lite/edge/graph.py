@@ -2,8 +2,8 @@
 
 `train.onnx` takes the arrays of a batch by their names, and every trained parameter once a branch,
 (branches, *shape) float32; the rows of the batch are folded over the branches inside. Its outputs are
-`losses`, (branches, examples) float64, `scores`, and `divergences` between the predictions of each branch and the
-next. A perturbed parameter exists only in the feed: what is trained is never changed by a forward.
+`losses`, (branches, examples) float64, `scores`, and `divergences` between the predictions of each branch and
+the next. A perturbed parameter exists only in the feed: what is trained is never changed by a forward.
 """
 
 from __future__ import annotations

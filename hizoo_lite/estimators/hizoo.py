@@ -7,19 +7,19 @@ With l+ and l- the mean losses at theta + mu*d and theta - mu*d, the slope is
 and the curvature comes from one of two sources:
 
 - "predictions": d' G d = [KL(p+ || p-) + KL(p- || p+)] / (4 mu^2) of the predicted distributions, with G the
-  Gauss-Newton matrix (`divergence.py`). Never negative, first differences only, and the pair is enough: two
-  branches a step.
+  Gauss-Newton matrix (`stream/divergence.py`). Never negative, first differences only, and the pair is
+  enough: two branches a step.
 - "losses": d' H d = (l+ + l- - 2 l0) / mu^2, as published, with l0 the loss at theta: three branches a step.
 
-The published second difference is kept for parity. It is no curvature where parameters are multiplied with
-each other: with LoRA's A and B perturbed together it holds 2 <G_W, z_B z_A>, the *gradient* of the weight along
-a random product, which has mean zero over z and is as large as the gradient. On SmolLM2-135M it scatters by 20
-to 100 around a curvature of 0.03 to 0.3 (tools/LOG.md). H and G differ by the curvature of the model itself,
+The second difference is kept for parity. It is no curvature where parameters are multiplied with each other:
+with LoRA's A and B perturbed together it holds 2 <G_W, z_B z_A>, the *gradient* of the weight along a random
+product, which has mean zero over z and is as large as the gradient. On SmolLM2-135M it scatters by 20 to 100
+around a curvature of 0.03 to 0.3 (tools/LOG.md). H and G differ by the curvature of the model itself,
 weighted by the residuals; G is what a stable step size needs (Martens, arXiv 1412.1193, section 8).
 
-The published code spends a fourth forward on logging; ours never does. With "losses" the base branch may be left
-out of most steps (`every`), because the curvature changes more slowly than the gradient: a step then costs
-2 + 1/every forwards on average.
+The published code spends a fourth forward on logging; ours never does. With "losses" the base branch may be
+left out of most steps (`every`), because the curvature changes more slowly than the gradient: a step then
+costs 2 + 1/every forwards on average.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Literal, get_args
 import numpy as np
 
 from hizoo_lite.base import Branches, Estimate, UserError
-from hizoo_lite.divergence import directional_curvature
 from hizoo_lite.estimators.mezo import as_losses, central_difference
 
 CurvatureSource = Literal["predictions", "losses"]
@@ -81,3 +80,12 @@ class HiZOO:
         zero, plus, minus = values
         # Differences first: adding l+ and l- would round away what separates them from 2 l0.
         return Estimate(gradient, ((plus - zero) + (minus - zero)) / (mu * mu))
+
+
+def directional_curvature(divergence: float, distance: float) -> float:
+    """d' G d from the mean divergence of the predictions at two points on a line along d.
+
+    distance: between them, in units of d: 2 mu for a pair at +-mu d. From theta itself to a one-sided point
+    at mu d it is mu; 2 KL(p0 || p) / mu^2 has the same leading term, this one treats both points alike.
+    """
+    return divergence / (distance * distance)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
-from hizoo_lite.divergence import divergence_terms
 from hizoo_lite.model.model import Model
+from hizoo_lite.stream.divergence import divergence_terms
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
 from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
@@ -155,14 +155,14 @@ def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
     step = max(1, TERMS_BYTES // (8 * max(1, len(plus)) * log_p.shape[-1]))
     for first in range(0, out.shape[1], step):
         part = slice(first, first + step)
-        out[:, part] = divergence_terms(plus[:, part], minus[:, part], torch).sum(-1)
+        out[:, part] = divergence_terms(plus[:, part], minus[:, part]).sum(-1)
 
 
 def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
     wide = logits.cpu().double()
     log_p = F.log_softmax(wide, dim=-1)
     losses = -log_p[:, torch.arange(len(gold)), gold]
-    return Losses(losses, wide, divergence_terms(*_pairs(log_p, branches), torch).sum(-1))
+    return Losses(losses, wide, divergence_terms(*_pairs(log_p, branches)).sum(-1))
 
 
 def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
@@ -176,7 +176,7 @@ def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Br
     peak = peak.scatter_reduce(1, index, scores, "amax")
     total = torch.zeros_like(peak).scatter_add_(1, index, (scores - peak[:, batch.slot_example]).exp())
     normalizer = peak + total.log()
-    terms = divergence_terms(*_pairs(scores - normalizer[:, batch.slot_example], branches), torch)
+    terms = divergence_terms(*_pairs(scores - normalizer[:, batch.slot_example], branches))
     sums = torch.zeros(len(terms), batch.examples, dtype=torch.float64)
     sums.scatter_add_(1, batch.slot_example.expand_as(terms), terms)
     return Losses(normalizer - scores[:, batch.gold], scores, sums)

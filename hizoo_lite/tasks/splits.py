@@ -180,8 +180,8 @@ def _spread(order: np.ndarray, labels: np.ndarray, draw: np.random.Generator) ->
 
     The k-th of a class's n examples goes to the place (k + u) / n of the epoch, with one u in [0, 1) a class.
     Each example is still seen once an epoch and the loss that is trained is the same, but what batches differ
-    in by the share of their classes is gone from its gradient (stratified sampling with proportional allocation;
-    Cochran, Sampling Techniques, section 5.5).
+    in by the share of their classes is gone from its gradient (stratified sampling with proportional
+    allocation; Cochran, Sampling Techniques, section 5.5).
     """
     place = np.empty(len(order))
     for label in np.unique(labels):

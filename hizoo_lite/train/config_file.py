@@ -29,7 +29,7 @@ from hizoo_lite.train.config import (
     settings,
 )
 
-#: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it began.
+#: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it was.
 OLDER: dict[str, Any] = {"train_a": True, "curvature_from": "losses", "balanced": "off"}
 
 
@@ -213,10 +213,13 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
     stated, after = asdict(old), asdict(new)
     before = {**stated, **_begun_with(Path(new.out or "") / "run.json")}
     kept = {name for name in after if name not in MAY_CHANGE_ON_RESUME}
-    if before["lr_schedule"] == before["smoothing_schedule"] == "constant":
+    ends = [name for name in ("lr_schedule", "smoothing_schedule") if before[name] != "constant"]
+    if not ends:
         kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
+    why = {"steps": ": " + " and ".join(f"{name} {before[name]!r} ends with them" for name in ends)}
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"
+        + why.get(name, "")
         + (
             f"; put back into config.toml: {_line(name, before[name])}"
             if stated[name] != before[name]

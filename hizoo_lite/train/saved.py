@@ -37,8 +37,8 @@ def attach_adapter(
     """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
     `path` as for `find_adapter`. `prepare` is called before blocks are first asked for, to say how much
-    memory a pass will need. `train_a`: of LoRA, where it is trained further. Raises UserError where what was saved does not fit the model, or is of a
-    form that is not supported.
+    memory a pass will need. `train_a`: of LoRA, where it is trained further. Raises UserError where what was
+    saved does not fit the model, or is of a form that is not supported.
     """
     folder = find_adapter(path)
     if (folder / SPACE_FILE).is_file():

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from hizoo_lite.divergence import divergence_terms
 from hizoo_lite.export.onnx.interface import encoder_inputs
 from hizoo_lite.export.onnx.linear import InputValues
 from hizoo_lite.export.onnx.skeleton import Skeleton
@@ -23,6 +22,7 @@ from hizoo_lite.export.onnx.trace import Input
 from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, by_branch
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
+from hizoo_lite.stream.divergence import divergence_terms
 from hizoo_lite.tasks.collate import Loss
 
 OUTPUTS = ("losses", "scores", "divergences")
@@ -104,7 +104,7 @@ class _AtSites:
 
 @final
 class _Losses(nn.Module):
-    """Losses and scores of every branch, and how far each one's predictions are from the next one's; float64."""
+    """Losses and scores of every branch, and how far its predictions are from the next one's; float64."""
 
     def __init__(
         self,
@@ -141,8 +141,8 @@ class _Losses(nn.Module):
 
 
 def _between(log_p: Tensor) -> Tensor:
-    """The terms of the divergence between each branch and the next, (branches, ...) -> (branches - 1, ...)."""
-    return divergence_terms(log_p[:-1], log_p[1:], torch)
+    """The terms of each branch's divergence from the next, (branches, ...) -> (branches - 1, ...)."""
+    return divergence_terms(log_p[:-1], log_p[1:])
 
 
 def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
