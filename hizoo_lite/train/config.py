@@ -150,7 +150,7 @@ class TrainConfig:
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
     balanced: Literal["auto", "off"] = _setting(
         "auto",
-        "auto: every batch has the classes in the proportions of all training examples, of tasks with choices",
+        "auto: every batch has the classes in the proportions of the whole, of tasks with choices",
         group="Run",
     )
     accumulate: int = _setting(
@@ -343,8 +343,8 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
         found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
     if values["curvature_from"] == "predictions" and values["curvature_every"] != 1:
         found.append(
-            f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the curvature "
-            f"at every step; allowed: 1, or {where('curvature_from')} losses"
+            f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the "
+            f"curvature at every step; allowed: 1, or {where('curvature_from')} losses"
         )
     if values["space"] != "lora" and values["curvature"] == "diagonal":
         found.append(

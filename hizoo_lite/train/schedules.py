@@ -127,7 +127,7 @@ class AutoRate:
 
     def __init__(
         self,
-        kappa: float = 0.1,
+        kappa: float = 0.06,
         ramp: int = 5,
         guard: float = 3.0,
         ceiling: float | None = None,
