@@ -33,6 +33,7 @@ from hizoo_lite.train.config import TrainConfig
 DEMO = Path(hizoo_lite.__file__).parent / "demo"
 #: Of the embedded model, as the records say it.
 BASE = {"model": "embedded", "fingerprint": fingerprint(DEMO)}
+OUTPUTS = ["losses", "scores", "divergences"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 INTEGERS = tuple(name for name in Batch._fields if name not in ("token_type_ids", "loss"))
 #: How many dimensions an input has.
@@ -67,7 +68,7 @@ class _TrainGraph(nn.Module):
             setattr(model.get_submodule(parent), last, layer)
             self.layers.append(layer)
 
-    def forward(self, batch: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask, row, position, site, token, slot, example, gold = batch
         for layer, a, b in zip(self.layers, parameters[::2], parameters[1::2], strict=True):
             layer.a, layer.b = a, b
@@ -76,46 +77,59 @@ class _TrainGraph(nn.Module):
             input_ids=ids.repeat(branches, 1), attention_mask=mask.repeat(branches, 1), use_cache=False
         ).logits
         logits = logits.reshape(branches, ids.shape[0], ids.shape[1], -1)[:, row, position].double()
-        scored = logits.log_softmax(-1)[:, site, token]
+        log_p = logits.log_softmax(-1)
         mine = (slot[:, None] == torch.arange(example.shape[0])[None]).double()
-        scores = scored @ mine / mine.sum(0)
+        scores = log_p[:, site, token] @ mine / mine.sum(0)
         if self.loss == "answer":
-            return -scores[:, gold], scores.float()
+            return (
+                -scores[:, gold],
+                scores.float(),
+                (_apart(log_p).sum(-1)[:, site] @ mine / mine.sum(0))[:, gold],
+            )
         of = example[:, None] == torch.arange(gold.shape[0])[None]
         total = scores[:, :, None].masked_fill(~of, -1e30).logsumexp(1)
-        return total - scores[:, gold], scores.float()
+        return total - scores[:, gold], scores.float(), _apart(scores - total[:, example]) @ of.double()
+
+
+def _apart(log_p: Tensor) -> Tensor:
+    """Terms of the symmetric divergence between each branch and the next, the first after the last."""
+    after = log_p.roll(-1, 0)
+    return (log_p.exp() - after.exp()) * (log_p - after)
 
 
 def export_training(config: TrainConfig, folder: Path) -> Path:
     """A folder as `export --to onnx-train` writes it, of the embedded model in float32 with its LoRA."""
     folder.mkdir(parents=True)
     model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=config.rank)
+    space = LoRA(rank=config.rank, train_a=config.train_a)
     space.attach(model, config.seed)
     space.save(folder / "adapter")
+    tensors = tensors_of(space)
     task = parts.find_task(config.task)
     examples = parts.make_splits(config, task).train[:2]
     encoder = Encoder(AutoTokenizer.from_pretrained(DEMO), "causal", task, config.max_length)
     batch = batch_tensors(encoder.collate([encoder.encode(example, training=True) for example in examples]))
     plain = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     graph = _TrainGraph(plain, space, batch.loss).eval()
-    names = list(space.parameters)
     arguments = (
         tuple(getattr(batch, name).clone() for name in INTEGERS),
-        tuple(value.repeat(3, *(1 for _ in value.shape)) for value in space.parameters.values()),
+        tuple(value.repeat(3, *(1 for _ in value.shape)) for value in tensors.values()),
     )
     dynamic = (
         tuple(dict.fromkeys(range(RANKS[name]), torch.export.Dim.DYNAMIC) for name in INTEGERS),
-        tuple({0: torch.export.Dim.DYNAMIC} for _ in names),
+        tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors),
     )
-    _export(graph, arguments, dynamic, [*INTEGERS, *names], ["losses", "scores"], folder / "train.onnx")
+    _export(graph, arguments, dynamic, [*INTEGERS, *tensors], OUTPUTS, folder / "train.onnx")
     record = {
-        "format": 1,
+        "format": 2,
         "kind": "causal",
         "bits": "none",
         "loss": batch.loss,
         "positions": model.positions,
-        "parameters": [{"name": name, "shape": list(v.shape)} for name, v in space.parameters.items()],
+        "parameters": [
+            {"name": name, "shape": list(v.shape), "trained": name in space.parameters}
+            for name, v in tensors.items()
+        ],
         "lora": json.loads((folder / "adapter" / "adapter_config.json").read_text()),
         "onnx_adapter": {"names": onnx_names(space)},
         "base": BASE,
@@ -138,33 +152,39 @@ def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
 
         def forward(
             self, ids: Tensor, mask: Tensor, types: Tensor, gold: Tensor, head: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        ) -> tuple[Tensor, Tensor, Tensor]:
             weights = (mask * (1 + types)).float()
             features = (self.table[ids] * weights[:, :, None]).sum(1) / mask.sum(1)[:, None]
             scores = features @ head.transpose(1, 2)
             log_p = scores.double().log_softmax(-1)
-            return -log_p[:, torch.arange(gold.shape[0]), gold], scores
+            return -log_p[:, torch.arange(gold.shape[0]), gold], scores, _apart(log_p).sum(-1)
 
     ids = torch.arange(6).reshape(2, 3)
     arguments = (ids, torch.ones_like(ids), ids % 2, torch.tensor([0, 1]), weight.repeat(3, 1, 1))
     any_size = torch.export.Dim.DYNAMIC
     dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), {0: any_size}, {0: any_size})
     names = ["input_ids", "attention_mask", "token_type_ids", "gold", "score.weight"]
-    _export(Graph().eval(), arguments, dynamic, names, ["losses", "scores"], folder / "train.onnx")
+    _export(Graph().eval(), arguments, dynamic, names, OUTPUTS, folder / "train.onnx")
     path = folder / "adapter" / peft_format.TENSOR_FILE
     save_file({"base_model.model.score.weight": weight}, path)
     record = {
-        "format": 1,
+        "format": 2,
         "kind": "classifier",
         "bits": "none",
         "loss": "class",
         "positions": None,
-        "parameters": [{"name": "score.weight", "shape": list(weight.shape)}],
+        "parameters": [{"name": "score.weight", "shape": list(weight.shape), "trained": True}],
         "lora": {},
         "onnx_adapter": {"names": {}},
     }
     (folder / "train.json").write_text(json.dumps(record))
     return folder
+
+
+def tensors_of(space: LoRA) -> dict[str, Tensor]:
+    """A and B of one layer after the other, whether trained or not, by PEFT name."""
+    names = [f"{target}.lora_{side}.weight" for target in space.target_names for side in "AB"]
+    return {name: {**space.frozen, **space.parameters}[name] for name in names}
 
 
 def onnx_names(space: LoRA) -> dict[str, dict[str, Any]]:
@@ -175,7 +195,7 @@ def onnx_names(space: LoRA) -> dict[str, dict[str, Any]]:
             "transpose": True,
             "scale": 1.0 if ".lora_A." in name else space.scaling,
         }
-        for name in space.parameters
+        for name in tensors_of(space)
     }
 
 
@@ -240,7 +260,7 @@ class _Adapted(nn.Module):
 def tuned_space(rank: int = 2) -> LoRA:
     """The embedded model's LoRA with values that change what it says."""
     model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=rank)
+    space = LoRA(rank=rank, train_a=True)
     space.attach(model, 0)
     for name, value in space.parameters.items():
         value.add_(normal(4, 0, name, value.shape), alpha=0.1)

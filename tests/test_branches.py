@@ -29,7 +29,7 @@ FLOAT32_ROUNDING = 2e-5
 
 def tuned(model: Model, rank: int = 4) -> tuple[LoRA, dict[str, Tensor]]:
     """An attached adapter in mid-training (B not zero) and one direction."""
-    space = LoRA(rank=rank)
+    space = LoRA(rank=rank, train_a=True)
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         if "lora_B" in name:
@@ -147,7 +147,7 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
 ) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=4, targets="model.layers.1.self_attn.v_proj")
+    space = LoRA(rank=4, targets="model.layers.1.self_attn.v_proj", train_a=True)
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)

@@ -36,7 +36,8 @@ MEMBERS: dict[str, Callable[[], Curvature]] = {
 }
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "hizoo": HiZOO,
-    "hizoo every 3": lambda: HiZOO(every=3),
+    "hizoo from losses": lambda: HiZOO(curvature_from="losses"),
+    "hizoo from losses every 3": lambda: HiZOO(3, "losses"),
     "mezo": MeZO,
 }
 every_member = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
@@ -75,7 +76,8 @@ def descend(curvature: Curvature, estimator: Estimator, point: dict[str, Tensor]
             )
             for sign in estimator.branches(step).signs
         ]
-        estimate = estimator.estimate(np.array(losses), 1e-3)
+        bend = sum(float(10.0**i / 10 * d[name].double().square().sum()) for i, name in enumerate(z))
+        estimate = estimator.estimate(np.array(losses), np.array([2e-3**2 * bend]), 1e-3)
         if estimate.curvature is not None:
             take_in(curvature, estimate.curvature, z, 0.05)
         for name in z:

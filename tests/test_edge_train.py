@@ -57,7 +57,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "hizoo, grouped, auto": {},
-    "hizoo every 3, by row, cosine": {
+    "hizoo from losses": {"curvature_from": "losses"},
+    "hizoo from losses every 3, by row, cosine": {
+        "curvature_from": "losses",
         "curvature_every": 3,
         "curvature_per": "row",
         "lr_schedule": "cosine",
@@ -75,6 +77,8 @@ def test_losses_equal_those_of_torch(
     method: dict[str, Any], config: TrainConfig, exported: Path, tmp_path: Path
 ) -> None:
     config = replace(config, **method)
+    # `--lr auto` takes long steps: rounding of 1e-7 of a loss is 5e-5 of its slope, and moves what comes after
+    longer = 10 if config.lr == "auto" else 1
     run = fit(replace(config, out=str(tmp_path / "torch")))
     folder, summary = train(exported, replace(config, out=str(tmp_path / "edge")))
     ours, theirs = lines(folder), lines(run.folder)
@@ -82,16 +86,16 @@ def test_losses_equal_those_of_torch(
     for got, want in zip(ours, theirs, strict=True):
         assert set(got) == set(want)
         if got["kind"] == "step":
-            np.testing.assert_allclose(got["losses"], want["losses"], rtol=0, atol=TRAJECTORY)
+            np.testing.assert_allclose(got["losses"], want["losses"], rtol=0, atol=longer * TRAJECTORY)
             assert [got[key] for key in ("step", "forwards", "skipped", "tokens")] == [
                 want[key] for key in ("step", "forwards", "skipped", "tokens")
             ]
         else:
-            assert got["loss"] == pytest.approx(want["loss"], abs=TRAJECTORY)
+            assert got["loss"] == pytest.approx(want["loss"], abs=longer * TRAJECTORY)
             assert got["accuracy"] == want["accuracy"]
     moved = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, value in run.setup.space.parameters.items():
-        np.testing.assert_allclose(moved["base_model.model." + name], value.numpy(), rtol=0, atol=2e-3)
+        np.testing.assert_allclose(moved["base_model.model." + name], value.numpy(), rtol=0, atol=longer * 2e-3)
     assert summary["steps"] == STEPS
     assert summary["forward_passes"] == run.summary["forward_passes"]
     assert set(run.summary) - set(summary) == {"memory_retries"}

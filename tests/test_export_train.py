@@ -45,8 +45,9 @@ from tests.tasks_fixtures import word_piece
 
 #: Of a loss of tiny models, in float32 on both sides.
 ROUNDING = 5e-6
-#: A step's rounding moves the next steps' losses by less than this.
-TRAJECTORY = 1e-4
+#: A step's rounding moves the next steps' losses by less than this. `--lr auto` takes long steps: rounding of
+#: 1e-7 of a loss is 5e-5 of its slope, which moves the next losses by as much of what a step does to them.
+TRAJECTORY = 1e-3
 STEPS = 50
 
 KINDS = {
@@ -92,7 +93,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
     kind: Any = KINDS[name]
     save_tiny(name, tmp_path / "model", kind=kind, **{LAYERS.get(name, "num_hidden_layers"): 1})
     model = load(tmp_path / "model", kind=kind, bits=bits, compute_dtype="float32", device="cpu")
-    space = LoRA(rank=2, alpha=3.0, targets="all-linear")
+    space = LoRA(rank=2, alpha=3.0, targets="all-linear", train_a=True)
     space.attach(model, 0)
     for path, value in space.parameters.items():
         value.add_(torch.from_numpy(drawn(1, 0, path, value.shape)), alpha=0.1)
@@ -117,11 +118,14 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
             for path, value in tensors:
                 points = [value + sign * mu * directions[path] for sign in branches.signs]
                 feeds[path] = torch.stack(points).numpy()
-            losses, scores = session.run(OUTPUTS, feeds)
-            assert losses.dtype == scores.dtype == np.float64
+            losses, scores, between = session.run(OUTPUTS, feeds)
+            assert losses.dtype == scores.dtype == between.dtype == np.float64
             np.testing.assert_allclose(losses, want.per_example, rtol=0, atol=ROUNDING)
             np.testing.assert_allclose(scores, want.scores, rtol=0, atol=ROUNDING)
+            # of size mu^2 c: relative to their own size, and to float32 logits that differ by mu
+            np.testing.assert_allclose(between[branches.base :: 2], want.divergences, rtol=1e-3, atol=1e-7)
             if branches.pairs:
+                assert want.divergences.max() > 1e-5
                 assert np.abs(losses[-1] - losses[-2]).max() > 100 * ROUNDING
 
 
@@ -198,8 +202,15 @@ def test_a_run_on_the_export_takes_the_steps_of_torch(
     moved = load_file(folder / "adapter" / PEFT_WEIGHTS)
     start = load_file(graph / "adapter" / PEFT_WEIGHTS)
     for name, value in run.setup.space.parameters.items():
-        np.testing.assert_allclose(moved["base_model.model." + name], value.numpy(), rtol=0, atol=2e-3)
-    assert set(moved) == set(start) == {"base_model.model." + name for name in run.setup.space.parameters}
+        np.testing.assert_allclose(moved["base_model.model." + name], value.numpy(), rtol=0, atol=2e-2)
+    space = run.setup.space
+    assert (
+        set(moved)
+        == set(start)
+        == {"base_model.model." + name for name in (*space.frozen, *space.parameters)}
+    )
+    for name in space.frozen:
+        np.testing.assert_array_equal(moved["base_model.model." + name], start["base_model.model." + name])
     assert any(np.abs(moved[name] - start[name]).max() > 1e-3 for name in moved)
 
 

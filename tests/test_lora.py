@@ -50,7 +50,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(
 ) -> None:
     plain = save_tiny(name, tmp_path / "base", kind=kind)
     model = load(tmp_path / "base", kind=kind, bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=4, alpha=6, targets=targets, rslora=rslora)
+    space = LoRA(rank=4, alpha=6, targets=targets, rslora=rslora, train_a=True)
     space.attach(model, seed=0)
     randomized(space)
     space.save(tmp_path / "adapter")

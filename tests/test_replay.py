@@ -27,7 +27,12 @@ from tests.run_fixtures import short_run, stories
 STEPS = 7
 METHODS: dict[str, dict[str, Any]] = {
     "grouped, auto, cosine": {"lr_schedule": "cosine", "warmup_steps": 2, "targets": "all-linear"},
-    "by row, every 2": {"curvature_per": "row", "curvature_every": 2, "smoothing": 0.5},
+    "by row, every 2": {
+        "curvature_from": "losses",
+        "curvature_per": "row",
+        "curvature_every": 2,
+        "smoothing": 0.5,
+    },
     "diagonal, decay": {"curvature": "diagonal", "lr": 1e-2, "weight_decay": 0.1, "smoothing": 0.1},
     "diagonal reference": {"curvature": "diagonal", "curvature_mode": "reference", "lr": 1e-3},
     "factored, clip": {"curvature": "factored", "lr": 1e-2, "clip": 0.01, "smoothing": 0.1},
@@ -225,7 +230,7 @@ def test_a_journal_of_another_run_or_with_a_gap_is_refused(tmp_path: Path) -> No
 
 def test_a_damaged_journal_is_replayed_up_to_the_damage(tmp_path: Path) -> None:
     run, shorter = run_of(tmp_path / "a", steps=5), run_of(tmp_path / "b", steps=3)
-    path, size = run.folder / "journal.bin", record_bytes(3)
+    path, size = run.folder / "journal.bin", record_bytes(2)
     path.write_bytes(path.read_bytes()[: -2 * size] + bytes(2 * size))
     words = r"the record of step 3 is missing or damaged; .*: --step 0 to --step 3$"
     with pytest.raises(UserError, match=words):

@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_has_a_report(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines[:2]))
     written = write_report([folder], with_png=False)
     figures = json.loads(written.json.read_text())["runs"][0]["headline"]
-    assert (figures["steps"], figures["forward_passes"], figures["loss_after"]) == (1, 3, None)
+    assert (figures["steps"], figures["forward_passes"], figures["loss_after"]) == (1, 2, None)
     before = json.loads(lines[0])
     assert (figures["loss_before"], figures["metric_before"]) == (before["loss"], before["accuracy"])
     assert figures["seconds_per_step"] == json.loads(lines[1])["seconds"]

@@ -95,7 +95,7 @@ def test_a_run_writes_its_whole_folder(tmp_path: Path) -> None:
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary == run.summary
     assert set(CONTRACT) <= set(summary)
-    assert (summary["steps"], summary["forward_passes"], summary["skipped_steps"]) == (6, 18, 0)
+    assert (summary["steps"], summary["forward_passes"], summary["skipped_steps"]) == (6, 12, 0)
     assert (summary["bits"], summary["space"], summary["estimator"]) == ("nf4", "lora", "hizoo")
     assert summary["budget_bytes"] == 2**30
     assert 0 < summary["inference_peak_bytes"] <= summary["measured_peak_bytes"]
@@ -131,7 +131,7 @@ def test_ten_steps_equal_five_and_five_resumed_bitwise(tmp_path: Path, curvature
     assert steps_of(straight) == steps_of(resumed)
     assert resumed.summary["loss_after"] == straight.summary["loss_after"]
     assert resumed.summary["loss_before"] == straight.summary["loss_before"]
-    assert resumed.summary["forward_passes"] == 30
+    assert resumed.summary["forward_passes"] == 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -300,7 +300,7 @@ def test_a_real_llama_is_tuned_from_python_and_its_adapter_put_back(
         task=str(task),
         data=str(data),
         space=hz.spaces.LoRA(rank=4, targets=["q_proj", "o_proj"]),
-        estimator=hz.estimators.HiZOO(every=2),
+        estimator=hz.estimators.HiZOO(every=2, curvature_from="losses"),
         curvature=hz.curvature.NoCurvature(),
         steps=6,
         batch_size=4,

@@ -317,7 +317,7 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
 
 
 def judged(row: Mapping[str, Any]) -> float:
-    """What rates are chosen by: the lowest dev loss, of the demo, which has no dev examples, the test loss."""
+    """What rates are chosen by: the lowest dev loss; of the demo, without dev examples, the test loss."""
     return min((loss for _, loss, _ in row["curve"]), default=row["loss_after"])
 
 
@@ -329,7 +329,7 @@ def best_rate(rows: Rows, cell: str, method: str, budget: int, seed: int) -> flo
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], list[Mapping[str, Any]]]:
-    """The rows of a cell, method and budget at its best rate: the one with the most seeds, then the lowest."""
+    """The rows of a cell, method and budget at the rate with the most seeds, then the lowest loss."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["cell"], row["method"], row["budget"], row["lr"]), []).append(row)
@@ -359,10 +359,10 @@ def summarized(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def forwards_to_mezo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By cell: forwards that hizoo needs for tuned mezo's best loss, over those that mezo had.
+    """By cell: forwards that hizoo needs for tuned mezo's best loss, over mezo's.
 
     mezo's loss: the lowest on dev (of the demo: on test) at its largest budget, A frozen or trained, whichever
-    is better; the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
+    is better, the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for (cell, method, budget), group in by_setting(rows).items():

@@ -28,7 +28,7 @@ from reporting import make_parser, publish
 from hizoo_lite.base import Curvature, Estimator, StepSize
 from hizoo_lite.curvature import Diagonal, Grouped, NoCurvature
 from hizoo_lite.estimators import HiZOO, MeZO
-from hizoo_lite.train.schedules import AutoRate, FixedRate, Schedule
+from hizoo_lite.train.schedules import FROM_LOSSES, AutoRate, FixedRate, Schedule
 
 MU = 1e-3
 SMOOTHING = 0.01
@@ -87,8 +87,9 @@ def mezo(lr: float) -> Method:
 
 
 def hizoo(kappa: float = 0.03, curvature: Callable[[], Curvature] = Grouped) -> Method:
-    """HiZOO with an automatic learning rate."""
-    return Method(HiZOO, curvature, lambda: AutoRate(kappa))
+    """HiZOO as published, with an automatic learning rate: these functions predict nothing."""
+    settings = {**FROM_LOSSES, "kappa": kappa}
+    return Method(lambda: HiZOO(curvature_from="losses"), curvature, lambda: AutoRate(**settings))
 
 
 def descend(function: Function, method: Method, seed: int, budget: int, go_on: bool = False) -> Run:
@@ -104,7 +105,7 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
         direction = drawn * np.array([float(curvature.scale(name)) for name in ("x", "y")])
         branches = estimator.branches(step)
         losses = [function.value(*(point + sign * MU * direction)) for sign in branches.signs]
-        estimate = estimator.estimate(np.array(losses), MU)
+        estimate = estimator.estimate(np.array(losses), np.zeros(1), MU)
         if estimate.curvature is not None:
             noise = {"x": torch.tensor(drawn[:1]), "y": torch.tensor(drawn[1:])}
             for name, value in noise.items():

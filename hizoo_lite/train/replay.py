@@ -38,14 +38,18 @@ class Replayed(NamedTuple):
 
 
 class StoredSpace:
-    """The parameters of a saved adapter, without the model that they are for, in the order of `names`."""
+    """The parameters of a saved adapter, without the model that they are for, in the order of `names`.
+
+    Where A was not trained it is among the adapter's tensors alone.
+    """
 
     name, weights = "lora", None
 
-    def __init__(self, folder: Path, names: list[str], arrays: Arrays) -> None:
+    def __init__(self, folder: Path, names: list[str], arrays: Arrays, train_a: bool) -> None:
         self.folder, self._arrays = folder, arrays
         found = self._read(folder)
-        if not set(names) <= set(found):
+        trained = {name for name in found if train_a or not name.endswith(".lora_A.weight")}
+        if set(names) != trained:
             raise UserError(f"{folder}: does not hold the parameters that state.json beside it names")
         self.parameters = {name: arrays.on_device(arrays.copied(found[name])) for name in names}
         self.frozen = {name: value for name, value in found.items() if name not in self.parameters}
@@ -59,10 +63,8 @@ class StoredSpace:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.folder / peft_format.CONFIG_FILE, folder / peft_format.CONFIG_FILE)
-        tensors = {
-            peft_format.PREFIX + name: np.asarray(self._arrays.on_host(value))
-            for name, value in {**self.frozen, **self.parameters}.items()
-        }
+        moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self.parameters.items()}
+        tensors = {peft_format.PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
         tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
@@ -166,7 +168,7 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     first = checkpoint.path_of(folder.checkpoints, 0)
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
-    space: Space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays)
+    space: Space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays, config.train_a)
     return parts.make_stepper(config, _NoModel(arrays), space, None, None)
 
 

@@ -6,7 +6,7 @@ one direction a step, a quadratic is expected to fall fastest at
     lr = kappa / E[c],        kappa = 1 / (1 + n / batch)
 
 with n = tr Cov / |g|^2 the noise of one example relative to the signal; kappa above 2 diverges. So the rate
-needs no grid search: its scale is measured, and kappa is a number below 0.1 that falls over a run, as n grows.
+needs no grid search: its scale is measured, and kappa is a number below 0.1 that falls over a run as n grows.
 The published code reads its schedules once an epoch; ours are per step. All arithmetic is in Python floats,
 and a state restores bitwise.
 """

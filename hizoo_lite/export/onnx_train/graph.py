@@ -122,7 +122,7 @@ class _Losses(nn.Module):
     def forward(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """given: the inputs, in order.
 
-        (branches, examples); (branches, slots or examples, classes); (branches - 1, examples).
+        (branches, examples); (branches, slots or examples, classes); (branches, examples).
         """
         values = self.inputs.values = dict(zip(self.names, given, strict=True))
         branches = given[-1].shape[0]
@@ -141,8 +141,11 @@ class _Losses(nn.Module):
 
 
 def _between(log_p: Tensor) -> Tensor:
-    """The terms of each branch's divergence from the next, (branches, ...) -> (branches - 1, ...)."""
-    return divergence_terms(log_p[:-1], log_p[1:])
+    """The terms of each branch's divergence from the next, the last one's from the first; of log_p's shape.
+
+    The round is closed for onnxruntime, whose sums over an axis of a tensor without elements keep that axis.
+    """
+    return divergence_terms(log_p, torch.cat([log_p[1:], log_p[:1]]))
 
 
 def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +171,7 @@ def _slot_means(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(branches, slots) -> (branches, examples); the scores; (branches - 1, examples)."""
+    """(branches, slots) -> (branches, examples); the scores; (branches, examples)."""
     example, gold = values["slot_example"], values["gold"]
     chosen = scores.index_select(1, gold)
     index = example.expand_as(scores)
@@ -176,8 +179,7 @@ def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor
     shares = (scores - peak.index_select(1, example)).exp()
     normalizer = peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log()
     terms = _between(scores - normalizer.index_select(1, example))
-    sums = torch.zeros_like(chosen[1:]).scatter_add(1, index[1:], terms)
-    return normalizer - chosen, scores, sums
+    return normalizer - chosen, scores, torch.zeros_like(chosen).scatter_add(1, index, terms)
 
 
 def _integers(name: str, *dimensions: str) -> Input:
