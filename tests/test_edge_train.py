@@ -77,7 +77,7 @@ def test_losses_equal_those_of_torch(
     method: dict[str, Any], config: TrainConfig, exported: Path, tmp_path: Path
 ) -> None:
     config = replace(config, **method)
-    # `--lr auto` takes long steps: rounding of 1e-7 of a loss is 5e-5 of its slope, and moves what comes after
+    # `--lr auto` takes long steps: 1e-7 of a loss is 5e-5 of its slope, and moves what comes after
     longer = 10 if config.lr == "auto" else 1
     run = fit(replace(config, out=str(tmp_path / "torch")))
     folder, summary = train(exported, replace(config, out=str(tmp_path / "edge")))
@@ -95,7 +95,9 @@ def test_losses_equal_those_of_torch(
             assert got["accuracy"] == want["accuracy"]
     moved = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, value in run.setup.space.parameters.items():
-        np.testing.assert_allclose(moved["base_model.model." + name], value.numpy(), rtol=0, atol=longer * 2e-3)
+        np.testing.assert_allclose(
+            moved["base_model.model." + name], value.numpy(), rtol=0, atol=longer * 2e-3
+        )
     assert summary["steps"] == STEPS
     assert summary["forward_passes"] == run.summary["forward_passes"]
     assert set(run.summary) - set(summary) == {"memory_retries"}

@@ -83,10 +83,17 @@ class Method:
     grid: str = ""  # of learning rates: the name of a field of `Cell`
 
 
-_BEFORE = {"curvature_from": "losses", "train_a": True, "balanced": "off", "lr_schedule": "constant"}
-_MEZO = {"estimator": "mezo", "lr_schedule": "constant", "balanced": "off"}
+_BEFORE = {
+    "blocks": "all",
+    "curvature_from": "losses",
+    "train_a": True,
+    "balanced": "off",
+    "lr_schedule": "constant",
+}
+_MEZO = {"blocks": "all", "estimator": "mezo", "lr_schedule": "constant", "balanced": "off"}
 METHODS = {
     "hizoo": Method(),
+    "hizoo, all blocks": Method({"blocks": "all"}),
     "hizoo, A trained": Method({"train_a": True}),
     "hizoo, Sigma = I": Method({"curvature": "none"}),
     "hizoo, unbalanced": Method({"balanced": "off"}),
@@ -95,6 +102,7 @@ METHODS = {
     "hizoo, before": Method(_BEFORE),
     "mezo": Method(_MEZO, "mezo"),
     "mezo, A trained": Method({**_MEZO, "train_a": True}, "mezo"),
+    "mezo, top third": Method({**_MEZO, "blocks": "auto"}, "mezo"),
     "backpropagation": Method({}, "backprop"),
 }
 USUAL = ("hizoo", "mezo", "backpropagation")
@@ -361,8 +369,8 @@ def summarized(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 def forwards_to_mezo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By cell: forwards that hizoo needs for tuned mezo's best loss, over mezo's.
 
-    mezo's loss: the lowest on dev (of the demo: on test) at its largest budget, A frozen or trained, whichever
-    is better, the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
+    mezo's loss: the lowest on dev (of the demo: on test) at its largest budget, A frozen or trained, the
+    better of both, the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for (cell, method, budget), group in by_setting(rows).items():

@@ -41,7 +41,9 @@ def command(
     rank: Annotated[str | None, typer.Option(metavar="INT")] = None,
     targets: Annotated[str | None, typer.Option(metavar="auto|attention|all-linear|NAMES")] = None,
     estimator: Annotated[str | None, typer.Option(metavar="hizoo|mezo")] = None,
+    blocks: Annotated[str | None, typer.Option(metavar="INT|all|auto", help="trained, from the top")] = None,
     curvature: Annotated[str | None, typer.Option(metavar="none|diagonal|grouped|factored")] = None,
+    curvature_from: Annotated[str | None, typer.Option(metavar="predictions|losses")] = None,
     batch_size: Annotated[
         str | None, typer.Option(metavar="INT", help="without it the largest that fits, up to 16")
     ] = None,
@@ -69,8 +71,8 @@ def command(
 
     names = (
         "device_budget host_budget device revision task bits double_quant compute_dtype space dense_update "
-        "rank targets estimator curvature batch_size eval_batch_size max_length branch_chunk residency kind "
-        "model"
+        "rank targets blocks estimator curvature curvature_from batch_size eval_batch_size max_length "
+        "branch_chunk residency kind model"
     )
     flags = locals()
     given = {name: flags[name] for name in names.split() if flags[name] is not None}

@@ -195,13 +195,14 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
         return {}
     branches, rows = subject.branches(), subject.rows(option.batch)
     sites = subject.sites(option.batch, subject.workload.training, option.length)
-    tokens = branches.count * rows * option.length
-    elements = subject.anatomy.parameters
+    tokens = rows * option.length
+    elements, shared = subject.anatomy.parameters, subject.shared_elements()
     heads = sum(math.prod(x.shape) for x in subject.anatomy.linears if x.block is None)
-    operations = 2 * tokens * elements + 2 * branches.count * sites * heads
+    operations = 2 * tokens * (branches.count * (elements - shared) + shared)
+    operations += 2 * branches.count * sites * heads
     if subject.in_weights:
         trained = sum(shape.numel() for shape in subject.shapes.values())
-        operations += 2 * 2 * branches.pairs * rows * option.length * trained
+        operations += 2 * 2 * branches.pairs * tokens * trained
     chunks = -(-rows // _together(subject, option))
     packed = sum(subject.block_bytes(False))
     unpacked = elements * subject.compute.itemsize

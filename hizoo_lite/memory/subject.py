@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -136,7 +137,9 @@ class Subject:
         """Shapes of what is trained, by name: in memory or in the blocks."""
         linears = {linear.name: linear for linear in self.anatomy.linears}
         stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
-        chosen = resolve_targets(stand_in, self.trained.targets)
+        blocks = "all" if self.in_weights and self.config.blocks == "auto" else self.config.blocks
+        chosen = resolve_targets(stand_in, self.trained.targets, blocks)
+        self.first_trained = min(linears[name].block or 0 for name in chosen)
         shapes: dict[str, torch.Size] = {}
         self.frozen: dict[str, torch.Size] = {}
         for name in chosen:
@@ -211,6 +214,11 @@ class Subject:
     def branches(self) -> Branches:
         """The most branches of a step."""
         return make_estimator(self.config).branches(0)
+
+    def shared_elements(self) -> int:
+        """Of the weights below the first trained block: their products are the same in all branches."""
+        inside = self.anatomy.inside()
+        return sum(math.prod(x.shape) for x in inside if (x.block or 0) < self.first_trained)
 
     def rows(self, batch: int) -> int:
         """Token sequences of a step."""

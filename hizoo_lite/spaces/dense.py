@@ -22,6 +22,7 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.spaces.inplace import InPlaceSpace, with_own_scales
+from hizoo_lite.spaces.targets import Blocks
 from hizoo_lite.spaces.weights import Factors, Part, Tile
 
 
@@ -95,8 +96,9 @@ class Dense(InPlaceSpace):
         targets: str | Sequence[str] = "all-linear",
         update: Literal["requantize", "residual"] = "residual",
         head: bool | None = None,
+        blocks: Blocks = "all",
     ) -> None:
-        super().__init__(targets, head)
+        super().__init__(targets, head, blocks)
         if update not in ("requantize", "residual"):
             raise UserError(f"--dense-update: got {update!r}, allowed are requantize, residual")
         self.update = update

@@ -22,7 +22,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.heads import attach_head
 from hizoo_lite.spaces.storage import load_tensors, save_tensors
-from hizoo_lite.spaces.targets import release, resolve_targets
+from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.residency import Streamed
@@ -35,14 +35,19 @@ _HEAD = "head.safetensors"
 class InPlaceSpace(ABC):
     """Trains parts of the chosen linear layers' weights, and classification heads in memory.
 
-    targets: as for LoRA, "all-linear" by default. head: train the head outside the trunk in full; None
-    does so for classifiers only.
+    targets, blocks: as for LoRA, "all-linear" of all blocks by default. head: train the head outside the
+    trunk in full; None does so for classifiers only.
     """
 
     name: str
 
-    def __init__(self, targets: str | Sequence[str] = "all-linear", head: bool | None = None) -> None:
-        self.targets, self.head = targets, head
+    def __init__(
+        self,
+        targets: str | Sequence[str] = "all-linear",
+        head: bool | None = None,
+        blocks: Blocks = "all",
+    ) -> None:
+        self.targets, self.head, self.blocks = targets, head, blocks
         self.parameters: dict[str, Tensor] = {}  # of heads
         self.frozen: dict[str, Tensor] = {}
         self.weights: Weights | None = None
@@ -63,7 +68,7 @@ class InPlaceSpace(ABC):
             )
         release(model)
         self.model, self.parameters = model, {}
-        self.target_names = resolve_targets(model, self.targets)
+        self.target_names = resolve_targets(model, self.targets, self.blocks)
         parts = [self.part(model, model.linears[target]) for target in self.target_names]
         self.weights = Weights(model, parts)
         for part in parts:

@@ -24,7 +24,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
 from hizoo_lite.spaces.heads import attach_head, branch_values
 from hizoo_lite.spaces.storage import load_tensors, save_tensors
-from hizoo_lite.spaces.targets import release, resolve_targets
+from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
@@ -57,6 +57,7 @@ class LoRA:
     or names of linear layers (full, or the last part, such as "q_proj").
     head: train the head outside the trunk in full; None does so for classifiers only.
     train_a: train A as well as B.
+    blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`).
     """
 
     name = "lora"
@@ -70,12 +71,13 @@ class LoRA:
         rslora: bool = False,
         head: bool | None = None,
         train_a: bool = False,
+        blocks: Blocks = "auto",
     ) -> None:
         if rank < 1:
             raise UserError(f"--rank: got {rank}, allowed is a whole number of 1 or more")
         self.rank, self.rslora, self.head, self.train_a = rank, rslora, head, train_a
         self.alpha = float(2 * rank if alpha is None else alpha)
-        self.targets = targets
+        self.targets, self.blocks = targets, blocks
         self.parameters: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
 
@@ -88,7 +90,7 @@ class LoRA:
         """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others."""
         release(model)
         self.model, self.parameters, self.frozen = model, {}, {}
-        self.target_names = resolve_targets(model, self.targets)
+        self.target_names = resolve_targets(model, self.targets, self.blocks)
         for target in self.target_names:
             linear = model.linears[target]
             names = (f"{target}.lora_A.weight", f"{target}.lora_B.weight")

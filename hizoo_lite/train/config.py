@@ -88,6 +88,13 @@ class TrainConfig:
         "auto: attention for lora, all-linear for dense and scales",
         group="Space",
     )
+    blocks: int | Literal["all", "auto"] = _setting(
+        "auto",
+        "how many of the model's blocks are trained, from the top; auto: a third for lora, all for dense and "
+        "scales and where targets has full names",
+        group="Space",
+        minimum=1,
+    )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
     train_a: bool = _setting(
         False, "of lora: train A as well as B; without it A keeps its random start", group="Space"

@@ -151,7 +151,8 @@ def _configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
-    known = {name: getattr(space, name, None) for name in ("rank", "alpha", "rslora", "train_a", "targets")}
+    own = ("rank", "alpha", "rslora", "train_a", "targets", "blocks")
+    known = {name: getattr(space, name, None) for name in own}
     named = {key: value for key, value in known.items() if value is not None}
     if isinstance(named.get("targets"), list | tuple):
         named["targets"] = ",".join(named["targets"])

@@ -74,6 +74,7 @@ def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
         targets=targets if isinstance(targets, str) else list(targets),
         rslora=bool(config.get("use_rslora")),
         train_a=train_a,
+        blocks="all",
     )
     space.attach(model, seed=0)
     space.load(folder)

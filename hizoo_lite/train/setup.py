@@ -211,4 +211,6 @@ def make_space(config: TrainConfig) -> Space:
     }
     if config.targets != "auto":
         options.setdefault(config.space, {})["targets"] = config.targets
+    if config.blocks != "auto":
+        options.setdefault(config.space, {})["blocks"] = config.blocks
     return spaces.get(config.space, **options.get(config.space, {}))
