@@ -269,11 +269,12 @@ def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format: got 2, allowed: 1"),
+        ({"format": 1}, "format: got 1, allowed: 2; export the run again"),
         ({"kind": "seq2seq"}, "kind: got 'seq2seq', allowed: causal, masked, classifier"),
         ({"loss": "other"}, "loss: got 'other', allowed: answer, choice, class"),
         ({"parameters": [{"name": "x"}]}, r"not as export writes it \(KeyError: 'shape'\)"),
-        ({"parameters": [{"name": "x", "shape": [1]}]}, "has no input 'x'"),
+        ({"parameters": [{"name": "x", "shape": [1]}]}, r"not as export writes it \(KeyError: 'trained'\)"),
+        ({"parameters": [{"name": "x", "shape": [1], "trained": True}]}, "has no input 'x'"),
     ],
 )
 def test_a_wrong_record_is_named(changes: dict[str, Any], message: str, copied: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -210,3 +211,42 @@ def test_attaching_again_starts_from_a_clean_model(tmp_path: Path) -> None:
     count = len(narrow.parameters)
     narrow.attach(load(tmp_path, bits="nf4", device="cpu"), seed=0)
     assert len(narrow.parameters) == count
+
+
+def test_adapters_are_in_the_top_third_unless_said_otherwise(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, num_hidden_layers=5)
+    model = load(tmp_path, bits="none", compute_dtype="float32", device="cpu")
+
+    def blocks(**options: Any) -> set[int | None]:
+        space = LoRA(rank=2, **options)
+        space.attach(model, seed=0)
+        return {model.block_of(name) for name in space.target_names}
+
+    assert blocks() == {3, 4}
+    assert blocks(blocks=1, targets="all-linear") == {4}
+    assert blocks(blocks="all") == blocks(blocks=5) == {0, 1, 2, 3, 4}
+    named = "model.layers.1.self_attn.v_proj"
+    assert blocks(targets=named) == {1}
+    with pytest.raises(UserError, match="--blocks: got 6, allowed: auto, all, up to 5, the model's"):
+        blocks(blocks=6)
+    with pytest.raises(
+        UserError, match=f"--targets: '{named}' is not in the top 2 blocks; allowed: --blocks all"
+    ):
+        blocks(blocks=2, targets=named)
+
+
+def test_a_frozen_a_is_saved_and_loaded_and_has_no_noise(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "base")
+    model = load(tmp_path / "base", bits="none", compute_dtype="float32", device="cpu")
+    space = LoRA(rank=2)
+    space.attach(model, seed=0)
+    assert all(name.endswith(".lora_B.weight") for name in space.parameters)
+    assert {name.replace("_A.", "_B.") for name in space.frozen} == set(space.parameters)
+    kept = {name: value.clone() for name, value in space.frozen.items()}
+    randomized(space)
+    space.save(tmp_path / "adapter")
+    other = LoRA(rank=2, train_a=True)  # an adapter does not say what of it was trained
+    other.attach(model, seed=1)
+    other.load(tmp_path / "adapter")
+    assert all(torch.equal(other.parameters[name], value) for name, value in kept.items())
+    assert all(torch.equal(other.parameters[name], value) for name, value in space.parameters.items())

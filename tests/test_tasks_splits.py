@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,3 +173,25 @@ def test_batches_depend_on_the_seed_and_change_with_the_epoch():
 def test_batches_of_nothing_are_refused(arguments):
     with pytest.raises(ValueError, match=r"batch: got \d examples, batch size \d, seed -?\d, step -?\d"):
         batch_indices(*arguments)
+
+
+def test_classes_are_spread_evenly_over_an_epoch():
+    labels = [0] * 20 + [1] * 70 + [2] * 10
+    for seed in range(3):
+        order = batch_indices(100, 100, seed, 0, labels)
+        assert sorted(order) == list(range(100))  # each once
+        for first in range(0, 100, 10):
+            counts = np.bincount([labels[index] for index in order[first : first + 10]], minlength=3)
+            assert np.abs(counts - [2, 7, 1]).max() <= 1
+
+
+def test_examples_of_a_class_come_in_another_order_each_epoch():
+    labels = [0, 1] * 50
+    first, second = (batch_indices(100, 100, 0, step, labels) for step in (0, 1))
+    assert first != second
+    assert first == batch_indices(100, 100, 0, 0, labels)
+    assert first != batch_indices(100, 100, 1, 0, labels)
+
+
+def test_labels_that_are_all_alike_change_nothing_that_matters():
+    assert sorted(batch_indices(9, 9, 3, 0, [4] * 9)) == list(range(9))

@@ -48,7 +48,7 @@ from hizoo_lite.train.setup import find_task, make_splits
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 #: Evaluations on dev examples within a run.
-CURVE = 6
+CURVE = 3
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
         batch_size=16,
         max_length=cell.max_length,
         train_examples=1000,
-        dev_examples=200,
+        dev_examples=100,
         test_examples=1000,
     )
     return replace(config, **shared)

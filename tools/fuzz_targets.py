@@ -405,12 +405,12 @@ def _read_export(folder: Path) -> None:
 
 
 _TRAIN = {
-    "format": 1,
+    "format": 2,
     "kind": "classifier",
     "bits": "nf4",
     "loss": "class",
     "positions": 64,
-    "parameters": [{"name": "a", "shape": [3, 2]}],
+    "parameters": [{"name": "a", "shape": [3, 2], "trained": True}],
     "lora": {"r": 2},
     "onnx_adapter": {"names": {"a": {"input": "i", "transpose": True, "scale": 1.0}}},
 }
