@@ -458,7 +458,7 @@ class Losses(NamedTuple):
 
     per_example: Array  # (branches, examples) float64
     scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
-    divergences: Array = np.zeros((0, 0))
+    divergences: Array
     # (pairs, examples) float64: KL(p+ || p-) + KL(p- || p+) of the distribution that the loss is of: "choice"
     # over the example's slots, "class" over the classes, "answer" over the vocabulary, there the mean over
     # the gold slot's tokens.

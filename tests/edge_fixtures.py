@@ -101,7 +101,7 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     """A folder as `export --to onnx-train` writes it, of the embedded model in float32 with its LoRA."""
     folder.mkdir(parents=True)
     model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=config.rank, train_a=config.train_a)
+    space = LoRA(rank=config.rank, train_a=config.train_a, blocks="all")
     space.attach(model, config.seed)
     space.save(folder / "adapter")
     tensors = tensors_of(space)
@@ -260,7 +260,7 @@ class _Adapted(nn.Module):
 def tuned_space(rank: int = 2) -> LoRA:
     """The embedded model's LoRA with values that change what it says."""
     model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=rank, train_a=True)
+    space = LoRA(rank=rank, train_a=True, blocks="all")
     space.attach(model, 0)
     for name, value in space.parameters.items():
         value.add_(normal(4, 0, name, value.shape), alpha=0.1)

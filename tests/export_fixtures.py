@@ -32,7 +32,7 @@ def write_adapter(
     model: Model, folder: Path, rank: int, seed: int, targets: str = "all-linear", scale: float = 0.3
 ) -> Path:
     """A PEFT adapter that changes the logits by much more than rounding."""
-    space = LoRA(rank=rank, alpha=3.0, targets=targets, train_a=True)
+    space = LoRA(rank=rank, alpha=3.0, targets=targets, train_a=True, blocks="all")
     space.attach(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for value in space.parameters.values():

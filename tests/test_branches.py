@@ -29,7 +29,7 @@ FLOAT32_ROUNDING = 2e-5
 
 def tuned(model: Model, rank: int = 4) -> tuple[LoRA, dict[str, Tensor]]:
     """An attached adapter in mid-training (B not zero) and one direction."""
-    space = LoRA(rank=rank, train_a=True)
+    space = LoRA(rank=rank, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         if "lora_B" in name:

@@ -38,7 +38,7 @@ def exported(genai: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = (("first", 2, "all-linear", 0.15), ("second", 3, "attention", 0.25))
     for name, rank, targets, strength in made:
         model = load(folder / "model", compute_dtype="float32", device="cpu")
-        space = LoRA(rank=rank, targets=targets, train_a=True)
+        space = LoRA(rank=rank, targets=targets, train_a=True, blocks="all")
         space.attach(model, 0)
         for key, value in space.parameters.items():
             value.add_(normal(rank, 0, key, value.shape), alpha=strength)

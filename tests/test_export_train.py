@@ -93,7 +93,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
     kind: Any = KINDS[name]
     save_tiny(name, tmp_path / "model", kind=kind, **{LAYERS.get(name, "num_hidden_layers"): 1})
     model = load(tmp_path / "model", kind=kind, bits=bits, compute_dtype="float32", device="cpu")
-    space = LoRA(rank=2, alpha=3.0, targets="all-linear", train_a=True)
+    space = LoRA(rank=2, alpha=3.0, targets="all-linear", train_a=True, blocks="all")
     space.attach(model, 0)
     for path, value in space.parameters.items():
         value.add_(torch.from_numpy(drawn(1, 0, path, value.shape)), alpha=0.1)
@@ -325,9 +325,9 @@ def test_a_loss_may_differ_by_its_rounding(loss: float, off: float, sound: bool)
 
     class Graph:
         def losses(self, *_: object) -> Losses:
-            return Losses(np.full((1, 2), loss + off), np.zeros((1, 2)))
+            return Losses(np.full((1, 2), loss + off), np.zeros((1, 2)), np.zeros((0, 2)))
 
-    wanted = Losses(np.full((1, 2), loss), np.zeros((1, 2)))
+    wanted = Losses(np.full((1, 2), loss), np.zeros((1, 2)), np.zeros((0, 2)))
     case = check.Case(batch, EVALUATION, {}, wanted)
     if sound:
         assert check._compared(Graph(), case)["max_abs_difference"] == pytest.approx(off)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def make(
     name, kind = CASES[case]
     save_tiny(name, folder / "model", kind=kind)
     model = load(folder / "model", kind=kind, bits="none", compute_dtype=compute, device="cpu")
-    space = LoRA(rank=4, train_a=True)
+    space = LoRA(rank=4, train_a=True, blocks="all")
     space.attach(model, seed=0)
     made: Curvature = curvature.get(sigma)
     return Stepper(

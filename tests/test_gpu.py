@@ -29,7 +29,7 @@ def losses(folder: Path, name: str, bits: str, compute: str, device: str) -> tor
     """Folded losses of a step's three branches, (3, examples) float64."""
     kind = TINY_CONFIGS[name].kind
     model = load(folder, kind=kind, bits=bits, compute_dtype=compute, device=device)
-    space = LoRA(rank=4, train_a=True)
+    space = LoRA(rank=4, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for key, value in space.parameters.items():
         value.add_(normal(3, 0, key, value.shape).to(model.device), alpha=0.05)
@@ -64,7 +64,7 @@ def test_short_products_on_cuda_keep_the_projected_gradient(compute: str, tmp_pa
 def test_the_trunk_of_an_unpadded_batch_never_waits_for_the_device(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", compute_dtype="bf16", device="cuda")
-    space = LoRA(rank=4, train_a=True)
+    space = LoRA(rank=4, train_a=True, blocks="all")
     space.attach(model, seed=0)
     traversal = Traversal(model)
     batch = tiny_task_batch("causal", rows=1)  # one row has no padding, so no mask is built
@@ -88,7 +88,7 @@ def test_steps_on_cuda_follow_those_on_cpu(bits: str, tmp_path: Path) -> None:
 
     def trained(device: str) -> dict[str, torch.Tensor]:
         model = load(tmp_path, bits=bits, compute_dtype="float32", device=device)
-        space = LoRA(rank=4, train_a=True)
+        space = LoRA(rank=4, train_a=True, blocks="all")
         space.attach(model, seed=0)
         constant = Schedule("constant", 1e-3, 0, 100)
         stepper = Stepper(

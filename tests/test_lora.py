@@ -51,7 +51,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(
 ) -> None:
     plain = save_tiny(name, tmp_path / "base", kind=kind)
     model = load(tmp_path / "base", kind=kind, bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=4, alpha=6, targets=targets, rslora=rslora, train_a=True)
+    space = LoRA(rank=4, alpha=6, targets=targets, rslora=rslora, train_a=True, blocks="all")
     space.attach(model, seed=0)
     randomized(space)
     space.save(tmp_path / "adapter")
@@ -227,12 +227,13 @@ def test_adapters_are_in_the_top_third_unless_said_otherwise(tmp_path: Path) -> 
     assert blocks(blocks="all") == blocks(blocks=5) == {0, 1, 2, 3, 4}
     named = "model.layers.1.self_attn.v_proj"
     assert blocks(targets=named) == {1}
-    with pytest.raises(UserError, match="--blocks: got 6, allowed: auto, all, up to 5, the model's"):
-        blocks(blocks=6)
-    with pytest.raises(
-        UserError, match=f"--targets: '{named}' is not in the top 2 blocks; allowed: --blocks all"
-    ):
-        blocks(blocks=2, targets=named)
+    assert blocks(targets=["0.self_attn.q_proj", "v_proj"]) == {0, 1, 2, 3, 4}
+    for wrong in (6, 0, -1, True, 2.5, None, "third"):
+        with pytest.raises(UserError, match=r"--blocks: got .*, allowed: auto, all, 1 to 5, those of the"):
+            blocks(blocks=wrong)
+    for targets in (named, [named, "q_proj"]):
+        with pytest.raises(UserError, match=f"--targets: '{named}' is not in the top 2 of 5 blocks"):
+            blocks(blocks=2, targets=targets)
 
 
 def test_a_frozen_a_is_saved_and_loaded_and_has_no_noise(tmp_path: Path) -> None:

@@ -10,11 +10,18 @@ import pytest
 from hizoo_lite.base import UserError
 from hizoo_lite.train import journal
 from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.config_file import OLDER
 from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.replay import replay
 from tests.run_fixtures import short_run
+
+#: What a run of version 0.1 did without a setting that says so.
+OLDER = {
+    "blocks": "all",
+    "train_a": True,
+    "curvature_from": "losses",
+    "balanced": "off",
+}
 
 
 def made_older(run: Run) -> None:

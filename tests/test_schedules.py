@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from hizoo_lite.base import Estimate, UserError
-from hizoo_lite.train.schedules import AutoRate, FixedRate, Schedule, Smoothing, smoothing, step_size
+from hizoo_lite.train.schedules import (
+    FROM_LOSSES,
+    AutoRate,
+    FixedRate,
+    Schedule,
+    Smoothing,
+    smoothing,
+    step_size,
+)
 
 
 def feed(rate: AutoRate, curvature: float | None, gradient: float = 1.0, steps: int = 1) -> float:
@@ -18,7 +26,7 @@ def feed(rate: AutoRate, curvature: float | None, gradient: float = 1.0, steps: 
 
 def settled(curvature: float = 100.0) -> AutoRate:
     """An automatic rate that has seen a steady curvature for long."""
-    rate = AutoRate(kappa=0.03)
+    rate = AutoRate(**FROM_LOSSES)
     feed(rate, curvature, steps=500)
     return rate
 
@@ -141,6 +149,37 @@ def test_auto_rate_bounds_the_move_of_a_huge_gradient():
     usual = feed(rate, 100.0, gradient=1.0)
     assert feed(rate, 100.0, gradient=1e6) * 1e6 == pytest.approx(3.0 * usual, rel=0.01)
     assert feed(rate, 100.0, gradient=-2.0) == pytest.approx(usual, rel=1e-9)
+
+
+def test_auto_rate_lowers_no_loss_by_more_than_a_nat_to_first_order():
+    """Sure and wrong: a slope of 2 on a curvature of 1e-10."""
+    rate = AutoRate()
+    assert feed(rate, 1e-10, gradient=2.0, steps=50) == pytest.approx(1.0 / 2.0**2, rel=1e-9)
+    assert feed(AutoRate(), 10.0, gradient=2.0, steps=50) == pytest.approx(0.06 / 10.0, rel=1e-9)
+
+
+def test_auto_rate_ends_near_the_minimum_of_a_problem_that_it_begins_sure_and_wrong_on():
+    """Logistic regression whose first weights give logits of 50, a few of them with the wrong sign."""
+    draw = np.random.default_rng(0)
+    inputs, weights = draw.standard_normal((64, 20)), draw.standard_normal(20)
+    labels = np.sign(inputs @ weights)
+    labels[:3] *= -1
+    weights *= 50 / np.linalg.norm(weights)
+
+    def loss(at: np.ndarray, rows: np.ndarray) -> float:
+        return float(np.logaddexp(0.0, -labels[rows] * (inputs[rows] @ at)).mean())
+
+    rate = AutoRate(schedule=Schedule("linear", 1.0, total_steps=3_000))
+    everything, begin, worst = np.arange(64), loss(weights, np.arange(64)), 0.0
+    for step in range(3_000):
+        rows, direction = draw.choice(64, 4, replace=False), draw.standard_normal(20)
+        slope = (loss(weights + 1e-4 * direction, rows) - loss(weights - 1e-4 * direction, rows)) / 2e-4
+        p = np.exp(-np.logaddexp(0.0, -inputs[rows] @ weights))
+        bend = float((p * (1 - p) * (inputs[rows] @ direction) ** 2).mean())
+        weights = weights - rate.rate(step, Estimate(slope, bend)) * slope * direction
+        worst = max(worst, loss(weights, everything))
+    assert worst < 20 * begin
+    assert loss(weights, everything) < begin
 
 
 def test_auto_rate_follows_its_schedule():

@@ -31,7 +31,7 @@ def make_stepper(
     """A stepper on a tiny NF4 Llama with a fixed rate, both sides of its adapters trained."""
     save_tiny("llama", folder, kind=kind)
     model = load(folder, kind=kind, bits="nf4", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=4, train_a=True)
+    space = LoRA(rank=4, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)

@@ -63,7 +63,7 @@ def open_model(folder: Path, name: str, residency: str, **options: Any) -> Model
 
 def step_losses(model: Model, name: str, rows: int = 3, length: int = 12) -> torch.Tensor:
     """Losses of a step's three branches with a LoRA that is not zero, (3, examples) float64."""
-    space = LoRA(rank=4, targets="all-linear", train_a=True)
+    space = LoRA(rank=4, targets="all-linear", train_a=True, blocks="all")
     space.attach(model, seed=0)
     for key, value in space.parameters.items():
         value.add_(normal(3, 0, key, value.shape).to(value.device), alpha=0.05)

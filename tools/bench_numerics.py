@@ -144,7 +144,7 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """Median relative errors (projected gradient, curvature) by kind of product."""
     model = load(str(source), bits=bits, compute_dtype="bf16", device=device)
-    space = LoRA(rank=8)
+    space = LoRA(rank=8, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for name, value in space.parameters.items():  # an adapter in mid-training, not at B = 0
         if "lora_B" in name:

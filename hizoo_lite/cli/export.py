@@ -142,7 +142,7 @@ def _onnx_train(
     from hizoo_lite.export.onnx_train.export import export_train
 
     record = export_train(run, out, fresh=fresh, model=model, listener=progress.listener(quiet))
-    count = sum(math.prod(parameter["shape"]) for parameter in record["parameters"])
+    count = sum(math.prod(parameter["shape"]) for parameter in record["parameters"] if parameter["trained"])
     worst = record["check"]["max_abs_difference"]
     return Exported(
         record,

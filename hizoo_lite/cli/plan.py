@@ -41,6 +41,7 @@ def command(
     rank: Annotated[str | None, typer.Option(metavar="INT")] = None,
     targets: Annotated[str | None, typer.Option(metavar="auto|attention|all-linear|NAMES")] = None,
     estimator: Annotated[str | None, typer.Option(metavar="hizoo|mezo")] = None,
+    train_a: Annotated[bool | None, typer.Option("--train-a/--no-train-a")] = None,
     blocks: Annotated[str | None, typer.Option(metavar="INT|all|auto", help="trained, from the top")] = None,
     curvature: Annotated[str | None, typer.Option(metavar="none|diagonal|grouped|factored")] = None,
     curvature_from: Annotated[str | None, typer.Option(metavar="predictions|losses")] = None,
@@ -71,8 +72,8 @@ def command(
 
     names = (
         "device_budget host_budget device revision task bits double_quant compute_dtype space dense_update "
-        "rank targets blocks estimator curvature curvature_from batch_size eval_batch_size max_length "
-        "branch_chunk residency kind model"
+        "rank train_a targets blocks estimator curvature curvature_from batch_size eval_batch_size "
+        "max_length branch_chunk residency kind model"
     )
     flags = locals()
     given = {name: flags[name] for name in names.split() if flags[name] is not None}

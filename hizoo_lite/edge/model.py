@@ -25,6 +25,8 @@ _SETTINGS = "genai_config.json"
 _BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "esm")
 #: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
 LOGITS_BYTES = 256 << 20
+#: The divergences of an evaluation.
+NO_PAIR = np.zeros((0, 0))
 
 #: The next token of every row from its logits, (rows, vocabulary) float32.
 Pick = Callable[[np.ndarray], np.ndarray]
@@ -73,7 +75,7 @@ class OnnxModel:
         if self.kind == "classifier":
             logits = np.concatenate([logits for _, logits in self._logits(batch)]).astype(np.float64)
             picked = log_probabilities(logits)[np.arange(len(logits)), batch.gold]
-            return Losses(-picked[None], logits[None])
+            return Losses(-picked[None], logits[None], NO_PAIR)
         scored = np.empty(len(batch.token_id))
         for rows, logits in self._logits(batch):
             sites = np.flatnonzero((batch.site_row >= rows.start) & (batch.site_row < rows.stop))
@@ -186,8 +188,8 @@ def slot_losses(scored: np.ndarray, batch: Batch) -> Losses:
     counts = np.bincount(batch.token_slot, minlength=slots)
     scores = np.bincount(batch.token_slot, weights=scored, minlength=slots) / counts
     if batch.loss == "answer":
-        return Losses(-scores[None, batch.gold], scores[None])
+        return Losses(-scores[None, batch.gold], scores[None], NO_PAIR)
     peak = np.full(batch.examples, -np.inf)
     np.maximum.at(peak, batch.slot_example, scores)
     total = np.bincount(batch.slot_example, weights=np.exp(scores - peak[batch.slot_example]))
-    return Losses((peak + np.log(total) - scores[batch.gold])[None], scores[None])
+    return Losses((peak + np.log(total) - scores[batch.gold])[None], scores[None], NO_PAIR)

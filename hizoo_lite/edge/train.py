@@ -34,11 +34,20 @@ from hizoo_lite.train.summary import outcome, versions
 
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
-    *("task", "data", "out", "estimator", "curvature", "curvature_mode", "curvature_per", "curvature_every"),
-    *("smoothing", "smoothing_schedule", "mu", "lr", "lr_schedule", "warmup_steps", "clip", "weight_decay"),
-    *("steps", "batch_size", "accumulate", "max_length", "seed", "train_examples", "dev_examples"),
-    *("test_examples", "k_shot", "eval_every", "eval_batch_size", "save_every", "save_total_limit", "keep"),
-    *("threads", "resume"),
+    *("task", "data", "out", "estimator", "curvature_from", "curvature", "curvature_mode", "curvature_per"),
+    *(
+        "curvature_every",
+        "smoothing",
+        "smoothing_schedule",
+        "mu",
+        "lr",
+        "lr_schedule",
+        "warmup_steps",
+        "clip",
+    ),
+    *("weight_decay", "steps", "batch_size", "balanced", "accumulate", "max_length", "seed"),
+    *("train_examples", "dev_examples", "test_examples", "k_shot", "eval_every", "eval_batch_size"),
+    *("save_every", "save_total_limit", "keep", "threads", "resume"),
 )
 _CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"
 _PACKAGES = ("hizoo-lite", "numpy", "onnxruntime", "tokenizers")
@@ -79,7 +88,7 @@ def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -
     config = replace(config, out=str(run.path), device="cpu", compute_dtype="float32")
     start_bytes = held_bytes()
     setup = _build(folder, config)
-    count = sum(math.prod(shape) for shape in setup.traversal.record.shapes.values())
+    count = _trained(setup)
     listener.message(
         f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
@@ -88,6 +97,11 @@ def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -
         return run.path, _run(setup, run, folder, listener, start_bytes)
     finally:
         setup.stepper.close()
+
+
+def _trained(setup: EdgeSetup) -> int:
+    """Values that the run moves."""
+    return sum(math.prod(value.shape) for value in setup.traversal.parameters.values())
 
 
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
@@ -182,7 +196,7 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
     config, graph = setup.config, setup.traversal
     return {
         **outcome(folder.read_metrics(), setup.task.metric),
-        "trainable_parameters": sum(math.prod(shape) for shape in graph.record.shapes.values()),
+        "trainable_parameters": _trained(setup),
         "budget_bytes": None,
         "profile": None,
         "predicted_peak_bytes": None,

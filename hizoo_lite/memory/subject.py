@@ -97,6 +97,7 @@ class Subject:
             config.train_a,
         )
         self.shapes = self._trainable()
+        self.trained = self.trained._replace(targets=self._leaves())
         few_blocks(self.module, self.anatomy.prefix, self.model_config)
         twice = any(len(linear.stored) == 3 for linear in self.anatomy.inside())
         self.needs_own_scales = self.in_weights and not self.residual and twice
@@ -139,6 +140,7 @@ class Subject:
         stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
         blocks = "all" if self.in_weights and self.config.blocks == "auto" else self.config.blocks
         chosen = resolve_targets(stand_in, self.trained.targets, blocks)
+        self.chosen = chosen
         self.first_trained = min(linears[name].block or 0 for name in chosen)
         shapes: dict[str, torch.Size] = {}
         self.frozen: dict[str, torch.Size] = {}
@@ -155,6 +157,10 @@ class Subject:
                 shapes[f"{name}.absmax"] = torch.Size((count,))
         self.heads = self._heads(linears)
         return {**shapes, **self.heads}
+
+    def _leaves(self) -> str:
+        """The last parts of what is trained: the rehearsed blocks, the first ones, have them all."""
+        return ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.chosen}))
 
     def _heads(self, linears: Mapping[str, Any]) -> dict[str, torch.Size]:
         if self.kind != "classifier":

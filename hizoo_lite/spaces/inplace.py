@@ -47,7 +47,8 @@ class InPlaceSpace(ABC):
         head: bool | None = None,
         blocks: Blocks = "all",
     ) -> None:
-        self.targets, self.head, self.blocks = targets, head, blocks
+        self.targets, self.head = targets, head
+        self.blocks: Blocks = "all" if blocks == "auto" else blocks
         self.parameters: dict[str, Tensor] = {}  # of heads
         self.frozen: dict[str, Tensor] = {}
         self.weights: Weights | None = None

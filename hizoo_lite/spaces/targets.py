@@ -40,7 +40,7 @@ def release(model: Model) -> None:
 def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks = "all") -> list[str]:
     """Full names of the linear layers of the top `blocks` that `targets` chooses, in model order.
 
-    "auto" is the top third, all where a full name says which block it is of. Directions in the lowest third
+    "auto" is the top third, all where a name says which block it is of. Directions in the lowest third
     of SmolLM2-135M hold most of the curvature and a fifth of the progress a step: with one direction for all,
     they set the rate of the others (tools/LOG.md). Raises UserError where `targets` chooses nothing.
     """
@@ -48,14 +48,18 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
     chosen = _chosen(model, targets, inside)
     count = 1 + max((_block(model, name) for name in inside), default=0)
     if blocks == "auto":
-        blocks = "all" if set(_names(targets)) & set(inside) else -(-count // AUTO_SHARE)
+        numbered = any(part.isdigit() for name in _names(targets) for part in name.split("."))
+        blocks = "all" if numbered else -(-count // AUTO_SHARE)
     if blocks == "all":
         return chosen
-    if blocks > count:
-        raise UserError(f"--blocks: got {blocks}, allowed: auto, all, up to {count}, the model's")
+    if type(blocks) is not int or not 1 <= blocks <= count:
+        raise UserError(f"--blocks: got {blocks!r}, allowed: auto, all, 1 to {count}, those of the model")
     kept = [name for name in chosen if _block(model, name) >= count - blocks]
-    if not kept:
-        raise UserError(f"--targets: {chosen[0]!r} is not in the top {blocks} blocks; allowed: --blocks all")
+    for wanted in set(_names(targets)) - {"attention", "all-linear"}:
+        if not any(_is_named(name, wanted) for name in kept):
+            raise UserError(
+                f"--targets: {wanted!r} is not in the top {blocks} of {count} blocks; allowed: --blocks all"
+            )
     return kept
 
 
@@ -74,13 +78,17 @@ def _chosen(model: Model, targets: str | Sequence[str], inside: Sequence[str]) -
     wanted = _names(targets)
     if wanted == ["attention"]:
         wanted = _attention_names(model.config.model_type, inside)
-    unknown = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in inside)]
+    unknown = [w for w in wanted if not any(_is_named(n, w) for n in inside)]
     if unknown:
         raise UserError(
             f"--targets: no linear layer named {unknown[0]!r}; "
             f"allowed are attention, all-linear, {_leaves(inside)}"
         )
-    return [n for n in inside if any(n == w or n.endswith("." + w) for w in wanted)]
+    return [n for n in inside if any(_is_named(n, w) for w in wanted)]
+
+
+def _is_named(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
 
 
 def _attention_names(model_type: str, inside: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
-TERMS_BYTES = 2 << 20
+TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
 
 class Traversal:
@@ -152,7 +152,7 @@ def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
     out: (pairs, sites). log_p: (branches, sites, vocabulary), both float64.
     """
     plus, minus = _pairs(log_p, branches)
-    step = max(1, TERMS_BYTES // (8 * max(1, len(plus)) * log_p.shape[-1]))
+    step = max(1, TERMS_BYTES[out.device.type] // (8 * max(1, len(plus)) * log_p.shape[-1]))
     for first in range(0, out.shape[1], step):
         part = slice(first, first + step)
         out[:, part] = divergence_terms(plus[:, part], minus[:, part]).sum(-1)

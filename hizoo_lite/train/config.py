@@ -91,7 +91,7 @@ class TrainConfig:
     blocks: int | Literal["all", "auto"] = _setting(
         "auto",
         "how many of the model's blocks are trained, from the top; auto: a third for lora, all for dense and "
-        "scales and where targets has full names",
+        "scales, and where targets names blocks",
         group="Space",
         minimum=1,
     )
@@ -138,7 +138,7 @@ class TrainConfig:
         "auto", "learning rate; auto derives it from the measured curvature", group="Method", above=0.0
     )
     lr_schedule: ScheduleName = _setting(
-        "linear", "course of the learning rate to zero at the last step, on top of auto too", group="Method"
+        "linear", "course of the learning rate, on top of auto too; zero behind the last step", group="Method"
     )
     warmup_steps: int = _setting(
         0, "steps in which the learning rate grows from zero", group="Method", minimum=0
@@ -348,7 +348,8 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     found = []
     if values["estimator"] == "mezo" and values["lr"] == "auto":
         found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
-    if values["curvature_from"] == "predictions" and values["curvature_every"] != 1:
+    predicts = values["estimator"] == "hizoo" and values["curvature_from"] == "predictions"
+    if predicts and values["curvature_every"] != 1:
         found.append(
             f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the "
             f"curvature at every step; allowed: 1, or {where('curvature_from')} losses"

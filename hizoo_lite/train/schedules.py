@@ -21,8 +21,6 @@ from typing import Any, Literal
 from hizoo_lite.base import Estimate, StepSize, UserError
 from hizoo_lite.curvature.state import is_usable
 
-#: Shares of the newest |c| in the two running means of `AutoRate`; the larger mean counts.
-FAST, SLOW = 0.1, 0.01
 #: An observed |c| enters the means as at most this multiple of the level: one outlier is not a new level.
 LARGEST_RISE = 10.0
 #: A |c| this much above the level lowers the rate of its own step.
@@ -111,16 +109,18 @@ class FixedRate:
 
 
 class AutoRate:
-    """lr = kappa * schedule / level, where `level` follows |c|: up at once, down slowly (`--lr auto`).
+    """lr = kappa * schedule / level, where `level` follows |c| (`--lr auto`).
 
-    - The level is the larger of a fast and a slow running mean, so that it rises within a few steps and
-      falls over a hundred. |c| counts up to LARGEST_RISE times the level; beyond SUDDEN times the level it
-      lowers the rate of its own step directly.
+    - The level is the larger of two running means, in which the newest |c| has the shares `fast` and `slow`.
+      |c| counts up to LARGEST_RISE times the level; beyond SUDDEN times the level it lowers the rate of its
+      own step directly.
     - The rate starts small: it is ramped over the first `ramp` measured curvatures, while the mean is
       uncertain. Where no curvature was found there is no rate either, or `ceiling`, which it never exceeds.
     - One huge projected gradient does not throw the parameters away: the length of a step is rate * |g| *
       |d|, with E|d|^2 fixed by the curvature, so |g| beyond `guard` times its running root mean square
       lowers the rate until the product is back at it.
+    - No step is to lower the loss by more than `descent` nats to first order, rate * g^2. Predictions that
+      are sure and wrong have next to no curvature and a large slope: kappa / c knows no bound there.
     - A curvature that is negative counts by its size; one that is not finite is passed over; a step
       without one (`HiZOO(every=k)`) reuses the last level. A gradient that is not finite gives a rate of 0.
     """
@@ -128,19 +128,27 @@ class AutoRate:
     def __init__(
         self,
         kappa: float = 0.06,
+        fast: float = 0.03,
+        slow: float = 0.03,
         ramp: int = 5,
         guard: float = 3.0,
         ceiling: float | None = None,
+        descent: float | None = 1.0,
         schedule: Schedule | None = None,
     ) -> None:
         """`schedule` multiplies the rate (peak 1 for none); the other parameters as above, all positive."""
-        for name, value in (("kappa", kappa), ("ceiling", ceiling), ("ramp", ramp), ("guard", guard)):
-            if value is not None and not 0.0 < value < float("inf"):
+        given = {"kappa": kappa, "fast": fast, "slow": slow, "ramp": ramp, "guard": guard}
+        given |= {} if ceiling is None else {"ceiling": ceiling}
+        given |= {} if descent is None else {"descent": descent}
+        for name, value in given.items():
+            if not 0.0 < value < float("inf"):
                 raise UserError(f"lr auto: {name} must be a positive number, got {value!r}")
         self.kappa = kappa
+        self.fast, self.slow = fast, slow
         self.ceiling = ceiling
         self.ramp = ramp
         self.guard = guard
+        self.descent = descent
         self.schedule = schedule
         self._state = {"fast": 0.0, "slow": 0.0, "curvatures": 0.0, "square": 0.0, "gradients": 0.0}
 
@@ -156,7 +164,10 @@ class AutoRate:
         rate = self._bounded(level) * min(count / self.ramp, 1.0)
         if self.schedule is not None:
             rate *= self.schedule(step)
-        return rate * self._damping(gradient)
+        rate *= self._damping(gradient)
+        if self.descent is not None and rate * gradient * gradient > self.descent:
+            rate = self.descent / (gradient * gradient)
+        return rate
 
     def state_dict(self) -> dict[str, float]:
         """The running means and their counts."""
@@ -183,7 +194,7 @@ class AutoRate:
         count = state["curvatures"] + 1.0
         state["curvatures"] = count
         counted = min(size, LARGEST_RISE * level) if level > 0.0 else size
-        for key, share in (("fast", FAST), ("slow", SLOW)):
+        for key, share in (("fast", self.fast), ("slow", self.slow)):
             state[key] += max(share, 1.0 / count) * (counted - state[key])
         return max(state["fast"], state["slow"], size / SUDDEN)
 
@@ -199,9 +210,17 @@ class AutoRate:
         return damping
 
 
-#: Of a rate from second differences of losses, which say little of the curvature (`estimators/hizoo.py`):
-#: 0.03 landed on the best rate of a grid in a trial on SST-2, 0.1 was noisy and 0.3 stalled.
-FROM_LOSSES: dict[str, Any] = {"kappa": 0.03, "ramp": 20, "ceiling": 1e-2}
+#: Of a rate from second differences of losses, which say little of the curvature (`estimators/hizoo.py`). The
+#: level rises at once and falls slowly; 0.03 landed on the best rate of a grid in a trial on SST-2, 0.1 was
+#: noisy, 0.3 stalled.
+FROM_LOSSES: dict[str, Any] = {
+    "kappa": 0.03,
+    "fast": 0.1,
+    "slow": 0.01,
+    "ramp": 20,
+    "ceiling": 1e-2,
+    "descent": None,
+}
 
 
 def step_size(

@@ -26,6 +26,8 @@ from hizoo_lite.tasks import Encoder
 #: The largest difference of a loss or a score that float32 sums in another order may make, where none is
 #: above 1; times the largest one otherwise, as rounding is relative.
 LIMIT = 1e-4
+#: The same for divergences, which are of the size of mu^2: relative to the largest one of the batch.
+DIVERGENCE_LIMIT = 1e-2
 #: Of the perturbation: large, so that a branch in the wrong place shows.
 _MU = 0.05
 
@@ -39,17 +41,22 @@ class Case(NamedTuple):
     losses: Losses
 
 
-def cases(model: Model, space: LoRA, encoder: Encoder, examples: Sequence[Example], seed: int) -> list[Case]:
-    """One and three branches on `examples` (at least one) as in training, on the first, on two evaluated."""
+def cases(
+    model: Model, space: LoRA, encoder: Encoder, examples: Sequence[Example], seed: int, branches: Branches
+) -> list[Case]:
+    """Of an evaluation and of a step, whose `branches` are given.
+
+    On `examples` (at least one) as in training, on the first alone, and on two as they are evaluated.
+    """
     traversal = Traversal(model)
     directions = {name: drawn(seed, 0, name, value.shape) for name, value in space.parameters.items()}
     tensors = {name: torch.from_numpy(value) for name, value in directions.items()}
     found = []
     for part, training in ((examples, True), (examples[:1], True), (examples[:2], False)):
         batch = encoder.collate([encoder.encode(example, training=training) for example in part])
-        for branches in (EVALUATION, Branches()):
-            losses = traversal.losses(batch, branches, _MU, tensors)
-            found.append(Case(batch, branches, directions, losses))
+        for points in (EVALUATION, branches):
+            losses = traversal.losses(batch, points, _MU, tensors)
+            found.append(Case(batch, points, directions, losses))
     return found
 
 
@@ -82,10 +89,11 @@ def _compared(graph: TrainGraph, case: Case) -> dict[str, Any]:
     rows, length = case.batch.input_ids.shape
     entry = {"branches": case.branches.count, "examples": case.batch.examples, "rows": rows, "length": length}
     worst = 0.0
-    for ours, theirs in zip(got, map(np.asarray, case.losses), strict=True):
+    for name, ours, theirs in zip(Losses._fields, got, map(np.asarray, case.losses), strict=True):
         if not theirs.size:  # divergences of an evaluation, which has no pair
             continue
-        difference, limit = float(np.abs(ours - theirs).max()), LIMIT * max(1.0, float(np.abs(theirs).max()))
+        difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+        limit = DIVERGENCE_LIMIT * largest if name == "divergences" else LIMIT * max(1.0, largest)
         if not (difference <= limit and np.isfinite(difference)):  # NaN is above it too
             raise ExportError(
                 f"the training graph differs from the model by {difference:.1e}, allowed is {limit:.0e}: "

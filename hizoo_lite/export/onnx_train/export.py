@@ -80,7 +80,8 @@ def export_train(
         assert isinstance(space, LoRA)
         if fresh:
             space.attach(loaded, config.seed)
-        batches = cases(loaded, space, encoder, examples, config.seed)
+        branches = parts.make_estimator(config).branches(0)
+        batches = cases(loaded, space, encoder, examples, config.seed, branches)
         token_types = batches[0].batch.token_type_ids is not None
         _write_settings(loaded, config, aside)
         _write_graph(loaded, space, encoder, token_types, aside, listener)
