@@ -119,8 +119,9 @@ class AutoRate:
     - One huge projected gradient does not throw the parameters away: the length of a step is rate * |g| *
       |d|, with E|d|^2 fixed by the curvature, so |g| beyond `guard` times its running root mean square
       lowers the rate until the product is back at it.
-    - No step is to lower the loss by more than `descent` nats to first order, rate * g^2. Predictions that
-      are sure and wrong have next to no curvature and a large slope: kappa / c knows no bound there.
+    - Steps are not to lower the loss by more than `descent` nats to first order, rate * g^2, of this g and of
+      its running mean square. Predictions that are sure and wrong have next to no curvature and a large
+      slope: kappa / c knows no bound there.
     - A curvature that is negative counts by its size; one that is not finite is passed over; a step
       without one (`HiZOO(every=k)`) reuses the last level. A gradient that is not finite gives a rate of 0.
     """
@@ -165,8 +166,9 @@ class AutoRate:
         if self.schedule is not None:
             rate *= self.schedule(step)
         rate *= self._damping(gradient)
-        if self.descent is not None and rate * gradient * gradient > self.descent:
-            rate = self.descent / (gradient * gradient)
+        square = max(gradient * gradient, self._state["square"])
+        if self.descent is not None and rate * square > self.descent:
+            rate = self.descent / square
         return rate
 
     def state_dict(self) -> dict[str, float]:
