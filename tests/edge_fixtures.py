@@ -101,7 +101,7 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     """A folder as `export --to onnx-train` writes it, of the embedded model in float32 with its LoRA."""
     folder.mkdir(parents=True)
     model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
-    space = LoRA(rank=config.rank, train_a=config.train_a, blocks="all")
+    space = LoRA(rank=config.rank, train_a=config.train_a, blocks=config.blocks)
     space.attach(model, config.seed)
     space.save(folder / "adapter")
     tensors = tensors_of(space)

@@ -43,7 +43,8 @@ STEPS = 50
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("data")
-    return TrainConfig(**short_run(folder, steps=STEPS, bits="none", compute_dtype="float32"))
+    settings = short_run(folder, steps=STEPS, bits="none", compute_dtype="float32", blocks="all")
+    return TrainConfig(**settings)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ FLOAT32 = {"rtol": 1e-5, "atol": 5e-5}
 
 def tuned(model: Model, name: str, **options: Any) -> Space:
     """A space on the model whose every part has been moved far enough to matter."""
-    space = spaces.get(name, targets="all-linear", **options)
+    space = spaces.get(name, targets="all-linear", blocks="all", **options)
     space.attach(model, seed=0)
     for key, value in space.parameters.items():
         value.add_(normal(3, 0, key, value.shape), alpha=0.05)

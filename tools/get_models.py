@@ -50,8 +50,9 @@ def smollm2(out: Path, scratch: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
+    model = model.to(torch.bfloat16)
     del model.config.quantization_config  # it is decoded, and must not be saved as if it were not
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     model.save_pretrained(out)
