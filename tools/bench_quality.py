@@ -148,6 +148,8 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
         run = fit(replace(config, **settings, out=out, steps=steps, eval_every=every))
+        if run.interrupted:  # it would look like a finished row
+            raise KeyboardInterrupt
         dev = run.setup.splits.dev
         last = [dev_point(run, dev, branches * steps)] if dev else []
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
