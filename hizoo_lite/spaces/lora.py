@@ -4,8 +4,8 @@ A branch uses B + k*mu*dB, k in {0, +1, -1}, in float32 beside the shared base p
 are batched over the branches. Saved in PEFT's own format, under PEFT's own names.
 
 A stays at its random start (as in LoRA-FA, 2308.03303) unless `train_a`. With B alone trained the adapter is
-linear in its parameters, and the curvature along them keeps its size. Trained together, A grows with B and the
-curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone.
+linear in its parameters, and the curvature along them keeps its size. Trained together, A grows with B and
+the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone.
 """
 
 from __future__ import annotations
