@@ -5,7 +5,7 @@
 No term is negative, not even by rounding. For p and q at theta +- mu d the sum is (2 mu)^2 d' G d to leading
 order, with G the Gauss-Newton matrix of the loss, which for a log-likelihood is the Fisher matrix (Martens,
 arXiv 1412.1193, section 9): curvature from first differences of predictions, where losses would take a
-second difference. The same lines run here and in a traced training graph.
+second difference. The same lines run here and in a traced training graph, but for a graph's answer losses.
 """
 
 from __future__ import annotations

@@ -147,7 +147,9 @@ def _between_sites(wide: Tensor, normalizer: Tensor) -> Tensor:
     and in an evaluation, whose one branch has no next, nothing at all.
     """
     p, q = ((wide[part] - normalizer[part].unsqueeze(-1)).exp() for part in (slice(-1), slice(1, None)))
-    apart = torch.matmul((p - q).unsqueeze(-2), (wide[:-1] - wide[1:]).unsqueeze(-1))
+    moved = wide[:-1] - wide[1:]
+    moved = torch.where(moved.isnan(), torch.zeros_like(moved), moved)  # impossible in both: -inf less -inf
+    apart = torch.matmul((p - q).unsqueeze(-2), moved.unsqueeze(-1)).clamp_min(0.0)  # it rounds, terms do not
     return torch.cat([apart.flatten(1), torch.zeros_like(normalizer[:1])])
 
 
