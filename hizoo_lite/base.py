@@ -16,6 +16,7 @@ enters a linear layer.
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,27 +50,49 @@ ComputeDtype = Literal["auto", "bf16", "fp16", "float32"]
 class Branches:
     """Which parameter points one traversal evaluates, in the order of the folded batch axis.
 
-    The order is: theta itself (where `base`), then theta + mu*d and theta - mu*d for every pair.
+    The order is: theta itself (where `base`), theta + mu*d and theta - mu*d for every pair, and theta + mu*d
+    for every one-sided point, which is compared with the base. Every pair and every one-sided point has a
+    direction d of its own.
     """
 
     base: bool = True
     pairs: int = 1
+    one_sided: int = 0
 
     def __post_init__(self) -> None:
-        if self.pairs < 0 or self.count == 0:
-            raise ValueError(
-                f"branches: at least one point is needed, got base={self.base}, pairs={self.pairs}"
-            )
+        if min(self.pairs, self.one_sided) < 0 or self.count == 0:
+            raise ValueError(f"branches: at least one point is needed, got {self}")
+        if self.one_sided and not self.base:
+            raise ValueError(f"branches: one-sided points need a base to be compared with, got {self}")
 
     @property
     def count(self) -> int:
-        """How many branches share the traversal: 2*pairs, plus one with a base."""
-        return int(self.base) + 2 * self.pairs
+        """How many branches share the traversal."""
+        return int(self.base) + 2 * self.pairs + self.one_sided
+
+    @property
+    def directions(self) -> int:
+        """How many directions they lie along; none in an evaluation."""
+        return self.pairs + self.one_sided
+
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """Where each branch is: its direction, and the multiple of mu*d, which is 0, +1 or -1."""
+        base = ((0, 0),) * self.base
+        paired = tuple((k, sign) for k in range(self.pairs) for sign in (1, -1))
+        return (*base, *paired, *((k, 1) for k in range(self.pairs, self.directions)))
 
     @property
     def signs(self) -> tuple[int, ...]:
-        """The multiple of mu*d at each branch: 0, +1 or -1."""
-        return (0,) * self.base + (1, -1) * self.pairs
+        """The multiple of mu*d at each branch."""
+        return tuple(sign for _, sign in self.points)
+
+    @property
+    def compared(self) -> tuple[tuple[int, int], ...]:
+        """Of each direction, the two branches whose losses and predictions are compared."""
+        first = int(self.base)
+        paired = tuple((first + 2 * k, first + 2 * k + 1) for k in range(self.pairs))
+        return (*paired, *((branch, 0) for branch in range(first + 2 * self.pairs, self.count)))
 
 
 EVALUATION = Branches(base=True, pairs=0)
@@ -78,8 +101,28 @@ EVALUATION = Branches(base=True, pairs=0)
 class Estimate(NamedTuple):
     """What an estimator makes of the losses of one step."""
 
-    projected_grad: float  # (l+ - l-) / (2 mu): the directional derivative along d
-    curvature: float | None  # d' G d or d' H d along d, see `estimators/hizoo.py`; None where not measured
+    projected_grads: tuple[float, ...]  # the directional derivative along each direction
+    curvatures: tuple[float, ...] | None  # d' G d or d' H d, see `estimators/hizoo.py`; None: not measured
+
+    @property
+    def projected_grad(self) -> float:
+        """That of the direction; of several the root of their mean square, whose signs say nothing."""
+        return one_size(self.projected_grads)
+
+    @property
+    def curvature(self) -> float | None:
+        """The mean over the directions."""
+        return mean_or_none(self.curvatures)
+
+
+def one_size(slopes: Sequence[float]) -> float:
+    """A slope as it is; of several the root of their mean square."""
+    return slopes[0] if len(slopes) == 1 else math.sqrt(sum(s * s for s in slopes) / len(slopes))
+
+
+def mean_or_none(values: Sequence[float] | None) -> float | None:
+    """Their mean; None of None."""
+    return None if values is None else sum(values) / len(values)
 
 
 class Estimator(Protocol):
@@ -105,7 +148,7 @@ class Estimator(Protocol):
 
         Args:
             losses: of each branch, (branches,) float64.
-            divergences: of each pair's predictions, (pairs,) float64, see `Losses`.
+            divergences: of the predictions along each direction, (directions,) float64, see `Losses`.
             mu: perturbation scale, above 0.
         """
         ...
@@ -121,7 +164,8 @@ class Curvature(ABC):
     `direction = scale(name) * z(name)`, gives every tile of rows of every z to `see` as it is drawn, then
     calls `observe` with the directional curvature c, and updates along `update_scale(name) * z(name)`,
     which is the same as `direction` for everything but the published code's mode (perturbed with the
-    old H, divided by the new one). A step that measures no curvature needs neither call.
+    old H, divided by the new one). A step along several directions, all drawn with the same Sigma, sees and
+    observes one after the other. A step that measures no curvature needs neither call.
     """
 
     name: str
@@ -263,7 +307,8 @@ class BranchState:
     """What the branch-aware linears of one model share: the branches now in flight and their directions.
 
     One instance a model, set by the traversal for the length of one pass. `directions` are
-    d = Sigma^(1/2) z by parameter name, float32, on the parameter's device. Empty for an evaluation.
+    d = Sigma^(1/2) z by parameter name, (directions, *shape) float32, on the parameter's device. Empty for
+    an evaluation.
     """
 
     def __init__(self) -> None:
@@ -459,9 +504,9 @@ class Losses(NamedTuple):
     per_example: Array  # (branches, examples) float64
     scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
     divergences: Array
-    # (pairs, examples) float64: KL(p+ || p-) + KL(p- || p+) of the distribution that the loss is of: "choice"
-    # over the example's slots, "class" over the classes, "answer" over the vocabulary, there the mean over
-    # the gold slot's tokens.
+    # (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are compared along each
+    # direction, of the distribution that the loss is of: "choice" over the example's slots, "class" over the
+    # classes, "answer" over the vocabulary, there the mean over the gold slot's tokens.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""

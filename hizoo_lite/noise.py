@@ -1,7 +1,7 @@
-"""The noise z: a pure function of (run seed, step, parameter name).
+"""The noise z: a pure function of (run seed, step, parameter name, direction).
 
 Never stored and never through a global seed: any tensor of any step can be drawn again, in any order,
-on any machine. The generator is numpy's counter-based Philox with a 128-bit key hashed from the three
+on any machine. The generator is numpy's counter-based Philox with a 128-bit key hashed from the
 arguments, so that numpy alone replays a run bit for bit on CPU, on CUDA and beside onnxruntime.
 Normal, not +-1: where curvature is learnt, z^2 must vary for the diagonal to be seen.
 
@@ -41,9 +41,28 @@ def generator(seed: int, *words: int | str) -> np.random.Generator:
 GENERATORS = {"parameters": "numpy-philox", "cpu": "torch-cpu", "cuda": "torch-cuda"}
 
 
-def drawn(seed: int, step: int, name: str, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal z of parameter `name` at `step`: `shape`, float32."""
-    return generator(seed, step, name).standard_normal(tuple(shape), dtype=np.float32)
+def drawn(
+    seed: int,
+    step: int,
+    name: str,
+    shape: Sequence[int],
+    direction: int = 0,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Standard normal z of parameter `name` at `step`, of one of the step's directions: `shape`, float32.
+
+    out: to be filled, in place of a new array.
+    """
+    words = (name, direction) if direction else (name,)
+    return generator(seed, step, *words).standard_normal(tuple(shape), dtype=np.float32, out=out)
+
+
+def drawn_along(seed: int, step: int, name: str, shape: Sequence[int], directions: int) -> np.ndarray:
+    """`drawn` of every direction of a step: (directions, *shape) float32."""
+    out = np.empty((directions, *shape), dtype=np.float32)
+    for direction in range(directions):
+        drawn(seed, step, name, shape, direction, out[direction, ...])
+    return out
 
 
 def normal(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
@@ -83,15 +102,24 @@ class StepNoise:
     while a traversal computes. Because every draw is pure, drawing ahead cannot change a result.
     """
 
-    def __init__(self, seed: int, shapes: Mapping[str, Sequence[int]], arrays: Arrays | None = None) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int,
+        shapes: Mapping[str, Sequence[int]],
+        arrays: Arrays | None = None,
+        directions: int = 1,
+    ) -> None:
+        self.seed, self.directions = seed, directions
         self.shapes = dict(shapes)
         self._arrays = arrays or host_arrays()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._ahead: tuple[int, Future[dict[str, Array]]] | None = None
 
     def __call__(self, step: int) -> dict[str, Array]:
-        """z of every tensor at `step`, by name, float32, on CPU; the next step is drawn meanwhile."""
+        """z of every tensor at `step`, by name, (directions, *shape) float32, on CPU.
+
+        The next step is drawn meanwhile.
+        """
         if self._ahead is not None and self._ahead[0] == step:
             drawn = self._ahead[1].result()
         else:
@@ -105,4 +133,7 @@ class StepNoise:
 
     def _draw(self, step: int) -> dict[str, Array]:
         own = self._arrays.from_numpy
-        return {name: own(drawn(self.seed, step, name, shape)) for name, shape in self.shapes.items()}
+        return {
+            name: own(drawn_along(self.seed, step, name, shape, self.directions))
+            for name, shape in self.shapes.items()
+        }

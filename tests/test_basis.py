@@ -9,7 +9,10 @@ from torch import Tensor
 from hizoo_lite.base import EVALUATION, Branches
 from hizoo_lite.model.basis import gains, rebuild, split
 
-LAYOUTS = [Branches(True, 1), Branches(False, 1), Branches(True, 2), Branches(False, 3), EVALUATION]
+LAYOUTS = [
+    *(Branches(True, 1), Branches(False, 1), Branches(True, 2), Branches(False, 3)),
+    *(Branches(True, 0, 2), Branches(True, 1, 1), EVALUATION),
+]
 
 
 def branched(branches: Branches, mu: float = 1e-3) -> Tensor:
@@ -20,6 +23,7 @@ def branched(branches: Branches, mu: float = 1e-3) -> Tensor:
     for _ in range(branches.pairs):
         odd, even = mu * torch.randn(5, 8, generator=draw), mu**2 * torch.randn(5, 8, generator=draw)
         rows += [base + even + odd, base + even - odd]
+    rows += [base + mu * torch.randn(5, 8, generator=draw) for _ in range(branches.one_sided)]
     return torch.stack(rows)
 
 
@@ -43,20 +47,22 @@ def test_rebuild_inverts_split_in_float32(branches: Branches) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("branches", [Branches(True, 1), Branches(False, 1), Branches(True, 2)], ids=str)
+@pytest.mark.parametrize(
+    "branches", [Branches(True, 1), Branches(False, 1), Branches(True, 2), Branches(True, 0, 2)], ids=str
+)
 def test_differences_survive_short_products(branches: Branches, dtype: torch.dtype) -> None:
     x = branched(branches)
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
     weight = weight.bfloat16().float()  # so that the weight itself is exact in every dtype
     exact = x.double() @ weight.double().t()
     got = product(x, weight, branches, dtype)
-    first = int(branches.base)
-    odd, true_odd = got[first] - got[first + 1], exact[first] - exact[first + 1]
+    one, other = branches.compared[-1]
+    odd, true_odd = got[one] - got[other], exact[one] - exact[other]
     # operands and result are rounded to 8 (bf16) or 11 bits of the difference, not of the value
     tolerance = 2e-2 if dtype == torch.bfloat16 else 5e-3
     assert (odd.double() - true_odd).norm() < tolerance * true_odd.norm()
     branchwise = (x.to(dtype) @ weight.to(dtype).t()).float()
-    lost = branchwise[first] - branchwise[first + 1]
+    lost = branchwise[one] - branchwise[other]
     assert (lost.double() - true_odd).norm() > 3 * (odd.double() - true_odd).norm()
 
 
@@ -71,8 +77,12 @@ def test_signs_follow_the_folded_order() -> None:
     assert Branches(True, 2).signs == (0, 1, -1, 1, -1)
     assert Branches(False, 1).signs == (1, -1)
     assert EVALUATION.signs == (0,)
+    assert Branches(True, 1, 2).points == ((0, 0), (0, 1), (0, -1), (1, 1), (2, 1))
+    assert Branches(True, 1, 2).compared == ((1, 2), (3, 0), (4, 0))
 
 
 def test_no_branch_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one point"):
         Branches(base=False, pairs=0)
+    with pytest.raises(ValueError, match="need a base"):
+        Branches(base=False, pairs=1, one_sided=1)

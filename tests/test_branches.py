@@ -14,7 +14,7 @@ from hizoo_lite.base import EVALUATION, Branches
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
-from hizoo_lite.noise import normal
+from hizoo_lite.noise import drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.residency import Resident
 from hizoo_lite.stream.traversal import Traversal
@@ -28,13 +28,14 @@ FLOAT32_ROUNDING = 2e-5
 
 
 def tuned(model: Model, rank: int = 4) -> tuple[LoRA, dict[str, Tensor]]:
-    """An attached adapter in mid-training (B not zero) and one direction."""
+    """An attached adapter in mid-training (B not zero) and two directions."""
     space = LoRA(rank=rank, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         if "lora_B" in name:
             value.copy_(0.05 * normal(0, 0, "B " + name, value.shape))
-    return space, {name: normal(5, 0, name, p.shape) for name, p in space.parameters.items()}
+    shapes = {name: p.shape for name, p in space.parameters.items()}
+    return space, {n: torch.from_numpy(drawn_along(5, 0, n, shape, 2)) for n, shape in shapes.items()}
 
 
 def separate_losses(
@@ -43,9 +44,9 @@ def separate_losses(
     """Every branch evaluated on its own, with the parameters really moved."""
     clean = {name: p.clone() for name, p in space.parameters.items()}
     rows = []
-    for sign in branches.signs:
+    for direction, sign in branches.points:
         for name, p in space.parameters.items():
-            p.copy_(clean[name] + sign * MU * directions[name])
+            p.copy_(clean[name] + sign * MU * directions[name][direction])
         rows.append(traversal.losses(batch).per_example[0])
     for name, p in space.parameters.items():
         p.copy_(clean[name])
@@ -60,7 +61,7 @@ def test_folded_losses_equal_separate_losses(name: str, bits: str, tmp_path: Pat
     model = load(tmp_path, kind=kind, bits=bits, compute_dtype="float32", device="cpu")
     space, directions = tuned(model)
     traversal, batch = Traversal(model), tiny_task_batch(kind)
-    for branches in (Branches(True, 1), Branches(False, 1)):
+    for branches in (Branches(True, 1), Branches(False, 1), Branches(True, 0, 2), Branches(True, 1, 1)):
         folded = traversal.losses(batch, branches, MU, directions).per_example
         separate = separate_losses(traversal, space, batch, directions, branches)
         torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
@@ -110,7 +111,7 @@ def test_a_layer_with_weights_of_each_branch_is_bit_equal_to_separate_forwards(t
     clean = {name: p.clone() for name, p in space.parameters.items()}
     for branch, sign in enumerate((0, 1, -1)):
         for name, p in space.parameters.items():
-            p.copy_(clean[name]).add_(directions[name], alpha=sign * MU)
+            p.copy_(clean[name]).add_(directions[name][0], alpha=sign * MU)
         assert torch.equal(layer(x.view(3, 7, -1)[branch]), folded[branch])
 
 
@@ -151,7 +152,7 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)
-    directions = {name: normal(5, 0, name, p.shape) for name, p in space.parameters.items()}
+    directions = {name: normal(5, 0, name, p.shape)[None] for name, p in space.parameters.items()}
     traversal, batch = Traversal(model), tiny_task_batch("causal")
     separate = separate_losses(traversal, space, batch, directions, Branches())
     rows: dict[str, int] = {}

@@ -279,7 +279,7 @@ def test_both_watchers_show_loss_and_speed(
     watch.message("begin [not markup]")
     watch.phase("train", 2)
     for step in range(2):
-        watch.stepped(StepRecord(step, (1.0, 2.0, 3.0), 0.1, 0.2, 0.3, 3, step == 1))
+        watch.stepped(StepRecord(step, (1.0, 2.0, 3.0), (0.1,), (0.2,), 0.3, 3, step == 1))
     watch.finish()
     assert (watch.done, watch.loss) == (2, 2.0)
     errors = click.unstyle(capsys.readouterr().err)

@@ -124,6 +124,37 @@ def test_a_restored_state_continues_bitwise(member, estimator):
         assert torch.equal(curvature.scale(name), resumed.scale(name))
 
 
+def test_a_second_direction_of_a_step_counts_under_the_sigma_it_was_drawn_with():
+    curvature, smoothing = started(Diagonal), 0.3
+    descend(curvature, HiZOO(), ones(), range(20))
+    h = {name: value.clone() for name, value in curvature.state_dict().items()}
+    first, second = draw(100), draw(101)
+    for name in SHAPES:
+        curvature.scale(name)
+    take_in(curvature, 2.0, first, smoothing)
+    take_in(curvature, 3.0, second, smoothing)
+    for name, old in h.items():
+        once = (1 - smoothing) * old + smoothing * 2.0 / 2 * old * (first[name] ** 2 - 1).abs()
+        twice = (1 - smoothing) * once + smoothing * 3.0 / 2 * old * (second[name] ** 2 - 1).abs()
+        torch.testing.assert_close(curvature.state_dict()[name], twice, rtol=1e-5, atol=1e-3)  # the floor
+
+
+def test_grouped_measures_all_directions_of_a_step_by_the_sigma_they_were_drawn_with(monkeypatch):
+    curvature = started(Grouped)
+    descend(curvature, HiZOO(), ones(), range(60))
+    sigma, seen = {name: float(curvature.scale(name)) ** 2 for name in SHAPES}, []
+    through = Grouped._filter
+    monkeypatch.setattr(Grouped, "_filter", lambda self, c, x, w: (seen.append(x), through(self, c, x, w)))
+    first, second = draw(100), draw(101)
+    take_in(curvature, 2.0, first, 0.5)
+    take_in(curvature, 3.0, second, 0.5)
+    assert len({*sigma.values()}) > 1  # it has learnt something, which the first observation changes
+    assert {name: float(curvature.scale(name)) ** 2 for name in SHAPES} != sigma
+    for lengths, z in zip(seen, (first, second), strict=True):
+        wanted = [sigma[name] * float(z[name].double().square().sum()) for name in SHAPES]
+        assert lengths.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
 @every_member
 def test_a_saved_state_does_not_change_with_later_observations(member):
     curvature = started(member)

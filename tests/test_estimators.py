@@ -31,7 +31,8 @@ def published(every: int = 1) -> HiZOO:
 def test_hizoo_scalars_equal_the_float64_formula():
     losses = [2.5, 2.75, 2.5625]
     estimate = published().estimate(np.array(losses), NO_PAIR, MU)
-    assert estimate == pytest.approx(reference.hizoo_scalars(losses, MU), rel=1e-12)
+    got = (estimate.projected_grad, estimate.curvature)
+    assert got == pytest.approx(reference.hizoo_scalars(losses, MU), rel=1e-12)
 
 
 def test_mezo_scalar_equals_the_float64_formula():
@@ -73,6 +74,26 @@ def test_curvature_from_predictions_is_their_divergence_over_the_distance_square
     estimate = HiZOO().estimate(np.array([2.75, 2.5625]), np.array([3e-6]), MU)
     assert estimate.curvature == pytest.approx(3e-6 / (4 * MU**2), rel=1e-12)
     assert directional_curvature(3e-6, MU) == pytest.approx(3e-6 / MU**2, rel=1e-12)  # of a one-sided point
+
+
+def test_several_directions_share_one_base():
+    estimator = HiZOO(directions=3)
+    assert {estimator.branches(step).signs for step in range(5)} == {(0, 1, 1, 1)}
+    losses, divergences = np.array([2.5, 2.75, 2.5625, 2.25]), np.array([1e-6, 2e-6, 3e-6])
+    estimate = estimator.estimate(losses, divergences, MU)
+    assert estimate.projected_grads == pytest.approx((losses[1:] - losses[0]) / MU, rel=1e-12)
+    assert estimate.curvatures == pytest.approx(divergences / MU**2, rel=1e-12)
+    assert estimate.projected_grad == pytest.approx(math.sqrt(np.mean((losses[1:] - 2.5) ** 2)) / MU)
+    assert estimate.curvature == pytest.approx(2e-6 / MU**2)
+
+
+@pytest.mark.parametrize(
+    ("directions", "source", "message"),
+    [(0, "predictions", "got 0"), (2.0, "predictions", "got 2.0"), (2, "losses", "points on both sides")],
+)
+def test_directions_that_cannot_be_are_refused(directions, source, message):
+    with pytest.raises(UserError, match=message):
+        HiZOO(curvature_from=source, directions=directions)
 
 
 def test_divergence_equals_both_kullback_leibler_divergences():

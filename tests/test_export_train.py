@@ -30,7 +30,7 @@ from hizoo_lite.export.onnx_train import export as exporting
 from hizoo_lite.export.onnx_train.export import export_train
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
 from hizoo_lite.model.load import load
-from hizoo_lite.noise import drawn
+from hizoo_lite.noise import drawn, drawn_along
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.adapter_files import PEFT_WEIGHTS
@@ -109,21 +109,22 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
 
     mu, traversal = 0.05, Traversal(model)
     tensors = space.parameters.items()
-    directions = {path: torch.from_numpy(drawn(2, 0, path, value.shape)) for path, value in tensors}
+    directions = {path: torch.from_numpy(drawn_along(2, 0, path, value.shape, 2)) for path, value in tensors}
     for rows, length in ((3, 12), (4, 20)):
         batch = grouped(tiny_task_batch(kind, rows, length), loss)
-        for branches in (EVALUATION, Branches(), Branches(base=False, pairs=1)):
+        for branches in (EVALUATION, Branches(), Branches(base=False), Branches(pairs=0, one_sided=2)):
             want = traversal.losses(batch, branches, mu, directions)
             feeds = {key: value.numpy() for key, value in batch._asdict().items() if key in names}
             for path, value in tensors:
-                points = [value + sign * mu * directions[path] for sign in branches.signs]
+                points = [value + sign * mu * directions[path][k] for k, sign in branches.points]
                 feeds[path] = torch.stack(points).numpy()
+            feeds["compared"] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
             losses, scores, between = session.run(OUTPUTS, feeds)
             assert losses.dtype == scores.dtype == between.dtype == np.float64
             np.testing.assert_allclose(losses, want.per_example, rtol=0, atol=ROUNDING)
             np.testing.assert_allclose(scores, want.scores, rtol=0, atol=ROUNDING)
             # of size mu^2 c: relative to their own size, and to float32 logits that differ by mu
-            np.testing.assert_allclose(between[branches.base :: 2], want.divergences, rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(between, want.divergences, rtol=1e-3, atol=1e-7)
             if branches.pairs:
                 assert want.divergences.max() > 1e-5
                 assert np.abs(losses[-1] - losses[-2]).max() > 100 * ROUNDING

@@ -21,7 +21,9 @@ OLDER = {
     "train_a": True,
     "curvature_from": "losses",
     "balanced": "off",
+    "directions": 1,
 }
+FORM = journal.Form(branches=3, directions=1)
 
 
 def made_older(run: Run) -> None:
@@ -30,10 +32,10 @@ def made_older(run: Run) -> None:
     lines = config.read_text().splitlines(keepends=True)
     config.write_text("".join(line for line in lines if line.split(" = ")[0] not in OLDER))
     path = run.folder / "journal.bin"
-    data = journal._header(3, version=1)
+    data = journal._header(FORM, version=1)
     checksum = zlib.crc32(data)
     for record in journal.read(path):
-        packed, checksum = journal._packed(record, 3, checksum)
+        packed, checksum = journal._packed(record, FORM, checksum)
         data += packed
     path.write_bytes(data)
 

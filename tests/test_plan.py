@@ -123,7 +123,9 @@ def check_owners(plan: Plan, parts: Any) -> None:
 # ------------------------------------------------------------------------------ what a pass makes
 
 
-@pytest.mark.parametrize("branches", [Branches(), Branches(base=False), EVALUATION], ids=str)
+@pytest.mark.parametrize(
+    "branches", [Branches(), Branches(base=False), Branches(pairs=0, one_sided=2), EVALUATION], ids=str
+)
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
 def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
     save_tiny(name, tmp_path, dtype=torch.bfloat16)
@@ -134,7 +136,8 @@ def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branc
     if trained is not None:
         space = setup.make_space(config_of(tmp_path, targets="all-linear"))
         space.attach(model, seed=0)
-        directions = {key: torch.zeros_like(value) for key, value in space.parameters.items()}
+        along = (branches.directions,)
+        directions = {key: torch.zeros(along + value.shape) for key, value in space.parameters.items()}
     batch = answer_batch(model.config.vocab_size, rows=rows, length=length)
     batch.attention_mask[-1, length // 2 :] = 0
     traversal = Traversal(model)
@@ -169,7 +172,13 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
     model = load(streamable, device="cpu")
     sizes = [
         pass_bytes(model, rows, length, branches)
-        for rows, length, branches in ((2, 16, 1), (2, 16, 2), (2, 16, 3), (4, 16, 3), (4, 64, 3))
+        for rows, length, branches in (
+            (2, 16, EVALUATION),
+            (2, 16, Branches(base=False)),
+            (2, 16, Branches()),
+            (4, 16, Branches()),
+            (4, 64, Branches()),
+        )
     ]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes)

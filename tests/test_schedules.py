@@ -19,9 +19,14 @@ from hizoo_lite.train.schedules import (
 )
 
 
+def one(gradient: float, curvature: float | None) -> Estimate:
+    """An estimate along one direction."""
+    return Estimate((gradient,), None if curvature is None else (curvature,))
+
+
 def feed(rate: AutoRate, curvature: float | None, gradient: float = 1.0, steps: int = 1) -> float:
     """The last of `steps` rates."""
-    return [rate.rate(step, Estimate(gradient, curvature)) for step in range(steps)][-1]
+    return [rate.rate(step, one(gradient, curvature)) for step in range(steps)][-1]
 
 
 def settled(curvature: float = 100.0) -> AutoRate:
@@ -87,7 +92,7 @@ def test_smoothing_stays_positive_past_its_end():
 
 def test_fixed_rate_is_the_schedule_whatever_is_measured():
     rate = FixedRate(Schedule("linear", 1.0, total_steps=4))
-    assert [rate.rate(step, Estimate(1e9, None)) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [rate.rate(step, one(1e9, None)) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     rate.load_state_dict(rate.state_dict())
     assert rate.state_dict() == {}
 
@@ -176,7 +181,7 @@ def test_auto_rate_ends_near_the_minimum_of_a_problem_that_it_begins_sure_and_wr
         slope = (loss(weights + 1e-4 * direction, rows) - loss(weights - 1e-4 * direction, rows)) / 2e-4
         p = np.exp(-np.logaddexp(0.0, -inputs[rows] @ weights))
         bend = float((p * (1 - p) * (inputs[rows] @ direction) ** 2).mean())
-        weights = weights - rate.rate(step, Estimate(slope, bend)) * slope * direction
+        weights = weights - rate.rate(step, one(slope, bend)) * slope * direction
         worst = max(worst, loss(weights, everything))
     assert worst < 20 * begin
     assert loss(weights, everything) < begin
@@ -185,7 +190,7 @@ def test_auto_rate_ends_near_the_minimum_of_a_problem_that_it_begins_sure_and_wr
 def test_auto_rate_follows_its_schedule():
     rate = AutoRate(kappa=0.03, schedule=Schedule("linear", 1.0, total_steps=1_000))
     for step in range(500):
-        last = rate.rate(step, Estimate(1.0, 100.0))
+        last = rate.rate(step, one(1.0, 100.0))
     assert last == pytest.approx(0.03 / 100.0 * 501 / 1_000, rel=1e-9)
 
 
@@ -224,7 +229,7 @@ def test_step_size_makes_what_the_flag_says():
     assert auto.ceiling is None
     published = step_size("auto", schedule, measures_curvature=True, predicts=False)
     assert (published.kappa, published.ramp, published.ceiling) == (0.03, 20, 1e-2)
-    assert step_size(0.5, schedule, measures_curvature=False).rate(2, Estimate(1.0, None)) == 0.25
+    assert step_size(0.5, schedule, measures_curvature=False).rate(2, one(1.0, None)) == 0.25
 
 
 def test_auto_with_an_estimator_without_curvature_is_an_error():

@@ -10,7 +10,7 @@ import torch
 
 from hizoo_lite import curvature, estimators
 from hizoo_lite.model.load import load
-from hizoo_lite.noise import StepNoise, normal
+from hizoo_lite.noise import StepNoise, drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.traversal import Losses, Traversal
 from hizoo_lite.train.schedules import FixedRate, Schedule
@@ -26,6 +26,7 @@ def make_stepper(
     kind: str = "causal",
     estimator: str = "hizoo",
     source: str = "predictions",
+    directions: int = 1,
     **options: float,
 ) -> Stepper:
     """A stepper on a tiny NF4 Llama with a fixed rate, both sides of its adapters trained."""
@@ -35,7 +36,7 @@ def make_stepper(
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)
-    made = {"curvature_from": source} if estimator == "hizoo" else {}
+    made = {"curvature_from": source, "directions": directions} if estimator == "hizoo" else {}
     return Stepper(
         Traversal(model),
         space,
@@ -65,6 +66,24 @@ def test_the_update_is_the_projected_gradient_along_z(
     for name, value in stepper.space.parameters.items():
         z = normal(7, 0, name, value.shape)  # Sigma is the identity in the first step
         expected = before[name].add(z, alpha=-LR * record.projected_grad)
+        assert torch.equal(value, expected)
+    stepper.close()
+
+
+def test_several_directions_move_along_each_of_them(tmp_path: Path) -> None:
+    stepper = make_stepper(tmp_path, directions=3)
+    before = {name: p.clone() for name, p in stepper.space.parameters.items()}
+    record = stepper.step(0, tiny_task_batch("causal"))
+    assert record.forwards == 4
+    base, *others = record.losses
+    assert record.projected_grads == pytest.approx([(loss - base) / MU for loss in others], rel=1e-12)
+    assert record.curvatures is not None
+    assert min(record.curvatures) > 0
+    assert record.metrics()["projected_grads"] == record.projected_grads
+    for name, value in stepper.space.parameters.items():
+        expected = before[name]
+        for z, slope in zip(drawn_along(7, 0, name, value.shape, 3), record.projected_grads, strict=True):
+            expected = expected.add(torch.from_numpy(z), alpha=-LR * slope)
         assert torch.equal(value, expected)
     stepper.close()
 
@@ -152,8 +171,14 @@ def test_noise_is_a_pure_function_of_seed_step_and_name() -> None:
     drawn = [noise(step) for step in (0, 1, 5, 1)]  # ahead, out of order, and again
     noise.close()
     for step, z in zip((0, 1, 5, 1), drawn, strict=True):
-        assert all(torch.equal(z[name], normal(11, step, name, shape)) for name, shape in shapes.items())
+        assert all(torch.equal(z[name][0], normal(11, step, name, shape)) for name, shape in shapes.items())
     assert not torch.equal(drawn[0]["a"], drawn[1]["a"])
+    several = StepNoise(11, shapes, directions=2)
+    [(first, second), again] = several(3)["a"], several(3)["a"]
+    several.close()
+    assert torch.equal(first, normal(11, 3, "a", [3, 5]))  # as where there is one
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again[1])
     assert not torch.equal(normal(11, 0, "a", [7]), normal(11, 0, "b", [7]))
     assert not torch.equal(normal(11, 0, "a", [7]), normal(12, 0, "a", [7]))
 

@@ -81,7 +81,7 @@ def reference_losses(
     for sign in (0, 1, -1):
         for name, weight in clean.items():
             a, b = (
-                space.parameters[key].cpu().double() + sign * MU * directions[key].cpu().double()
+                space.parameters[key].cpu().double() + sign * MU * directions[key][0].cpu().double()
                 for key in (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
             )
             twin.get_submodule(name).weight.data.copy_(weight + space.scaling * b @ a)
@@ -153,7 +153,8 @@ def measure(
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in range(seeds):
         directions = {
-            name: normal(seed, 1, name, p.shape).to(model.device) for name, p in space.parameters.items()
+            name: normal(seed, 1, name, p.shape).to(model.device)[None]
+            for name, p in space.parameters.items()
         }
         truth = scalars(reference_losses(model, twin, space, ids, directions))
 

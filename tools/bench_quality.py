@@ -45,6 +45,7 @@ from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.train.parts import make_estimator
 from hizoo_lite.train.setup import find_task, make_splits
 
 DATA = Path(__file__).parents[1] / "../shared/data"
@@ -99,6 +100,7 @@ METHODS = {
     "hizoo, Sigma = I": Method({"curvature": "none"}),
     "hizoo, unbalanced": Method({"balanced": "off"}),
     "hizoo, constant kappa": Method({"lr_schedule": "constant"}),
+    "hizoo, one direction": Method({"directions": 1}),
     "hizoo, from losses": Method({"curvature_from": "losses"}),
     "hizoo, before": Method(_BEFORE),
     "mezo": Method(_MEZO, "mezo"),
@@ -142,7 +144,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
     """A run of the product itself, in a folder that is thrown away."""
     settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
-    branches = 3 if settings.get("curvature_from") == "losses" else 2
+    branches = make_estimator(replace(config, **settings)).branches(0).count
     steps = forwards // branches
     every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:

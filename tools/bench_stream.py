@@ -126,7 +126,7 @@ def cold_passes(model: Any, stepper: Any, batch: Any, folder: Path, contender: s
     from hizoo_lite.base import EVALUATION, Branches
     from hizoo_lite.noise import normal
 
-    directions = {name: normal(0, 0, name, p.shape) for name, p in stepper.space.parameters.items()}
+    directions = {name: normal(0, 0, name, p.shape)[None] for name, p in stepper.space.parameters.items()}
     total = 0.0
     for _ in range(1 if contender == "folded" else 3):
         model.residency.close()  # also what the slots hold must be read again

@@ -186,13 +186,13 @@ def _read_hardware(folder: Path) -> None:
 
 
 def _journal() -> bytes:
-    data = journal._header(3)
+    data = journal._header(journal.Form(3, 1))
     checksum = zlib.crc32(data)
     for step in range(4):
         record = journal.Record(
-            step, 7, 8 * step, (1.0, 1.5, 0.5), 0.25, 1e-3 if step else None, 0.1, 1e-4, 0.0
+            step, 7, 8 * step, (1.0, 1.5, 0.5), (0.25,), (1e-3,) if step else None, 0.1, 1e-4, 0.0
         )
-        packed, checksum = journal._packed(record, 3, checksum)
+        packed, checksum = journal._packed(record, journal.Form(3, 1), checksum)
         data += packed
     return data
 

@@ -138,6 +138,7 @@ def _measured(
     listener: Listener,
 ) -> dict[str, Any]:
     """The same, of the examples `part`."""
+    from hizoo_lite.base import EVALUATION
     from hizoo_lite.memory.budget import Budget, loading
     from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import planning, saved, setup
@@ -149,7 +150,7 @@ def _measured(
     workload = planning.evaluated(encoder, part)
 
     def prepare() -> None:
-        setup.prepare_blocks(model, config, workload, branches=1)
+        setup.prepare_blocks(model, config, workload, EVALUATION)
 
     if adapter is not None:
         saved.attach_adapter(model, adapter, prepare)

@@ -78,6 +78,7 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
     """The model, with room for a text of `length` tokens (characters are at least as many)."""
     from dataclasses import asdict
 
+    from hizoo_lite.base import EVALUATION
     from hizoo_lite.errors import UserError
     from hizoo_lite.memory.estimate import pass_bytes
     from hizoo_lite.memory.workload import cache_bytes
@@ -107,7 +108,7 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
     if isinstance(loaded.residency, Streamed):
         tokens = min(length, loaded.positions or length)
         cache = cache_bytes(loaded.config, 1, tokens)
-        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, 1) + cache
+        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, EVALUATION) + cache
         loaded.residency.scratch = None if adapter is None else saved.find_adapter(adapter)
     if adapter is not None:
         saved.attach_adapter(loaded, adapter)

@@ -45,6 +45,7 @@ def command(
     blocks: Annotated[str | None, typer.Option(metavar="INT|all|auto", help="trained, from the top")] = None,
     curvature: Annotated[str | None, typer.Option(metavar="none|diagonal|grouped|factored")] = None,
     curvature_from: Annotated[str | None, typer.Option(metavar="predictions|losses")] = None,
+    directions: Annotated[str | None, typer.Option(metavar="N|auto")] = None,
     batch_size: Annotated[
         str | None, typer.Option(metavar="INT", help="without it the largest that fits, up to 16")
     ] = None,
@@ -72,8 +73,8 @@ def command(
 
     names = (
         "device_budget host_budget device revision task bits double_quant compute_dtype space dense_update "
-        "rank train_a targets blocks estimator curvature curvature_from batch_size eval_batch_size "
-        "max_length branch_chunk residency kind model"
+        "rank train_a targets blocks estimator curvature curvature_from directions batch_size "
+        "eval_batch_size max_length branch_chunk residency kind model"
     )
     flags = locals()
     given = {name: flags[name] for name in names.split() if flags[name] is not None}

@@ -86,6 +86,9 @@ class Diagonal(Curvature):
             if self.mode == "paper":
                 factor = abs(factor - 1.0)
             factor *= weight * abs(curvature) / 2.0
+            drawn = self._drawn.get(name, old)
+            if drawn is not old:  # a further direction of a step, drawn with the same Sigma as the first
+                factor *= drawn / old
             factor += 1.0 - weight
             factor *= old
             # A new tensor: `_drawn` may still hold the old one for this step's update.

@@ -69,7 +69,7 @@ class Factored(Curvature):
     def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Add the rows to the sums over rows and columns."""
         if first_row == 0:
-            inverse = self._inverse(self._factors[name])
+            inverse = self._inverse(self._drawn.get(name, self._factors[name]))
             wide = tuple(self._arrays.wide(factor, like=z) for factor in inverse)
             self._seen[name] = wide, tuple(self._arrays.xp.zeros_like(factor) for factor in wide)
         factors, sums = self._seen[name]

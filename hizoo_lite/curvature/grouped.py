@@ -88,6 +88,7 @@ class Grouped(Curvature):
         self.prior = prior
         self.drift = drift
         self._sigma: Array = None  # by group, once started
+        self._drawn_sigma: Array = None  # that of the last `scale`: all directions of a step have it
 
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Sigma = I."""
@@ -103,13 +104,14 @@ class Grouped(Curvature):
             self._slices[name] = slice(len(sizes), len(sizes) + len(own))
             sizes += own
         self._sizes = self._xp.asarray(sizes, dtype=self._xp.float64)
+        self._drawn_sigma = None
         self._drawn: dict[str, Array] = {}  # the Sigma behind the last `scale` of each name
         self._squares: dict[str, Array] = {}  # the sum of this step's z^2 over each group, float64
         self._reset()
 
     def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32: 0-dim per tensor, (rows, 1, ...) per row."""
-        self._drawn[name] = self._sigma
+        self._drawn[name] = self._drawn_sigma = self._sigma
         return self._shaped(name, self._sigma)
 
     def update_scale(self, name: str) -> Array:
@@ -147,7 +149,7 @@ class Grouped(Curvature):
         squares = self._xp.zeros_like(self._sizes)
         for name, sums in seen.items():
             squares[self._slices[name]] = self._arrays.on_host(sums)
-        lengths = self._sigma * squares
+        lengths = (self._sigma if self._drawn_sigma is None else self._drawn_sigma) * squares
         self._filter(curvature, lengths, weight)
         self._forget(self.drift * weight)
         if self._common() > 0.0:
@@ -169,7 +171,7 @@ class Grouped(Curvature):
         running, level, spread, count = loaded["moments"].tolist()
         self._mean, self._covariance = loaded["mean"], loaded["covariance"]
         self._running, self._moments = running != 0.0, (level, spread, count)
-        self._drawn = {}
+        self._drawn, self._drawn_sigma = {}, None
         self._sigma = self._preconditioner() if self._running else self._xp.ones_like(self._sizes)
 
     # ------------------------------------------------------------------------------------- groups

@@ -1,9 +1,10 @@
 """The training graph of an exported folder: losses of all branches in one run of onnxruntime.
 
-`train.onnx` takes the arrays of a batch by their names, and every trained parameter once a branch,
-(branches, *shape) float32; the rows of the batch are folded over the branches inside. Its outputs are
-`losses`, (branches, examples) float64, `scores`, and `divergences` between the predictions of each branch and
-the next. A perturbed parameter exists only in the feed: what is trained is never changed by a forward.
+`train.onnx` takes the arrays of a batch by their names, and every trained parameter once a branch, (branches,
+*shape) float32; the rows of the batch are folded over the branches inside. Its outputs are `losses`,
+(branches, examples) float64, `scores`, and `divergences`, (directions, examples), between the predictions of
+the branches that `compared` names, (directions, 2). A perturbed parameter exists only in the feed: what is
+trained is never changed by a forward.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from hizoo_lite.export.onnx.session import Graph
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
-FORMAT = 2
+FORMAT = 3
 RECORD, GRAPH, ADAPTER = "train.json", "train.onnx", "adapter"
 LOSSES, SCORES, DIVERGENCES = "losses", "scores", "divergences"
+COMPARED = "compared"
 _EXPORTED = "a folder of: hizoo-lite export --to onnx-train"
 
 
@@ -119,17 +121,18 @@ class TrainGraph:
         mu: float = 0.0,
         directions: Mapping[str, np.ndarray] | None = None,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` d by parameter name."""
+        """Losses of every branch on `batch`; `directions` d by parameter name, (directions, *shape)."""
         feeds = {name: value for name, value in batch._asdict().items() if name in self.session.inputs}
         for name, value in {**self.frozen, **self.parameters}.items():
             feeds[name] = np.repeat(value[None], branches.count, axis=0)
         for name in self.parameters:
-            for branch, sign in enumerate(branches.signs):
+            for branch, (direction, sign) in enumerate(branches.points):
                 if sign:
                     assert directions is not None
-                    self._arrays.add_scaled(feeds[name][branch, ...], directions[name], sign * mu)
-        losses, scores, between = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
-        return Losses(losses, scores, between[int(branches.base) :: 2])  # those of a pair are neighbours
+                    self._arrays.add_scaled(feeds[name][branch, ...], directions[name][direction], sign * mu)
+        feeds[COMPARED] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
+        losses, scores, divergences = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
+        return Losses(losses, scores, divergences)
 
     def write(
         self,

@@ -34,7 +34,8 @@ from hizoo_lite.train.summary import outcome, versions
 
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
-    *("task", "data", "out", "estimator", "curvature_from", "curvature", "curvature_mode", "curvature_per"),
+    *("task", "data", "out", "estimator", "curvature_from", "directions"),
+    *("curvature", "curvature_mode", "curvature_per"),
     *(
         "curvature_every",
         "smoothing",

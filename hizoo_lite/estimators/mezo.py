@@ -29,7 +29,7 @@ class MeZO:
     def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
         """See `Estimator.estimate`; losses are l+, l-. What is not finite passes through."""
         plus, minus = as_losses(losses, (2,), self.name)
-        return Estimate(central_difference(plus, minus, mu), None)
+        return Estimate((central_difference(plus, minus, mu),), None)
 
 
 def as_losses(losses: np.ndarray, counts: tuple[int, ...], name: str) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from hizoo_lite.base import EVALUATION, Branches
+from hizoo_lite.base import Branches
 from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.model import skeleton
@@ -15,11 +15,17 @@ _FLOAT32 = 4
 
 
 def pass_bytes(
-    model: Model, rows: int, length: int, branches: int, trainable: int = 0, sites: int | None = None
+    model: Model,
+    rows: int,
+    length: int,
+    branches: Branches,
+    trainable: int = 0,
+    sites: int | None = None,
 ) -> int:
-    """Bytes of a traversal of `rows` sequences of `length` tokens in `branches` branches.
+    """Bytes of a traversal of `rows` sequences of `length` tokens, folded over the branches.
 
-    trainable: parameters held in memory; their noise is there for two steps, their directions for one.
+    trainable: parameters held in memory; along each direction their noise is there for two steps, what is
+    made of it for one.
     sites: positions whose logits are read; without it one a row.
     """
     config = copy.deepcopy(model.config)
@@ -30,11 +36,10 @@ def pass_bytes(
     rehearsal = Rehearsal(
         module, config, model.kind, anatomy, model.bits, model.compute, model.device.type, away
     )
-    folded = EVALUATION if branches == 1 else Branches(base=branches % 2 == 1, pairs=branches // 2)
     sites = 0 if model.kind == "classifier" else rows if sites is None else sites
-    wanted = Pass(rows, length, folded, sites, model.branch_chunk, model.halvings)
-    peak = rehearsal.run(wanted, _trained(model) if branches > 1 else None).peak_bytes
-    return peak + 3 * _FLOAT32 * trainable
+    wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.halvings)
+    peak = rehearsal.run(wanted, _trained(model) if branches.directions else None).peak_bytes
+    return peak + 3 * _FLOAT32 * branches.directions * trainable
 
 
 def _trained(model: Model) -> Trained | None:

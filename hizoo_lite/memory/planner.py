@@ -85,7 +85,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     sizes = subject.block_bytes(streamed)
     outside = sum(subject.anatomy.outside.values())
     away = sum(subject.anatomy.away.values()) if streamed else 0
-    noise = subject.trained_bytes()
+    noise = subject.trained_bytes() * subject.branches().directions
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
         "embeddings_and_head": outside - away,

@@ -216,7 +216,9 @@ class Rehearsal:
             layers[index] = present
             block.train(False)
         try:
-            self.state.set(wanted.branches, 1e-3, directions)
+            along = max(1, wanted.branches.directions)
+            every = {name: d.expand(along, *d.shape) for name, d in directions.items()}
+            self.state.set(wanted.branches, 1e-3, every)
             with torch.no_grad(), FusedAttention(), self.tally:
                 self._traverse(wanted)
         finally:

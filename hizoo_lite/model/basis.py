@@ -12,6 +12,8 @@ product is linear; the rounding of W common is the same for every branch and can
 and even parts is relative to them. Same number of rows, same cost. A first pair without base has
 even = 0 by construction and leaves it out: rows are 2 a pair, or 1 + 2 a pair with a base.
 
+One-sided points, which have a base, are given as x_k - x0: y_k = W common + W (x_k - x0).
+
 The factors of two are kept out of the operands (halving is exact and is done at the rebuild). For
 fp16, whose smallest steps are near 1e-7, odd and even parts are scaled up by powers of two before they
 are rounded, which is exact too.
@@ -50,9 +52,10 @@ def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
     """Write the operands of a shared product.
 
     x: (branches, tokens, features) float32. out: (branches, tokens, features) in the product's dtype:
-    common, then odd and even of every pair (only odd for the first pair where there is no base).
+    common, then odd and even of every pair (only odd for the first pair where there is no base), then what
+    every one-sided point differs from the base by.
     """
-    if branches.pairs == 0:
+    if branches.directions == 0:
         out.copy_(x)
         return
     if branches.base:
@@ -68,6 +71,8 @@ def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
         if branches.base or pair > 0:
             _write(out[row], torch.add(plus, minus).sub_(common, alpha=2), gain.even)
             row += 1
+    for point in range(row, branches.count):
+        _write(out[point], x[point] - common, gain.odd)
 
 
 def rebuild(product: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
@@ -76,7 +81,7 @@ def rebuild(product: Tensor, out: Tensor, branches: Branches, gain: Gains) -> No
     product: (branches, tokens, features) in the product's dtype, in the order that `split` wrote.
     out: (branches, tokens, features) float32; may be a slice of columns.
     """
-    if branches.pairs == 0:
+    if branches.directions == 0:
         out.copy_(product)
         return
     common = product[0].float()
@@ -95,6 +100,8 @@ def rebuild(product: Tensor, out: Tensor, branches: Branches, gain: Gains) -> No
         plus, minus = out[first + 2 * pair], out[first + 2 * pair + 1]
         torch.add(middle, odd, alpha=0.5 / gain.odd, out=plus)
         torch.sub(middle, odd, alpha=0.5 / gain.odd, out=minus)
+    for point in range(row, branches.count):
+        torch.add(common, product[point], alpha=1.0 / gain.odd, out=out[point])
 
 
 def _write(out: Tensor, part: Tensor, gain: float) -> None:

@@ -11,13 +11,11 @@ from hizoo_lite.model.model import Model
 
 def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
     """The parameter at every branch: (branches, *shape) float32."""
-    signs = state.branches.signs
-    out = value.expand(len(signs), *value.shape).clone()
-    if state.branches.pairs:
-        direction = state.directions[name]
-        for branch, sign in enumerate(signs):
-            if sign:
-                out[branch].add_(direction, alpha=sign * state.mu)
+    points = state.branches.points
+    out = value.expand(len(points), *value.shape).clone()
+    for branch, (direction, sign) in enumerate(points):
+        if sign:
+            out[branch].add_(state.directions[name][direction], alpha=sign * state.mu)
     return out
 
 

@@ -236,6 +236,7 @@ class WeightDelta(LinearDelta):
         linear, scratch, pairs = self.part.linear, self.weights.model.scratch, state.branches.pairs
         if pairs == 0:
             return y
+        assert state.branches.one_sided == 0  # the step refuses them
         compute, first, tokens = linear.compute, int(state.branches.base), x.shape[1]
         gain = gains(compute, state.mu).odd
         operands = None

@@ -58,7 +58,7 @@ class Traversal:
         mu: float = 0.0,
         directions: Mapping[str, Tensor] | None = None,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` d by parameter name, on the model's device."""
+        """Losses of every branch on `batch`; `directions` as in `BranchState`."""
         made = batch_tensors(batch)
         return self.guard(lambda: self._losses(made, branches, mu, directions or {}))
 
@@ -101,12 +101,12 @@ class Traversal:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of every scored token, (branches, scored) float64, on the model's device.
 
-        And the divergence of each pair over the vocabulary at every site, (pairs, sites) float64, where the
-        loss is of that; no pair otherwise.
+        And the divergence along each direction over the vocabulary at every site, (directions, sites)
+        float64, where the loss is of that; no direction otherwise.
         """
         device = hidden.device
-        pairs = branches.pairs if batch.loss == "answer" else 0
-        divergences = torch.empty(pairs, len(batch.site_row), dtype=torch.float64, device=device)
+        directions = branches.directions if batch.loss == "answer" else 0
+        divergences = torch.empty(directions, len(batch.site_row), dtype=torch.float64, device=device)
         rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
         order = torch.argsort(batch.token_site)
         sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
@@ -121,7 +121,7 @@ class Traversal:
             wide = logits.double()
             normalizer = torch.logsumexp(wide, dim=-1)
             out[:, first:last] = wide[:, at, ids[first:last]] - normalizer[:, at]
-            if pairs:
+            if directions:
                 wide -= normalizer[..., None]
                 _divergences_into(divergences[:, part], wide, branches)
             if self.model.observer is not None:
@@ -140,18 +140,28 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _pairs(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-    """Of values by branch, those at theta + mu d and those at theta - mu d."""
+def _compared(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+    """Of values by branch, those on one side and those on the other of each direction.
+
+    Of a pair these are theta + mu d and theta - mu d, of a one-sided point itself and the base. Views, where
+    all are pairs or all one-sided.
+    """
     first = int(branches.base)
-    return values[first::2], values[first + 1 :: 2]
+    paired, one_sided = values[first : first + 2 * branches.pairs], values[first + 2 * branches.pairs :]
+    if branches.one_sided == 0:
+        return paired[0::2], paired[1::2]
+    base = values[:1].expand_as(one_sided)
+    if branches.pairs == 0:
+        return one_sided, base
+    return torch.cat([paired[0::2], one_sided]), torch.cat([paired[1::2], base])
 
 
 def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
-    """Of each pair, a few sites at a time: the terms of a whole chunk would be as much as its logits again.
+    """Along each direction, a few sites at a time: terms of a whole chunk are as much as its logits again.
 
-    out: (pairs, sites). log_p: (branches, sites, vocabulary), both float64.
+    out: (directions, sites). log_p: (branches, sites, vocabulary), both float64.
     """
-    plus, minus = _pairs(log_p, branches)
+    plus, minus = _compared(log_p, branches)
     step = max(1, TERMS_BYTES[out.device.type] // (8 * max(1, len(plus)) * log_p.shape[-1]))
     for first in range(0, out.shape[1], step):
         part = slice(first, first + step)
@@ -162,11 +172,11 @@ def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
     wide = logits.cpu().double()
     log_p = F.log_softmax(wide, dim=-1)
     losses = -log_p[:, torch.arange(len(gold)), gold]
-    return Losses(losses, wide, divergence_terms(*_pairs(log_p, branches)).sum(-1))
+    return Losses(losses, wide, divergence_terms(*_compared(log_p, branches)).sum(-1))
 
 
 def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
-    """scored: (branches, scored tokens). divergences: (pairs, sites) where the loss is of answers."""
+    """scored: (branches, scored tokens). divergences: (directions, sites) where the loss is of answers."""
     scores = _slot_means(scored.cpu(), batch)
     if batch.loss == "answer":
         by_token = divergences.cpu()[:, batch.token_site]
@@ -176,7 +186,7 @@ def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Br
     peak = peak.scatter_reduce(1, index, scores, "amax")
     total = torch.zeros_like(peak).scatter_add_(1, index, (scores - peak[:, batch.slot_example]).exp())
     normalizer = peak + total.log()
-    terms = divergence_terms(*_pairs(scores - normalizer[:, batch.slot_example], branches))
+    terms = divergence_terms(*_compared(scores - normalizer[:, batch.slot_example], branches))
     sums = torch.zeros(len(terms), batch.examples, dtype=torch.float64)
     sums.scatter_add_(1, batch.slot_example.expand_as(terms), terms)
     return Losses(normalizer - scores[:, batch.gold], scores, sums)

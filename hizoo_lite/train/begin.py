@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from hizoo_lite.base import UserError
+from hizoo_lite.base import Branches, UserError
 from hizoo_lite.train import checkpoint, journal
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.folder import RunFolder
@@ -29,7 +29,8 @@ class Start(NamedTuple):
 
 def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Journal:
     """The journal of a run that stands at `position`. The folder must be there."""
-    opened = Journal(folder.journal, stepper.estimator.branches(0).count)
+    branches = stepper.estimator.branches(0)
+    opened = Journal(folder.journal, branches.count, branches.directions)
     opened.truncate(position.step)
     return opened
 
@@ -51,7 +52,7 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     taken = position.step + len(later)
     if taken > steps:
         raise UserError(f"--steps: got {steps}, the run has taken {taken} already; allowed: {taken} or more")
-    for line in _lost(folder, held, position.step, taken, stepper.estimator.branches(0).count):
+    for line in _lost(folder, held, position.step, taken, stepper.estimator.branches(0)):
         tell(line)
     if found is not None:
         position = checkpoint.load(found, stepper)
@@ -104,10 +105,10 @@ def _judged(folder: RunFolder, records: list[Record]) -> list[Record]:
     return list(takewhile(may_follow, records))
 
 
-def _lost(folder: RunFolder, held: Found, start: int, taken: int, branches: int) -> Iterator[str]:
+def _lost(folder: RunFolder, held: Found, start: int, taken: int, branches: Branches) -> Iterator[str]:
     """What is to be said of a journal that does not hold every step up to `start`, or holds too much."""
     last = len(_following(held.records, 0))
-    count = -(-held.lost_bytes // journal.record_bytes(branches))
+    count = -(-held.lost_bytes // journal.record_bytes(branches.count, branches.directions))
     if count:
         behind = f"{count} records after the first {len(held.records)}"
         yield f"{folder.journal}: {behind} do not hold, as after a power failure: dropped"
@@ -140,4 +141,4 @@ def _line(record: Record) -> dict[str, Any]:
     """The line of a step in metrics.jsonl, as far as its record tells."""
     known = {name: value for name, value in record._asdict().items() if name in StepRecord._fields}
     step = StepRecord(**known, forwards=len(record.losses))
-    return {"kind": "step", **step._asdict(), "seconds": None, "tokens": None}
+    return {"kind": "step", **step.metrics(), "seconds": None, "tokens": None}

@@ -113,9 +113,16 @@ class TrainConfig:
     )
     curvature_from: Literal["predictions", "losses"] = _setting(
         "predictions",
-        "of hizoo: how far apart the pair's predictions are, 2 forwards a step; or the second difference of "
-        "losses, as published, 3 forwards",
+        "of hizoo: how far apart the predictions of two points are; or the second difference of losses, as "
+        "published",
         group="Method",
+    )
+    directions: int | Literal["auto"] = _setting(
+        "auto",
+        "of hizoo: random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from "
+        "losses); n above 1 share one base, 1 + n forwards; auto: 2 for lora, 1 for dense and scales",
+        group="Method",
+        minimum=1,
     )
     curvature: Literal["none", "diagonal", "grouped", "factored"] = _setting(
         "grouped", "how the diagonal Hessian is kept", group="Method"
@@ -354,6 +361,14 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
             f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the "
             f"curvature at every step; allowed: 1, or {where('curvature_from')} losses"
         )
+    if values["directions"] not in ("auto", 1):
+        allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto"
+        if values["estimator"] == "mezo":
+            found.append(f"{allowed} with {where('estimator')} mezo")
+        elif values["curvature_from"] == "losses":
+            found.append(f"{allowed} with {where('curvature_from')} losses, of points on both sides")
+        if values["space"] != "lora":
+            found.append(f"{allowed} with {where('space')} {values['space']}")
     if values["space"] != "lora" and values["curvature"] == "diagonal":
         found.append(
             f"{where('curvature')}: got 'diagonal', a value for every weight, with {where('space')} "

@@ -30,7 +30,13 @@ from hizoo_lite.train.config import (
 )
 
 #: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it was.
-OLDER: dict[str, Any] = {"blocks": "all", "train_a": True, "curvature_from": "losses", "balanced": "off"}
+OLDER: dict[str, Any] = {
+    "blocks": "all",
+    "train_a": True,
+    "curvature_from": "losses",
+    "balanced": "off",
+    "directions": 1,
+}
 
 
 def flag(name: str) -> str:

@@ -163,6 +163,7 @@ def _configured(
         named["dense_update"] = space.update
     if isinstance(estimator, HiZOO):
         named |= {"curvature_every": estimator.every, "curvature_from": estimator.curvature_from}
+        named["directions"] = estimator.directions
     if isinstance(curvature, Diagonal):
         named["curvature_mode"] = curvature.mode
     if isinstance(curvature, Grouped):

@@ -25,12 +25,15 @@ from typing import NamedTuple
 from hizoo_lite.errors import StorageError, UserError
 
 MAGIC = b"HIZOOJNL"
-#: 2 says of every curvature where it is from; in 1 it was from losses. Both are read, and 1 is gone on with.
-VERSION = 2
-VERSIONS = (1, VERSION)
-#: magic, version, branches, bytes of a record, nothing, CRC-32 of what is before it
-_HEADER = struct.Struct("<8sHHI12sI")
-#: step, seed, data position, losses, halvings, flags, nothing, gradient, curvature, smoothing, lr, decay
+#: 3 holds several directions a step, 2 says of every curvature where it is from; in 1 it was from losses. All
+#: are read, and gone on with.
+VERSION = 3
+VERSIONS = (1, 2, VERSION)
+#: magic, version, branches, bytes of a record, directions (0 before version 3, which had one), nothing,
+#: CRC-32 of what is before it
+_HEADER = struct.Struct("<8sHHIH10sI")
+#: step, seed, data position, losses, halvings, flags, nothing, gradient, curvature, smoothing, lr, decay; the
+#: losses follow, then gradient and curvature along each further direction
 _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
 _SKIPPED, _CLIPPED, _CURVED, _PREDICTED = 1, 2, 4, 8
@@ -47,8 +50,8 @@ class Record(NamedTuple):
     seed: int  # of the run
     position: int  # examples that earlier steps have drawn: where in the data's order this step begins
     losses: tuple[float, ...]  # mean loss of each branch
-    projected_grad: float  # after clipping; NaN in a skipped step
-    curvature: float | None  # of the directions; None where it was not measured
+    projected_grads: tuple[float, ...]  # along each direction, after clipping; none in a skipped step
+    curvatures: tuple[float, ...] | None  # along each; None where it was not measured
     smoothing: float  # weight of that observation
     lr: float  # 0.0 in a skipped step
     decay: float  # of the weights, already times lr
@@ -58,21 +61,28 @@ class Record(NamedTuple):
     predicted: bool = False  # the curvature is from predictions, not from losses
 
 
-def record_bytes(branches: int) -> int:
-    """Bytes of a record of a step with at most so many branches."""
-    return _FIXED.size + 8 * branches + _CHECKSUM.size
+class Form(NamedTuple):
+    """What the records of a journal hold."""
+
+    branches: int  # at most
+    directions: int
+
+
+def record_bytes(branches: int, directions: int = 1) -> int:
+    """Bytes of a record of a step with at most so many branches, along so many directions."""
+    return _FIXED.size + 8 * branches + 16 * (directions - 1) + _CHECKSUM.size
 
 
 class Journal:
     """The journal of a run that is going on: `append` once a step. A context manager."""
 
-    def __init__(self, path: Path, branches: int) -> None:
+    def __init__(self, path: Path, branches: int, directions: int = 1) -> None:
         """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
 
         What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal,
         `StorageError` where it cannot be written.
         """
-        self.path, self.branches, self.version = path, branches, VERSION
+        self.path, self.form, self.version = path, Form(branches, directions), VERSION
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
@@ -85,25 +95,26 @@ class Journal:
 
     def _prepare(self) -> tuple[int, int]:
         """The checksum to go on from, and where."""
-        form = _form(self.path)
-        if form is None:
-            header = _header(self.branches)
+        found_form = _form(self.path)
+        if found_form is None:
+            header = _header(self.form)
             self._cut(0)
             self._write(header, 0)
             return zlib.crc32(header), len(header)
-        self.version, branches = form
-        if branches != self.branches:
+        self.version, form = found_form
+        if form != self.form:
             raise UserError(
-                f"{self.path}: was made for {branches} branches a step, this run has {self.branches}"
+                f"{self.path}: was made for {form.branches} branches a step along {form.directions}, "
+                f"this run has {self.form.branches} along {self.form.directions}"
             )
         found = scan(self.path)
-        end = _HEADER.size + len(found.records) * record_bytes(branches)
+        end = _HEADER.size + len(found.records) * record_bytes(*form)
         self._cut(end)
         return found.checksum, end
 
     def append(self, record: Record) -> None:
         """Add a record. It is in the file when this returns, or not at all: then `StorageError`."""
-        data, checksum = _packed(record, self.branches, self._checksum)
+        data, checksum = _packed(record, self.form, self._checksum)
         try:
             self._write(data, self._end)
         except StorageError:
@@ -115,11 +126,11 @@ class Journal:
     def truncate(self, steps: int) -> None:
         """Drop the records from step number `steps` on."""
         kept = [record for record in read(self.path) if record.step < steps]
-        header = _header(self.branches, self.version)
+        header = _header(self.form, self.version)
         self._checksum = zlib.crc32(header)
         for record in kept:
-            _, self._checksum = _packed(record, self.branches, self._checksum)
-        self._end = len(header) + len(kept) * record_bytes(self.branches)
+            _, self._checksum = _packed(record, self.form, self._checksum)
+        self._end = len(header) + len(kept) * record_bytes(*self.form)
         self._cut(self._end)
 
     def sync(self) -> None:
@@ -169,18 +180,18 @@ def read(path: Path) -> list[Record]:
 
 def scan(path: Path) -> Found:
     """The records up to the first that does not hold, and what is behind. `UserError` as for `read`."""
-    form = _form(path)
+    found_form = _form(path)
     try:
         data = memoryview(path.read_bytes())[_HEADER.size :]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if form is None:
+    if found_form is None:
         return Found([], len(data), 0)
-    version, branches = form
+    version, form = found_form
     found: list[Record] = []
-    size, checksum = record_bytes(branches), zlib.crc32(_header(branches, version))
+    size, checksum = record_bytes(*form), zlib.crc32(_header(form, version))
     for begin in range(0, len(data) - size + 1, size):
-        record, after = _unpacked(bytes(data[begin : begin + size]), branches, checksum)
+        record, after = _unpacked(bytes(data[begin : begin + size]), form, checksum)
         if record is None or (found and record.step <= found[-1].step):
             break
         found.append(record)
@@ -188,13 +199,14 @@ def scan(path: Path) -> Found:
     return Found(found, len(data) - len(found) * size, checksum)
 
 
-def _header(branches: int, version: int = VERSION) -> bytes:
-    data = _HEADER.pack(MAGIC, version, branches, record_bytes(branches), bytes(12), 0)[:-4]
+def _header(form: Form, version: int = VERSION) -> bytes:
+    directions = form.directions if version >= 3 else 0
+    data = _HEADER.pack(MAGIC, version, form.branches, record_bytes(*form), directions, bytes(10), 0)[:-4]
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def _form(path: Path) -> tuple[int, int] | None:
-    """Version and branches of a record, from the header; None where that never reached the disk."""
+def _form(path: Path) -> tuple[int, Form] | None:
+    """Version and form of the records, from the header; None where that never reached the disk."""
     try:
         with path.open("rb") as file:
             data = file.read(_HEADER.size)
@@ -204,23 +216,25 @@ def _form(path: Path) -> tuple[int, int] | None:
         return None
     if data[:8] != MAGIC:
         raise UserError(f"{path}: is not a journal; {_WITHOUT}")
-    _, version, branches, _, _, _ = _HEADER.unpack(data)
+    _, version, branches, _, directions, _, _ = _HEADER.unpack(data)
     if version not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
+        known = ", ".join(map(str, VERSIONS))
         raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
-    if data != _header(branches, version):
+    form = Form(int(branches), int(directions) if version >= 3 else 1)
+    if form.directions < 1 or data != _header(form, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
-    return int(version), int(branches)
+    return int(version), form
 
 
-def _packed(record: Record, branches: int, checksum: int) -> tuple[bytes, int]:
+def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
     """A record's bytes, and their checksum."""
-    if len(record.losses) > branches:
-        raise ValueError(f"journal: {len(record.losses)} losses in a record of {branches}")
+    if len(record.losses) > form.branches:
+        raise ValueError(f"journal: {len(record.losses)} losses in a record of {form.branches}")
     flags = _SKIPPED * record.skipped | _CLIPPED * record.clipped
-    flags |= _CURVED * (record.curvature is not None) | _PREDICTED * record.predicted
-    curvature = math.nan if record.curvature is None else record.curvature
-    losses = (*record.losses, *[math.nan] * (branches - len(record.losses)))
+    flags |= _CURVED * (record.curvatures is not None) | _PREDICTED * record.predicted
+    nothing = (math.nan,) * form.directions
+    slopes, curvatures = record.projected_grads or nothing, record.curvatures or nothing
+    losses = (*record.losses, *[math.nan] * (form.branches - len(record.losses)))
     data = _FIXED.pack(
         record.step,
         record.seed & _MASK,
@@ -229,18 +243,19 @@ def _packed(record: Record, branches: int, checksum: int) -> tuple[bytes, int]:
         record.halvings,
         flags,
         bytes(5),
-        record.projected_grad,
-        curvature,
+        slopes[0],
+        curvatures[0],
         record.smoothing,
         record.lr,
         record.decay,
     )
-    data += struct.pack(f"<{branches}d", *losses)
+    data += struct.pack(f"<{form.branches}d", *losses)
+    data += b"".join(struct.pack("<2d", *along) for along in zip(slopes[1:], curvatures[1:], strict=True))
     checksum = zlib.crc32(data, checksum)
     return data + _CHECKSUM.pack(checksum, bytes(4)), checksum
 
 
-def _unpacked(data: bytes, branches: int, checksum: int) -> tuple[Record | None, int]:
+def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, int]:
     """The inverse of `_packed`; None where the checksum is not that of the bytes."""
     body = data[: -_CHECKSUM.size]
     checksum = zlib.crc32(body, checksum)
@@ -249,20 +264,22 @@ def _unpacked(data: bytes, branches: int, checksum: int) -> tuple[Record | None,
     step, seed, position, count, halvings, flags, _, grad, curvature, smoothing, lr, decay = _FIXED.unpack(
         body[: _FIXED.size]
     )
-    if count > branches:
+    if count > form.branches:
         return None, checksum
-    losses = struct.unpack(f"<{branches}d", body[_FIXED.size :])[:count]
+    values = struct.unpack(f"<{form.branches + 2 * (form.directions - 1)}d", body[_FIXED.size :])
+    losses, further = values[:count], values[form.branches :]
+    skipped = bool(flags & _SKIPPED)
     record = Record(
         step,
         seed,
         position,
         losses,
-        grad,
-        curvature if flags & _CURVED else None,
+        () if skipped else (grad, *further[::2]),
+        (curvature, *further[1::2]) if flags & _CURVED else None,
         smoothing,
         lr,
         decay,
-        bool(flags & _SKIPPED),
+        skipped,
         bool(flags & _CLIPPED),
         halvings,
         bool(flags & _PREDICTED),

@@ -260,7 +260,7 @@ class Loop:
         return [encoder.collate([self._encoded[index] for index in part]) for part in parts]
 
     def _record(self, record: StepRecord, seconds: float) -> None:
-        line = {"kind": "step", **record._asdict(), "seconds": seconds}
+        line = {"kind": "step", **record.metrics(), "seconds": seconds}
         self.folder.append_metrics(line)
         if self.journal is not None:
             self.journal.append(self._journalled(record))
@@ -282,8 +282,8 @@ class Loop:
             seed=config.seed,
             position=record.step * config.batch_size,
             losses=record.losses,
-            projected_grad=record.projected_grad,
-            curvature=record.curvature,
+            projected_grads=record.projected_grads,
+            curvatures=record.curvatures,
             smoothing=record.smoothing,
             lr=record.lr,
             decay=record.decay,

@@ -71,10 +71,24 @@ def task_encoder(tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, 
     return Encoder(tokenizer, kind, task, min(limit, tokenizer.model_max_length), loss=chosen)
 
 
+def directions(config: TrainConfig) -> int:
+    """Of a step: where the configuration leaves it open, 2 for parameters in memory, with curvature from
+
+    predictions (`estimators/hizoo.py`); 1 otherwise.
+    """
+    if config.directions != "auto":
+        return config.directions
+    return 2 if config.space == "lora" and config.curvature_from == "predictions" else 1
+
+
 def make_estimator(config: TrainConfig) -> Estimator:
     """The estimator that a configuration names, with its own options."""
     options: dict[str, dict[str, Any]] = {
-        "hizoo": {"every": config.curvature_every, "curvature_from": config.curvature_from},
+        "hizoo": {
+            "every": config.curvature_every,
+            "curvature_from": config.curvature_from,
+            "directions": directions(config),
+        },
     }
     return estimators.get(config.estimator, **options.get(config.estimator, {}))
 

@@ -111,6 +111,9 @@ class FixedRate:
 class AutoRate:
     """lr = kappa * schedule / level, where `level` follows |c| (`--lr auto`).
 
+    Of several directions a step, c is their mean, and lr is of each: theta moves along each as it would along
+    one alone. Their mean has 1/n of the noise, and so may take steps n times as long.
+
     - The level is the larger of two running means, in which the newest |c| has the shares `fast` and `slow`.
       |c| counts up to LARGEST_RISE times the level; beyond SUDDEN times the level it lowers the rate of its
       own step directly.
@@ -155,7 +158,7 @@ class AutoRate:
 
     def rate(self, step: int, estimate: Estimate) -> float:
         """The rate of this step; 0 as long as no step had a usable curvature."""
-        gradient, curvature = estimate
+        gradient, curvature = estimate.projected_grad, estimate.curvature
         if curvature is None and self._state["curvatures"] == 0.0:
             return 0.0
         if not is_usable(gradient):
@@ -166,7 +169,7 @@ class AutoRate:
         if self.schedule is not None:
             rate *= self.schedule(step)
         rate *= self._damping(gradient)
-        square = max(gradient * gradient, self._state["square"])
+        square = len(estimate.projected_grads) * max(gradient * gradient, self._state["square"])
         if self.descent is not None and rate * square > self.descent:
             rate = self.descent / square
         return rate

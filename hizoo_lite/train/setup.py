@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import spaces
-from hizoo_lite.base import Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, ModelKind, Space, UserError
 from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.memory.plan import Plan
 from hizoo_lite.memory.workload import ONE_ROW, Workload, cache_bytes
@@ -81,7 +81,7 @@ def build(
     stepper = make_stepper(config, traversal, space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
-    prepare_blocks(model, config, workload, stepper.estimator.branches(0).count, space)
+    prepare_blocks(model, config, workload, stepper.estimator.branches(0), space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
 
 
@@ -108,7 +108,7 @@ def planned(
 
 
 def prepare_blocks(
-    model: Model, config: TrainConfig, workload: Workload, branches: int, space: Space | None = None
+    model: Model, config: TrainConfig, workload: Workload, branches: Branches, space: Space | None = None
 ) -> None:
     """Lay out the blocks of a streamed model for passes over such examples; 1 branch only evaluates.
 
@@ -126,16 +126,16 @@ def prepare_blocks(
 
 
 def _reserved_bytes(
-    model: Model, config: TrainConfig, workload: Workload, branches: int, space: Space | None
+    model: Model, config: TrainConfig, workload: Workload, branches: Branches, space: Space | None
 ) -> int:
     """What passes need besides the weights."""
     length = workload.length or config.max_length
     trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
     batch, each = config.eval_batch_size, workload.evaluation
-    needed = pass_bytes(model, batch * each.rows, length, 1, sites=batch * each.sites)
+    needed = pass_bytes(model, batch * each.rows, length, EVALUATION, sites=batch * each.sites)
     if workload.written:
         needed += cache_bytes(model.config, batch, workload.written)
-    if branches > 1:
+    if branches.directions:
         batch, each = -(-config.batch_size // config.accumulate), workload.training
         training = pass_bytes(model, batch * each.rows, length, branches, trainable, batch * each.sites)
         needed = max(needed, training)

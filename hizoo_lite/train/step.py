@@ -3,6 +3,7 @@
     z -> d = Sigma^(1/2) z -> losses and predictions at theta +- mu d -> projected gradient g, curvature c
       -> Sigma <- observe(c, z) -> theta <- theta - lr g d, weight decay aside
 
+Where an estimator takes several directions a step, each has its own z, d, g and c, and theta moves along all.
 Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
 trains inside the blocks draws its own z there, and is updated when its block is next present. A step is a
 pure function of (state, step number, batch); without its losses, of (state, its record), which is what
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from hizoo_lite.base import (
     Space,
     StepSize,
     UserError,
+    mean_or_none,
+    one_size,
     trainable,
 )
 from hizoo_lite.noise import StepNoise
@@ -41,8 +44,8 @@ class StepRecord(NamedTuple):
 
     step: int
     losses: tuple[float, ...]  # mean loss of each branch
-    projected_grad: float  # after clipping
-    curvature: float | None
+    projected_grads: tuple[float, ...]  # along each direction, after clipping; none in a skipped step
+    curvatures: tuple[float, ...] | None
     lr: float  # 0.0 in a skipped step
     forwards: int  # branches evaluated
     skipped: bool  # a loss was not finite: nothing was changed
@@ -51,6 +54,24 @@ class StepRecord(NamedTuple):
     decay: float = 0.0  # of the weights, already times lr
     tokens: int = 0  # of the batch, on all ranks
     predicted: bool = False  # the curvature is from predictions, not from losses
+
+    @property
+    def projected_grad(self) -> float:
+        """One number for a reader, see `Estimate.projected_grad`; NaN in a skipped step."""
+        return one_size(self.projected_grads) if self.projected_grads else math.nan
+
+    @property
+    def curvature(self) -> float | None:
+        """The mean over the directions."""
+        return mean_or_none(self.curvatures)
+
+    def metrics(self) -> dict[str, Any]:
+        """The line of metrics.jsonl; what each direction gave is there where there are several."""
+        found = self._asdict()
+        one = {"projected_grad": self.projected_grad, "curvature": self.curvature}
+        if len(self.projected_grads) <= 1:
+            del found["projected_grads"], found["curvatures"]
+        return {"step": self.step, "losses": self.losses, **one, **found}
 
 
 class Stepper:
@@ -85,7 +106,14 @@ class Stepper:
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
                 f"--space {space.name}; allowed: grouped, factored, none"
             )
-        self.noise = StepNoise(seed, {name: p.shape for name, p in space.parameters.items()}, self._arrays)
+        directions = estimator.branches(0).directions
+        if space.weights is not None and directions > 1:
+            raise UserError(
+                f"--directions: got {directions}, but --space {space.name} trains weights inside the blocks, "
+                "along one direction; allowed: 1"
+            )
+        shapes = {name: p.shape for name, p in space.parameters.items()}
+        self.noise = StepNoise(seed, shapes, self._arrays, directions)
         curvature.start(trainable(space), self._arrays)
 
     @property
@@ -105,10 +133,11 @@ class Stepper:
         estimate = self.estimator.estimate(losses, divergences, self.mu)
         values = tuple(float(loss) for loss in losses)
         if not all(math.isfinite(value) for value in values):
-            return StepRecord(step, values, math.nan, None, 0.0, branches.count, True, tokens=tokens)
-        grad, clipped = self._clipped(estimate.projected_grad)
-        estimate = estimate._replace(projected_grad=grad)
-        smoothing = 0.0 if estimate.curvature is None else self.smoothing(step)
+            return StepRecord(step, values, (), None, 0.0, branches.count, True, tokens=tokens)
+        slopes = tuple(map(self._clipped, estimate.projected_grads))
+        clipped = slopes != estimate.projected_grads
+        estimate = estimate._replace(projected_grads=slopes)
+        smoothing = 0.0 if estimate.curvatures is None else self.smoothing(step)
         lr, decay = self._learn(step, z, directions, estimate, smoothing)
         return StepRecord(
             step,
@@ -133,7 +162,7 @@ class Stepper:
             raise UserError(f"journal.bin: step {record.step}: seed {record.seed}, the run has {self.seed}")
         if record.skipped:
             return
-        if record.curvature is not None and record.predicted != self.estimator.predicts:
+        if record.curvatures is not None and record.predicted != self.estimator.predicts:
             raise UserError(
                 f"journal.bin: step {record.step}: its curvature is from "
                 f"{'predictions' if record.predicted else 'losses'}, these settings take the other: it is of "
@@ -141,10 +170,10 @@ class Stepper:
             )
         with self._arrays.without_gradients():
             z = self.noise(record.step)
-            directions = self._begin(record.step, z, measured=record.curvature is not None)
+            directions = self._begin(record.step, z, measured=record.curvatures is not None)
             if self.space.weights is not None:
                 self.space.weights.see()
-            estimate = Estimate(record.projected_grad, record.curvature)
+            estimate = Estimate(record.projected_grads, record.curvatures)
             found = self._learn(record.step, z, directions, estimate, record.smoothing)
         if found != (record.lr, record.decay):
             raise UserError(
@@ -155,11 +184,11 @@ class Stepper:
     def _mean_losses(
         self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Losses (branches,) and divergences (pairs,), float64, over all ranks' examples; and these' tokens.
+        """Losses (branches,) and divergences (directions,), float64, over all ranks' examples; their tokens.
 
         All that ranks tell each other in a step. Padding is no token.
         """
-        sums = np.zeros(branches.count + branches.pairs + 2)  # losses, divergences, examples, tokens
+        sums = np.zeros(branches.count + branches.directions + 2)  # losses, divergences, examples, tokens
         for batch in batches:
             found = self.traversal.losses(batch, branches, self.mu, directions)
             sums[: branches.count] += np.asarray(found.per_example).sum(axis=1)
@@ -187,31 +216,32 @@ class Stepper:
         smoothing: float,
     ) -> tuple[float, float]:
         """What a step changes, from its scalars; the learning rate, and the decay of the weights."""
-        if estimate.curvature is not None:
+        for direction, curvature in enumerate(estimate.curvatures or ()):
             for name, value in z.items():
-                self.curvature.see(name, value)
-            self.curvature.observe(estimate.curvature, smoothing)
+                self.curvature.see(name, value[direction])
+            self.curvature.observe(curvature, smoothing)
         lr = self.step_size.rate(step, estimate)
         if self.curvature.updates_with_new_scale:
             directions = self._directions(z, self.curvature.update_scale)
-        self._update(lr, estimate.projected_grad, directions)
+        self._update(lr, estimate.projected_grads, directions)
         if self.space.weights is not None:
-            self.space.weights.update(lr * estimate.projected_grad, lr * self.weight_decay)
+            self.space.weights.update(lr * estimate.projected_grads[0], lr * self.weight_decay)
         return lr, lr * self.weight_decay
 
-    def _clipped(self, projected_grad: float) -> tuple[float, bool]:
-        if self.clip is None or abs(projected_grad) <= self.clip:
-            return projected_grad, False
-        return math.copysign(self.clip, projected_grad), True
+    def _clipped(self, slope: float) -> float:
+        if self.clip is None or abs(slope) <= self.clip:
+            return slope
+        return math.copysign(self.clip, slope)
 
     def _directions(self, z: Mapping[str, Array], scale: Callable[[str], Array]) -> dict[str, Array]:
         return {name: self._arrays.on_device(scale(name) * value) for name, value in z.items()}
 
-    def _update(self, lr: float, projected_grad: float, directions: Mapping[str, Array]) -> None:
+    def _update(self, lr: float, slopes: Sequence[float], directions: Mapping[str, Array]) -> None:
         for name, value in self.space.parameters.items():
             if self.weight_decay and not _is_bias_or_norm(name):
                 value *= 1 - lr * self.weight_decay
-            self._arrays.add_scaled(value, directions[name], -lr * projected_grad)
+            for slope, direction in zip(slopes, directions[name], strict=True):
+                self._arrays.add_scaled(value, direction, -lr * slope)
 
     def close(self) -> None:
         """End the noise thread."""

@@ -18,7 +18,7 @@ from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, UserEr
 from hizoo_lite.edge.graph import TrainGraph
 from hizoo_lite.errors import ExportError
 from hizoo_lite.model.model import Model
-from hizoo_lite.noise import drawn
+from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
@@ -49,7 +49,10 @@ def cases(
     On `examples` (at least one) as in training, on the first alone, and on two as they are evaluated.
     """
     traversal = Traversal(model)
-    directions = {name: drawn(seed, 0, name, value.shape) for name, value in space.parameters.items()}
+    shapes = {name: value.shape for name, value in space.parameters.items()}
+    directions = {
+        name: drawn_along(seed, 0, name, shape, branches.directions) for name, shape in shapes.items()
+    }
     tensors = {name: torch.from_numpy(value) for name, value in directions.items()}
     found = []
     for part, training in ((examples, True), (examples[:1], True), (examples[:2], False)):
@@ -90,7 +93,7 @@ def _compared(graph: TrainGraph, case: Case) -> dict[str, Any]:
     entry = {"branches": case.branches.count, "examples": case.batch.examples, "rows": rows, "length": length}
     worst = 0.0
     for name, ours, theirs in zip(Losses._fields, got, map(np.asarray, case.losses), strict=True):
-        if not theirs.size:  # divergences of an evaluation, which has no pair
+        if not theirs.size:  # divergences of an evaluation, which has no direction
             continue
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
         limit = DIVERGENCE_LIMIT * largest if name == "divergences" else LIMIT * max(1.0, largest)

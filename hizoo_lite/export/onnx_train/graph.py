@@ -35,6 +35,7 @@ _SIZES = {
     "scored": 11,
     "slots": 5,
     "examples": 2,
+    "directions": 8,
 }
 #: The dimensions of a batch's arrays.
 _TOKENS = ("rows", "length")
@@ -70,6 +71,9 @@ def train_interface(
         inputs.append(_integers("gold", "rows"))  # a row is an example
     else:
         inputs += [_integers(name, size) for name, size in _PLACES.items()]
+    inputs.append(
+        Input("compared", torch.zeros(_SIZES["directions"], 2, dtype=torch.int64), {0: "directions"})
+    )
     tensors = {**space.frozen, **space.parameters}
     inputs += [_parameter(name, value) for name, value in tensors.items()]
     for name in space.target_names:
@@ -104,7 +108,7 @@ class _AtSites:
 
 @final
 class _Losses(nn.Module):
-    """Losses and scores of every branch, and how far its predictions are from the next one's; float64."""
+    """Losses and scores of every branch, and how far apart the predictions of compared ones are; float64."""
 
     def __init__(
         self,
@@ -122,50 +126,52 @@ class _Losses(nn.Module):
     def forward(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """given: the inputs, in order.
 
-        (branches, examples); (branches, slots or examples, classes); (branches, examples).
+        (branches, examples); (branches, slots or examples, classes); (directions, examples).
         """
         values = self.inputs.values = dict(zip(self.names, given, strict=True))
         branches = given[-1].shape[0]
         folded = {name: values[name].repeat(branches, 1) for name in self.tokens}
         logits = self.hf(**folded, **self.no_cache).logits
         if self.loss == "class":
-            return _class_losses(by_branch(logits, given[-1]), values["gold"])
+            return _class_losses(by_branch(logits, given[-1]), values)
         wide = logits.double()
         normalizer = torch.logsumexp(wide, dim=-1)
         scores = _slot_means(_log_probabilities(logits, normalizer, values), values)
         if self.loss == "answer":
-            between = _between_sites(wide, normalizer).index_select(1, values["token_site"])
+            between = _between_sites(wide, normalizer, values).index_select(1, values["token_site"])
             gold = values["gold"]
             return -scores.index_select(1, gold), scores, _slot_means(between, values).index_select(1, gold)
         return _choice_losses(scores, values)
 
 
-def _between_sites(wide: Tensor, normalizer: Tensor) -> Tensor:
-    """`_between` over the vocabulary, summed, in fewer tensors of its size: (branches, sites), the last 0.
+def _compared(by_branch: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of values by branch, those on one side and those on the other of each direction."""
+    one, other = values["compared"].unbind(1)
+    return by_branch.index_select(0, one), by_branch.index_select(0, other)
+
+
+def _between_sites(wide: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Divergences over the vocabulary, in few tensors of its size: (directions, sites).
 
     wide: logits, (branches, sites, vocabulary) float64. As a product: onnxruntime makes no tensor of terms,
-    and in an evaluation, whose one branch has no next, nothing at all.
+    and in an evaluation, which compares nothing, nothing at all.
     """
-    p, q = ((wide[part] - normalizer[part].unsqueeze(-1)).exp() for part in (slice(-1), slice(1, None)))
-    moved = wide[:-1] - wide[1:]
+    (one, other), (of_one, of_other) = _compared(wide, values), _compared(normalizer.unsqueeze(-1), values)
+    moved = one - other
     moved = torch.where(moved.isnan(), torch.zeros_like(moved), moved)  # impossible in both: -inf less -inf
-    apart = torch.matmul((p - q).unsqueeze(-2), moved.unsqueeze(-1)).clamp_min(0.0)  # it rounds, terms do not
-    return torch.cat([apart.flatten(1), torch.zeros_like(normalizer[:1])])
+    apart = torch.matmul(
+        ((one - of_one).exp() - (other - of_other).exp()).unsqueeze(-2), moved.unsqueeze(-1)
+    ).clamp_min(0.0)  # it rounds, terms do not
+    return apart.flatten(1)
 
 
-def _between(log_p: Tensor) -> Tensor:
-    """The terms of each branch's divergence from the next, the last one's from the first; of log_p's shape.
-
-    The round is closed for onnxruntime, whose sums over an axis of a tensor without elements keep that axis.
-    """
-    return divergence_terms(log_p, torch.cat([log_p[1:], log_p[:1]]))
-
-
-def _class_losses(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _class_losses(logits: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     wide = logits.double()
-    index = gold.view(1, -1, 1).expand(wide.shape[0], -1, 1)
+    index = values["gold"].view(1, -1, 1).expand(wide.shape[0], -1, 1)
     log_p = F.log_softmax(wide, dim=-1)
-    return -log_p.gather(2, index).squeeze(2), wide, _between(log_p).sum(-1)
+    terms = divergence_terms(*_compared(log_p, values))
+    # A product: onnxruntime's sum over an axis of a tensor without elements keeps that axis.
+    return -log_p.gather(2, index).squeeze(2), wide, torch.matmul(terms, torch.ones_like(wide[0, 0]))
 
 
 def _log_probabilities(logits: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
@@ -184,15 +190,16 @@ def _slot_means(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(branches, slots) -> (branches, examples); the scores; (branches, examples)."""
+    """(branches, slots) -> (branches, examples); the scores; (directions, examples)."""
     example, gold = values["slot_example"], values["gold"]
     chosen = scores.index_select(1, gold)
     index = example.expand_as(scores)
     peak = torch.full_like(chosen, -torch.inf).scatter_reduce(1, index, scores, "amax")
     shares = (scores - peak.index_select(1, example)).exp()
     normalizer = peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log()
-    terms = _between(scores - normalizer.index_select(1, example))
-    return normalizer - chosen, scores, torch.zeros_like(chosen).scatter_add(1, index, terms)
+    terms = divergence_terms(*_compared(scores - normalizer.index_select(1, example), values))
+    sums = terms.new_zeros(terms.shape[0], chosen.shape[1])
+    return normalizer - chosen, scores, sums.scatter_add(1, example.expand_as(terms), terms)
 
 
 def _integers(name: str, *dimensions: str) -> Input:
