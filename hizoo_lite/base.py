@@ -20,6 +20,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -318,6 +319,30 @@ class BranchState:
         """Begin a pass."""
         self.branches, self.mu, self.directions = branches, mu, directions
         self._first_input: weakref.ref[Tensor] | None = None
+        self._rows: tuple[int, int | None] | None = None
+
+    @contextmanager
+    def laid_out(self, rows: int, length: int | None) -> Iterator[None]:
+        """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`."""
+        before, self._rows = self._rows, (rows, length)
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    @property
+    def rows(self) -> int | None:
+        """Folded sequences that layers are given now; None where nobody has said."""
+        return None if self._rows is None else self._rows[0]
+
+    def is_folded(self, shape: Shape) -> bool:
+        """Whether the first axis of a layer's input is that of the folded rows, or of all their tokens."""
+        if self._rows is None or self.branches.count == 1:
+            return True
+        rows, length = self._rows
+        if len(shape) == 2 and shape[0] != rows:
+            return shape[0] % rows == 0 if length is None else shape[0] == rows * length
+        return shape[0] == rows
 
     def diverges(self, x: Tensor) -> None:
         """Say that a layer with input `x` has a part that differs between the branches."""

@@ -107,6 +107,25 @@ ALIBI_CONFIGS: dict[str, Tiny] = {
     ),
 }
 
+_RELATIVE = {
+    **_COMMON,
+    **_NO_DROPOUT,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": 24,
+}
+
+#: Their blocks apply linears to codes of relative positions too, (1, codes, features).
+RELATIVE_CONFIGS: dict[str, Tiny] = {
+    "deberta": Tiny("DebertaConfig", _RELATIVE, "masked"),
+    "deberta_v2": Tiny(
+        "DebertaV2Config",
+        {**_RELATIVE, "position_buckets": 24, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+        "masked",
+    ),
+    "deberta_v2_own_codes": Tiny("DebertaV2Config", {**_RELATIVE, "share_att_key": False}, "masked"),
+}
+
 
 def make_tiny(
     name: str, *, kind: ModelKind | None = None, seed: int = 0, **changes: Any
@@ -116,9 +135,9 @@ def make_tiny(
     Matrices are normal with a standard deviation of 1/sqrt(in_features), embeddings 1, norms and biases
     0.1 around what their layer starts with, so that every parameter matters to the logits.
     """
-    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS}[name]
+    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS}[name]
     # transformers 5.17 picks sdpa for Gemma2 by itself, which silently leaves out the cap on the logits
-    eager = name == "bloom" or "attn_logit_softcapping" in tiny.arguments
+    eager = name in ("bloom", *RELATIVE_CONFIGS) or "attn_logit_softcapping" in tiny.arguments
     model = _AUTO[kind or tiny.kind].from_config(
         tiny.config(**changes), dtype=torch.float32, attn_implementation="eager" if eager else "sdpa"
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import hizoo_lite.stream.head as head
-from hizoo_lite.base import EVALUATION, Branches
+from hizoo_lite.base import EVALUATION, Branches, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
@@ -18,7 +20,7 @@ from hizoo_lite.noise import drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.residency import Resident
 from hizoo_lite.stream.traversal import Traversal
-from tests.architectures import TINY_CONFIGS, save_tiny
+from tests.architectures import RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch
 
 MU = 1e-3
@@ -27,9 +29,11 @@ MU = 1e-3
 FLOAT32_ROUNDING = 2e-5
 
 
-def tuned(model: Model, rank: int = 4) -> tuple[LoRA, dict[str, Tensor]]:
+def tuned(
+    model: Model, rank: int = 4, targets: str | Sequence[str] = "attention"
+) -> tuple[LoRA, dict[str, Tensor]]:
     """An attached adapter in mid-training (B not zero) and two directions."""
-    space = LoRA(rank=rank, train_a=True, blocks="all")
+    space = LoRA(rank=rank, targets=targets, train_a=True, blocks="all")
     space.attach(model, seed=0)
     for name, value in space.parameters.items():
         if "lora_B" in name:
@@ -67,6 +71,49 @@ def test_folded_losses_equal_separate_losses(name: str, bits: str, tmp_path: Pat
         torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
         # the branches really differ, and by more than the rounding
         assert (folded[-1] - folded[-2]).abs().max() > 5 * FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize("chunk", [1, "auto"])
+@pytest.mark.parametrize("name", RELATIVE_CONFIGS)
+def test_layers_that_codes_of_relative_positions_share_differ_between_branches(
+    name: str, chunk: int | Literal["auto"], tmp_path: Path
+) -> None:
+    save_tiny(name, tmp_path)
+    model = load(tmp_path, kind="masked", bits="none", compute_dtype="float32", device="cpu")
+    model.branch_chunk = chunk
+    attention = [n for n in model.linears if n.rpartition(".")[2].endswith(("proj", "in_proj"))]
+    space, directions = tuned(model, targets=attention)
+    traversal, batch = Traversal(model), tiny_task_batch("masked")
+    for branches in (Branches(True, 1), Branches(False, 1)):
+        folded = traversal.losses(batch, branches, MU, directions).per_example
+        separate = separate_losses(traversal, space, batch, directions, branches)
+        torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
+
+
+def test_a_layer_of_relative_positions_alone_makes_what_follows_differ(tmp_path: Path) -> None:
+    """Its input, which has no rows, is where the branches part."""
+    save_tiny("deberta_v2_own_codes", tmp_path)
+    model = load(tmp_path, kind="masked", bits="none", compute_dtype="float32", device="cpu")
+    space, directions = tuned(model, targets=["pos_key_proj"])
+    traversal, batch = Traversal(model), tiny_task_batch("masked")
+    folded = traversal.losses(batch, Branches(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch, directions, Branches())
+    torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
+    assert (folded[-1] - folded[-2]).abs().max() > 0
+
+
+def test_a_layer_whose_rows_are_not_first_is_refused(tmp_path: Path) -> None:
+    """Longformer's attention has its tokens first."""
+    config = transformers.LongformerConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        attention_window=4, max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, kind="classifier", bits="none", compute_dtype="float32", device="cpu")
+    batch = tiny_task_batch("classifier")
+    Traversal(model).losses(batch)
+    with pytest.raises(UserError, match=r"query is given \(12, 9, 32\), whose first axis is not that of"):
+        Traversal(model).losses(batch, Branches(), MU, {})
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.base import EVALUATION, Branches, BranchState, LinearDelta, PackedWeight
+from hizoo_lite.base import EVALUATION, Branches, BranchState, LinearDelta, PackedWeight, UserError
 from hizoo_lite.model.basis import gains, rebuild, split
+from hizoo_lite.model.everyrow import EveryRow
 from hizoo_lite.model.scratch import Scratch
 
 #: Unpacked weight a tile holds at most. 2 to 8 MB keep a tile in the last-level cache of a CPU;
@@ -54,6 +55,8 @@ class BranchLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (branches * rows, ..., in_features) -> (branches * rows, ..., out_features), float32."""
         branches = self.state.branches
+        if not self.state.is_folded(x.shape):
+            return self._of_all_rows(x)
         folded = x.float().reshape(branches.count, -1, self.in_features)
         alike = self.state.same_in_all(x)
         if self.delta is not None:
@@ -69,6 +72,34 @@ class BranchLinear(nn.Module):
         if self.delta is not None:
             self.delta.apply(folded, y, self.state)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _of_all_rows(self, x: Tensor) -> Tensor:
+        """x: (1, ..., in_features), the same for all rows, such as codes of relative positions.
+
+        Gives (1, ..., out_features); where the branches differ, one for every folded row (see `EveryRow`).
+        Raises `UserError` for inputs whose rows are elsewhere.
+        """
+        rows = self.state.rows
+        if x.ndim < 3 or x.shape[0] != 1 or rows is None:
+            raise UserError(
+                f"model: {self.name} is given {tuple(x.shape)}, whose first axis is not that of the "
+                f"{rows} rows; this architecture is not supported"
+            )
+        count = self.state.branches.count
+        folded = x.float().reshape(1, -1, self.in_features)
+        shape = (*x.shape[1:-1], self.out_features)
+        if self.delta is not None:
+            self.state.diverges(x)
+            folded = folded.expand(count, -1, -1)
+            if self.delta.replaces_base:
+                return EveryRow.of(self.delta.apply(folded, None, self.state).view(count, *shape), rows)
+        y = self.shared_product(folded[:1], EVALUATION)
+        if self.bias is not None:
+            y += self.bias
+        if self.delta is None:
+            return y.view(1, *shape)
+        y = self.delta.apply(folded, y.repeat(count, 1, 1), self.state)
+        return EveryRow.of(y.view(count, *shape), rows)
 
     def shared_product(self, x: Tensor, branches: Branches) -> Tensor:
         """x: (branches, tokens, in_features) float32 -> x W', (branches, tokens, out_features) float32."""

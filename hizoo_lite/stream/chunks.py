@@ -96,7 +96,8 @@ class SlicedMLP:
         for first in range(0, tokens, size):
             part = slice(first, min(first + size, tokens))
             self.state.restore(diverged)
-            y = self._run(*(value[:, part] for value in folded))
+            with self.state.laid_out(branches, part.stop - part.start):
+                y = self._run(*(value[:, part] for value in folded))
             if first == 0:
                 out = torch.empty(branches, tokens, y.shape[-1], dtype=y.dtype, device=y.device)
             out[:, part] = y
@@ -151,11 +152,11 @@ def in_chunks(
         state.restore(diverged)
         given = [_mapped(cut, value, "") for value in args]
         named = {name: _mapped(cut, value, name) for name, value in kwargs.items()}
+        with state.laid_out(state.branches.count * (part.stop - part.start), hidden.shape[1]):
+            out = block(*given, **named)
         if result is None:
-            result = block(*given, **named)
-            result = _placed(result, _room(result, hidden, state.branches.count, rows), part)
-        else:
-            result = _placed(block(*given, **named), result, part)
+            result = _room(out, hidden, state.branches.count, rows)
+        result = _placed(out, result, part)
     return _flat(result)
 
 

@@ -66,12 +66,14 @@ class Traversal:
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
     ) -> Losses:
         with self._branches(branches, mu, directions):
-            inputs = self._fold(batch, branches.count)
-            if self.model.kind == "classifier":
-                logits = self.model.module(**inputs).logits
-                return _class_losses(logits.view(branches.count, batch.examples, -1), batch.gold, branches)
-            trunk = self.model.module.get_submodule(self.model.trunk_name)
-            hidden = trunk(**inputs, **self._no_cache())[0]
+            inputs, state = self._fold(batch, branches.count), self.model.state
+            with state.laid_out(*inputs["input_ids"].shape):
+                if self.model.kind == "classifier":
+                    logits = self.model.module(**inputs).logits
+                    wide = logits.view(branches.count, batch.examples, -1)
+                    return _class_losses(wide, batch.gold, branches)
+                trunk = self.model.module.get_submodule(self.model.trunk_name)
+                hidden = trunk(**inputs, **self._no_cache())[0]
             hidden = hidden.view(branches.count, *batch.input_ids.shape, -1)
             scored, divergences = self._scored_log_probabilities(hidden, batch, branches)
         return _slot_losses(scored, divergences, batch, branches)
