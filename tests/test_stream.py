@@ -28,6 +28,7 @@ from hizoo_lite.stream import chunks
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.chunks import LEAST_TOKENS, plan_chunks
 from hizoo_lite.stream.layout import layouts
+from hizoo_lite.stream.overwritten import Overwritten
 from hizoo_lite.stream.residency import Streamed, spread
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train.config import TrainConfig
@@ -36,13 +37,14 @@ from hizoo_lite.train.fit import fit
 from hizoo_lite.train.saved import attach_adapter
 from hizoo_lite.train.setup import model_path
 from hizoo_lite.train.step import StepRecord
-from tests.architectures import ALIBI_CONFIGS, TINY_CONFIGS, save_tiny
-from tests.batches import tiny_task_batch
+from tests.architectures import ALIBI_CONFIGS, RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
+from tests.batches import reference_losses, tiny_task_batch
 from tests.run_fixtures import short_run
 
 MU = 1e-3
 ALL = sorted(TINY_CONFIGS)
-KINDS = {name: tiny.kind for name, tiny in {**TINY_CONFIGS, **ALIBI_CONFIGS}.items()}
+EVERY = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS}
+KINDS = {name: tiny.kind for name, tiny in EVERY.items()}
 
 
 def checkpoint(
@@ -128,6 +130,34 @@ def test_losses_depend_on_the_chunking_by_rounding_alone(name: str, rows: int, t
         found.append(step_losses(model, name, rows=5))
     # products with fewer rows may sum in another order: a few units in the last place of float32
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_blocks_in_chunks_write_over_their_input(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = open_model(tmp_path, name, "resident", bits="nf4")
+    model.branch_chunk, inputs = 1, []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, out: inputs.append(type(given[0])))
+    step_losses(model, name, rows=3)
+    assert inputs == [Overwritten] * len(model.blocks)
+    assert not model.reads_again
+
+
+def test_an_input_that_is_read_after_its_block_is_not_overwritten(tmp_path: Path) -> None:
+    """The convolution of DeBERTa-v2-xlarge; a pass that is no traversal's never overwrites anything."""
+    plain = save_tiny("deberta_v2", tmp_path, conv_kernel_size=3, conv_act="gelu")
+    batch = tiny_task_batch("masked", rows=5)
+    model = load(tmp_path, kind="masked", bits="none", compute_dtype="float32", device="cpu")
+    model.branch_chunk = 1
+    with torch.no_grad():
+        wanted = reference_losses(plain, batch)
+        logits = plain(input_ids=batch.input_ids).logits
+        torch.testing.assert_close(model.module(input_ids=batch.input_ids).logits, logits)
+    for _ in range(2):
+        got = Traversal(model).losses(batch).per_example[0]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+        assert model.reads_again
 
 
 def test_auto_chunks_hold_a_plain_forward_of_the_batch() -> None:

@@ -30,6 +30,7 @@ from hizoo_lite.spaces.weights import Tile, WeightDelta, tiles
 from hizoo_lite.stream.block import PresentBlock
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
+from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.residency import Resident
 
 META = torch.device("meta")
@@ -178,6 +179,7 @@ class Rehearsal:
         self.module, self.config, self.kind, self.anatomy = module.to(META), config, kind, anatomy
         self.bits, self.compute, self.device_type, self.away = bits, compute, device_type, away
         self.tally, self.state = Tally(), BranchState()
+        self.overwrites = True
         self.buffers = _Buffers(self.tally)
         self.trunk_name = str(module.base_model_prefix)
         if kind == "classifier" and config.get_text_config().pad_token_id is None:  # the encoder will say
@@ -190,6 +192,13 @@ class Rehearsal:
 
     def run(self, wanted: Pass, trained: Trained | None = None) -> Activations:
         """Rehearse one traversal; with `trained`, its branches differ by that."""
+        try:
+            return self._run(wanted, trained)
+        except ReadAgain:
+            self.overwrites = False
+        return self._run(wanted, trained)
+
+    def _run(self, wanted: Pass, trained: Trained | None) -> Activations:
         self.tally.__init__()  # type: ignore[misc]
         self.buffers.sizes = {}
         directions = self._attach(trained) if trained is not None else {}
@@ -200,6 +209,7 @@ class Rehearsal:
             pending=None,
             residency=Resident(),
             observer=None,
+            overwrites=self.overwrites,
         )
         redrawn = trained is not None and trained.space != "lora"
 

@@ -46,6 +46,8 @@ class Model:
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
     observer: Observer | None = None  # is told when a block or the head has run
     branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together
+    overwrites: bool = False  # whether blocks cut into chunks write over their input: in a traversal
+    reads_again: bool = False  # inputs of blocks, after the block, so that they cannot be overwritten
     halvings: int = 0  # of chunks and logits, because memory ran out
 
     @property

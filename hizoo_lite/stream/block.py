@@ -54,7 +54,7 @@ class PresentBlock(nn.Module):
             if chunks.rows >= rows or has_cache(args, kwargs):
                 with model.state.laid_out(hidden.shape[0], hidden.shape[1]):
                     return block(*args, **kwargs)
-            return in_chunks(block, args, kwargs, model.state, rows, chunks.rows)
+            return in_chunks(block, args, kwargs, model.state, rows, chunks.rows, model.overwrites)
 
 
 class present:

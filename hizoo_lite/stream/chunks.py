@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hizoo_lite.base import BranchState
+from hizoo_lite.stream.overwritten import Overwritten
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
 LEAST_TOKENS = {"cpu": 512, "cuda": 1024}
@@ -128,12 +129,14 @@ def in_chunks(
     state: BranchState,
     rows: int,
     size: int,
+    overwrite: bool = False,
 ) -> Any:
     """What `block(*args, **kwargs)` gives, computed `size` rows at a time.
 
-    The hidden states are replaced in place, chunk by chunk: nobody reads a block's input after the block, so
-    one tensor serves all blocks of a pass. Of a tuple the first tensor is kept; attention probabilities are
-    nobody's here. The first axis of what has `branches * rows` entries there is branch after branch.
+    overwrite: replace the hidden states in place, chunk by chunk, so that one tensor serves all blocks of a
+    pass; who reads the block's input after the block gets `ReadAgain` then. Of a tuple the first tensor is
+    kept; attention probabilities are nobody's here. The first axis of what has `branches * rows` entries
+    there is branch after branch.
     """
     folded = state.branches.count * rows
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -155,8 +158,11 @@ def in_chunks(
         with state.laid_out(state.branches.count * (part.stop - part.start), hidden.shape[1]):
             out = block(*given, **named)
         if result is None:
-            result = _room(out, hidden, state.branches.count, rows)
+            overwrite = overwrite and _takes(hidden, out)
+            result = _room(out, hidden if overwrite else None, state.branches.count, rows)
         result = _placed(out, result, part)
+    if overwrite:
+        Overwritten.mark(hidden)
     return _flat(result)
 
 
@@ -174,15 +180,28 @@ def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) ->
     return value
 
 
-def _room(chunk: Any, hidden: Tensor, branches: int, rows: int) -> Any:
-    """Where a block's output goes, of the form of a chunk's; tensors are (branches, rows, ...)."""
+def _room(chunk: Any, hidden: Tensor | None, branches: int, rows: int) -> Any:
+    """Where a block's output goes, of the form of a chunk's; tensors are (branches, rows, ...).
+
+    That is over `hidden`, where there is one.
+    """
     if isinstance(chunk, Tensor):
-        if chunk.shape[1:] == hidden.shape[1:] and chunk.dtype == hidden.dtype and hidden.is_contiguous():
+        if hidden is not None:
             return hidden.view(branches, rows, *hidden.shape[1:])
         return torch.empty(branches, rows, *chunk.shape[1:], dtype=chunk.dtype, device=chunk.device)
     if type(chunk) in (tuple, list) and len(chunk) > 0:
         return type(chunk)([_room(chunk[0], hidden, branches, rows), *(None for _ in chunk[1:])])
     return None
+
+
+def _takes(hidden: Tensor, chunk: Any) -> bool:
+    """Whether a block's output can lie where the hidden states are, and nobody has a view of those."""
+    if type(chunk) in (tuple, list) and len(chunk) > 0:
+        return _takes(hidden, chunk[0])
+    if not isinstance(chunk, Tensor) or type(hidden) is not Tensor or not hidden.is_contiguous():
+        return False
+    base_is_known = hidden._base is None or type(hidden._base) is Overwritten
+    return base_is_known and chunk.shape[1:] == hidden.shape[1:] and chunk.dtype == hidden.dtype
 
 
 def _placed(chunk: Any, whole: Any, part: slice) -> Any:

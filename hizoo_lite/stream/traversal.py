@@ -19,6 +19,7 @@ from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.divergence import divergence_terms
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
+from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
 
@@ -60,7 +61,14 @@ class Traversal:
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` as in `BranchState`."""
         made = batch_tensors(batch)
-        return self.guard(lambda: self._losses(made, branches, mu, directions or {}))
+        return self.guard(lambda: self._pass(made, branches, mu, directions or {}))
+
+    def _pass(self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Losses:
+        try:
+            return self._losses(batch, branches, mu, directions)
+        except ReadAgain:
+            self.model.reads_again = True
+        return self._losses(batch, branches, mu, directions)
 
     def _losses(
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
@@ -81,9 +89,11 @@ class Traversal:
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
         self.model.state.set(branches, mu, directions)
+        self.model.overwrites = not self.model.reads_again
         try:
             yield
         finally:
+            self.model.overwrites = False
             self.model.state.set(EVALUATION, 0.0, {})
 
     def _fold(self, batch: Batch, count: int) -> dict[str, Tensor]:
