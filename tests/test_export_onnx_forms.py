@@ -15,11 +15,12 @@ from hizoo_lite.export.onnx import compare
 from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.linear import RecodedProduct
+from hizoo_lite.export.onnx.trace import following
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.quant import ResidualWeight, pack
 from hizoo_lite.quant.quantize import Quantization
-from tests.architectures import save_tiny
+from tests.architectures import make_tiny, save_tiny
 from tests.export_fixtures import KINDS, tuned, write_adapter
 from tests.test_export_onnx import multiply
 
@@ -133,6 +134,25 @@ def test_an_architecture_that_onnxruntime_cannot_run_is_named(tmp_path: Path) ->
     ):
         export_onnx(adapter, tmp_path / "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "source"]
+
+
+def test_an_architecture_that_torch_cannot_trace_is_named(tmp_path: Path) -> None:
+    """Dynamic RoPE chooses its frequencies by the values of the positions."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    first, _ = tuned(tmp_path, "llama", "none", rope_parameters=rope)
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM \(model type 'llama'\) cannot be exported to ONNX: "
+    ):
+        export_onnx(first, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_code_that_fails_while_it_is_traced_is_named_by_its_reason(tmp_path: Path) -> None:
+    model = make_tiny("llama")
+    with pytest.raises(UserError, match=r"cannot trace it \(ValueError: sizes differ\)"), following(model):
+        raise ValueError("sizes differ\n")
+    with pytest.raises(UserError, match=r"^no such head$"), following(model):
+        raise UserError("no such head")
 
 
 def test_an_adapter_whose_base_is_gone_is_added_unchecked_and_says_so(tmp_path: Path) -> None:

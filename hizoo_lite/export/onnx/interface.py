@@ -23,7 +23,7 @@ from hizoo_lite.export.onnx.linear import (
     lora_inputs,
 )
 from hizoo_lite.export.onnx.skeleton import Skeleton
-from hizoo_lite.export.onnx.trace import Input
+from hizoo_lite.export.onnx.trace import Input, following
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces.heads import head_layers
 
@@ -158,8 +158,9 @@ def _ids(length: int) -> Tensor:
 @torch.no_grad()
 def _cache_layers(skeleton: Skeleton) -> list[tuple[int, int]]:
     """(heads, features of a head) of every layer's keys, as the model itself makes them."""
-    with skeleton.mode:
-        cache = skeleton.module(input_ids=_ids(_LENGTH), use_cache=True).past_key_values
+    with skeleton.mode, following(skeleton.module):
+        out = skeleton.module(input_ids=_ids(_LENGTH), use_cache=True)
+    cache = getattr(out, "past_key_values", None)
     layers = getattr(cache, "layers", None) or []
     keys = [key for layer in layers if (key := getattr(layer, "keys", None)) is not None and key.ndim == 4]
     if not keys or len(keys) != len(layers):

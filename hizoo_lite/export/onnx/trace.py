@@ -25,6 +25,7 @@ from hizoo_lite.files import check_space
 from hizoo_lite.train.events import Listener
 
 OPSET = 20
+_WHY_CHARACTERS = 200  # of torch's reason that are shown
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -56,7 +57,7 @@ def trace(
     with skeleton.mode:
         examples = tuple(torch.empty_like(given.example) for given in inputs)
     dynamic = tuple(dict(given.dynamic) for given in inputs)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), following(skeleton.module):
         program = torch.onnx.export(
             wrapper,
             examples,
@@ -73,6 +74,28 @@ def trace(
     _give_weights(program.model, weights, skeleton.parts)
     _give_defaults(program.model, inputs)
     return program.model
+
+
+@contextmanager
+def following(module: nn.Module) -> Iterator[None]:
+    """While this is open a model's own code runs on tensors without values; `UserError` where it cannot.
+
+    The reasons are as many as there are models: a choice by values (`.item()` of dynamic RoPE), a cache of
+    its own kind, sizes that follow from each other.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, torch.onnx.OnnxExporterError) else error
+        lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
+        why = f"{type(cause or error).__name__}: {' '.join(lines[:2])}"[:_WHY_CHARACTERS]
+        raise UserError(
+            f"{type(module).__name__} (model type {module.config.model_type!r}) cannot be exported to ONNX: "  # type: ignore[union-attr]
+            f"torch {torch.__version__} cannot trace it ({why}); eval, generate and --to merged or peft can "
+            "use it"
+        ) from error
 
 
 def _take_weights(model: ir.Model, prefix: str, parts: Mapping[str, Part]) -> list[ir.Value]:
