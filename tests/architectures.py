@@ -126,6 +126,25 @@ RELATIVE_CONFIGS: dict[str, Tiny] = {
     "deberta_v2_own_codes": Tiny("DebertaV2Config", {**_RELATIVE, "share_att_key": False}, "masked"),
 }
 
+#: Their heads ask the trunk's output for more than hidden states; Gemma 4's blocks share keys and values.
+ASKING_CONFIGS: dict[str, Tiny] = {
+    "gemma4": Tiny(
+        "Gemma4TextConfig",
+        {
+            **_HEADS_OF_16,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 16,
+        },
+        "causal",
+    ),
+    "doge": Tiny("DogeConfig", _GROUPED, "causal"),
+}
+
 
 def make_tiny(
     name: str, *, kind: ModelKind | None = None, seed: int = 0, **changes: Any
@@ -135,7 +154,7 @@ def make_tiny(
     Matrices are normal with a standard deviation of 1/sqrt(in_features), embeddings 1, norms and biases
     0.1 around what their layer starts with, so that every parameter matters to the logits.
     """
-    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS}[name]
+    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS, **ASKING_CONFIGS}[name]
     # transformers 5.17 picks sdpa for Gemma2 by itself, which silently leaves out the cap on the logits
     eager = name in ("bloom", *RELATIVE_CONFIGS) or "attn_logit_softcapping" in tiny.arguments
     model = _AUTO[kind or tiny.kind].from_config(

@@ -20,7 +20,7 @@ from hizoo_lite.noise import drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.residency import Resident
 from hizoo_lite.stream.traversal import Traversal
-from tests.architectures import RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
+from tests.architectures import ASKING_CONFIGS, RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch
 
 MU = 1e-3
@@ -114,6 +114,23 @@ def test_a_layer_whose_rows_are_not_first_is_refused(tmp_path: Path) -> None:
     Traversal(model).losses(batch)
     with pytest.raises(UserError, match=r"query is given \(12, 9, 32\), whose first axis is not that of"):
         Traversal(model).losses(batch, Branches(), MU, {})
+
+
+@pytest.mark.parametrize("name", ASKING_CONFIGS)
+def test_heads_that_ask_for_more_than_hidden_states_are_answered(name: str, tmp_path: Path) -> None:
+    """In chunks of one row, unless keys and values of all rows go from block to block (Gemma 4)."""
+    plain = save_tiny(name, tmp_path)
+    model = load(tmp_path, kind="causal", bits="none", compute_dtype="float32", device="cpu")
+    model.branch_chunk = 1
+    traversal, batch = Traversal(model), tiny_task_batch("causal")
+    with torch.no_grad():
+        expected = reference_losses(plain, batch)
+    got = traversal.losses(batch).per_example[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=FLOAT32_ROUNDING)
+    space, directions = tuned(model)
+    folded = traversal.losses(batch, Branches(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch, directions, Branches())
+    torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)

@@ -29,7 +29,7 @@ from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.spaces.weights import Tile, WeightDelta, tiles
 from hizoo_lite.stream.block import PresentBlock
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
-from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
+from hizoo_lite.stream.head import LOGITS_BYTES, logits_at, with_hidden
 from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.residency import Resident
 
@@ -316,13 +316,16 @@ class Rehearsal:
             self.module(**inputs)
             return
         cache = {"use_cache": False} if self.kind == "causal" else {}
-        hidden = self.module.get_submodule(self.trunk_name)(**inputs, **cache)[0]
-        hidden = hidden.view(count, wanted.rows, wanted.length, -1)
+        output = self.module.get_submodule(self.trunk_name)(**inputs, **cache)
+        hidden = output[0].view(count, wanted.rows, wanted.length, -1)
+        output = with_hidden(output, hidden)  # what else it has need not live on
         tally.owner = "logits"
         sites = torch.zeros(wanted.sites, dtype=torch.int64, device=META)
         vocabulary = self.config.get_text_config().vocab_size
         limit_bytes = LOGITS_BYTES >> wanted.halvings
-        pieces = logits_at(self.module, self.trunk_name, hidden, sites, sites, vocabulary, limit_bytes)
+        pieces = logits_at(
+            self.module, self.trunk_name, output, hidden, sites, sites, vocabulary, limit_bytes
+        )
         for _, (_, logits) in zip(range(2), pieces, strict=False):
             wide = logits.double()
             exponentials = torch.empty_like(wide)  # inside of logsumexp

@@ -8,7 +8,7 @@ long row, its MLP, which sees nothing of other tokens either, goes through in sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -167,8 +167,8 @@ def in_chunks(
 
 
 def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a block is asked to read and extend a key-value cache, which holds all rows."""
-    return any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    """Whether a block is given what holds all rows and is written to: a cache, or the dict of Gemma 4."""
+    return any(isinstance(value, Cache | MutableMapping) for value in (*args, *kwargs.values()))
 
 
 def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) -> Any:

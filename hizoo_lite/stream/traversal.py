@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.divergence import divergence_terms
-from hizoo_lite.stream.head import LOGITS_BYTES, logits_at
+from hizoo_lite.stream.head import LOGITS_BYTES, logits_at, with_hidden
 from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
@@ -81,9 +82,10 @@ class Traversal:
                     wide = logits.view(branches.count, batch.examples, -1)
                     return _class_losses(wide, batch.gold, branches)
                 trunk = self.model.module.get_submodule(self.model.trunk_name)
-                hidden = trunk(**inputs, **self._no_cache())[0]
-            hidden = hidden.view(branches.count, *batch.input_ids.shape, -1)
-            scored, divergences = self._scored_log_probabilities(hidden, batch, branches)
+                output = trunk(**inputs, **self._no_cache())
+            hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
+            output = with_hidden(output, hidden)  # what else it has need not live on
+            scored, divergences = self._scored_log_probabilities(output, hidden, batch, branches)
         return _slot_losses(scored, divergences, batch, branches)
 
     @contextmanager
@@ -109,7 +111,7 @@ class Traversal:
         return {"use_cache": False} if self.model.kind == "causal" else {}
 
     def _scored_log_probabilities(
-        self, hidden: Tensor, batch: Batch, branches: Branches
+        self, output: Any, hidden: Tensor, batch: Batch, branches: Branches
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of every scored token, (branches, scored) float64, on the model's device.
 
@@ -126,7 +128,7 @@ class Traversal:
         model, vocabulary = self.model, self.model.config.vocab_size
         limit_bytes = LOGITS_BYTES >> model.halvings
         for part, logits in logits_at(
-            model.module, model.trunk_name, hidden, rows, positions, vocabulary, limit_bytes
+            model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, limit_bytes
         ):
             first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
             at = _sent(sites[first:last] - part.start, device)

@@ -8,12 +8,11 @@ tokens, slots, examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hizoo_lite.export.onnx.interface import encoder_inputs
 from hizoo_lite.export.onnx.linear import InputValues
@@ -23,6 +22,7 @@ from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, b
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.stream.divergence import divergence_terms
+from hizoo_lite.stream.head import with_hidden
 from hizoo_lite.tasks.collate import Loss
 
 OUTPUTS = ("losses", "scores", "divergences")
@@ -97,13 +97,11 @@ class _AtSites:
     def __init__(self, inputs: InputValues, parameter: str) -> None:
         self.inputs, self.parameter = inputs, parameter
 
-    def __call__(
-        self, trunk: nn.Module, args: object, output: Sequence[Tensor]
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    def __call__(self, trunk: nn.Module, args: object, output: Sequence[Tensor]) -> Any:
         values, hidden = self.inputs.values, output[0]
         places = values["site_row"] * hidden.shape[1] + values["site_position"]
         picked = by_branch(hidden, values[self.parameter]).index_select(1, places)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=picked)
+        return with_hidden(output, picked)
 
 
 @final
