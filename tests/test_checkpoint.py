@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from hizoo_lite.base import UserError
+from hizoo_lite.export.onnx.files import weight_files
 from hizoo_lite.quant import Checkpoint, hub
 
 TENSORS = {
@@ -76,6 +77,15 @@ def test_shards_are_found_through_the_index(tmp_path):
     checkpoint = Checkpoint.open(sharded(tmp_path))
     assert checkpoint.names() == ["a", "b"]
     assert torch.equal(checkpoint.read("b"), TENSORS["b"])
+
+
+def test_a_single_file_is_read_before_an_index_beside_it_and_that_is_said(tmp_path, caplog):
+    save_file({"a": TENSORS["a"] + 1}, sharded(tmp_path) / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(checkpoint.read("a"), TENSORS["a"] + 1)
+    assert checkpoint.names() == ["a"]
+    assert "has model.safetensors and model.safetensors.index.json; the first is read" in caplog.text
+    assert weight_files(tmp_path) == checkpoint.files()
 
 
 @pytest.mark.parametrize(

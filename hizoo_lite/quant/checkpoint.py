@@ -5,6 +5,7 @@ Whatever is read is a fresh tensor; no file stays mapped and no copy of the mode
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ from hizoo_lite.files import is_inside, parse_json
 from hizoo_lite.quant import hub
 from hizoo_lite.quant.shards import HASHED_CHUNK_BYTES, sha256_of
 from hizoo_lite.quant.tensorfile import Entry, TensorFile
+
+_log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HASHING_THREADS = 2  # hashlib gives the interpreter's lock up; more would only compete for the disk
@@ -53,18 +56,24 @@ class Checkpoint:
         """Open a local folder or a Hub id (downloaded first, `revision` a branch, tag or commit).
 
         Raises `UserError`, naming the file, where config.json or weights are missing, where only pickled
-        weights are there, and where a file is truncated or malformed.
+        weights are there, and where a file is truncated or malformed. Of a single file and an index beside
+        it, the file is read, as transformers does.
         """
         folder = hub.resolve(source, revision)
         config = _read_json(folder / "config.json")
         metadata = None
-        if (folder / hub.INDEX_FILE).exists():
+        if (folder / hub.SINGLE_FILE).exists():
+            file = TensorFile(folder / hub.SINGLE_FILE)
+            files = dict.fromkeys(file.entries, file)
+            if (folder / hub.INDEX_FILE).exists():
+                _log.warning(
+                    "%s: has %s and %s; the first is read, as transformers does, and the shards are not",
+                    *(folder, hub.SINGLE_FILE, hub.INDEX_FILE),
+                )
+        elif (folder / hub.INDEX_FILE).exists():
             index = _read_json(folder / hub.INDEX_FILE)
             files = _indexed_files(folder, index)
             metadata = index.get("metadata")
-        elif (folder / hub.SINGLE_FILE).exists():
-            file = TensorFile(folder / hub.SINGLE_FILE)
-            files = dict.fromkeys(file.entries, file)
         else:
             raise UserError(_no_weights(folder))
         return cls(folder, config, files, metadata if isinstance(metadata, dict) else None)

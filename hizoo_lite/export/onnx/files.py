@@ -57,9 +57,9 @@ def fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, which need not be there. UserError where its index is not sound."""
-    index = folder / _INDEX_FILE
-    if not index.is_file():
-        return [folder / _SINGLE_FILE]
+    index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
+    if single.is_file() or not index.is_file():  # with both, `Checkpoint` and transformers read the single one
+        return [single]
     try:
         shards = set(parse_json(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
