@@ -16,6 +16,7 @@ from hizoo_lite.export.peft import export
 from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import saved
+from hizoo_lite.train.adapter_files import read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import fit
 from hizoo_lite.train.folder import RunFolder
@@ -159,6 +160,35 @@ def test_trained_weights_have_no_peft_form(space, bits, tmp_path):
     with pytest.raises(UserError, match=r"--to: got peft, .*PEFT has no form for them; allowed: merged"):
         export(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialization_that_leaves_the_base_alone_is_taken(init, tmp_path):
+    save_peft_config(tmp_path, init_lora_weights=init)
+    assert read_peft_config(tmp_path)["init_lora_weights"] == init
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq")),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("trainable_token_indices", [3]),
+        ("kasa_config", {"beta": 1e-4}),
+    ],
+)
+def test_what_makes_peft_compute_something_else_is_refused(key, value, tmp_path):
+    save_peft_config(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key}: got .*, supported: ") as caught:
+        read_peft_config(tmp_path)
+    assert ("path_initial_model_for_weight_conversion" in str(caught.value)) == (key == "init_lora_weights")
+
+
+def save_peft_config(folder, **settings):
+    """adapter_config.json of a plain adapter, but for some settings."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):

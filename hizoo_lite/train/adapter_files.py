@@ -26,6 +26,24 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layers_to_transform": (None, []),
+    # Others (pissa, olora, corda, loftq, lora_ga) have PEFT change the base whenever it loads the adapter.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+
+#: What the owner of an adapter can do about a setting that is not supported.
+_REMEDIES = {
+    "init_lora_weights": "; PEFT makes a plain LoRA adapter of it with "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
 }
 
 
@@ -64,7 +82,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     for key, values in _SUPPORTED.items():
         if key in config and config[key] not in values:
             shown = ", ".join(map(repr, values))
-            raise UserError(f"{path}: {key}: got {config[key]!r}, supported: {shown}")
+            raise UserError(f"{path}: {key}: got {config[key]!r}, supported: {shown}{_REMEDIES.get(key, '')}")
     return config
 
 
