@@ -248,6 +248,14 @@ def test_a_classifier_of_a_decoder_knows_what_it_is_padded_with(tmp_path):
     torch.testing.assert_close(logits(module), logits(model.module), **FLOAT32)
 
 
+def test_rows_of_a_classifier_are_padded_with_what_it_takes_for_padding():
+    model = load(setup.model_path("embedded"), kind="classifier", bits="none", device="cpu")
+    padding = model.config.pad_token_id
+    model.tokenizer.pad_token = None
+    assert pad_id(model.tokenizer) != padding
+    assert setup.make_encoder(model, setup.find_task("embedded"), 32).pad_id == padding
+
+
 def test_the_metric_of_a_run_is_that_of_its_merged_model(tmp_path):
     settings = short_run(tmp_path, task="embedded", data="embedded", steps=60, batch_size=8, rank=8)
     settings |= {"targets": "all-linear", "train_examples": 400, "dev_examples": 0, "test_examples": 100}

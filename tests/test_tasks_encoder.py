@@ -19,6 +19,7 @@ from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks.collate import collate
 from hizoo_lite.tasks.task import WHERE
 from hizoo_lite.tasks.templates import render
+from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.tensors import batch_tensors
 from tests.tasks_fixtures import (
     answer_text,
@@ -465,3 +466,28 @@ def test_padding_token_is_chosen_without_changing_the_tokenizer():
     assert tokenizer.pad_token is None
     assert Encoder(byte_level(), "causal", SST2, 64).pad_id == 0
     assert Encoder(word_piece(), "masked", SST2, 64).pad_id == 0
+
+
+def test_tokens_behind_the_models_vocabulary_are_named_with_their_example():
+    tokenizer = word_piece()
+    known = len(tokenizer)
+    tokenizer.add_tokens(["lovely"])
+    encoder = Encoder(tokenizer, "classifier", SST2, 64, vocabulary=known)
+    encoder.encode(sst2("a fine film"), training=True)
+    with pytest.raises(UserError, match=rf"train\.tsv:7: the token 'lovely' has the id {known}, .* has {known};"):
+        encoder.encode(sst2("a lovely film"), training=True)
+    encoded = Encoder(tokenizer, "classifier", SST2, 64).encode(sst2("a lovely film"), training=True)
+    assert known in encoded.rows[0]
+    prompts = Encoder(byte_level(eos=True), "causal", tasks.get("squad"), 64, vocabulary=3)
+    with pytest.raises(UserError, match=r"train\.json:1: the token .* has the id"):
+        prompts.prompt_ids(squad("Ann won."))
+
+
+def test_a_pad_token_behind_the_models_vocabulary_counts_as_none():
+    tokenizer = byte_level(eos=True)
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == known
+    assert pad_id(tokenizer) == known
+    assert pad_id(tokenizer, known) == tokenizer.eos_token_id
+    assert Encoder(tokenizer, "causal", SST2, 64, vocabulary=known).pad_id == tokenizer.eos_token_id

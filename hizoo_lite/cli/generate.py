@@ -138,7 +138,8 @@ def continue_text(
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files")
-    ids = _tensor(prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions), model)
+    known = prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
+    ids = _tensor(known, model)
     processors = LogitsProcessorList(_sampling(model, temperature, top_p, seed) if temperature > 0 else [])
     written = model.module.generate(  # type: ignore[operator]
         input_ids=ids,
@@ -148,7 +149,7 @@ def continue_text(
         temperature=None,
         top_p=None,
         top_k=None,
-        pad_token_id=pad_id(model.tokenizer),
+        pad_token_id=pad_id(model.tokenizer, model.vocabulary),
         logits_processor=processors,
     )
     whole = model.tokenizer.decode(written[0], skip_special_tokens=True)

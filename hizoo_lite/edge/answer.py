@@ -14,7 +14,7 @@ from hizoo_lite.base import UserError
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.noise import generator
-from hizoo_lite.tasks.tokens import Tokenizer, open_ids, pad_id
+from hizoo_lite.tasks.tokens import Tokenizer, check_known, open_ids, pad_id
 from hizoo_lite.train import parts
 from hizoo_lite.train.config import TrainConfig, refuse
 from hizoo_lite.train.evaluate import evaluate, report
@@ -48,7 +48,7 @@ def evaluate_export(
     examples = parts.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
-    encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss)
+    encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss, model.vocabulary)
     if model.kind == "classifier":
         check_classes(task, model.session.graph, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))
@@ -75,9 +75,9 @@ def continue_text(
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
     tokenizer = model.tokenizer
-    ids = prompt_ids(tokenizer, prompt, max_new_tokens, model.positions)
+    ids = prompt_ids(tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
     pick = greedy if temperature == 0 else sampler(temperature, top_p, seed)
-    [written] = model.write([ids], pad_id(tokenizer), max_new_tokens, pick=pick)
+    [written] = model.write([ids], pad_id(tokenizer, model.vocabulary), max_new_tokens, pick=pick)
     whole = tokenizer.decode([*ids, *written], skip_special_tokens=True)
     return whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
 
@@ -99,12 +99,20 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, prompt: str, max_new_tokens: int, positions: int | None = None
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[int]:
-    """The tokens of a prompt. UserError where there are none, or more than the model has positions for."""
+    """The tokens of a prompt.
+
+    UserError where there are none, more than the model has positions for, or others than it knows.
+    """
     ids = open_ids(tokenizer, prompt)
     if not ids:
         raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
+    check_known(tokenizer, ids, vocabulary, "--prompt")
     if positions is not None and len(ids) + max_new_tokens > positions:
         raise UserError(
             f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class OnnxModel:
         path = folder / _SETTINGS
         settings = read_json(path, "settings of onnxruntime-genai").get("model", {}) if path.is_file() else {}
         self.positions: int | None = settings.get("context_length", positions_of(folder))
+        self.vocabulary = vocabulary_of(folder)
         ends = settings.get("eos_token_id", self.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self._vocabulary = 1  # of a row of logits; known after the first forward
@@ -162,13 +163,23 @@ class OnnxModel:
 
 def positions_of(folder: Path) -> int | None:
     """Tokens that the position codes of the folder's config.json reach; None where it does not say."""
-    path = folder / "config.json"
-    config = read_json(path, "settings of a model") if path.is_file() else {}
+    config = _model_config(folder)
     most, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
     if type(most) is not int or most < 1:
         return None
     unused = padding + 1 if type(padding) is int and config.get("model_type") in _BEHIND_PADDING else 0
     return most - unused
+
+
+def vocabulary_of(folder: Path) -> int | None:
+    """How many tokens the model has, by the folder's config.json; None where it does not say."""
+    count = _model_config(folder).get("vocab_size")
+    return count if type(count) is int and count > 0 else None
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path, "settings of a model") if path.is_file() else {}
 
 
 def greedy(logits: np.ndarray) -> np.ndarray:

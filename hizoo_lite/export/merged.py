@@ -335,7 +335,7 @@ class Merged:
                 content["label2id"] = {name: label for label, name in enumerate(names)}
             tokenizer = skeleton.read_tokenizer(self.folder)
             if config.pad_token_id is None and tokenizer is not None:  # as `setup.make_encoder`
-                content["pad_token_id"] = pad_id(tokenizer)
+                content["pad_token_id"] = pad_id(tokenizer, skeleton.vocabulary_of(config))
         content["hizoo_lite"] = {
             "merged": self._changes.space,
             "base_bits": base.bits,

@@ -12,6 +12,7 @@ from torch import nn
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.model.skeleton import vocabulary_of
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.stream.choose import Limits
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
@@ -54,6 +55,11 @@ class Model:
     def trunk_name(self) -> str:
         """Name of the child of the module that is everything but the head, such as "model" or "bert"."""
         return str(self.module.base_model_prefix)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens have an embedding; None where the configuration does not say."""
+        return vocabulary_of(self.config)
 
     @property
     def positions(self) -> int | None:

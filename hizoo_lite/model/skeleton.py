@@ -71,6 +71,11 @@ def read_config(folder: Path, kind: ModelKind, num_labels: int) -> Any:
     return config
 
 
+def vocabulary_of(config: Any) -> int | None:
+    """How many tokens a model of this configuration has embeddings for; None where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def build(config: Any, kind: ModelKind) -> nn.Module:
     """The module with parameters on meta, in eval mode. Raises `UserError` where there is none of `kind`.
 

@@ -12,7 +12,8 @@ own, which always gets one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Literal, get_args
 
 from hizoo_lite.base import Batch, Example, ModelKind, UserError
@@ -23,6 +24,7 @@ from hizoo_lite.tasks.templates import render
 from hizoo_lite.tasks.tokens import (
     Fields,
     Tokenizer,
+    check_known,
     common_prefix,
     fit,
     open_ids,
@@ -43,6 +45,7 @@ class Encoder:
         loss: "choice" (cross-entropy over the answers' scores; the default of choice tasks, as MeZO's
             train_as_classification) or "answer" (likelihood of the gold answer's tokens; the default of the
             others). Not for classifiers, whose loss is "class".
+        vocabulary: how many tokens the model has embeddings for; None checks no token.
 
     Raises UserError where task, model kind, tokenizer and loss do not go together.
     """
@@ -55,13 +58,15 @@ class Encoder:
         max_length: int,
         *,
         loss: Literal["choice", "answer"] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model_kind = model_kind
         self.task = task
         self.max_length = max_length
         self.loss = self._chosen_loss(loss)
-        self.pad_id = pad_id(tokenizer)
+        self.vocabulary = vocabulary
+        self.pad_id = pad_id(tokenizer, vocabulary)
         self._check()
 
     def _chosen_loss(self, loss: Literal["choice", "answer"] | None) -> Loss:
@@ -99,7 +104,15 @@ class Encoder:
         return self.task.stop
 
     def encode(self, example: Example, *, training: bool) -> Encoded:
-        """The example as tokens. All answers are scored, except in training on the gold answer only."""
+        """The example as tokens. All answers are scored, except in training on the gold answer only.
+
+        Raises UserError, naming the example, where it cannot be, and for tokens that the model does not have.
+        """
+        encoded = self._encode(example, training)
+        self._check_known(example, chain(*encoded.rows, (token for _, token, _ in encoded.tokens)))
+        return encoded
+
+    def _encode(self, example: Example, training: bool) -> Encoded:
         if self.model_kind == "classifier":
             return self._classifier(example)
         if self.model_kind == "masked":
@@ -121,8 +134,14 @@ class Encoder:
         limit = self.max_length - self.max_new_tokens
         if self.task.chat:
             *history, _ = self._conversation(example, limit, answer=False)
-            return chat.chat_ids(self.tokenizer, chat.chat_text(self.tokenizer, history, prompt=True))
-        return self._ids(self._fit(example, lambda fields: len(self._ids(fields)), limit))
+            ids = chat.chat_ids(self.tokenizer, chat.chat_text(self.tokenizer, history, prompt=True))
+        else:
+            ids = self._ids(self._fit(example, lambda fields: len(self._ids(fields)), limit))
+        self._check_known(example, ids)
+        return ids
+
+    def _check_known(self, example: Example, ids: Iterable[int]) -> None:
+        check_known(self.tokenizer, ids, self.vocabulary, where(example))
 
     def _ids(self, fields: Fields, answer: str = "") -> list[int]:
         """Tokens of the causal prompt and an answer."""

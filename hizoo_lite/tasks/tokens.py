@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from hizoo_lite.base import Example, UserError
@@ -67,14 +67,31 @@ def open_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]
     return ids
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
+def pad_id(tokenizer: Tokenizer, vocabulary: int | None = None) -> int:
     """What rows are padded with: the pad, else end-of-sequence, else unknown token, else 0.
 
     Padding is on the right under attention mask 0, so that its value never reaches a loss; a tokenizer
-    without a pad token is therefore used as it is.
+    without a pad token is therefore used as it is. `vocabulary`: how many tokens the model knows; a pad token
+    that was added behind them counts as none.
     """
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    return next((token for token in known if token is not None), 0)
+    return next((token for token in known if token is not None and is_known(token, vocabulary)), 0)
+
+
+def is_known(token: int, vocabulary: int | None) -> bool:
+    """Whether a model with so many tokens has this one; None: it is not known how many."""
+    return vocabulary is None or token < vocabulary
+
+
+def check_known(tokenizer: Tokenizer, ids: Iterable[int], vocabulary: int | None, where: str) -> None:
+    """UserError naming the first token that the model has no embedding for; `where` names the text."""
+    beyond = next((token for token in ids if not is_known(token, vocabulary)), None)
+    if beyond is not None:
+        raise UserError(
+            f"{where}: the token {tokenizer.convert_ids_to_tokens([beyond])[0]!r} has the id {beyond}, but the "
+            f"model's vocabulary has {vocabulary}; it was added to the tokenizer without the model's embedding; "
+            "leave the text out, or take a model that was resized for this tokenizer"
+        )
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -65,10 +65,16 @@ def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -
     return part
 
 
-def task_encoder(tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, loss: str) -> Encoder:
-    """The task's encoder for sequences of at most `limit` tokens; `loss` is one of `TrainConfig`'s."""
+def task_encoder(
+    tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, loss: str, vocabulary: int | None = None
+) -> Encoder:
+    """The task's encoder for sequences of at most `limit` tokens; `loss` is one of `TrainConfig`'s.
+
+    vocabulary: how many tokens the model knows.
+    """
     chosen: Any = None if loss == "auto" else loss
-    return Encoder(tokenizer, kind, task, min(limit, tokenizer.model_max_length), loss=chosen)
+    most = min(limit, tokenizer.model_max_length)
+    return Encoder(tokenizer, kind, task, most, loss=chosen, vocabulary=vocabulary)
 
 
 def directions(config: TrainConfig) -> int:

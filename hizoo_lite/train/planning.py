@@ -17,10 +17,18 @@ from hizoo_lite.memory.planner import plan_run
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.memory.subject import framework_bytes
 from hizoo_lite.memory.workload import Demand, Workload
-from hizoo_lite.model.skeleton import choose_compute, choose_device, compute_name, read_tokenizer
+from hizoo_lite.model.skeleton import (
+    choose_compute,
+    choose_device,
+    compute_name,
+    read_config,
+    read_tokenizer,
+    vocabulary_of,
+)
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.parts import task_encoder
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +86,8 @@ def find_encoder(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, t
     tokenizer = read_tokenizer(checkpoint.folder)
     if tokenizer is None:
         return None
-    loss = None if config.loss == "auto" else config.loss
-    limit = min(config.max_length, tokenizer.model_max_length)
-    return Encoder(tokenizer, kind, task, limit, loss=loss)
+    known = vocabulary_of(read_config(checkpoint.folder, kind, task.num_labels or 2))
+    return task_encoder(tokenizer, kind, task, config.max_length, config.loss, known)
 
 
 def workload(encoder: Encoder, splits: Splits, *, dev: bool) -> Workload:

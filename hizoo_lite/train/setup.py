@@ -191,10 +191,13 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
     limit = min(max_length, model.positions or max_length)
-    encoder = task_encoder(model.tokenizer, model.kind, task, limit, loss)
-    if model.kind == "classifier" and model.config.pad_token_id is None:
+    encoder = task_encoder(model.tokenizer, model.kind, task, limit, loss, model.vocabulary)
+    if model.kind == "classifier":
         # A decoder's classifier reads the last token that is not padding, and asks its config which that is.
-        model.config.pad_token_id = encoder.pad_id
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = encoder.pad_id
+        elif encoder.pad_id != model.tokenizer.pad_token_id:  # the tokenizer has none that the model knows
+            encoder.pad_id = model.config.pad_token_id
     return encoder
 
 

@@ -25,7 +25,8 @@ def genai_config(model: Model, layers: list[tuple[int, int]]) -> dict[str, Any]:
     context = model.positions or 2048
     ends = getattr(generation, "eos_token_id", None)
     ends = config.eos_token_id if ends is None else ends
-    padding = config.pad_token_id if model.tokenizer is None else pad_id(model.tokenizer)
+    tokenizer = model.tokenizer
+    padding = config.pad_token_id if tokenizer is None else pad_id(tokenizer, model.vocabulary)
     return {
         "model": {
             "type": _TYPE,

@@ -133,7 +133,7 @@ def load_folder(source: Source, folder: Path, bits: Bits | None) -> Model:
         model.residency.slots = 1  # memory counts here, not time
     map_large()  # what is freed is given back: every tensor is read once and dropped
     if model.kind == "classifier" and model.config.pad_token_id is None and model.tokenizer is not None:
-        model.config.pad_token_id = pad_id(model.tokenizer)
+        model.config.pad_token_id = pad_id(model.tokenizer, model.vocabulary)
     return model
 
 
