@@ -87,3 +87,22 @@ def test_long_chat_loses_its_oldest_exchanges_and_keeps_the_system_message():
 def test_chat_whose_last_exchange_does_not_fit_is_an_error():
     with pytest.raises(UserError, match=r"max_length: chat\.jsonl:3 needs \d+ tokens for its last exchange"):
         Encoder(byte_level(), "causal", CHAT, 10).encode(chat_example("Hi " * 20, "Hello"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[7].content.text }}", "has no element 7"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_template_that_refuses_a_conversation_is_an_error_that_names_the_example(template, reason):
+    tokenizer = byte_level(eos=True)
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, "causal", CHAT, 128)
+    message = rf"chat\.jsonl:3: the tokenizer's chat template refuses .*\(turns: user.*\): .*{reason}"
+    for attempt in (lambda e: encoder.encode(e, training=True), encoder.prompt_ids):
+        with pytest.raises(UserError, match=message):
+            attempt(chat_example("Hi", "Hello"))

@@ -23,11 +23,21 @@ from hizoo_lite.tasks.text import Message
 from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 
 
-def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool) -> str:
-    """The conversation as text; with `prompt` it ends where the assistant's next turn begins."""
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool, name: str) -> str:
+    """The conversation as text; with `prompt` it ends where the assistant's next turn begins.
+
+    `name` is the example's, for messages. Raises UserError where the tokenizer's template refuses it: some
+    take no system turns, or only turns that alternate.
+    """
     if tokenizer.chat_template:
         turns = [message._asdict() for message in messages]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+        except Exception as error:  # a template is a program of others, which raises what it likes
+            roles = ", ".join(message.role for message in messages) or "none"
+            raise UserError(
+                f"{name}: the tokenizer's chat template refuses the conversation (turns: {roles}): {error}"
+            ) from error
     end = tokenizer.eos_token or ""
     lines = [
         f"{role.capitalize()}: {content}{end if role == 'assistant' else ''}\n" for role, content in messages
@@ -48,15 +58,15 @@ def assistant_tokens(
     `name` is the example's, for messages. Raises UserError where the template renders the last turn in a way
     that does not begin with its own generation prompt, so that the assistant's tokens cannot be told apart.
     """
-    whole = chat_text(tokenizer, messages, prompt=False)
+    whole = chat_text(tokenizer, messages, False, name)
     ids = chat_ids(tokenizer, whole)
     scored: list[int] = []
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
         last = number == len(messages) - 1
-        before = chat_text(tokenizer, messages[:number], prompt=True)
-        after = whole if last else chat_text(tokenizer, messages[: number + 1], prompt=False)
+        before = chat_text(tokenizer, messages[:number], True, name)
+        after = whole if last else chat_text(tokenizer, messages[: number + 1], False, name)
         if not (whole.startswith(after) and after.startswith(before)):
             if last:
                 raise UserError(

@@ -134,7 +134,7 @@ class Encoder:
         limit = self.max_length - self.max_new_tokens
         if self.task.chat:
             *history, _ = self._conversation(example, limit, answer=False)
-            ids = chat.chat_ids(self.tokenizer, chat.chat_text(self.tokenizer, history, prompt=True))
+            ids = chat.chat_ids(self.tokenizer, chat.chat_text(self.tokenizer, history, True, where(example)))
         else:
             ids = self._ids(self._fit(example, lambda fields: len(self._ids(fields)), limit))
         self._check_known(example, ids)
@@ -194,7 +194,7 @@ class Encoder:
         messages: tuple[chat.Message, ...] = example.fields["messages"]
         while True:
             part = messages if answer else messages[:-1]
-            text = chat.chat_text(self.tokenizer, part, prompt=not answer)
+            text = chat.chat_text(self.tokenizer, part, not answer, where(example))
             needed = len(chat.chat_ids(self.tokenizer, text))
             if needed <= limit:
                 return messages
