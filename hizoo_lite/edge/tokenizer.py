@@ -157,7 +157,7 @@ _ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def _backend(path: Path) -> Any:
     try:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, __version__
     except ImportError as error:
         raise UserError("the `tokenizers` library is not installed; run: pip install tokenizers") from error
     if not path.is_file():
@@ -165,7 +165,9 @@ def _backend(path: Path) -> Any:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{path}: not a sound tokenizer ({error})") from error
+        raise UserError(
+            f"{path}: not a sound tokenizer for tokenizers {__version__}, which is installed here ({error})"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     return backend

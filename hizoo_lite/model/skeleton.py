@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -128,8 +129,11 @@ def read_tokenizer(folder: Path) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read: {error}; {_TOKENIZER_FILES[0]} may be damaged, or of "
+            f"another version than tokenizers {version('tokenizers')}, which is installed here"
+        ) from error
 
 
 def read_generation_config(folder: Path, module: nn.Module) -> None:
