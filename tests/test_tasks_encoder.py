@@ -474,7 +474,7 @@ def test_tokens_behind_the_models_vocabulary_are_named_with_their_example():
     tokenizer.add_tokens(["lovely"])
     encoder = Encoder(tokenizer, "classifier", SST2, 64, vocabulary=known)
     encoder.encode(sst2("a fine film"), training=True)
-    with pytest.raises(UserError, match=rf"train\.tsv:7: the token 'lovely' has the id {known}, .* has {known};"):
+    with pytest.raises(UserError, match=rf"train\.tsv:7: the token 'lovely' .* {known}, .* {known};"):
         encoder.encode(sst2("a lovely film"), training=True)
     encoded = Encoder(tokenizer, "classifier", SST2, 64).encode(sst2("a lovely film"), training=True)
     assert known in encoded.rows[0]

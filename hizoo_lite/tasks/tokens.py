@@ -87,10 +87,11 @@ def check_known(tokenizer: Tokenizer, ids: Iterable[int], vocabulary: int | None
     """UserError naming the first token that the model has no embedding for; `where` names the text."""
     beyond = next((token for token in ids if not is_known(token, vocabulary)), None)
     if beyond is not None:
+        token = tokenizer.convert_ids_to_tokens([beyond])[0]
         raise UserError(
-            f"{where}: the token {tokenizer.convert_ids_to_tokens([beyond])[0]!r} has the id {beyond}, but the "
-            f"model's vocabulary has {vocabulary}; it was added to the tokenizer without the model's embedding; "
-            "leave the text out, or take a model that was resized for this tokenizer"
+            f"{where}: the token {token!r} has the id {beyond}, but the model's vocabulary has {vocabulary}; "
+            "it was added to the tokenizer and not to the model; leave the text out, or take a model that was "
+            "resized for this tokenizer"
         )
 
 

@@ -58,7 +58,7 @@ def fingerprint(folder: Path) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, which need not be there. UserError where its index is not sound."""
     index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
-    if single.is_file() or not index.is_file():  # with both, `Checkpoint` and transformers read the single one
+    if single.is_file() or not index.is_file():  # of both, transformers reads the single one
         return [single]
     try:
         shards = set(parse_json(index.read_bytes())["weight_map"].values())
