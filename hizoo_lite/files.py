@@ -102,6 +102,18 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
 
 
+def is_unicode(text: str) -> bool:
+    """Whether no character is half of a surrogate pair.
+
+    JSON can write such halves, and Python makes them of a command's bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_inside(name: object) -> bool:
     """Whether this is a file's name, with `/` between its parts, that stays in its folder on every system."""
     if not isinstance(name, str) or not name.isprintable() or any(sign in name for sign in "\\:"):

@@ -459,6 +459,8 @@ def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path
     model.tokenizer._backend.post_processor = None
     in_torch_too = base()
     in_torch_too.tokenizer = model.tokenizer
+    with pytest.raises(UserError, match=r"--prompt: got .*half of a character; allowed: UTF-8 text"):
+        continue_text(OnnxModel(exported), "caf\udce9", 1)
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):
         continue_text(model, "", 2)
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):

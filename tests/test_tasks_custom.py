@@ -123,6 +123,17 @@ def test_chat_task_reads_conversations(tmp_path):
     assert task.load(path, "train")[0].references == ("Hello",)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '["a"]', '{"a": 1}'])
+def test_a_value_that_is_no_text_and_no_number_is_an_error_with_its_field(tmp_path, value):
+    task = tasks.get(toml(tmp_path, CHOICE))
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"sentence": {value}, "label": "positive"}}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl:1: field 'sentence': expected a text, a finite"):
+        task.load(path, "train")
+    path.write_text('{"sentence": 3.5, "label": "positive"}\n{"sentence": true, "label": "positive"}\n')
+    assert [example.fields["sentence"] for example in task.load(path, "train")] == ["3.5", "True"]
+
+
 def test_empty_answer_is_an_error_with_its_line(tmp_path):
     task = tasks.get(toml(tmp_path, 'name = "qa"\nkind = "completion"\nprompt = "{q}"\nanswer = " {a}"\n'))
     path = tmp_path / "train.csv"

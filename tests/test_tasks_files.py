@@ -120,6 +120,25 @@ BAD_FILES = [
         '{"passage": "a", "query": "@placeholder", "entities": "x", "answers": ["y"]}\n',
         r"field 'entities': expected a list of texts, got 'x'",
     ),
+    *(
+        ("rte", "a.jsonl", row, rf"a\.jsonl:1: field '{field}': .* has half of a surrogate pair")
+        for field, row in (
+            ("premise", r'{"premise": "cut \ud83d", "hypothesis": "b", "label": 0}'),
+            ("hypothesis", r'{"premise": "\ud83d\ude00", "hypothesis": "\udfff b", "label": 0}'),
+        )
+    ),
+    (
+        "chat",
+        "a.jsonl",
+        r'{"messages": [{"role": "user", "content": "\ud83d"}]}',
+        r"a\.jsonl:1: field 'content': .* half of a surrogate pair",
+    ),
+    (
+        "record",
+        "a.jsonl",
+        r'{"passage": "a", "query": "@placeholder", "entities": ["x", "\ud83d"], "answers": ["x"]}',
+        r"a\.jsonl:1: field 'entities': .* half of a surrogate pair",
+    ),
     ("chat", "a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: field 'messages': the last message must be"),
     (
         "chat",

@@ -13,6 +13,7 @@ import numpy as np
 from hizoo_lite.base import UserError
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
+from hizoo_lite.files import is_unicode
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.tokens import Tokenizer, check_known, open_ids, pad_id
 from hizoo_lite.train import parts
@@ -109,6 +110,8 @@ def prompt_ids(
 
     UserError where there are none, more than the model has positions for, or others than it knows.
     """
+    if not is_unicode(prompt):
+        raise UserError(f"--prompt: got {prompt!r:.80}, which has half of a character; allowed: UTF-8 text")
     ids = open_ids(tokenizer, prompt)
     if not ids:
         raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")

@@ -182,7 +182,7 @@ class _Build:
         self.fields = [name for name in dict.fromkeys(names) if name != "mask"]
 
     def __call__(self, row: Row) -> Iterator[Example]:
-        fields = {name: str(row.value(name)).strip() for name in self.fields}
+        fields = {name: row.words(name) for name in self.fields}
         if self.kind == "choice":
             table = {label.lower(): index for index, label in enumerate(self.answers)}
             yield Example(fields, tuple(self.answers.values()), row.label(self.label_field, table))

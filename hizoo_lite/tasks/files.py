@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hizoo_lite.base import UserError
-from hizoo_lite.files import parse_json
+from hizoo_lite.files import is_unicode, parse_json
 
 Split = Literal["train", "dev", "test"]
 
@@ -44,10 +45,31 @@ class Row:
         """The first of these fields that is present. UserError naming file, line and columns if none is."""
         for name in names:
             if self.values.get(name) is not None:
+                self._check_unicode(name, self.values[name])
                 return self.values[name]
         columns = ", ".join(map(str, self.values)) or "none"
         wanted = " or ".join(repr(name) for name in names)
         raise UserError(f"{self.where}: field {wanted} is missing; the fields here are: {columns}")
+
+    def _check_unicode(self, name: str, found: Any) -> None:
+        """UserError where a text, or one of a list, holds half of a surrogate pair; no tokenizer takes it."""
+        for text in found if isinstance(found, list) else (found,):
+            if isinstance(text, str) and not is_unicode(text):
+                raise UserError(
+                    f"{self.where}: field {name!r}: {text!r:.80} has half of a surrogate pair (a character cut "
+                    "in two, such as an emoji); mend the text or leave it out"
+                )
+
+    def words(self, name: str) -> str:
+        """A field as it stands in a prompt: a text, number or truth value, without outer white space."""
+        found = self.value(name)
+        finite = isinstance(found, float) and math.isfinite(found)
+        if not (isinstance(found, str | int) or finite):
+            raise UserError(
+                f"{self.where}: field {name!r}: expected a text, a finite number or a truth value, "
+                f"got {found!r:.80}"
+            )
+        return str(found).strip()
 
     def text(self, *names: str) -> str:
         """The first of these fields that is present, which must be a text, without outer white space."""

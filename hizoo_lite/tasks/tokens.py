@@ -90,8 +90,8 @@ def check_known(tokenizer: Tokenizer, ids: Iterable[int], vocabulary: int | None
         token = tokenizer.convert_ids_to_tokens([beyond])[0]
         raise UserError(
             f"{where}: the token {token!r} has the id {beyond}, but the model's vocabulary has {vocabulary}; "
-            "it was added to the tokenizer and not to the model; leave the text out, or take a model that was "
-            "resized for this tokenizer"
+            "it was added to the tokenizer and not to the model; leave the text out, or take a model "
+            "that was resized for this tokenizer"
         )
 
 
