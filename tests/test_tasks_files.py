@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import types
@@ -61,6 +62,10 @@ BAD_FILES = [
     ("sst2", "a.tsv", "", r"a\.tsv holds no examples"),
     ("sst2", "a.tsv", "sen\0tence", r"a\.tsv:1: not a text file \(it has a zero byte\)"),
     ("sst2", "a.csv", 'sentence,label\n"good,1\n', r"a\.csv:\d: not valid CSV"),
+    ("sst2", "a.csv", "text,label,text\na,1,b\n", r"a\.csv:1: two columns are called 'text'"),
+    ("sst2", "a.tsv", "text\tlabel\tlabel\na\t1\t0\n", r"a\.tsv:1: two columns are called 'label'"),
+    ("rte", "a.jsonl", '{"label": 1, "label": 0}\n', r"a\.jsonl:1: .* the key 'label' is there twice"),
+    ("squad", "a.json", '{"a": {}, "a": {}}', r"a\.json: not valid JSON: the key 'a' is there twice"),
     ("sst2", "a.xml", "<a/>", r"unknown extension '\.xml'; allowed: \.tsv"),
     ("rte", "a.jsonl", '{"premise": "a",\n', r"a\.jsonl:1: not valid JSON"),
     ("rte", "a.jsonl", "[1]\n", r"a\.jsonl:1: expected a JSON object, got '\[1\]'"),
@@ -154,6 +159,19 @@ def test_bad_file_is_an_error_that_names_file_line_and_field(tmp_path, task, nam
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
         tasks.get(task).load(path, "train")
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    path = write(tmp_path / "train.csv", "sentence,label,,\ngood,1,x,y\n")
+    assert first("sst2", path).fields["text"] == "good"
+
+
+def test_a_cell_may_be_as_long_as_a_line(tmp_path):
+    before = csv.field_size_limit()
+    long = "word " * 40_000
+    path = write(tmp_path / "train.csv", f'sentence,label\n"{long}",1\n')
+    assert first("sst2", path).fields["text"] == long.strip()
+    assert csv.field_size_limit() == before
 
 
 def test_text_that_is_not_utf8_is_an_error_with_its_line(tmp_path):

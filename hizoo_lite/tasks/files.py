@@ -12,7 +12,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,8 @@ class Row:
         for text in found if isinstance(found, list) else (found,):
             if isinstance(text, str) and not is_unicode(text):
                 raise UserError(
-                    f"{self.where}: field {name!r}: {text!r:.80} has half of a surrogate pair (a character cut "
-                    "in two, such as an emoji); mend the text or leave it out"
+                    f"{self.where}: field {name!r}: {text!r:.80} has half of a surrogate pair (a character "
+                    "cut in two, such as an emoji); mend the text or leave it out"
                 )
 
     def words(self, name: str) -> str:
@@ -160,7 +161,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            record = parse_json(text)
+            record = parse_json(text, object_pairs_hook=_once)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not valid JSON: {_reason(error)}") from error
         if not isinstance(record, dict):
@@ -171,7 +172,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json_document(path: Path) -> Iterator[Row]:
     """SQuAD's {"data": [...]}, a plain list, or DROP's mapping from an id to a record."""
     try:
-        document = parse_json(path.read_bytes().decode("utf-8-sig"))
+        document = parse_json(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not utf-8 text ({error.reason})") from error
     except ValueError as error:
@@ -192,6 +193,20 @@ def _json_document(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: expected a list or an object of records, got {document!r:.60}")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError where a key is there twice: Python would take the last one in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} is there twice in one object")
+    return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that is there a second time; columns without a name count for nothing."""
+    counts = Counter(name for name in names if name)
+    return next((name for name, count in counts.items() if count > 1), None)
+
+
 def _reason(error: ValueError) -> str:
     return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
@@ -207,6 +222,8 @@ def _table(path: Path, headerless: tuple[str, ...]) -> Iterator[Row]:
             names = tuple(cell.strip() for cell in cells)
             if not headerless or set(names) & set(headerless):
                 columns = names
+                if twice := _twice(columns):
+                    raise UserError(f"{path}:{number}: two columns are called {twice!r}; rename one")
                 continue
             columns = headerless
         if len(cells) != len(columns):
@@ -224,11 +241,20 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         return
     reader = csv.reader((text + "\n" for _, text in lines(path)), strict=True)
     try:
-        for cells in reader:
+        while (cells := _next_cells(reader)) is not None:
             if cells:
                 yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+
+
+def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next record, None at the end. The library's limit of a cell, one for the process, is put back."""
+    before = csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def find_split(data: Path, split: Split) -> Path | None:
