@@ -36,6 +36,24 @@ def test_sst2_splits_have_the_papers_sizes():
     assert all("train.tsv" in place for place in wheres(splits.train + splits.dev))
 
 
+@pytest.mark.parametrize("name", ["dev", "val", "valid", "validation", "eval", "evaluation"])
+def test_files_of_dev_and_test_are_taken_by_their_usual_names(name, tmp_path, caplog):
+    for stem in ("train", name, "test"):
+        (tmp_path / f"{stem}.jsonl").write_text("".join(f'{{"text": "{stem} {n}"}}\n' for n in range(3)))
+    splits = make_splits(tasks.get("lm"), tmp_path)
+    for stem, part in (("train", splits.train), (name, splits.dev), ("test", splits.test)):
+        assert sorted(example.fields["text"] for example in part) == [f"{stem} {n}" for n in range(3)]
+    assert not caplog.text
+
+
+def test_files_that_are_no_part_are_named(tmp_path, caplog):
+    for stem in ("train", "holdout"):
+        sst2_file(tmp_path, stem, 10)
+    splits = make_splits(SST2, tmp_path)
+    assert all("train.tsv" in place for place in wheres(splits.train + splits.dev + splits.test))
+    assert "not taken: holdout.tsv; names that tell their part: train, training, dev, val" in caplog.text
+
+
 def test_boolq_parts_are_carved_out_of_its_only_file_in_proportion():
     splits = make_splits(tasks.get("boolq"), data("boolq"))
     every = wheres(splits.train + splits.dev + splits.test)

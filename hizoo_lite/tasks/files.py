@@ -26,10 +26,10 @@ Split = Literal["train", "dev", "test"]
 MAX_LINE_BYTES = 10 * 2**20
 SUFFIXES = (".tsv", ".jsonl", ".json", ".csv", ".txt", ".label")
 
-_SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "dev": ("dev", "val", "validation"),
-    "test": ("test",),
+SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "dev": ("dev", "val", "valid", "validation", "eval", "evaluation"),
+    "test": ("test", "testing"),
 }
 _SPECIAL_STEMS = {"trec_10": "test"}  # TREC's own name of its 500 test questions
 _NOT_DATA = {"readme", "license", "licence", "licenses"}
@@ -261,31 +261,41 @@ def find_split(data: Path, split: Split) -> Path | None:
     """The file of a split, or None where the folder has none.
 
     A file stands for every split. In a folder the split's word must be part of the name (`train.tsv`,
-    `orig_dev.tsv`, `val.jsonl`, `dev_matched.tsv`, `train-v1.1.json`); plain names come first, then
+    `orig_dev.tsv`, `valid.jsonl`, `dev_matched.tsv`, `train-v1.1.json`); plain names come first, then
     `orig_*`, then MNLI's `*_matched`. The only data file of a folder is the train split whatever its name.
     """
     if data.is_file():
         return data
     if not data.is_dir():
         raise UserError(f"data: no such file or folder: {data}")
-    files = sorted(
-        path
-        for path in data.iterdir()
-        if path.suffix.lower() in SUFFIXES and path.is_file() and path.stem.lower() not in _NOT_DATA
-    )
+    files = _data_files(data)
     ranked = sorted((rank, path) for path in files if (rank := _rank(path.stem.lower(), split)) is not None)
     best = [path for rank, path in ranked if rank == ranked[0][0]]
     if len(best) > 1:
         listed = ", ".join(path.name for path in best)
-        raise UserError(f"data: {data} has several {split} files ({listed}); give the file itself")
+        raise UserError(f"data: {data} has several {split} files ({listed}); keep one, or give the file")
     if best:
         return best[0]
     return files[0] if split == "train" and len(files) == 1 and _split_of(files[0]) is None else None
 
 
+def nameless(data: Path) -> list[str]:
+    """The names of a folder's data files that are taken for no split, beside others that are."""
+    files = _data_files(data) if data.is_dir() else []
+    return [path.name for path in files if _split_of(path) is None] if len(files) > 1 else []
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.stem.lower() not in _NOT_DATA
+    )
+
+
 def _rank(stem: str, split: Split) -> int | None:
     """How well a file name fits a split (0 is best), or None where it does not."""
-    words = _SPLIT_WORDS[split]
+    words = SPLIT_WORDS[split]
     if stem in words or _SPECIAL_STEMS.get(stem) == split:
         return 0
     if stem in {f"orig_{word}" for word in words}:

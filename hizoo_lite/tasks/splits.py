@@ -10,6 +10,7 @@ wanted, so 167 + 83).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hizoo_lite.base import Example, UserError
-from hizoo_lite.tasks.files import Split
+from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.task import WHERE, Task
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def make_splits(
         raise UserError(f"seed: got {seed}; allowed: 0 or more")
     if k_shot is not None and k_shot < 1:
         raise UserError(f"k_shot: got {k_shot}; allowed: a positive number")
+    _name_the_rest(data)
     dev_file, test_file = _official(task, data)
     pool = _shuffled(task.load(data, "train"), seed, 0)
     test = None if test_file is None else _shuffled(task.load(data, test_file), seed, 1)[:test_examples]
@@ -80,6 +84,14 @@ def make_splits(
     else:
         train, carved_dev, carved_test = _carve(pool, _sizes(len(pool), wanted))
     return Splits(train, carved_dev if dev is None else dev, carved_test if test is None else test)
+
+
+def _name_the_rest(data: Path | str | None) -> None:
+    """Say which data files of a folder are not taken because their names tell no part."""
+    rest = [] if data is None else nameless(Path(data))
+    if rest:
+        words = ", ".join(word for part in SPLIT_WORDS.values() for word in part)
+        _log.warning("data: %s: not taken: %s; names that tell their part: %s", data, ", ".join(rest), words)
 
 
 def _official(task: Task, data: Path | str | None) -> tuple[Split | None, Split | None]:
