@@ -208,18 +208,42 @@ def test_a_folder_without_config_is_refused(tmp_path):
         Checkpoint.open(tmp_path)
 
 
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BESIDE = {"int8": "a.SCB", "nf4": "a.weight.quant_state.bitsandbytes__nf4"}
+BESIDE |= {"fp4": "a.weight.quant_state.bitsandbytes__fp4"}
+
+
 @pytest.mark.parametrize(
-    ("quantization", "bits"),
+    ("quantization", "bits"), [(None, None), (INT8, "int8"), (NF4, "nf4"), ({"load_in_4bit": True}, "fp4")]
+)
+def test_stored_bits_are_those_of_the_config_where_the_tensors_agree(tmp_path, caplog, quantization, bits):
+    tensors = {"a.weight": TENSORS["c"], **({BESIDE[bits]: TENSORS["b"]} if bits else {})}
+    checkpoint = Checkpoint.open(folder_with(tmp_path, tensors, {"quantization_config": quantization}))
+    assert checkpoint.quantized_bits == bits
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits", "said"),
     [
-        (None, None),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
-        ({"load_in_4bit": True}, "fp4"),
+        (NF4, None, "says nf4, but the tensors are in 16 or 32 bits"),
+        (INT8, "nf4", "says int8, but the tensors are nf4"),
+        (None, "int8", "says nothing, but the tensors are int8"),
     ],
 )
-def test_stored_bits_are_read_from_the_config(tmp_path, quantization, bits):
-    checkpoint = Checkpoint.open(folder_with(tmp_path, config={"quantization_config": quantization}))
-    assert checkpoint.quantized_bits == bits
+def test_tensors_count_where_the_config_says_otherwise(tmp_path, caplog, quantization, bits, said):
+    tensors = {"a.weight": TENSORS["c"], **({BESIDE[bits]: TENSORS["b"]} if bits else {})}
+    checkpoint = Checkpoint.open(folder_with(tmp_path, tensors, {"quantization_config": quantization}))
+    assert (checkpoint.quantized_bits, checkpoint.quantized_bits) == (bits, bits)
+    assert [said in message for message in caplog.messages] == [True]
+
+
+def test_tensors_that_are_quantized_in_several_ways_are_refused(tmp_path):
+    tensors = {BESIDE["int8"]: TENSORS["b"], BESIDE["fp4"]: TENSORS["c"]}
+    checkpoint = Checkpoint.open(folder_with(tmp_path, tensors, {"quantization_config": INT8}))
+    with pytest.raises(UserError, match="quantized in several ways: int8, fp4; one is wanted"):
+        _ = checkpoint.quantized_bits
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -173,12 +174,33 @@ class Checkpoint:
                 cancelled.set()  # where the caller is interrupted too
         return sum(path.stat().st_size for path in checksums)
 
-    @property
+    @cached_property
     def quantized_bits(self) -> Bits | None:
         """How bitsandbytes has quantized this checkpoint; None where it is in 16 or 32 bits.
 
-        Raises `UserError` for other quantization methods, naming them.
+        Its tensors say so: models that were merged by hand often keep the config.json of the quantized base,
+        which is logged. Raises `UserError` for other quantization methods, naming them.
         """
+        named, stored = self._named_bits(), self._stored_bits()
+        if named != stored:
+            _log.warning(
+                "%s: quantization_config says %s, but the tensors are %s; the tensors count",
+                *(self.folder / "config.json", named or "nothing", stored or "in 16 or 32 bits"),
+            )
+        return stored
+
+    def _stored_bits(self) -> Bits | None:
+        """By the names of what bitsandbytes keeps beside a weight."""
+        marks: dict[Bits, str] = {"int8": ".SCB", "nf4": "bitsandbytes__nf4", "fp4": "bitsandbytes__fp4"}
+        found = [bits for bits, mark in marks.items() if any(name.endswith(mark) for name in self)]
+        if len(found) > 1:
+            raise UserError(
+                f"{self.folder}: its tensors are quantized in several ways: {', '.join(found)}; one is wanted"
+            )
+        return found[0] if found else None
+
+    def _named_bits(self) -> Bits | None:
+        """What config.json says. Raises `UserError` for other methods than bitsandbytes."""
         quantization = self.config.get("quantization_config")
         if not quantization:
             return None

@@ -210,6 +210,7 @@ def quantized_config(
     # Said anew: transformers casts biases to the dtype named here, but not what is called weight.
     content = {**source, "dtype": name}
     content.pop("torch_dtype", None)
+    content.pop("quantization_config", None)  # of a model that was merged by hand and kept it
     if bits == "none":
         return content
     four: dict[str, Any] = {
