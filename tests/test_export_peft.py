@@ -152,6 +152,19 @@ def test_an_export_can_be_exported_and_a_base_named_anew(run, tmp_path):
     assert "quantization_config" not in (second / "README.md").read_text()  # a bare adapter does not know
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "causal"), ("roberta", "masked"), ("bert", "classifier")]
+)
+def test_an_adapter_without_a_task_type_is_one_of_its_bases_kind(name, kind, tmp_path):
+    base = save_tiny(name, tmp_path / "base", kind=kind)
+    target = "q_proj" if name == "llama" else "query"
+    settings = peft.LoraConfig(r=2, target_modules=[target])  # PEFT's default: no task type
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    assert saved.saved_kind(tmp_path / "adapter") is None
+    export(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
+    assert f"{AUTO[kind].__name__}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("space", "bits"), [("dense", "nf4"), ("scales", "int8")])
 def test_trained_weights_have_no_peft_form(space, bits, tmp_path):
     save_tiny("llama", tmp_path / "base")

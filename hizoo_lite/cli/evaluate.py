@@ -107,6 +107,9 @@ def _config(adapter: str | None, given: dict[str, str | int]) -> TrainConfig:
         return replace(run, **given)  # type: ignore[arg-type]
     if adapter is not None and "model" not in given:
         given = {**given, "model": saved.base_model(adapter)}
+    kind = None if adapter is None else saved.saved_kind(adapter)
+    if kind is not None:
+        given = {"kind": kind, **given}
     return TrainConfig(**given)  # type: ignore[arg-type]
 
 

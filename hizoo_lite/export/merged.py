@@ -33,12 +33,11 @@ from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved, setup
-from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter, read_peft_config
+from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
 
 Dtype = Literal["bf16", "fp16", "float32"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
 
 def prepare(
@@ -73,8 +72,7 @@ def prepare(
     checkpoint = Checkpoint.open(path, revision=settings.revision if settings else None)
     checkpoint.verify()
     changes = read_changes(folder)
-    chosen = settings.kind if settings and settings.kind != "auto" else _kind(folder)
-    kind = chosen or setup.find_kind(str(checkpoint.folder), None, None)
+    kind = saved.saved_kind(run) or setup.find_kind(str(checkpoint.folder), None, None)
     wanted = base_bits or (settings.bits if settings else None) or _recorded_bits(folder)
     if wanted is None and settings is None and checkpoint.quantized_bits is None:
         raise UserError(
@@ -92,13 +90,6 @@ def prepare(
     )
     merged = Merged(base, changes, _DTYPES[dtype], is_packed=bits != "none")
     return Quantization(merged, out, kind=kind, bits=bits, double_quant=double_quant)
-
-
-def _kind(folder: Path) -> ModelKind | None:
-    """What an adapter says that its model is; None for PEFT's adapters of masked language models."""
-    if (folder / SPACE_FILE).is_file():
-        return read_record(folder)["kind"]
-    return _KINDS.get(str(read_peft_config(folder).get("task_type")))
 
 
 def _recorded_bits(folder: Path) -> Bits | None:

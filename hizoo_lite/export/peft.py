@@ -28,8 +28,6 @@ from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, 
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
-#: PEFT has no task type for masked language models.
-_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 _CLASSES: dict[ModelKind, str] = {
     "causal": "AutoModelForCausalLM",
     "classifier": "AutoModelForSequenceClassification",
@@ -79,8 +77,9 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     config = {**config, "base_model_name_or_path": name, "inference_mode": True}
     if settings is not None and settings.revision is not None:
         config["revision"] = settings.revision
-    labels = _labels(config, changes)
-    module = _empty(base, config, labels)
+    kind = saved.saved_kind(run) or setup.find_kind(str(base), None, None)
+    labels = _labels(kind, changes)
+    module = skeleton.build(skeleton.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base)
     check_empty(find_place(out))
     with named_errors(out):
@@ -88,7 +87,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
         _copy(file, out / file.name)
     how = [*_arguments(config, labels), *_quantization(base, settings, module)]
-    write_text(out / "README.md", _card(config, RunFolder(run).read_summary(), how))
+    write_text(out / "README.md", _card(config, kind, RunFolder(run).read_summary(), how))
     write_json(out / PEFT_FILE, config)
     return out
 
@@ -99,7 +98,9 @@ def _copy(file: Path, target: Path) -> None:
         aside(target).replace(target)
 
 
-def _card(config: Mapping[str, Any], summary: Mapping[str, Any], arguments: list[str]) -> str:
+def _card(
+    config: Mapping[str, Any], kind: ModelKind, summary: Mapping[str, Any], arguments: list[str]
+) -> str:
     """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
     name = config["base_model_name_or_path"]
     parts = [
@@ -108,7 +109,7 @@ def _card(config: Mapping[str, Any], summary: Mapping[str, Any], arguments: list
         f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite with forward passes alone.\n",
         _figures(summary),
         "## Load it\n",
-        f"```python\n{_snippet(config, arguments)}```\n",
+        f"```python\n{_snippet(config, kind, arguments)}```\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -130,9 +131,9 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
+def _snippet(config: Mapping[str, Any], kind: ModelKind, arguments: list[str]) -> str:
     """Python that loads base and adapter."""
-    auto = _CLASSES[_kind(config)]
+    auto = _CLASSES[kind]
     given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
     quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
     lines = [
@@ -146,20 +147,10 @@ def _snippet(config: Mapping[str, Any], arguments: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kind(config: Mapping[str, Any]) -> ModelKind:
-    return _KINDS.get(str(config.get("task_type")), "masked")
-
-
-def _labels(config: Mapping[str, Any], changes: LoRAChanges) -> int | None:
+def _labels(kind: ModelKind, changes: LoRAChanges) -> int | None:
     """How many classes the head that was tuned knows; None where none was."""
     matrices = [value for value in changes.heads.values() if value.ndim == 2]
-    return min(value.shape[0] for value in matrices) if _kind(config) == "classifier" and matrices else None
-
-
-def _empty(base: Path, config: Mapping[str, Any], labels: int | None) -> nn.Module:
-    """The module that the card's code makes, without its weights."""
-    kind = _kind(config)
-    return skeleton.build(skeleton.read_config(base, kind, labels or 2), kind)
+    return min(value.shape[0] for value in matrices) if kind == "classifier" and matrices else None
 
 
 def _arguments(config: Mapping[str, Any], labels: int | None) -> list[str]:

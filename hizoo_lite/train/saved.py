@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from hizoo_lite import spaces
-from hizoo_lite.base import Space, UserError
+from hizoo_lite.base import ModelKind, Space, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter, read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
+
+#: By PEFT's task type.
+_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
 
 def saved_config(path: Path | str | None) -> TrainConfig | None:
@@ -29,6 +32,19 @@ def base_model(path: Path | str) -> str:
     if (folder / SPACE_FILE).is_file():
         return str(read_record(folder)["base_model"])
     return str(read_peft_config(folder).get("base_model_name_or_path") or "")
+
+
+def saved_kind(path: Path | str) -> ModelKind | None:
+    """The kind of model that an adapter was made for, as its run or it itself says.
+
+    None where neither does: PEFT's adapters have no task type by default, nor one of masked language models.
+    """
+    run, folder = saved_config(path), find_adapter(path)
+    if run is not None and run.kind != "auto":
+        return run.kind
+    if (folder / SPACE_FILE).is_file():
+        return read_record(folder)["kind"]
+    return _KINDS.get(str(read_peft_config(folder).get("task_type")))
 
 
 def attach_adapter(

@@ -63,12 +63,11 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
     checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
     _check_same(run, checkpoint, where)
-    kind = None if config is None or config.kind == "auto" else config.kind
     labels = None if config is None else setup.find_task(config.task).num_labels
     return Source(
         name or where,
         checkpoint,
-        kind or setup.find_kind(str(checkpoint.folder), None, None),
+        saved.saved_kind(run) or setup.find_kind(str(checkpoint.folder), None, None),
         skeleton.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,
