@@ -341,6 +341,20 @@ def test_a_language_modelling_task_has_its_loss_as_metric(tmp_path: Path) -> Non
     assert run.summary["metric_after"] == run.summary["loss_after"]
 
 
+@pytest.mark.parametrize(
+    ("field", "name"), [("space", "scales"), ("estimator", "mezo"), ("curvature", "diagonal")]
+)
+def test_fit_takes_names_where_it_takes_objects(field: str, name: str, tmp_path: Path) -> None:
+    settings = short_run(tmp_path, steps=1, test_examples=2, lr=1e-3)
+    run = fit(settings.pop("model"), **{**settings, field: name})
+    assert run.summary[field] == name
+    for wrong in (hz.spaces.LoRA, 3):
+        with pytest.raises(UserError, match=rf"{field}: got .*, allowed: a name, or an object such as \w+\("):
+            fit("embedded", **{field: wrong})
+    with pytest.raises(UserError, match=rf"{field}.*'newton'.*allowed"):
+        fit("embedded", task="embedded", **{field: "newton"})
+
+
 def test_mezo_takes_two_forwards_and_keeps_no_curvature(tmp_path: Path) -> None:
     run = run_of(tmp_path, estimator="mezo", lr=1e-3)
     assert run.summary["forward_passes"] == 12

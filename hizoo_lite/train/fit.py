@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     from hizoo_lite.export.merged import Dtype
     from hizoo_lite.export.onnx.folder import Export
     from hizoo_lite.export.onnx.linear import Format
+
+
+_Part = TypeVar("_Part", Space, Estimator, Curvature)
+#: Of objects that stand in for a name.
+_EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +105,9 @@ class Run:
 def fit(
     model: TrainConfig | Model | str,
     *,
-    space: Space | None = None,
-    estimator: Estimator | None = None,
-    curvature: Curvature | None = None,
+    space: Space | str | None = None,
+    estimator: Estimator | str | None = None,
+    curvature: Curvature | str | None = None,
     listener: Listener | None = None,
     **options: Any,
 ) -> Run:
@@ -111,7 +116,7 @@ def fit(
     Args:
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
             with unless `options` has others), or its folder or hub id.
-        space, estimator, curvature: objects in place of the names in the configuration.
+        space, estimator, curvature: names as in the configuration, or objects in their place.
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace.
 
@@ -120,6 +125,10 @@ def fit(
     can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
     listener = listener or Listener()
+    parts = {"space": space, "estimator": estimator, "curvature": curvature}
+    options |= {key: part for key, part in parts.items() if isinstance(part, str)}
+    space, estimator = _object("space", space), _object("estimator", estimator)
+    curvature = _object("curvature", curvature)
     config, loaded = _configured(model, space, estimator, curvature, options)
     device = loaded.device if loaded is not None else choose_device(config.device)
     ranks = distributed.join(device)
@@ -141,6 +150,17 @@ def fit(
             return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
         finally:
             setup.stepper.close()
+
+
+def _object(field: str, given: _Part | str | None) -> _Part | None:
+    """What was given in place of a name; None for a name. UserError for a class and for what has no name."""
+    if given is None or isinstance(given, str):
+        return None
+    if isinstance(given, type) or not isinstance(getattr(given, "name", None), str):
+        raise UserError(
+            f"{field}: got {given!r:.80}, allowed: a name, or an object such as {_EXAMPLES[field]}"
+        )
+    return given
 
 
 def _configured(
