@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Batch, Example, UserError
+from hizoo_lite.base import Batch, Example, Losses, UserError
+from hizoo_lite.edge.model import NO_PAIR
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks.collate import collate
+from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.task import WHERE
 from hizoo_lite.tasks.templates import render
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.tensors import batch_tensors
+from hizoo_lite.train.evaluate import evaluate
 from tests.tasks_fixtures import (
     answer_text,
     byte_level,
@@ -491,3 +494,58 @@ def test_a_pad_token_behind_the_models_vocabulary_counts_as_none():
     assert pad_id(tokenizer) == known
     assert pad_id(tokenizer, known) == tokenizer.eos_token_id
     assert Encoder(tokenizer, "causal", SST2, 64, vocabulary=known).pad_id == tokenizer.eos_token_id
+
+
+MNLI = tasks.get("mnli")
+NLI_OUTPUTS = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+
+
+@pytest.mark.parametrize(
+    ("task", "named", "order"),
+    [
+        ("mnli", NLI_OUTPUTS, (2, 1, 0)),
+        ("mnli", {str(number): name for number, name in NLI_OUTPUTS.items()}, (2, 1, 0)),  # as in JSON
+        ("cb", {0: "entailment", 1: "neutral", 2: "contradiction"}, (0, 2, 1)),
+        ("rte", {0: "Not Entailment", 1: "entailment"}, (1, 0)),
+        ("sst2", {0: "NEGATIVE", 1: "POSITIVE"}, None),
+        ("boolq", {0: "True", 1: "False"}, (1, 0)),
+        ("mnli", {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, None),
+        ("mnli", {0: "entailment", 1: "neutral"}, None),
+        ("mnli", {1: "neutral", 2: "entailment", 3: "contradiction"}, None),
+        ("squad", NLI_OUTPUTS, None),
+        ("mnli", None, None),
+    ],
+)
+def test_outputs_of_a_classifier_are_found_by_the_names_of_the_classes(task, named, order, caplog):
+    assert output_order(tasks.get(task), named) == order
+    assert not caplog.text
+
+
+def test_classes_of_other_names_are_taken_by_number_and_that_is_said(caplog):
+    assert output_order(SST2, {0: "toxic", 1: "fine"}) is None
+    assert "sst2: its classes are negative, positive, the model calls its own toxic, fine" in caplog.text
+
+
+class AlwaysRight:
+    """A classifier with the outputs of `NLI_OUTPUTS` that is given one example of each class, in order."""
+
+    writes = False
+
+    def losses(self, batch: Batch) -> Losses:
+        scores = np.zeros((1, 3, 3))
+        scores[0, range(3), [2, 1, 0]] = 9.0
+        wrong = np.array([[float(gold) for gold in batch.gold != np.array([2, 1, 0])]])
+        return Losses(wrong, scores, NO_PAIR)
+
+
+def test_a_right_classifier_with_another_order_is_right():
+    fields = {"premise": "a boy", "hypothesis": "a man"}
+    examples = [Example(fields, ("Yes", "Maybe", "No"), gold) for gold in range(3)]
+    encoder = Encoder(word_piece(), "classifier", MNLI, 64, order=output_order(MNLI, NLI_OUTPUTS))
+    found = evaluate(AlwaysRight(), encoder, examples, 3)
+    assert (found.loss, found.predictions, found.metric.value) == (0.0, [0, 1, 2], 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.names() if tasks.get(name).num_labels])
+def test_a_task_with_classes_names_them(name):
+    assert len(tasks.get(name).labels) == tasks.get(name).num_labels

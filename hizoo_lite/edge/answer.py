@@ -15,6 +15,7 @@ from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.files import is_unicode
 from hizoo_lite.noise import generator
+from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import Tokenizer, check_known, open_ids, pad_id
 from hizoo_lite.train import parts
 from hizoo_lite.train.config import TrainConfig, refuse
@@ -49,7 +50,10 @@ def evaluate_export(
     examples = parts.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
-    encoder = parts.task_encoder(model.tokenizer, model.kind, task, most, config.loss, model.vocabulary)
+    order = output_order(task, model.id2label) if model.kind == "classifier" else None
+    encoder = parts.task_encoder(
+        model.tokenizer, model.kind, task, most, config.loss, order=order, vocabulary=model.vocabulary
+    )
     if model.kind == "classifier":
         check_classes(task, model.session.graph, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))

@@ -46,6 +46,8 @@ class Record:
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
     base: Base | None  # None where an earlier version has written it
+    id2label: Any = None  # names of a classifier's outputs
+    vocabulary: int | None = None  # tokens that the model knows; None where it does not say
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -77,6 +79,8 @@ class Record:
                 dict(found["lora"]),
                 names,
                 _base(found),
+                found.get("id2label"),
+                None if found.get("vocabulary") is None else int(found["vocabulary"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not as export writes it ({type(error).__name__}: {error})") from error

@@ -54,6 +54,7 @@ class OnnxModel:
         settings = read_json(path, "settings of onnxruntime-genai").get("model", {}) if path.is_file() else {}
         self.positions: int | None = settings.get("context_length", positions_of(folder))
         self.vocabulary = vocabulary_of(folder)
+        self.id2label: Any = _model_config(folder).get("id2label")
         ends = settings.get("eos_token_id", self.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self._vocabulary = 1  # of a row of logits; known after the first forward

@@ -22,6 +22,7 @@ from hizoo_lite.errors import StorageError
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import begin, checkpoint, config_file, identity, parts
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.config import TrainConfig
@@ -111,7 +112,11 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
     most = min(config.max_length, graph.record.positions or config.max_length)
-    encoder = parts.task_encoder(tokenizer, graph.record.kind, task, most, config.loss)
+    record = graph.record
+    order = output_order(task, record.id2label) if record.kind == "classifier" else None
+    encoder = parts.task_encoder(
+        tokenizer, record.kind, task, most, config.loss, order=order, vocabulary=record.vocabulary
+    )
     if encoder.loss != graph.record.loss:
         raise UserError(
             f"--task: {task.name} has the loss {encoder.loss!r}, the graph in {folder} computes "

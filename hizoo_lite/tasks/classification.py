@@ -24,6 +24,11 @@ from hizoo_lite.tasks.task import Task
 _TREC = ("abbr", "enty", "desc", "hum", "loc", "num")
 _TREC_WORDS = (" Expression", " Entity", " Description", " Human", " Location", " Number")
 _STARS = (" terrible", " bad", " okay", " good", " great")
+_SENTIMENT = ("negative", "positive")
+_GRADES = ("very negative", "negative", "neutral", "positive", "very positive")
+_RTE = ("entailment", "not_entailment")
+_CB = ("entailment", "contradiction", "neutral")
+_NLI = ("entailment", "neutral", "contradiction")
 _UNLABELLED = {"-", "-1"}
 _SUPPOSE = 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
 _MASKED_PAIR = "{premise!o}? {mask}, {hypothesis!l}"
@@ -100,12 +105,13 @@ _ACCURACY = {"accuracy": metrics.accuracy}
 SST2 = Task(
     name="sst2",
     kind="choice",
-    build=_Sentence(numbered("negative", "positive"), (" terrible", " great")),
+    build=_Sentence(numbered(*_SENTIMENT), (" terrible", " great")),
     scorers=_ACCURACY,
     causal="{text} It was",
     masked="{text} It was {mask}.",
     text="{text}",
     num_labels=2,
+    labels=_SENTIMENT,
     cut="text",
     hub=HubSource("nyu-mll/glue", "sst2"),
 )
@@ -113,12 +119,13 @@ SST2 = Task(
 SST5 = Task(
     name="sst5",
     kind="choice",
-    build=_Sentence(numbered("very negative", "negative", "neutral", "positive", "very positive"), _STARS),
+    build=_Sentence(numbered(*_GRADES), _STARS),
     scorers=_ACCURACY,
     causal="{text} It was",
     masked="{text} It was {mask}.",
     text="{text}",
     num_labels=5,
+    labels=_GRADES,
     cut="text",
     headerless=("label", "text"),
     text_reader=_sentiment_trees,
@@ -135,6 +142,7 @@ TREC = Task(
     masked="{mask}: {text}",
     text="{text}",
     num_labels=6,
+    labels=_TREC,
     cut="text",
     text_reader=_trec_lines,
     hub=HubSource("CogComp/trec", None, dev=None, test="test"),
@@ -144,13 +152,14 @@ TREC = Task(
 RTE = Task(
     name="rte",
     kind="choice",
-    build=_Pair(numbered("entailment", "not_entailment"), ("Yes", "No")),
+    build=_Pair(numbered(*_RTE), ("Yes", "No")),
     scorers=_ACCURACY,
     causal='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
     masked=_MASKED_PAIR,
     text="{premise}",
     text_pair="{hypothesis}",
     num_labels=2,
+    labels=_RTE,
     cut="premise",
     hub=HubSource("aps/super_glue", "rte"),
 )
@@ -158,13 +167,14 @@ RTE = Task(
 CB = Task(
     name="cb",
     kind="choice",
-    build=_Pair(numbered("entailment", "contradiction", "neutral"), ("Yes", "No", "Maybe")),
+    build=_Pair(numbered(*_CB), ("Yes", "No", "Maybe")),
     scorers={"accuracy": metrics.accuracy, "f1": metrics.macro_f1},
     causal=_SUPPOSE,
     masked=_MASKED_PAIR,
     text="{premise}",
     text_pair="{hypothesis}",
     num_labels=3,
+    labels=_CB,
     cut="premise",
     hub=HubSource("aps/super_glue", "cb"),
 )
@@ -172,17 +182,17 @@ CB = Task(
 
 def _three_way(name: str, source: HubSource) -> Task:
     """SNLI and MNLI, which differ in their files only."""
-    labels = numbered("entailment", "neutral", "contradiction")
     return Task(
         name=name,
         kind="choice",
-        build=_Pair(labels, ("Yes", "Maybe", "No"), drop=True),
+        build=_Pair(numbered(*_NLI), ("Yes", "Maybe", "No"), drop=True),
         scorers=_ACCURACY,
         causal=_SUPPOSE,
         masked=_MASKED_PAIR,
         text="{premise}",
         text_pair="{hypothesis}",
         num_labels=3,
+        labels=_NLI,
         cut="premise",
         hub=source,
     )

@@ -162,6 +162,7 @@ def _task(keys: Mapping[str, Any]) -> Task:
         text=keys.get("classifier_text", f"{{{only}}}" if only and kind == "choice" else None),
         text_pair=keys.get("classifier_text_pair"),
         num_labels=len(keys["answers"]) if kind == "choice" else None,
+        labels=tuple(keys["answers"]) if kind == "choice" else (),
         cut=keys.get("cut", only),
         stop="\n" if keys.get("answer", "").endswith("\n") else None,
         max_new_tokens={"choice": 0, "completion": 64, "lm": 128}[kind],

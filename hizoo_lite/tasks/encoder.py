@@ -45,6 +45,7 @@ class Encoder:
         loss: "choice" (cross-entropy over the answers' scores; the default of choice tasks, as MeZO's
             train_as_classification) or "answer" (likelihood of the gold answer's tokens; the default of the
             others). Not for classifiers, whose loss is "class".
+        order: a classifier's output for each of the task's classes; None where output i is class i.
         vocabulary: how many tokens the model has embeddings for; None checks no token.
 
     Raises UserError where task, model kind, tokenizer and loss do not go together.
@@ -58,6 +59,7 @@ class Encoder:
         max_length: int,
         *,
         loss: Literal["choice", "answer"] | None = None,
+        order: Sequence[int] | None = None,
         vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -65,7 +67,7 @@ class Encoder:
         self.task = task
         self.max_length = max_length
         self.loss = self._chosen_loss(loss)
-        self.vocabulary = vocabulary
+        self.order, self.vocabulary = order, vocabulary
         self.pad_id = pad_id(tokenizer, vocabulary)
         self._check()
 
@@ -239,4 +241,9 @@ class Encoder:
         encoding = self.tokenizer(*texts(fields), truncation=False, verbose=False)
         types = encoding.get("token_type_ids")
         kinds = None if types is None else [list(types)]
-        return Encoded([list(encoding["input_ids"])], kinds, [], [], 0, example.gold, "class")
+        gold = example.gold if self.order is None else self.order[example.gold]
+        return Encoded([list(encoding["input_ids"])], kinds, [], [], 0, gold, "class")
+
+    def class_of(self, output: int) -> int:
+        """The task's class that an output of a classifier stands for."""
+        return output if self.order is None else self.order.index(output)

@@ -18,7 +18,8 @@ from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.hub import HubSource
 from hizoo_lite.tasks.task import Task
 
-_LABELS = numbered("false", "true")
+_NAMES = ("false", "true")
+_LABELS = numbered(*_NAMES)
 _NO_YES = ("No", "Yes")
 _ACCURACY = {"accuracy": metrics.accuracy}
 
@@ -73,6 +74,7 @@ BOOLQ = Task(
     text="{passage}",
     text_pair="{question!u}?",
     num_labels=2,
+    labels=_NAMES,
     cut="passage",
     hub=HubSource("aps/super_glue", "boolq"),
 )
@@ -87,6 +89,7 @@ WSC = Task(
     text="{text}",
     text_pair='Does the pronoun "{pronoun}" refer to {noun}?',
     num_labels=2,
+    labels=_NAMES,
     cut="text",
     hub=HubSource("aps/super_glue", "wsc.fixed"),
 )
@@ -102,6 +105,7 @@ WIC = Task(
     text="{word}: {sentence1}",
     text_pair="{sentence2}",
     num_labels=2,
+    labels=_NAMES,
     cut="sentence1",
     hub=HubSource("aps/super_glue", "wic"),
 )
@@ -120,6 +124,7 @@ MULTIRC = Task(
     text="{paragraph}",
     text_pair="{question} {answer}",
     num_labels=2,
+    labels=_NAMES,
     cut="paragraph",
     hub=HubSource("aps/super_glue", "multirc"),
 )

@@ -42,6 +42,7 @@ class Task:
             the mask are the answers without their outer white space.
         text, text_pair: a classifier's input; `text` None where the task does not fit a classifier.
         num_labels: how many classes; None where every example has its own answers.
+        labels: their names in the data, in the order of `Example.gold`; none where they have none.
         cut: the field that is shortened where a prompt is longer than the limit; "" for none.
         cut_side: which end of that field goes.
         stop: a completion ends before this text; None: at the end-of-sequence token.
@@ -61,6 +62,7 @@ class Task:
     text: str | None = None
     text_pair: str | None = None
     num_labels: int | None = None
+    labels: tuple[str, ...] = ()
     cut: str = ""
     cut_side: Literal["start", "end"] = "end"
     stop: str | None = None

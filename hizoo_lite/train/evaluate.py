@@ -82,7 +82,8 @@ def evaluate(
         losses = model.losses(batch)
         total += float(losses.per_example.sum())
         if encoder.task.kind == "choice":
-            predictions += chosen(losses, batch)
+            found = chosen(losses, batch)
+            predictions += map(encoder.class_of, found) if batch.loss == "class" else found
         elif encoder.task.kind == "completion" and model.writes:
             predictions += complete(model, encoder, part)
         advanced(len(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,22 @@ def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -
 
 
 def task_encoder(
-    tokenizer: Tokenizer, kind: ModelKind, task: Task, limit: int, loss: str, vocabulary: int | None = None
+    tokenizer: Tokenizer,
+    kind: ModelKind,
+    task: Task,
+    limit: int,
+    loss: str,
+    *,
+    order: Sequence[int] | None = None,
+    vocabulary: int | None = None,
 ) -> Encoder:
     """The task's encoder for sequences of at most `limit` tokens; `loss` is one of `TrainConfig`'s.
 
-    vocabulary: how many tokens the model knows.
+    order, vocabulary: as `Encoder` takes them.
     """
     chosen: Any = None if loss == "auto" else loss
     most = min(limit, tokenizer.model_max_length)
-    return Encoder(tokenizer, kind, task, most, loss=chosen, vocabulary=vocabulary)
+    return Encoder(tokenizer, kind, task, most, loss=chosen, order=order, vocabulary=vocabulary)
 
 
 def directions(config: TrainConfig) -> int:

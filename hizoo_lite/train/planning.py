@@ -87,7 +87,7 @@ def find_encoder(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, t
     if tokenizer is None:
         return None
     known = vocabulary_of(read_config(checkpoint.folder, kind, task.num_labels or 2))
-    return task_encoder(tokenizer, kind, task, config.max_length, config.loss, known)
+    return task_encoder(tokenizer, kind, task, config.max_length, config.loss, vocabulary=known)
 
 
 def workload(encoder: Encoder, splits: Splits, *, dev: bool) -> Workload:

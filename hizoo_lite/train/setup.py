@@ -21,6 +21,7 @@ from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.stream.residency import Resident, Streamed
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import planning
 from hizoo_lite.train.config import EMBEDDED, TrainConfig
 from hizoo_lite.train.parts import DEMO, run_splits, task_encoder
@@ -191,7 +192,10 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
     limit = min(max_length, model.positions or max_length)
-    encoder = task_encoder(model.tokenizer, model.kind, task, limit, loss, model.vocabulary)
+    order = output_order(task, model.config.id2label) if model.kind == "classifier" else None
+    encoder = task_encoder(
+        model.tokenizer, model.kind, task, limit, loss, order=order, vocabulary=model.vocabulary
+    )
     if model.kind == "classifier":
         # A decoder's classifier reads the last token that is not padding, and asks its config which that is.
         if model.config.pad_token_id is None:

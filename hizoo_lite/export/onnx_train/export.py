@@ -129,6 +129,8 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
         "kind": model.kind,
         "bits": model.bits,
         "loss": encoder.loss,
+        "id2label": model.config.id2label if model.kind == "classifier" else None,
+        "vocabulary": model.vocabulary,
         "positions": model.positions,
         "parameters": [
             {"name": name, "shape": list(value.shape), "trained": name in space.parameters}
