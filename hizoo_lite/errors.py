@@ -12,7 +12,7 @@ class BudgetError(UserError):
 
 
 class TooManyBadSteps(RuntimeError):
-    """The run was stopped, with everything saved, because too many losses were not finite."""
+    """Too many losses were not finite: the run was stopped, or has no result. Everything is saved."""
 
 
 class StorageError(RuntimeError):

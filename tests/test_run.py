@@ -25,7 +25,7 @@ from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.saved import attach_adapter, find_adapter
 from hizoo_lite.train.setup import find_kind
-from hizoo_lite.train.step import StepRecord
+from hizoo_lite.train.step import Stepper, StepRecord
 from tests.run_fixtures import nan_head, short_run, stories, write_task
 
 #: What summary.json has at least.
@@ -383,6 +383,24 @@ def test_a_folder_without_an_adapter_and_an_unsupported_adapter_are_refused(tmp_
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config.json: not valid JSON"):
         attach_adapter(model, tmp_path)
+
+
+def test_a_run_without_a_finite_result_fails_with_everything_saved(tmp_path: Path) -> None:
+    with pytest.raises(TooManyBadSteps, match=r"after 2 steps the loss is nan, .*trained is saved in .*--lr"):
+        run_of(tmp_path, model=str(nan_head(tmp_path)), steps=2)
+    summary = RunFolder(tmp_path / "run").read_summary()
+    assert (summary["steps"], summary["skipped_steps"], summary["loss_after"]) == (2, 2, None)
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_a_run_that_skipped_every_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skipping(self: Stepper, number: int, *batches: object) -> StepRecord:
+        return step(self, number, *batches)._replace(skipped=True)
+
+    step = Stepper.step
+    monkeypatch.setattr(Stepper, "step", skipping)
+    with pytest.raises(TooManyBadSteps, match="the losses of all 3 steps were not finite"):
+        run_of(tmp_path, steps=3)
 
 
 def test_the_peak_of_a_phase_is_its_own() -> None:

@@ -9,6 +9,7 @@ examples, and the main one writes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -107,7 +108,10 @@ class Loop:
         self._labels = [example.gold for example in setup.splits.train] if balanced else None
 
     def run(self) -> None:
-        """To the end. Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN."""
+        """To the end.
+
+        Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN or the result is.
+        """
         splits, total = self.setup.splits, self.setup.config.steps
         if self.position.step == 0 and self.setup.stepper.space.weights is None:
             self._save_state()  # for `replay`
@@ -128,6 +132,23 @@ class Loop:
             self.save()
             self._take_best()
         self.after = self._evaluate("after", splits.test)
+        self._check_result(self.after.loss)
+
+    def _check_result(self, loss: float) -> None:
+        """`TooManyBadSteps` where nothing was trained, or what was trained computes nothing."""
+        bad, total = self.position.bad_steps, self.setup.config.steps
+        if not math.isfinite(loss):
+            raise TooManyBadSteps(
+                f"after {total} steps the loss is {loss}, not a finite number; {self._remedy()}"
+            )
+        if bad >= total:
+            raise TooManyBadSteps(f"the losses of all {total} steps were not finite; {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return (
+            f"what was trained is saved in {self.folder.path}; begin another run with a lower --lr or --mu, "
+            "or with --compute-dtype float32"
+        )
 
     def save(self) -> None:
         """The checkpoint of where the run stands."""
@@ -197,9 +218,7 @@ class Loop:
         self.listener.stepped(record)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
-                f"step {number}: the losses of {bad} steps in a row were not finite; what was trained is "
-                f"saved in {self.folder.path}; begin another run with a lower --lr or --mu, or with "
-                "--compute-dtype float32"
+                f"step {number}: the losses of {bad} steps in a row were not finite; {self._remedy()}"
             )
 
     def _due(self) -> None:
