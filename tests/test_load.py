@@ -472,6 +472,18 @@ def test_a_folder_without_tokenizer_gives_none_and_an_unsound_one_is_refused(own
             load(own_llama, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eos_token_id", "</s>"), ("eos_token_id", [2, "x"]), ("bos_token_id", 1.5)],
+)
+def test_tokens_of_generation_settings_that_are_no_numbers_are_refused(own_llama, name, value):
+    edit_json(own_llama / "generation_config.json", **{name: value})
+    with pytest.raises(
+        UserError, match=rf"generation_config\.json: {name}: got .*, allowed: the number of a token"
+    ):
+        load(own_llama, device="cpu")
+
+
 def test_generation_settings_are_those_of_the_folder(own_llama):
     edit_json(own_llama / "generation_config.json", eos_token_id=[2, 7])
     assert load(own_llama, device="cpu").module.generation_config.eos_token_id == [2, 7]

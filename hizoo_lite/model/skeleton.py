@@ -154,6 +154,10 @@ def read_generation_config(folder: Path, module: nn.Module) -> None:
             raise UserError(f"{path}: cannot be read: {error}") from error
     ids = {name: getattr(stored, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {name: getattr(own, name) if value is None else value for name, value in ids.items()}
+    for name, value in ids.items():
+        several = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(token is None or type(token) is int for token in several):
+            raise UserError(f"{path}: {name}: got {value!r:.80}, allowed: the number of a token")
     module.generation_config = GenerationConfig(**ids)
 
 
