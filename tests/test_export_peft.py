@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hizoo_lite.base import UserError
+from hizoo_lite.export.merged import prepare
 from hizoo_lite.export.peft import export
 from hizoo_lite.model.load import load
 from hizoo_lite.spaces import LoRA
@@ -163,6 +164,54 @@ def test_an_adapter_without_a_task_type_is_one_of_its_bases_kind(name, kind, tmp
     assert saved.saved_kind(tmp_path / "adapter") is None
     export(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
     assert f"{AUTO[kind].__name__}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*layers\.1\..*\.(q|up)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0\..*"},
+    ],
+)
+def test_an_adapter_whose_layers_a_pattern_names_gives_pefts_logits(settings, tmp_path):
+    base = save_tiny("llama", tmp_path / "base")
+    tuned_by_peft(base, tmp_path / "adapter", **settings)
+    want = logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
+    model = load(tmp_path / "base", bits="none", compute_dtype="float32", device="cpu")
+    saved.attach_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model.module), want, **FLOAT32)
+    prepare(
+        tmp_path / "adapter", tmp_path / "m", model=tmp_path / "base", base_bits="none", dtype="float32"
+    ).run()
+    torch.testing.assert_close(logits(AUTO["causal"].from_pretrained(tmp_path / "m")), want, **FLOAT32)
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "norm", "lm_head"])
+def test_what_is_tuned_as_a_whole_beside_an_adapter_is_refused_by_all(whole, tmp_path):
+    base = save_tiny("llama", tmp_path / "base")
+    tuned_by_peft(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=[whole])
+    message = rf"adapter_model\.safetensors: .*{whole}.* was tuned as a whole .* a classifier's head alone"
+    model = load(tmp_path / "base", bits="none", device="cpu")
+    with pytest.raises(UserError, match=message):
+        saved.attach_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "adapter", tmp_path / "m", model=tmp_path / "base", base_bits="none")
+
+
+def test_an_adapter_of_other_layers_is_refused_by_its_name(tmp_path):
+    tuned_by_peft(save_tiny("llama", tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
+    save_tiny("gpt2", tmp_path / "other")
+    with pytest.raises(UserError, match=r"not those of .*other; first of \d+ .*lack: 'model\.layers"):
+        saved.attach_adapter(load(tmp_path / "other", bits="none", device="cpu"), tmp_path / "adapter")
+
+
+def tuned_by_peft(base, folder, **settings):
+    """An adapter that PEFT made, moved far enough to matter."""
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, **settings))
+    model.save_pretrained(folder)
+    model.unload()
 
 
 @pytest.mark.parametrize(("space", "bits"), [("dense", "nf4"), ("scales", "int8")])

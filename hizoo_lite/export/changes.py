@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.base import ModelKind, PackedWeight, UserError
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.quant.tensorfile import TensorFile
 from hizoo_lite.spaces.inplace import read_record
@@ -18,6 +18,7 @@ from hizoo_lite.train.adapter_files import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
     SPACE_FILE,
+    check_heads,
     read_peft_config,
     scaling,
 )
@@ -77,8 +78,9 @@ class LoRAChanges:
             self._check_shape(linear, base.shape)
         return base
 
-    def check_fits(self, module: nn.Module, model: Path) -> None:
+    def check_fits(self, module: nn.Module, model: Path, kind: ModelKind) -> None:
         """UserError, naming a layer or a tensor, where this is no adapter of `module`, which is empty."""
+        check_heads(self._file.path, self.heads, kind, str(module.base_model_prefix))
         layers = dict(module.named_modules())
         parameters = dict(module.named_parameters(remove_duplicate=False))
         lacking = sorted(

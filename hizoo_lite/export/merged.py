@@ -33,7 +33,7 @@ from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved, setup
-from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
+from hizoo_lite.train.adapter_files import SPACE_FILE, check_heads, find_adapter
 
 Dtype = Literal["bf16", "fp16", "float32"]
 
@@ -244,6 +244,9 @@ class Merged:
 
     def _collect(self) -> None:
         """Where each parameter of the module comes from. Raises `UserError` where something does not fit."""
+        check_heads(
+            self._changes.files[-1], self._changes.heads, self._base.kind, str(self._module.base_model_prefix)
+        )
         inside = find_blocks(self._module).prefix + "."
         linears = {
             f"{name}.weight": (name, layer)

@@ -80,7 +80,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     kind = saved.saved_kind(run) or setup.find_kind(str(base), None, None)
     labels = _labels(kind, changes)
     module = skeleton.build(skeleton.read_config(base, kind, labels or 2), kind)
-    changes.check_fits(module, base)
+    changes.check_fits(module, base, kind)
     check_empty(find_place(out))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)

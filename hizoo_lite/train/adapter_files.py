@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
 
@@ -92,6 +94,22 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: r: got {rank!r:.80}, allowed: a whole number from 1 to {_MOST_RANK}")
     if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
         raise UserError(f"{path}: lora_alpha: got {alpha!r:.80}, allowed: a finite number")
+
+
+def check_heads(path: Path, names: Iterable[str], kind: ModelKind, trunk: str) -> None:
+    """UserError where an adapter in `path` has other parameters in full than those of a classifier's head.
+
+    names: of the model's parameters, but for A and B. trunk: name of the module below the head. PEFT's
+    `modules_to_save` may name an embedding, a norm or a causal model's head, which may be tied: none of
+    that is computed here, whether the adapter is evaluated or exported.
+    """
+    inside = f"{trunk}."
+    for name in sorted(names):
+        if kind != "classifier" or (name.startswith(inside) and ".pooler." not in name):
+            raise UserError(
+                f"{path}: {name} was tuned as a whole (modules_to_save); supported: a classifier's head alone"
+                "; PEFT merges such an adapter with merge_and_unload"
+            )
 
 
 def scaling(config: dict[str, Any]) -> float:

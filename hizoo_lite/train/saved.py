@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hizoo_lite import spaces
+from hizoo_lite import peft_format, spaces
 from hizoo_lite.base import ModelKind, Space, UserError
 from hizoo_lite.model.model import Model
+from hizoo_lite.quant.tensorfile import TensorFile
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
-from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter, read_peft_config
+from hizoo_lite.train.adapter_files import SPACE_FILE, check_heads, find_adapter, read_peft_config
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
@@ -81,13 +82,29 @@ def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
     return space
 
 
+def _tuned(path: Path) -> tuple[list[str], list[str]]:
+    """The layers that a file of PEFT's has A and B of, and the parameters that it has as a whole.
+
+    The file says so, not `target_modules`, which may be a pattern with exceptions (`exclude_modules`).
+    """
+    names = [name.removeprefix(peft_format.PREFIX) for name in TensorFile(path).entries]
+    pairs = [name.partition(".lora_")[0] for name in names if ".lora_" in name]
+    return list(dict.fromkeys(pairs)), [name for name in names if ".lora_" not in name]
+
+
 def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
     config = read_peft_config(folder)
-    targets = config["target_modules"]
+    path = peft_format.tensor_file(folder)
+    layers, heads = _tuned(path)
+    check_heads(path, heads, model.kind, model.trunk_name)
+    unknown = [layer for layer in layers if layer not in model.linears or model.block_of(layer) is None]
+    if unknown or not layers:
+        first = f"first of {len(unknown)} that its blocks lack: {unknown[0]!r}" if unknown else "it has none"
+        raise UserError(f"{path}: its linear layers are not those of {model.source}; {first}")
     space = spaces.LoRA(
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
-        targets=targets if isinstance(targets, str) else list(targets),
+        targets=layers,
         rslora=bool(config.get("use_rslora")),
         train_a=train_a,
         blocks="all",
