@@ -217,11 +217,15 @@ def anonymous_bytes() -> int:
 
 
 def cap_device(gib: float | None) -> None:
-    """Let torch's CUDA allocator have at most so much: a smaller card on a larger one."""
+    """Let torch's CUDA allocator have at most so much: a smaller card on a larger one.
+
+    All of the device where it has less: a card of 24 GB reports 23.6 GiB.
+    """
     if gib:
         import torch
 
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.mem_get_info()[1])
+        share = gib * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 def serve(contender: str, folder: str, device: str) -> None:
@@ -257,12 +261,16 @@ def start(contender: str, folder: str, options: list[str]) -> subprocess.Popen:
     environment = dict(os.environ)
     if contender == "inference_same_allocator":
         environment |= {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", contender, folder, *options],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
-    if process.stdout is None or process.stdout.readline().strip() != '"ready"':
-        raise SystemExit(f"{contender}: did not start")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", contender, folder, *options],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
+        )  # fmt: skip
+        if process.stdout is None or process.stdout.readline().strip() != '"ready"':
+            process.kill()
+            process.communicate()
+            said.seek(0)
+            raise SystemExit(f"{contender}: did not start: {said.read()[-2000:]}")
     return process
 
 

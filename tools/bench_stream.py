@@ -59,8 +59,8 @@ def serve(arguments: Any) -> None:
 
     cuda = arguments.device == "cuda"
     if cuda and arguments.cap_gib:
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(arguments.cap_gib * 2**30 / total)
+        share = arguments.cap_gib * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # a card of 24 GB reports 23.6 GiB
     where = "resident" if contender == "resident" else "host" if cuda else "disk"
     model = load(
         folder, bits="nf4", compute_dtype=arguments.compute, device=arguments.device, residency=where
