@@ -91,6 +91,11 @@ class FusedAttention(TorchFunctionMode):
     They make the result, a number for each query and head, and a float mask where a boolean one is given.
     """
 
+    def __init__(self, repeats_groups: bool = False) -> None:
+        """repeats_groups: keys and values of fewer heads are repeated first, see `model/attention.py`."""
+        super().__init__()
+        self.repeats_groups = repeats_groups
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
@@ -100,9 +105,16 @@ class FusedAttention(TorchFunctionMode):
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.empty(mask.shape, dtype=query.dtype, device=query.device)
         rows, heads, length, _ = query.shape
+        repeated = []
+        if self.repeats_groups and length > 1:
+            repeated = [
+                torch.empty(rows, heads, *part.shape[2:], dtype=part.dtype, device=part.device)
+                for part in (args[1], value)
+                if part.shape[1] != heads
+            ]
         log_sums = query.new_empty(rows, heads, length, dtype=torch.float32)
         result = query.new_empty(rows, length, heads, value.shape[-1])
-        del mask, log_sums
+        del mask, log_sums, repeated
         return result.transpose(1, 2)
 
 
