@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hizoo_lite import device
 from hizoo_lite.base import UserError
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.linear import BranchLinear
@@ -427,16 +428,18 @@ def test_float64_tensors_become_float32(own_llama):
 
 
 def test_automatic_choices_follow_the_device(monkeypatch):
-    monkeypatch.setattr(skeleton, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(device.Cpu, "multiplies_bf16", lambda self: True)
     assert skeleton.choose_compute("auto", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr(skeleton, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(device.Cpu, "multiplies_bf16", lambda self: False)
     assert skeleton.choose_compute("auto", torch.device("cpu")) == torch.float32
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, supported=supported, **__: supported)
         assert skeleton.choose_compute("auto", torch.device("cuda")) == dtype
-    for available, device in ((True, "cuda"), (False, "cpu")):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    for available, chosen in ((True, "cuda:2"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert skeleton.choose_device("auto").type == device
+        assert device.choose_device("auto") == torch.device(chosen)
     assert skeleton.choose_bits(None, None) == "nf4"
     assert skeleton.choose_bits(None, "int8") == skeleton.choose_bits("int8", "int8") == "int8"
 
@@ -451,16 +454,17 @@ def test_attention_is_sdpa_except_where_logits_are_capped():
 
 def test_the_cpus_bf16_support_is_read_from_its_flags(monkeypatch, tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(skeleton, "CPUINFO", cpuinfo)
-    monkeypatch.setattr(skeleton.platform, "machine", lambda: "x86_64")
-    assert not skeleton.cpu_multiplies_bf16()
+    cpu = device.Cpu()
+    monkeypatch.setattr(device, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    assert not cpu.multiplies_bf16()
     cpuinfo.write_text("processor : 0\nflags : fpu avx512f avx512_bf16 sse\n")
-    assert skeleton.cpu_multiplies_bf16()
+    assert cpu.multiplies_bf16()
     cpuinfo.write_text("processor : 0\nflags : fpu avx512f\n")
-    assert not skeleton.cpu_multiplies_bf16()
-    monkeypatch.setattr(skeleton.platform, "machine", lambda: "aarch64")
+    assert not cpu.multiplies_bf16()
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
     cpuinfo.write_text("flags : avx512_bf16\n")
-    assert not skeleton.cpu_multiplies_bf16()
+    assert not cpu.multiplies_bf16()
 
 
 def test_a_folder_without_tokenizer_gives_none_and_an_unsound_one_is_refused(own_llama):

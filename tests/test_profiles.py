@@ -135,7 +135,8 @@ def test_the_command_lists_them() -> None:
 
 def test_what_the_doctor_measures_is_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_PATIENCE", 0.05)
-    monkeypatch.setattr(speed, "_COPIED_BYTES", 4 << 20)
+    monkeypatch.setattr(speed, "_FILE_BYTES", 4 << 20)
+    monkeypatch.setitem(speed._COPIED_BYTES, "cpu", 4 << 20)
     out = tmp_path / "here.toml"
     done = CliRunner().invoke(app, ["doctor", "--json", "--out", str(out)])
     assert done.exit_code == 0, done.stderr

@@ -343,7 +343,7 @@ def test_blocks_that_stay_are_spread_among_the_others(blocks: int, kept: int) ->
 
 def budgeted(folder: Path, extra_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model whose budget is `extra_bytes` above what is taken."""
-    monkeypatch.setattr("hizoo_lite.stream.residency._taken_bytes", lambda device: 10**9)
+    monkeypatch.setattr("hizoo_lite.device.Cpu.taken_bytes", lambda self, device: 10**9)
     return open_model(folder, "llama", "auto", device_budget=10**9 + extra_bytes)
 
 

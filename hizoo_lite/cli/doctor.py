@@ -56,8 +56,8 @@ def command(
 
 def _measure(out: str | None) -> dict[str, Any]:
     """A few seconds of measuring on the device of a run; a profile of it in `out`."""
+    from hizoo_lite.device import choose_device
     from hizoo_lite.memory import speed
-    from hizoo_lite.model.skeleton import choose_device
 
     device = choose_device("auto")
     found = speed.measure(device)
@@ -71,7 +71,8 @@ def examine() -> dict[str, Any]:
     """The whole report; `problems` is a list of sentences, each with what to do."""
     import psutil
 
-    from hizoo_lite.model.skeleton import choose_compute, choose_device
+    from hizoo_lite.device import choose_device
+    from hizoo_lite.model.skeleton import choose_compute
     from hizoo_lite.train.summary import versions
 
     disk = shutil.disk_usage(Path.cwd())
@@ -114,17 +115,19 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cuda() -> list[dict[str, Any]]:
-    import torch
+    from hizoo_lite.device import Cuda
 
-    found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
+    cuda = Cuda()
+    found: list[dict[str, Any]] = []
+    for index in range(cuda.count()):
+        device = cuda.device(index)
+        major, minor = cuda.capability(device)
         found.append(
             {
-                "name": properties.name,
-                "memory_bytes": properties.total_memory,
-                "capability": f"{properties.major}.{properties.minor}",
-                "bf16": properties.major >= 8,
+                "name": cuda.name(device),
+                "memory_bytes": cuda.total_bytes(device),
+                "capability": f"{major}.{minor}",
+                "bf16": major >= 8,
             }
         )
     return found
@@ -134,7 +137,7 @@ def _check_quantization() -> dict[str, str]:
     """Quantize and unpack a small matrix on the device of a run; "works", or what went wrong."""
     import torch
 
-    from hizoo_lite.model.skeleton import choose_device
+    from hizoo_lite.device import choose_device
     from hizoo_lite.quant import pack
 
     weight = torch.linspace(-1, 1, 64 * 128, device=choose_device("auto")).reshape(64, 128)
@@ -168,10 +171,23 @@ def _problems(report: dict[str, Any]) -> list[str]:
     ]
     if not report["cuda"] and shutil.which("nvidia-smi"):
         found.append("an NVIDIA driver is here but torch sees no GPU; install a CUDA build of torch")
+    found += _rounding()
     if report["device"] == "cpu" and report["compute_dtype"] == "float32":
         found.append("this CPU has no bf16 products: float32 is used, steps are slower; nothing to do")
     if report["disk_free_bytes"] < _LITTLE_DISK_BYTES:
         found.append("less than 5 GiB of disk are free here; models and runs may not fit")
+    return found
+
+
+def _rounding() -> list[str]:
+    """What rounds the float32 products of a GPU to 10 bits (TF32), wherever it is set."""
+    found = []
+    if os.environ.get("NVIDIA_TF32_OVERRIDE", "") not in ("", "0"):
+        found.append("NVIDIA_TF32_OVERRIDE is set: no model is loaded on a GPU with it; unset it")
+    if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "") not in ("", "0"):
+        found.append("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: runs go without TF32 all the same")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in ("NO", ""):
+        found.append("ACCELERATE_DYNAMO_BACKEND is set, which allows TF32: runs go without it all the same")
     return found
 
 

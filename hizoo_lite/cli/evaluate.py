@@ -117,8 +117,8 @@ def _evaluate(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
+    from hizoo_lite.device import choose_device
     from hizoo_lite.memory.budget import enforced
-    from hizoo_lite.model.skeleton import choose_device
     from hizoo_lite.stream.choose import Budgets
     from hizoo_lite.train import parts
 

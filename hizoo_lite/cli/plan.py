@@ -117,13 +117,13 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
     if config.device_budget or config.host_budget:
         return config, "the budget that was given"
     import psutil
-    import torch
 
-    from hizoo_lite.model.skeleton import choose_device
+    from hizoo_lite.device import choose_device, is_gpu, kind_of
 
     free = psutil.virtual_memory().available
-    if choose_device(config.device).type == "cuda":
-        on_device = torch.cuda.mem_get_info()[0]
+    device = choose_device(config.device)
+    if is_gpu(device):
+        on_device = kind_of(device).free_bytes(device)
         return replace(
             config, device_budget=f"{on_device}B", host_budget=f"{free}B"
         ), "this machine's free memory"

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from hizoo_lite.device import gpu_of, is_gpu, kind_of
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory.allocator import trim
 from hizoo_lite.memory.rss import private_bytes, resident, thread_count
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.model.model import Model
@@ -30,9 +30,12 @@ Result = TypeVar("Result")
 #: Halvings after which nothing of a pass is left to be made smaller: see `Model.chunks`.
 MOST_HALVINGS = 10
 
-#: What C++ allocators say when they are refused; on CPU there is no exception type of its own. The last is
-#: oneDNN's word for it.
-_REFUSALS = ("can't allocate memory", "out of memory", "not enough memory", "could not create a primitive")
+#: What C++ allocators say when they are refused; on CPU there is no exception type of its own. The last are
+#: the words of oneDNN and of cuBLAS and cuSPARSE, whose own memory is beside torch's.
+_REFUSALS = (
+    *("can't allocate memory", "out of memory", "not enough memory", "could not create a primitive"),
+    *("status_alloc_failed", "cublas_status_not_initialized"),
+)
 
 
 #: A limit that rose by less is no reason to try again.
@@ -103,10 +106,7 @@ class Budget:
 
     def _give_back(self) -> None:
         self.model.scratch.clear()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            trim()
+        kind_of(self.model.device).empty_cache()
 
 
 def _is_over(size_bytes: int, limit_bytes: int | None) -> bool:
@@ -118,8 +118,8 @@ def enforced(limit_bytes: int | None, device: torch.device) -> Iterator[Cap]:
     """While this is open, the system refuses this process memory beyond the budget."""
     if limit_bytes is None:
         yield Cap()
-    elif device.type == "cuda":
-        with _cuda_cap(limit_bytes, device):
+    elif is_gpu(device):
+        with gpu_of(device).capped(limit_bytes, device):
             yield Cap()
     else:
         with _data_cap(limit_bytes) as cap:
@@ -146,23 +146,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _REFUSALS)
-
-
-@contextmanager
-def _cuda_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
-    """torch's allocator may have the budget less what the context and the libraries hold."""
-    free, total = torch.cuda.mem_get_info(device)
-    outside = max(0, total - free - torch.cuda.memory_reserved(device))
-    if limit_bytes <= outside:
-        raise BudgetError(
-            f"--device-budget: got {format_bytes(limit_bytes)}, but {format_bytes(outside)} of the device "
-            "are taken by the CUDA context, libraries and other processes"
-        )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit_bytes - outside) / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 class _DataCap(Cap):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from hizoo_lite.base import Branches
+from hizoo_lite.device import like
 from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.model import skeleton
@@ -31,10 +32,10 @@ def pass_bytes(
     config = copy.deepcopy(model.config)
     module = skeleton.build(config, model.kind)
     outline = Outline.of(model.checkpoint)
-    anatomy = dissect(outline, module, model.kind, model.bits, False, model.device.type)
+    anatomy = dissect(outline, module, model.kind, model.bits, False, like(model.device))
     away = bool(model.away)
     rehearsal = Rehearsal(
-        module, config, model.kind, anatomy, model.bits, model.compute, model.device.type, away
+        module, config, model.kind, anatomy, model.bits, model.compute, like(model.device), away
     )
     sites = 0 if model.kind == "classifier" else rows if sites is None else sites
     wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.halvings)

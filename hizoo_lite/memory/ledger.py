@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hizoo_lite.device import like
 from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.stream.source import DiskSource, HostSource
 
@@ -92,7 +93,7 @@ def measure(setup: Setup) -> Ledger:
     found["small_parameters"] = count.tensors(rest)
     found["scratch"] = count.tensors(model.scratch._buffers.values())
     found["curvature"] = count.tensors(_tensors_of(_state(stepper.curvature)))
-    return _placed(found, model.device.type)
+    return _placed(found, like(model.device))
 
 
 def tensor_bytes(value: Any) -> int:

@@ -19,6 +19,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Processor, memory, system, and the GPU where the run is on one."""
     import torch
 
+    from hizoo_lite.device import gpu_of, is_gpu
+
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -26,9 +28,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    if is_gpu(device):
+        gpu = gpu_of(device)
+        found |= {"gpu": gpu.name(device), "gpu_memory_bytes": gpu.total_bytes(device)}
     return found
 
 

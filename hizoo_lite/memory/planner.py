@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.ledger import Ledger
 from hizoo_lite.memory.outline import Outline
@@ -28,9 +29,7 @@ from hizoo_lite.stream.choose import Place
 from hizoo_lite.stream.chunks import MOST_SLICES, plan_chunks
 from hizoo_lite.train.config import TrainConfig
 
-#: CUDA's context, cuBLAS workspaces and kernels on the device, and its libraries on the host. Not measured
-#: by this project yet; typical of CUDA 12.
-CONTEXT_BYTES = 600 << 20
+#: CUDA's libraries on the host. Not measured by this project yet; typical of CUDA 12.
 CUDA_HOST_BYTES = 1200 << 20
 #: The two buffers of `Checkpoint.verify`.
 LOADING_BYTES = 16_000_000

@@ -32,6 +32,7 @@ from typing import Any, Literal, final
 
 import torch
 
+from hizoo_lite.device import is_gpu
 from hizoo_lite.files import parse_json
 from hizoo_lite.memory import machine
 from hizoo_lite.memory.record import number, table
@@ -79,7 +80,7 @@ class Profiler:
         self._phase, self._step, self._sampling = "", 0, False
         self._began = clock()
         self._start = self._read()
-        resettable = device.type == "cuda" or reset_peak()
+        resettable = is_gpu(device) or reset_peak()
         self._watcher = None if resettable else Watcher(self._read)
 
     # --------------------------------------------------------------------- what the run tells
@@ -212,7 +213,7 @@ class Profiler:
     def _source(self) -> str:
         if self._watcher is not None:
             return "samples"
-        return "allocator" if self.device.type == "cuda" else "kernel"
+        return "allocator" if is_gpu(self.device) else "kernel"
 
 
 def owner_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:

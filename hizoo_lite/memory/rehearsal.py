@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, Branches, BranchState, ModelKind
+from hizoo_lite.device import is_gpu, like
 from hizoo_lite.memory.outline import Anatomy
 from hizoo_lite.memory.tally import FusedAttention, Tally, nbytes
 from hizoo_lite.model.linear import TILE_BYTES, BranchLinear
@@ -111,7 +112,7 @@ class _Linear(BranchLinear):
 
     def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         height = max(
-            64, TILE_BYTES[self.device_type] // (self.in_features * self.compute.itemsize) // 64 * 64
+            64, TILE_BYTES[like(self.device_type)] // (self.in_features * self.compute.itemsize) // 64 * 64
         )
         shape = (min(height, self.out_features), self.in_features)
         ready = self.weight.ready(self.compute)
@@ -229,7 +230,7 @@ class Rehearsal:
             along = max(1, wanted.branches.directions)
             every = {name: d.expand(along, *d.shape) for name, d in directions.items()}
             self.state.set(wanted.branches, 1e-3, every)
-            with torch.no_grad(), FusedAttention(), self.tally:
+            with torch.no_grad(), FusedAttention(is_gpu(self.device_type)), self.tally:
                 self._traverse(wanted)
         finally:
             for index, block in enumerate(self.blocks):

@@ -8,6 +8,7 @@ peak counts instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,14 +67,33 @@ def reset_peak() -> bool:
     return True
 
 
+class _GpuPeak(NamedTuple):
+    """What is asked of a GPU's allocator."""
+
+    read: Callable[[], int]
+    reset: Callable[[], None]
+
+
+def _gpu_peak(device: torch.device | None) -> _GpuPeak | None:
+    """None for the host."""
+    if device is None:  # without torch
+        return None
+    from hizoo_lite.device import gpu_of, is_gpu
+
+    if not is_gpu(device):
+        return None
+    gpu = gpu_of(device)
+    return _GpuPeak(lambda: gpu.peak_bytes(device), lambda: gpu.reset_peak(device))
+
+
 class PeakMeter:
     """The peak of each phase of a run, and of the whole.
 
-    Of anonymous memory, which a budget is about; on a CUDA `device`, of torch's allocator there.
+    Of anonymous memory, which a budget is about; on a `device` that is a GPU, of torch's allocator there.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._gpu = _gpu_peak(device)
         self._overall_bytes = self._phase_bytes = 0
         self._resettable = False  # whether VmHWM begins with the last call of `host_lap_bytes`
 
@@ -81,7 +101,7 @@ class PeakMeter:
         """Begin a new phase, with freed pages given back. The peak so far is kept for `overall_bytes`."""
         self.overall_bytes()
         self._phase_bytes = 0
-        if self._cuda is None:
+        if self._gpu is None:
             trim()
         self._reset()
 
@@ -93,11 +113,11 @@ class PeakMeter:
         return lap
 
     def host_lap_bytes(self) -> int | None:
-        """On CUDA: the peak of the host's anonymous memory since the last call, page-locked blocks included.
+        """On a GPU: the peak of the host's anonymous memory since the last call, page-locked blocks included.
 
         What is held now where the kernel does not permit the reset; None on a CPU, whose peak `lap_bytes` is.
         """
-        if self._cuda is None:
+        if self._gpu is None:
             return None
         now = resident()
         peak_bytes = now.peak_bytes if self._resettable else None
@@ -109,18 +129,14 @@ class PeakMeter:
         return max(self._phase_bytes, self._read())
 
     def _reset(self) -> None:
-        if self._cuda is None:
+        if self._gpu is None:
             reset_peak()
         else:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._gpu.reset()
 
     def _read(self) -> int:
-        if self._cuda is not None:
-            import torch
-
-            return torch.cuda.max_memory_allocated(self._cuda)
+        if self._gpu is not None:
+            return self._gpu.read()
         now = resident()
         peak_bytes = now.total_bytes if now.peak_bytes is None else now.peak_bytes
         return peak_bytes - (now.file_bytes or 0)  # mapped files are clean and reclaimable

@@ -2,8 +2,8 @@
 
 On Linux a sample is one `pread` of /proc/self/statm, kept open: resident and shared pages, whose difference
 is RssAnon (2 microseconds, where /proc/self/status takes 10 to 30 and says the same). "file" is RssFile
-and RssShmem together. Elsewhere psutil gives the resident size alone. On CUDA torch's allocator is asked
-as well.
+and RssShmem together. Elsewhere psutil gives the resident size alone. On a GPU torch's allocator is
+asked as well.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ POLL_SECONDS = 0.01
 
 
 def make_reader(device: torch.device) -> Reader:
-    """Reads what is held now: anon_bytes and file_bytes (or total_bytes), on CUDA allocated and reserved."""
+    """Reads what is held now: anon_bytes and file_bytes (or total_bytes), on a GPU allocated and reserved."""
     host = _statm_reader() if _STATM.is_file() else _total_reader()
-    if device.type != "cuda":
+    from hizoo_lite.device import gpu_of, is_gpu
+
+    if not is_gpu(device):
         return host
-    return lambda: {**_cuda_held(device), **host()}
+    gpu = gpu_of(device)
+
+    def read() -> Held:
+        allocated_bytes, reserved_bytes = gpu.held_bytes(device)
+        return {"allocated_bytes": allocated_bytes, "reserved_bytes": reserved_bytes, **host()}
+
+    return read
 
 
 def _statm_reader() -> Reader:
@@ -56,14 +64,6 @@ def _open_statm(process: int) -> int:
 def _total_reader() -> Reader:
     process = psutil.Process()
     return lambda: {"total_bytes": process.memory_info().rss}
-
-
-def _cuda_held(device: torch.device) -> Held:
-    import torch
-
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
-    found = {"allocated_bytes": "allocated_bytes", "reserved_bytes": "reserved_bytes"}
-    return {name: int(stats[key]["all"]["current"]) if key in stats else 0 for name, key in found.items()}
 
 
 def host_bytes(held: Held) -> int:

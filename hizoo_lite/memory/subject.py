@@ -15,6 +15,7 @@ import torch
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
+from hizoo_lite.device import choose_device, like
 from hizoo_lite.memory.hardware import Hardware
 from hizoo_lite.memory.ledger import tensor_bytes
 from hizoo_lite.memory.outline import Outline, dissect
@@ -74,7 +75,7 @@ class Subject:
         self.workload = workload
         self.length = workload.length or config.max_length  # tokens of the longest row
         self.bits: Bits = skeleton.choose_bits(config.bits, outline.bits)
-        self.device = hardware.device if hardware else skeleton.choose_device(config.device).type
+        self.device = hardware.device if hardware else like(choose_device(config.device))
         self.compute = self._compute()
         self.budgets = self._budgets()
         self.framework = self._framework(framework)
@@ -113,7 +114,7 @@ class Subject:
             return names[self.config.compute_dtype]
         if self.hardware is not None:
             return names[self.hardware.compute]
-        return skeleton.choose_compute("auto", skeleton.choose_device(self.config.device))
+        return skeleton.choose_compute("auto", choose_device(self.config.device))
 
     def _budgets(self) -> Budgets:
         given = Budgets.parse(self.config.device_budget, self.config.host_budget, torch.device(self.device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, PackedWeight, UserError
+from hizoo_lite.device import is_gpu
 from hizoo_lite.memory.pinned import page_lock
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.linear import BranchLinear
@@ -210,8 +211,8 @@ class Filler:
                 self.away[stored] = from_disk(self.checkpoint, stored)
             else:
                 matrix = self.checkpoint.read(stored)
-                if self.device.type == "cuda":
-                    page_lock(matrix)
+                if is_gpu(self.device):
+                    page_lock(matrix, self.device)
                 self.away[stored] = from_host(matrix)
         return self.away[stored]
 

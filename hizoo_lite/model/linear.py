@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo_lite.base import EVALUATION, Branches, BranchState, LinearDelta, PackedWeight, UserError
+from hizoo_lite.device import like
 from hizoo_lite.model.basis import gains, rebuild, split
 from hizoo_lite.model.everyrow import EveryRow
 from hizoo_lite.model.scratch import Scratch
@@ -123,7 +124,7 @@ class BranchLinear(nn.Module):
     def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """First row and unpacked rows, (rows, in_features), tile by tile."""
         row_bytes = self.in_features * self.compute.itemsize
-        height = max(64, TILE_BYTES[device.type] // row_bytes // 64 * 64)
+        height = max(64, TILE_BYTES[like(device)] // row_bytes // 64 * 64)
         ready = self.weight.ready(self.compute)
         for first in range(0, self.out_features, height):
             count = min(height, self.out_features - first)

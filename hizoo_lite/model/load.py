@@ -12,11 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from hizoo_lite.base import Bits, ComputeDtype, ModelKind
+from hizoo_lite.device import choose_device, is_gpu, kind_of
 from hizoo_lite.memory.allocator import keep_heap, map_large
-from hizoo_lite.model import skeleton
+from hizoo_lite.model import attention, skeleton
 from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant import Checkpoint
+from hizoo_lite.quant import Checkpoint, native
 from hizoo_lite.stream.block import install
 from hizoo_lite.stream.choose import Budgets, Limits, ResidencyName, choose
 from hizoo_lite.stream.residency import Streamed
@@ -48,7 +49,8 @@ def load(
     device and the others stream from host memory, within `host_budget`, or from disk.
 
     Raises `UserError`, naming file, tensor or argument, where something is missing, contradictory,
-    malformed, damaged (its checksum differs) or not supported.
+    malformed, damaged (its checksum differs) or not supported, or where the environment would round
+    the products of a GPU.
     """
     if device_budget is None and host_budget is None:
         keep_heap()
@@ -57,13 +59,17 @@ def load(
     checkpoint = Checkpoint.open(source, revision=revision)
     checkpoint.verify()
     chosen = skeleton.choose_bits(bits, checkpoint.quantized_bits)
-    place = skeleton.choose_device(device)
+    place = choose_device(device)
+    kind_of(place).prepare()
     compute = skeleton.choose_compute(compute_dtype, place)
     config = skeleton.read_config(checkpoint.folder, kind, num_labels)
     module = skeleton.build(config, kind)
+    if is_gpu(place):
+        attention.repeat_groups(module)
     budgets = Budgets.parse(device_budget, host_budget, place)
     where = choose(residency, place, checkpoint, chosen, budgets)
     on = "device" if where == "resident" else where
+    native.launch_all(place, compute)
     filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
     linears = filler.fill()
     skeleton.read_generation_config(checkpoint.folder, module)

@@ -7,7 +7,6 @@ buffers, which are computed and small, on CPU. Code from a model folder is never
 from __future__ import annotations
 
 import math
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from hizoo_lite.base import Bits, ComputeDtype, ModelKind, UserError
+from hizoo_lite.device import is_gpu, kind_of
 
 _CLASSES = {
     "causal": AutoModelForCausalLM,
@@ -42,7 +42,6 @@ _TOKENIZER_FILES = (
 )
 #: Elements from which on a tensor made by `torch.empty` is taken for a parameter.
 _LARGE_ELEMENTS = 1 << 16
-CPUINFO = Path("/proc/cpuinfo")
 _COMPUTE: dict[ComputeDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -173,48 +172,21 @@ def choose_bits(wanted: Bits | None, stored: Bits | None) -> Bits:
     return stored or wanted or "nf4"
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one, else CPU. Raises `UserError` where the device is not there."""
-    cuda = torch.cuda.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UserError(f"device: got {wanted!r}, allowed are auto, cpu, cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: got {wanted!r}, allowed are auto, cpu, cuda")
-    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"device: got {wanted!r}, but there are {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
-
-
 def choose_compute(wanted: ComputeDtype, device: torch.device) -> torch.dtype:
     """The dtype of products. `auto`: bf16 where the device multiplies it natively.
 
-    CUDA otherwise fp16; CPU otherwise float32 (fp16 products are about 15 times slower there).
+    A GPU otherwise fp16; CPU otherwise float32 (fp16 products are about 15 times slower there).
     Raises `UserError` for an unknown name.
     """
     if wanted != "auto" and wanted not in _COMPUTE:
         raise UserError(f"compute_dtype: got {wanted!r}, allowed are {', '.join(get_args(ComputeDtype))}")
     if wanted != "auto":
         return _COMPUTE[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+    if kind_of(device).multiplies_bf16():
+        return torch.bfloat16
+    return torch.float16 if is_gpu(device) else torch.float32
 
 
 def compute_name(dtype: torch.dtype) -> ComputeDtype:
     """The name of a dtype of products."""
     return next(name for name, known in _COMPUTE.items() if known == dtype)
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has bf16 dot products: avx512_bf16 or amx_bf16 in Linux's list of CPU flags."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not CPUINFO.exists():
-        return False
-    text = CPUINFO.read_text(encoding="ascii", errors="replace")
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())

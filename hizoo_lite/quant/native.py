@@ -1,5 +1,8 @@
 """What is used of bitsandbytes: its 4-bit decoders, called on views, and its quantizers.
 
+On CUDA the quantizers launch on the legacy default stream whatever the current one is, so they are called
+with that as the current one.
+
 On CPU the decoders of bitsandbytes' shared library are called through pointers, so that they write into
 the caller's buffer: 4 to 6 times faster than `bitsandbytes.functional.dequantize_4bit`, which allocates
 its result, and bit-equal to it. Codes are stored flat in row-major order and blocks run over row ends,
@@ -21,6 +24,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from hizoo_lite.device import is_gpu, kind_of
 
 FourBits = Literal["nf4", "fp4"]
 
@@ -56,14 +61,16 @@ def code_table(bits: FourBits) -> Tensor:
 
 def quantize_blocks(values: Tensor, bits: FourBits, blocksize: int) -> tuple[Tensor, Tensor]:
     """Codes (ceil(n/2),) uint8, first element in the high half, and absmax (blocks,) float32 of n values."""
-    codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, bits, torch.uint8)
+    with kind_of(values.device).on_default_stream(values.device):
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, bits, torch.uint8)
     return codes.view(-1), absmax
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Double quantization: (codes uint8, absmax of blocks of 256, their code table (256,), offset ())."""
     offset = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    with kind_of(absmax.device).on_default_stream(absmax.device):
+        codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     return codes, state.absmax, state.code, offset
 
 
@@ -75,8 +82,34 @@ def dequantize_absmax(codes: Tensor, absmax: Tensor, table: Tensor, offset: Tens
 
 def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """LLM.int8 codes (rows, in) int8 and row absmax (rows,) float32 of (rows, in) float16."""
-    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(rows, 0.0)
+    with kind_of(rows.device).on_default_stream(rows.device):
+        codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(rows, 0.0)
     return codes, absmax
+
+
+def launch_all(device: torch.device, compute: torch.dtype) -> None:
+    """Launch everything of bitsandbytes that a model may use, and a product, once on a GPU.
+
+    A kernel is brought to the device at its first launch. Where there is no memory left for that,
+    bitsandbytes ends the process (csrc/compat.cuh), with nothing saved and no error raised. So it is done
+    while there is.
+    """
+    if not is_gpu(device):
+        return
+    blocksize, count = 64, 256 * 64
+    values = torch.linspace(-1, 1, count, device=device)
+    kinds: tuple[FourBits, ...] = ("nf4", "fp4")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bits in kinds:
+            codes, absmax = quantize_blocks(values.to(dtype), bits, blocksize)
+            out = torch.empty(count, dtype=dtype, device=device)
+            _decode_whole_blocks(codes, absmax, out, bits, blocksize)
+    dequantize_absmax(*quantize_absmax(absmax))
+    quantize_int8(values.half().view(-1, blocksize))
+    square = torch.zeros(blocksize, blocksize, dtype=compute, device=device)
+    torch.mm(square, square)
+    torch.mm(square.float(), square.float())
+    kind_of(device).synchronize(device)
 
 
 def decode(
@@ -131,9 +164,7 @@ def _decode_whole_blocks(codes: Tensor, absmax: Tensor, out: Tensor, bits: FourB
 
 
 def _has_kernel(bits: FourBits, out: Tensor, blocksize: int) -> bool:
-    return out.device.type == "cuda" or (
-        out.device.type == "cpu" and _kernel_is_exact(bits, out.dtype, blocksize)
-    )
+    return is_gpu(out.device) or _kernel_is_exact(bits, out.dtype, blocksize)
 
 
 def _kernel(bits: FourBits, dtype: torch.dtype) -> Callable[..., object]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hizoo_lite import noise
 from hizoo_lite.base import BranchState, Curvature, LinearDelta, Stored
+from hizoo_lite.device import like
 from hizoo_lite.model.basis import gains
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
@@ -56,7 +57,7 @@ def tiles(shape: tuple[int, int], tile_rows: int, device: str) -> list[Tile]:
     while multiple > 1 and (multiple // 2) * columns % _BLOCK == 0:
         multiple //= 2
     multiple = max(multiple, tile_rows)  # both are powers of two
-    height = max(1, TILE_ELEMENTS[device] // (columns * multiple)) * multiple
+    height = max(1, TILE_ELEMENTS[like(device)] // (columns * multiple)) * multiple
     return [Tile(first, min(height, rows - first)) for first in range(0, rows, height)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hizoo_lite.base import BranchState
+from hizoo_lite.device import like
 from hizoo_lite.stream.overwritten import Overwritten
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
@@ -63,7 +64,7 @@ def plan_chunks(
     if wanted != "auto":
         together, slices = min(wanted, rows), 1
     else:
-        least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[device_type]
+        least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[like(device_type)]
         together = min(rows, max(-(-rows // branches**2), -(-least // (branches * length))))
         slices = -(-branches * length // max(least, rows * length)) if together == 1 else 1
     while halvings and together > 1:

@@ -1,8 +1,8 @@
 """Moving the bytes of blocks into the slots of the compute device beside the computation.
 
-On CPU a thread reads into the slot itself. On CUDA a second stream copies page-locked host memory into it;
+On CPU a thread reads into the slot itself. On a GPU a second stream copies page-locked host memory into it;
 events order the two streams, so that the loop does not wait for the device (but where changed blocks go to
-disk). From disk to CUDA the thread reads into one of two page-locked buffers first. There is one thread and
+disk). From disk to a GPU the thread reads into one of two page-locked buffers first. There is one thread and
 one copy stream, each in order: a block that is stored and then fetched again comes back changed.
 """
 
@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from hizoo_lite.device import Event, gpu_of, is_gpu
+from hizoo_lite.memory.pinned import page_lock
 from hizoo_lite.stream.layout import Layout
 from hizoo_lite.stream.source import HostSource, Source
 
@@ -88,22 +90,24 @@ class HostFetcher(Fetcher):
         return self.slots[slot][: self.layouts[block].nbytes]
 
 
-class CudaFetcher(Fetcher):
-    """For models that compute on CUDA: a copy stream, page-locked memory, events; see the module."""
+class GpuFetcher(Fetcher):
+    """For models that compute on a GPU: a copy stream, page-locked memory, events; see the module."""
 
     def __init__(
         self, source: Source, layouts: Sequence[Layout], slots: Sequence[Tensor], device: torch.device
     ) -> None:
         super().__init__(source, layouts, slots)
-        self._device = device
-        self._copies = torch.cuda.Stream(device)
-        self._ready = [torch.cuda.Event() for _ in slots]  # the slot has been filled, or its bytes taken
-        self._free = [torch.cuda.Event() for _ in slots]  # the slot has been computed with
+        self._device, self._gpu = device, gpu_of(device)
+        self._copies = self._gpu.stream(device)
+        self._ready = [self._gpu.event() for _ in slots]  # the slot has been filled, or its bytes taken
+        self._free = [self._gpu.event() for _ in slots]  # the slot has been computed with
         for event in self._free:  # its memory may have been a tensor's that is still being computed with
-            event.record(torch.cuda.current_stream(device))
+            event.record(self._gpu.current_stream(device))
         sizes = [] if isinstance(source, HostSource) else [slot.numel() for slot in slots]
-        self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
-        self._staged = [torch.cuda.Event() for _ in self._staging]  # the staging buffer has been copied from
+        self._staging = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        for staging in self._staging:
+            page_lock(staging, device)
+        self._staged = [self._gpu.event() for _ in self._staging]  # the staging buffer has been copied from
 
     def _begin(self, block: int, slot: int) -> None:
         if isinstance(self.source, HostSource):
@@ -119,7 +123,7 @@ class CudaFetcher(Fetcher):
         self._staged[slot].record(self._copies)
 
     def _copy_in(self, host: Tensor, slot: int, nbytes: int) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._copies):
+        with self._gpu.on_stream(self._copies, self._device):
             self._copies.wait_event(self._free[slot])
             self.slots[slot][:nbytes].copy_(host[:nbytes], non_blocking=True)
             self._ready[slot].record(self._copies)
@@ -127,26 +131,26 @@ class CudaFetcher(Fetcher):
     def wait(self, slot: int) -> None:
         """The compute stream waits, not the host (but for bytes that are still being read from disk)."""
         super().wait(slot)
-        torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+        self._gpu.current_stream(self._device).wait_event(self._ready[slot])
 
     def store(self, slot: int, block: int) -> None:
         """Copied out on the copy stream once the update is done, in order with the fetches."""
         nbytes = self.layouts[block].nbytes
-        updated = torch.cuda.Event()
-        updated.record(torch.cuda.current_stream(self._device))
+        updated = self._gpu.event()
+        updated.record(self._gpu.current_stream(self._device))
         if isinstance(self.source, HostSource):
             self._copy_out(self.source.whole(block), slot, nbytes, updated)
         else:
             self._jobs[slot] = self._thread.submit(self._copy_and_write, block, slot, nbytes, updated)
 
-    def _copy_and_write(self, block: int, slot: int, nbytes: int, updated: torch.cuda.Event) -> None:
+    def _copy_and_write(self, block: int, slot: int, nbytes: int, updated: Event) -> None:
         self._staged[slot].synchronize()
         self._copy_out(self._staging[slot], slot, nbytes, updated)
         self._ready[slot].synchronize()  # in the thread
         self.source.write(block, self._staging[slot][:nbytes])
 
-    def _copy_out(self, host: Tensor, slot: int, nbytes: int, updated: torch.cuda.Event) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._copies):
+    def _copy_out(self, host: Tensor, slot: int, nbytes: int, updated: Event) -> None:
+        with self._gpu.on_stream(self._copies, self._device):
             self._copies.wait_event(updated)
             host[:nbytes].copy_(self.slots[slot][:nbytes], non_blocking=True)
             self._ready[slot].record(self._copies)
@@ -161,9 +165,12 @@ class CudaFetcher(Fetcher):
             self._copies.synchronize()
 
     def free(self, slot: int) -> None:
-        """A marker in the compute stream. A store to disk under way is waited for to its end."""
+        """A marker in the compute stream. A store to disk under way is waited for to its end.
+
+        The marker first: where the store has failed, what comes into the slot is still after its computation.
+        """
+        self._free[slot].record(self._gpu.current_stream(self._device))
         super().wait(slot)
-        self._free[slot].record(torch.cuda.current_stream(self._device))
 
     def whole(self, block: int) -> Tensor:
         """Read, then copied."""
@@ -178,6 +185,6 @@ def make_fetcher(
     source: Source, layouts: Sequence[Layout], slots: Sequence[Tensor], device: torch.device
 ) -> Fetcher:
     """The fetcher for a compute device."""
-    if device.type == "cuda":
-        return CudaFetcher(source, layouts, slots, device)
+    if is_gpu(device):
+        return GpuFetcher(source, layouts, slots, device)
     return HostFetcher(source, layouts, slots)

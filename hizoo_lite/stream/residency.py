@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hizoo_lite.device import kind_of
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.stream.fetch import Fetcher, make_fetcher
@@ -187,7 +188,7 @@ class Streamed:
         if self.name == "disk":
             assert disk is not None
             return disk
-        host = HostSource(self._layouts, pin=model.device.type == "cuda")
+        host = HostSource(self._layouts, model.device)
         for block, layout in enumerate(self._layouts):
             host.fill(block, disk)
             layout.unbind()
@@ -200,7 +201,8 @@ class Streamed:
         if self.budget_bytes is None:
             return 0
         sizes = [layout.nbytes for layout in self._layouts]
-        free = self.budget_bytes - _taken_bytes(device) - self.reserved_bytes
+        kind = kind_of(device)
+        free = kind.allowance(self.budget_bytes, device) - kind.taken_bytes(device) - self.reserved_bytes
         if sum(sizes) <= free:
             return len(sizes)
         slots = min(self.slots, len(sizes)) * largest_bytes
@@ -240,16 +242,6 @@ class Streamed:
 def spread(blocks: int, kept: int) -> set[int]:
     """Which blocks stay, evenly among the others: each gives the fetch behind it time."""
     return {(2 * i + 1) * blocks // (2 * kept) for i in range(kept)} if kept > 0 else set()
-
-
-def _taken_bytes(device: torch.device) -> int:
-    """What this process has of the device's memory now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    from hizoo_lite.memory.rss import resident
-
-    now = resident()
-    return now.total_bytes if now.anon_bytes is None else now.anon_bytes
 
 
 def _settle(owner: Any, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hizoo_lite.device import is_gpu
 from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.memory.pinned import page_lock
 from hizoo_lite.quant.checkpoint import Checkpoint
@@ -118,9 +119,9 @@ class DiskSource(Source):
 class HostSource(Source):
     """Blocks in host memory, page-locked where the compute device is a GPU, so that copies run beside it."""
 
-    def __init__(self, layouts: Sequence[Layout], pin: bool) -> None:
-        self._layouts = layouts
-        self._pin = pin
+    def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
+        """`device`: the one that computes."""
+        self._layouts, self._device = layouts, device
         self._blocks: dict[int, Tensor] = {}
 
     def fill(self, block: int, first: Source | None) -> None:
@@ -132,8 +133,8 @@ class HostSource(Source):
         else:
             data.zero_()
         layout.pack(data)
-        if self._pin:
-            page_lock(data)
+        if is_gpu(self._device):
+            page_lock(data, self._device)
         self._blocks[block] = data
 
     def whole(self, block: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
+from hizoo_lite.device import like
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.divergence import divergence_terms
 from hizoo_lite.stream.head import LOGITS_BYTES, logits_at, with_hidden
@@ -176,7 +177,7 @@ def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
     out: (directions, sites). log_p: (branches, sites, vocabulary), both float64.
     """
     plus, minus = _compared(log_p, branches)
-    step = max(1, TERMS_BYTES[out.device.type] // (8 * max(1, len(plus)) * log_p.shape[-1]))
+    step = max(1, TERMS_BYTES[like(out.device)] // (8 * max(1, len(plus)) * log_p.shape[-1]))
     for first in range(0, out.shape[1], step):
         part = slice(first, first + step)
         out[:, part] = divergence_terms(plus[:, part], minus[:, part]).sum(-1)

@@ -1,4 +1,9 @@
-"""The ranks that `accelerate launch` or torchrun started: gloo on a CPU, NCCL on CUDA, through accelerate."""
+"""The ranks that `accelerate launch` or torchrun started, through accelerate.
+
+What they exchange are a few numbers of the host, so it goes through gloo whatever the device is: with NCCL
+the host would wait for the device twice a step, and a rank that is lost would be no error in the others but a
+wait that no signal ends.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ class LaunchedRanks(Ranks):
     """Several processes. A lost one is an error in all others at their next exchange."""
 
     def __init__(self, state: PartialState) -> None:
-        self._device = state.device
+        self._group = dist.new_group(backend="gloo")
         self.rank, self.count = state.process_index, state.num_processes
         self.exchanges = 0
         self.sent_bytes = 0  # that this rank has given to each of the others
@@ -49,13 +54,12 @@ class LaunchedRanks(Ranks):
 
     def _all(self, mine: Tensor) -> list[Tensor]:
         """The tensor of every rank, on the host. All are of one shape."""
-        there = mine.to(self._device)
-        parts = [torch.empty_like(there) for _ in range(self.count)]
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
         self.exchanges += 1
         self.sent_bytes += mine.numel() * mine.itemsize
         try:
-            dist.all_gather(parts, there)
-            return [part.cpu() for part in parts]
+            dist.all_gather(parts, mine, group=self._group)
+            return parts
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise StorageError(
@@ -63,9 +67,9 @@ class LaunchedRanks(Ranks):
             ) from error
 
 
-def join(device: torch.device) -> Ranks:
-    """The ranks that this process is one of; `ONE` where no launcher started it."""
+def join(device_type: str) -> Ranks:
+    """The ranks that this process is one of, each with its own GPU; `ONE` where no launcher started it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return ONE
-    state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device_type != "cuda")
     return LaunchedRanks(state) if state.num_processes > 1 else ONE

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.curvature import Diagonal, Grouped
+from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.estimators import HiZOO
 from hizoo_lite.export.onnx.files import fingerprint
@@ -30,7 +32,7 @@ from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, pr
 from hizoo_lite.memory.report import write_report
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.model.model import Model
-from hizoo_lite.model.skeleton import choose_device, compute_name
+from hizoo_lite.model.skeleton import compute_name
 from hizoo_lite.spaces import Dense
 from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.tensors import threads
@@ -42,6 +44,7 @@ from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
 
@@ -130,8 +133,11 @@ def fit(
     space, estimator = _object("space", space), _object("estimator", estimator)
     curvature = _object("curvature", curvature)
     config, loaded = _configured(model, space, estimator, curvature, options)
-    device = loaded.device if loaded is not None else choose_device(config.device)
-    ranks = distributed.join(device)
+    wanted = config.device if loaded is None else loaded.device.type
+    ranks = distributed.join(choose_type(wanted)[0])
+    device = choose_device(wanted)  # of this rank, which has its own
+    if loaded is not None:
+        device = _same_device(loaded, device, ranks)
     if not ranks.is_main:
         listener = Listener()
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
@@ -192,11 +198,16 @@ def _configured(
         return _with_budgets(replace(model, **options, **named)), None
     if isinstance(model, Model):
         named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
-        named |= {"device": str(model.device), "compute_dtype": compute_name(model.compute)}
+        named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
         named["residency"] = _residency(model, options.pop("residency", "auto"))
         options = {**model.limits.settings(), **config_file.with_profile(options)}
         return TrainConfig(**{**options, **named}), model
     return TrainConfig(model=str(model), **config_file.with_profile(options), **named), None
+
+
+def _device_name(device: torch.device) -> str:
+    """As a setting: without its index where that is the one that is chosen without."""
+    return device.type if choose_device(device.type) == device else str(device)
 
 
 def _with_budgets(config: TrainConfig) -> TrainConfig:
@@ -213,6 +224,16 @@ def _residency(model: Model, wanted: str) -> str:
             f"allowed: {model.residency.name}, auto, or load(..., residency={wanted!r})"
         )
     return model.limits.residency
+
+
+def _same_device(model: Model, device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of a loaded model. UserError where it is that of another rank."""
+    if ranks.count > 1 and is_gpu(device) and model.device != device:
+        raise UserError(
+            f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "
+            f"allowed: load(..., device={device.type!r}), which takes it"
+        )
+    return model.device
 
 
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -357,8 +378,11 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
     made_of = identity.of_run(
         setup.splits, setup.task, fingerprint(model.folder), model.folder, setup.stepper.library
     )
+    made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
     if setup.config.resume:
         identity.check(folder.identity, made_of)
+        for words in identity.changes(folder.identity, made_of):
+            listener.message(f"{words}: steps from here on may round otherwise than the ones before")
         start = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
         setup.model.halvings = max(setup.model.halvings, start.halvings)
         listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
@@ -392,7 +416,9 @@ def _accelerator(setup: Setup, folder: RunFolder) -> Accelerator:
     """accelerate's process state and trackers."""
     tracker = setup.config.tracker
     log_with = None if tracker == "none" else tracker
-    return Accelerator(log_with=log_with, project_dir=str(folder.path))
+    accelerator = Accelerator(log_with=log_with, project_dir=str(folder.path))
+    kind_of(setup.model.device).prepare()  # its configuration may have allowed TF32
+    return accelerator
 
 
 def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from hizoo_lite import tensorfile
 from hizoo_lite.base import Example, UserError
@@ -17,6 +17,9 @@ from hizoo_lite.export.onnx.files import weight_files
 from hizoo_lite.files import parse_json
 from hizoo_lite.tasks import Splits, Task
 from hizoo_lite.tasks.task import WHERE
+
+if TYPE_CHECKING:
+    import torch
 
 #: What each entry is of, for messages.
 _WORDS = {
@@ -29,7 +32,10 @@ _WORDS = {
     "model_config": "--model: its config.json",
     "tokenizer": "--model: its tokenizer",
     "library": "--device: what it is computed with",
+    "noise_gpu": "--device: the GPU that draws the noise of the weights",
 }
+#: What rounds, and may be another one.
+_ROUNDING = {"gpu": "the GPU", "torch": "torch", "cuda": "CUDA"}
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -61,6 +67,31 @@ def of_run(splits: Splits, task: Task, model: str, folder: Path, library: str) -
         "tokenizer": of_files(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)),
         "library": library,
     }
+
+
+def of_device(device: torch.device, drawn: bool) -> dict[str, str]:
+    """The entries that are of a GPU, none of a CPU: its name and the libraries that choose its kernels.
+
+    drawn: whether it draws the noise of the weights, which is another one on another model of GPU: torch's
+    generator gives its numbers to threads, of which each model has a number of its own.
+    """
+    from hizoo_lite.device import is_gpu, kind_of
+
+    if not is_gpu(device):
+        return {}
+    kind = kind_of(device)
+    name = str(kind.name(device))
+    return {"gpu": name, **kind.libraries(), **({"noise_gpu": name} if drawn else {})}
+
+
+def changes(path: Path, found: Mapping[str, str]) -> list[str]:
+    """What a run.json has otherwise than `found` and only rounds otherwise, in words."""
+    stored = read(path)
+    return [
+        f"{words}: the run was begun with {stored[name]}, this is {found[name]}"
+        for name, words in _ROUNDING.items()
+        if name in stored and name in found and stored[name] != found[name]
+    ]
 
 
 def of_model(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from hizoo_lite.base import Example, ModelKind, UserError
+from hizoo_lite.device import choose_device, like
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory import hardware
 from hizoo_lite.memory.hardware import Hardware
@@ -19,7 +20,6 @@ from hizoo_lite.memory.subject import framework_bytes
 from hizoo_lite.memory.workload import Demand, Workload
 from hizoo_lite.model.skeleton import (
     choose_compute,
-    choose_device,
     compute_name,
     read_config,
     read_tokenizer,
@@ -70,7 +70,7 @@ def _machine(config: TrainConfig, device: torch.device) -> Hardware | None:
     if config.profile is None:
         return None
     machine = hardware.find(config.profile)
-    if machine.device != device.type:
+    if machine.device != like(device):
         _log.warning(
             "--profile: %s is a %s machine and the run is on %s: its budgets count, its rates do not",
             machine.name,

@@ -175,14 +175,13 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
 def _arrays(library: str, where: Path) -> Arrays:
     if library == "numpy":
         return NumpyArrays()
-    import torch
-
+    from hizoo_lite.device import choose_device, has
     from hizoo_lite.tensors import TorchArrays
 
     device = library.removeprefix("torch-")
-    if device == "cuda" and not torch.cuda.is_available():
+    if not has(device):
         raise UserError(f"{where}: the run was computed with {library}, which is not on this machine")
-    return TorchArrays(torch.device(device))
+    return TorchArrays(choose_device(device))
 
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
@@ -194,7 +193,8 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     space = setup.make_space(config)
     space.attach(model, config.seed)
     stepper = parts.make_stepper(config, Traversal(model), space, None, None)
-    identity.check(folder.identity, {**identity.of_model(model.folder), "library": stepper.library})
+    found = {**identity.of_model(model.folder), "library": stepper.library}
+    identity.check(folder.identity, {**found, **identity.of_device(model.device, drawn=True)})
     return stepper
 
 

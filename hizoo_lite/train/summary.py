@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hizoo_lite.base import trainable
+from hizoo_lite.device import like
 from hizoo_lite.noise import GENERATORS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def summarize(
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
         **_streaming(model),
-        "noise": GENERATORS["parameters" if setup.space.weights is None else model.device.type],
+        "noise": GENERATORS["parameters" if setup.space.weights is None else like(model.device)],
         "model": config.model,
         "task": config.task,
         "seed": config.seed,
