@@ -31,7 +31,7 @@ from hizoo_lite.train.config import TrainConfig
 
 #: CUDA's libraries on the host. Not measured by this project yet; typical of CUDA 12.
 CUDA_HOST_BYTES = 1200 << 20
-#: The two buffers of `Checkpoint.verify`.
+#: The two buffers of `Checkpoint.verify`, on the host.
 LOADING_BYTES = 16_000_000
 #: Share of what a pass makes that glibc holds beside it where it keeps freed memory; measured: 0.2 to 0.6.
 HEAP_SHARE = 0.5
@@ -78,7 +78,8 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     worst = max(training, evaluation, key=lambda one: one.peak_bytes)
     scratch = {k: max(training.scratch.get(k, 0), evaluation.scratch.get(k, 0)) for k in training.scratch}
     activations = _owned(worst.worst)
-    if sum(activations.values()) + sum(scratch.values()) < LOADING_BYTES:
+    made = sum(activations.values()) + sum(scratch.values())
+    if subject.device == "cpu" and made < LOADING_BYTES:
         activations = {"loading": LOADING_BYTES - sum(scratch.values())}
     streamed = option.place != "resident"
     sizes = subject.block_bytes(streamed)
