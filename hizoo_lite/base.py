@@ -304,6 +304,10 @@ class PackedWeight(ABC):
         """The buffers that hold the matrix; not what is small and constant (code tables, offsets)."""
 
 
+#: Share of a batch's tokens above which padding is computed like everything else.
+MOST_KEPT = 7 / 8
+
+
 class BranchState:
     """What the branch-aware linears of one model share: the branches now in flight and their directions.
 
@@ -320,15 +324,48 @@ class BranchState:
         self.branches, self.mu, self.directions = branches, mu, directions
         self._first_input: weakref.ref[Tensor] | None = None
         self._rows: tuple[int, int | None] | None = None
+        self._kept: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._found: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
-    def laid_out(self, rows: int, length: int | None) -> Iterator[None]:
-        """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`."""
-        before, self._rows = self._rows, (rows, length)
+    def laid_out(self, rows: int, length: int | None, kept: Tensor | None = None) -> Iterator[None]:
+        """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`.
+
+        kept: the tokens of one branch that exist, as `kept` gives them; None: all.
+        """
+        before = self._rows, self._kept
+        self._rows, self._kept = (rows, length), kept
         try:
             yield
         finally:
-            self._rows = before
+            self._rows, self._kept = before
+
+    def pad(self, mask: Tensor) -> None:
+        """Say for the rest of this pass which tokens of its batch exist. mask: (rows, length) on the host."""
+        self._mask, self._found = mask.bool(), {}
+
+    def kept(self, hidden: Tensor, rows: slice) -> Tensor | None:
+        """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.
+
+        Indices into the rows' tokens, (tokens,) int64 on their device. None where that is all, or so much
+        that leaving out the rest costs more than it saves, or where nobody has said.
+        """
+        mask, count = self._mask, self.branches.count
+        if mask is None or tuple(hidden.shape[:2]) != (count * mask.shape[0], mask.shape[1]):
+            return None
+        key = rows.start, rows.stop
+        if key not in self._found:
+            self._found[key] = mask[rows].flatten().nonzero().flatten().to(hidden.device, non_blocking=True)
+        found, tokens = self._found[key], (rows.stop - rows.start) * mask.shape[1]
+        return found if len(found) < MOST_KEPT * tokens else None
+
+    def existing(self, x: Tensor) -> Tensor | None:
+        """`kept` of what a layer's input `x`, (..., features), has a place for every token of; None: all."""
+        if self._kept is None or self._rows is None:
+            return None
+        rows, length = self._rows
+        return self._kept if length is not None and x.shape[:-1].numel() == rows * length else None
 
     @property
     def rows(self) -> int | None:

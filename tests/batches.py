@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,16 @@ from hizoo_lite.base import Batch, ModelKind
 from tests.architectures import tiny_batch
 
 
-def tiny_task_batch(kind: ModelKind, rows: int = 3, length: int = 12, seed: int = 1) -> Batch:
-    """A right-padded batch: next-token loss (causal), some positions (masked) or class labels."""
+def tiny_task_batch(
+    kind: ModelKind, rows: int = 3, length: int = 12, seed: int = 1, ends: Sequence[int] | None = None
+) -> Batch:
+    """A right-padded batch: next-token loss (causal), some positions (masked) or class labels.
+
+    ends: how many tokens each row has, in place of a few less than `length`.
+    """
     ids, mask = tiny_batch(rows, length, seed)
+    if ends is not None:
+        mask = (torch.arange(length) < torch.tensor(ends)[:, None]).long()
     if kind == "classifier":
         none = torch.empty(0, dtype=torch.int64)
         return Batch(ids, mask, None, none, none, none, none, none, none, torch.arange(rows) % 2, "class")

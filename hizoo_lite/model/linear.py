@@ -9,7 +9,7 @@ it is in cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ from hizoo_lite.model.scratch import Scratch
 #: Unpacked weight a tile holds at most. 2 to 8 MB keep a tile in the last-level cache of a CPU;
 #: on a GPU larger tiles keep the products large.
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+
+
+def on_existing(layer: Callable[[Tensor], Tensor], folded: Tensor, kept: Tensor | None) -> Tensor:
+    """What a layer that treats every token alike gives, with zeros where padding is.
+
+    folded: (branches, tokens, features). kept: the tokens that exist, see `BranchState.kept`; None: all.
+    """
+    if kept is None:
+        return layer(folded)
+    y = layer(folded.index_select(1, kept))
+    out = torch.zeros(*folded.shape[:2], y.shape[-1], dtype=y.dtype, device=y.device)
+    return out.index_copy_(1, kept, y)
 
 
 class BranchLinear(nn.Module):
@@ -59,11 +71,18 @@ class BranchLinear(nn.Module):
         if not self.state.is_folded(x.shape):
             return self._of_all_rows(x)
         folded = x.float().reshape(branches.count, -1, self.in_features)
+        kept = self.state.existing(x)
+        y = on_existing(lambda part: self._layer(x, part), folded, kept)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _layer(self, x: Tensor, folded: Tensor) -> Tensor:
+        """The layer's input, and its tokens that exist, (branches, tokens, in_features) -> their outputs."""
+        branches = self.state.branches
         alike = self.state.same_in_all(x)
         if self.delta is not None:
             self.state.diverges(x)
             if self.delta.replaces_base:
-                return self.delta.apply(folded, None, self.state).view(*x.shape[:-1], self.out_features)
+                return self.delta.apply(folded, None, self.state)
         if alike and branches.count > 1:  # before the first trainable layer one product serves all branches
             y = self.shared_product(folded[:1], EVALUATION).repeat(branches.count, 1, 1)
         else:
@@ -72,7 +91,7 @@ class BranchLinear(nn.Module):
             y += self.bias
         if self.delta is not None:
             self.delta.apply(folded, y, self.state)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
     def _of_all_rows(self, x: Tensor) -> Tensor:
         """x: (1, ..., in_features), the same for all rows, such as codes of relative positions.

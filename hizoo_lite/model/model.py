@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
@@ -69,6 +71,19 @@ class Model:
         padding = [getattr(table, "padding_idx", None) for table in tables]
         unused = max((row + 1 for row in padding if row is not None), default=0)  # RoBERTa counts from there
         return None if most is None else int(most) - unused
+
+    @cached_property
+    def leaves_out_padding(self) -> bool:
+        """Whether what lies at padding reaches no token, so that nothing need be computed there.
+
+        Padding is behind the tokens: a causal model does not look there. Of the others, those whose attention
+        is transformers' common one, which takes the mask, and that mix tokens in no other way (a convolution
+        does, and FNet, which has no such attention).
+        """
+        if self.kind == "causal":
+            return True
+        mixing = any(isinstance(m, _ConvNd) for block in self.blocks for m in block.modules())
+        return bool(getattr(self.module, "_supports_sdpa", False)) and not mixing
 
     def block_of(self, linear: str) -> int | None:
         """The index of the block that a linear layer is in; None outside of the blocks."""

@@ -52,7 +52,8 @@ class PresentBlock(nn.Module):
             self._mlp.slices = chunks.slices
         with present(model, self.index):
             if chunks.rows >= rows or has_cache(args, kwargs):
-                with model.state.laid_out(hidden.shape[0], hidden.shape[1]):
+                kept = model.state.kept(hidden, slice(0, rows))
+                with model.state.laid_out(hidden.shape[0], hidden.shape[1], kept):
                     return block(*args, **kwargs)
             return in_chunks(block, args, kwargs, model.state, rows, chunks.rows, model.overwrites)
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from hizoo_lite.base import BranchState
 from hizoo_lite.device import like
+from hizoo_lite.model.linear import on_existing
 from hizoo_lite.stream.overwritten import Overwritten
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
@@ -87,11 +88,17 @@ class SlicedMLP:
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         """x: (branches * rows, length, features), or its first two axes flattened; `more` alike."""
-        if self.slices == 1:
+        kept = self.state.existing(x)
+        if self.slices == 1 and kept is None:
             return self._run(x, *more)
         branches = self.state.branches.count
         folded = [value.reshape(branches, -1, value.shape[-1]) for value in (x, *more)]
-        tokens = folded[0].shape[1]
+        y = on_existing(lambda part: self._in_slices(part, *folded[1:]), folded[0], None if more else kept)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _in_slices(self, *folded: Tensor) -> Tensor:
+        """folded: (branches, tokens, features) each."""
+        branches, tokens = folded[0].shape[:2]
         size = -(-tokens // self.slices)
         diverged = self.state.mark()
         out = torch.empty(0)
@@ -103,7 +110,7 @@ class SlicedMLP:
             if first == 0:
                 out = torch.empty(branches, tokens, y.shape[-1], dtype=y.dtype, device=y.device)
             out[:, part] = y
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     def _run(self, x: Any, *more: Any) -> Any:
         for name in self.names:
@@ -156,7 +163,8 @@ def in_chunks(
         state.restore(diverged)
         given = [_mapped(cut, value, "") for value in args]
         named = {name: _mapped(cut, value, name) for name, value in kwargs.items()}
-        with state.laid_out(state.branches.count * (part.stop - part.start), hidden.shape[1]):
+        kept = state.kept(hidden, part)
+        with state.laid_out(state.branches.count * (part.stop - part.start), hidden.shape[1], kept):
             out = block(*given, **named)
         if result is None:
             overwrite = overwrite and _takes(hidden, out)

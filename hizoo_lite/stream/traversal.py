@@ -77,6 +77,8 @@ class Traversal:
     ) -> Losses:
         with self._branches(branches, mu, directions):
             inputs, state = self._fold(batch, branches.count), self.model.state
+            if "attention_mask" in inputs and self.model.leaves_out_padding:
+                state.pad(batch.attention_mask)
             with state.laid_out(*inputs["input_ids"].shape):
                 if self.model.kind == "classifier":
                     logits = self.model.module(**inputs).logits

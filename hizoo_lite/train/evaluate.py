@@ -70,24 +70,31 @@ def evaluate(
 ) -> Evaluation:
     """Loss and metric on `examples` (at least one), which the ranks share.
 
+    Batches are of examples of like length, the longest first: little padding, and memory that does not reach
+    is missed at once.
+
     `check` is called before every batch and may raise, to stop; `advanced` after it with the number of
     examples that are done.
     """
     began = time.perf_counter()
     total = 0.0
-    predictions: list[Prediction] = []
-    for part in _parts(ranks.share(examples), batch_size):
+    own = ranks.share(examples)
+    encoded = [encoder.encode(example, training=False) for example in own]
+    order = sorted(range(len(own)), key=lambda index: -max(map(len, encoded[index].rows)))
+    found_at: dict[int, Prediction] = {}
+    for part in _parts(order, batch_size):
         check()
-        batch = encoder.collate([encoder.encode(example, training=False) for example in part])
+        batch = encoder.collate([encoded[index] for index in part])
         losses = model.losses(batch)
         total += float(losses.per_example.sum())
         if encoder.task.kind == "choice":
             found = chosen(losses, batch)
-            predictions += map(encoder.class_of, found) if batch.loss == "class" else found
+            picked = map(encoder.class_of, found) if batch.loss == "class" else found
+            found_at |= zip(part, picked, strict=True)
         elif encoder.task.kind == "completion" and model.writes:
-            predictions += complete(model, encoder, part)
+            found_at |= zip(part, complete(model, encoder, [own[index] for index in part]), strict=True)
         advanced(len(part))
-    shares = ranks.gather((total, predictions))
+    shares = ranks.gather((total, [found_at[index] for index in sorted(found_at)]))
     total = sum(share[0] for share in shares)
     predictions = [prediction for share in shares for prediction in share[1]]
     metrics = encoder.task.scores(examples, predictions) if predictions else []
@@ -109,9 +116,9 @@ def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: s
     }
 
 
-def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for first in range(0, len(examples), size):
-        yield examples[first : first + size]
+def _parts(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(order), size):
+        yield order[first : first + size]
 
 
 def chosen(losses: Losses, batch: Batch) -> list[int]:

@@ -131,7 +131,7 @@ class AutoRate:
 
     def __init__(
         self,
-        kappa: float = 0.04,
+        kappa: float = 0.06,
         fast: float = 0.03,
         slow: float = 0.03,
         ramp: int = 5,
