@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
+from hizoo_lite.device import is_gpu
 from hizoo_lite.quant import native
 from hizoo_lite.quant.rounding import grow, uniform
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
@@ -81,7 +82,10 @@ class Int8Weight(nn.Module, PackedWeight):
         The scale is left out; the power of two keeps fp16 products in range.
         """
         check_out(out, self.shape, first_row)
-        return out.copy_(self.codes[first_row : first_row + out.shape[0]]).mul_(1 / 128)
+        codes = self.codes[first_row : first_row + out.shape[0]]
+        if is_gpu(out.device):
+            return torch.mul(codes, 1 / 128, out=out)  # 3 bytes a weight moved in place of 7
+        return out.copy_(codes).mul_(1 / 128)  # on a CPU that takes a fifth of the time
 
     def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
         """See `PackedWeight.store`. A row's absmax grows where a value exceeds it (see `rounding.grow`)."""

@@ -32,7 +32,11 @@ SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 _SPECIAL_STEMS = {"trec_10": "test"}  # TREC's own name of its 500 test questions
-_NOT_DATA = {"readme", "license", "licence", "licenses"}
+_NOT_DATA = {
+    *("readme", "license", "licence", "licenses"),
+    *("config", "generation_config", "adapter_config", "model.safetensors.index"),  # of a model beside it
+    *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab", "merges"),
+}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hizoo_lite import spaces
 from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.memory.estimate import pass_bytes
 from hizoo_lite.memory.plan import Plan
 from hizoo_lite.memory.workload import ONE_ROW, Workload, cache_bytes
@@ -74,7 +75,7 @@ def build(
     task = find_task(config.task)
     splits = run_splits(config, task)
     plan, workload = planned(config, task, splits, model)
-    model = model or load_model(config, task)
+    model = model or load_model(_as_planned(config, plan), task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
     space = space or make_space(config)
     space.attach(model, config.seed)
@@ -84,6 +85,16 @@ def build(
         model.halvings = max(model.halvings, plan.halvings)
     prepare_blocks(model, config, workload, stepper.estimator.branches(0), space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
+
+
+def _as_planned(config: TrainConfig, plan: Plan | None) -> TrainConfig:
+    """Where all blocks fit on a GPU they are loaded there at once, and embedding and head with them.
+
+    Left to itself, `auto` loads for blocks that travel wherever there is a budget.
+    """
+    if plan is None or (config.residency, plan.residency) != ("auto", "resident"):
+        return config
+    return replace(config, residency="resident") if is_gpu(choose_device(config.device)) else config
 
 
 def planned(
