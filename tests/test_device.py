@@ -117,7 +117,7 @@ def test_a_benchmark_that_does_not_start_says_why() -> None:
     import bench_step
 
     with pytest.raises(SystemExit, match=r"(?s)step: did not start: .*no_such_folder"):
-        bench_step.start("step", "no_such_folder", [])
+        bench_step.start("step", "no_such_folder", ["float32"])
 
 
 def test_ranks_have_a_gpu_each(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

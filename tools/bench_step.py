@@ -6,14 +6,17 @@ A random Llama (hidden 4096, intermediate 11008, 2 layers; with --quick 1024, 27
 loaded in NF4 by separate processes, one for each contender, which then take turns, so that a slow moment
 of the machine falls on all of them:
 
-    inference            transformers + bitsandbytes, eval(), bf16, logits of the last position
+    inference            transformers + bitsandbytes, eval(), logits of the last position
     inference, same allocator   the same with glibc's allocator set as hizoo_lite sets it
     inference, unpacked  the same, with bitsandbytes' repacking for AVX512-BF16 switched off
-    step                 hizoo_lite: three branches in one traversal, bf16 products, noise, update
+    step                 hizoo_lite: three branches in one traversal, noise, update
     separate             hizoo_lite: the three losses as three traversals, no update
     step float32         like `step` with float32 products
-    products             the bare bf16 products of three branches with dense weights: the floor of `step`
+    products             the bare products of three branches with dense weights: the floor of `step`
     backpropagation      PEFT LoRA (the same targets), loss.backward() and AdamW
+
+Products are of the type that `--compute-dtype auto` takes on the device, in all of them: bf16 where there are
+instructions for it, float32 on other CPUs, where `inference, unpacked` and `step float32` say nothing new.
 
 Times are medians; peaks are of anonymous memory (allocator peak on CUDA) during the step, above what the
 imports take. Batches: 1 x 64 and 8 x 64 tokens, one label a row.
@@ -30,22 +33,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from reporting import make_parser, publish
 
-CONTENDERS = (
-    "inference",
-    "inference_same_allocator",
-    "inference_unpacked",
-    "step",
-    "separate",
-    "step_float32",
-    "products",
-    "backprop",
-)
+from hizoo_lite.device import choose_device
+from hizoo_lite.model.skeleton import choose_compute, compute_name
+
+CONTENDERS = ("inference", "inference_same_allocator", "step", "separate", "products", "backprop")
+#: Where the products of the others are bf16.
+WITH_BF16 = ("inference_unpacked", "step_float32")
 ROWS = {"tokens_64": 1, "tokens_512": 8}
 LENGTH = 64
 
@@ -66,7 +65,7 @@ def make_checkpoint(folder: Path, hidden: int, intermediate: int) -> None:
 # ---------------------------------------------------------------------------- one contender's process
 
 
-def ours(folder: str, device: str, contender: str) -> Callable[[int], None]:
+def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[int], None]:
     """A function of the number of rows that takes one step, or three separate traversals."""
     import torch
 
@@ -79,7 +78,7 @@ def ours(folder: str, device: str, contender: str) -> Callable[[int], None]:
     from hizoo_lite.train.schedules import FixedRate, Schedule
     from hizoo_lite.train.step import Stepper
 
-    dtype = "float32" if contender == "step_float32" else "bf16"
+    dtype = "float32" if contender == "step_float32" else compute
     model = load(folder, bits="nf4", compute_dtype=dtype, device=device)
     space = LoRA(rank=8, train_a=True, blocks="all")
     space.attach(model, seed=0)
@@ -118,20 +117,20 @@ def ours(folder: str, device: str, contender: str) -> Callable[[int], None]:
     return run
 
 
-def theirs(folder: str, device: str, contender: str) -> Callable[[int], None]:
+def theirs(folder: str, device: str, compute: str, contender: str) -> Callable[[int], None]:
     """A function of the number of rows: one inference forward, or one backpropagation step."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=_dtype(compute),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=config,
         device_map={"": device},
-        dtype=torch.bfloat16,
+        dtype=_dtype(compute),
         trust_remote_code=False,
     ).eval()
     ids = torch.randint(0, 32000, (8, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
@@ -163,7 +162,7 @@ def theirs(folder: str, device: str, contender: str) -> Callable[[int], None]:
     return step
 
 
-def products(folder: str, device: str) -> Callable[[int], None]:
+def products(folder: str, device: str, compute: str) -> Callable[[int], None]:
     """A function of the number of rows: the products of a step alone, over weights that need no unpacking."""
     import torch
     from transformers import AutoConfig
@@ -171,14 +170,22 @@ def products(folder: str, device: str) -> Callable[[int], None]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes = [*[(hidden, hidden)] * 4, (inner, hidden), (inner, hidden), (hidden, inner)]
-    weights = [torch.randn(shape, device=device).bfloat16() for shape in shapes * config.num_hidden_layers]
+    dtype = _dtype(compute)
+    weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes * config.num_hidden_layers]
 
     def run(rows: int) -> None:
         for weight in weights:
-            x = torch.ones(3 * rows * LENGTH, weight.shape[1], dtype=torch.bfloat16, device=device)
+            x = torch.ones(3 * rows * LENGTH, weight.shape[1], dtype=dtype, device=device)
             x @ weight.t()
 
     return run
+
+
+def _dtype(compute: str) -> Any:
+    """torch's, of a name of `--compute-dtype`."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[compute]
 
 
 class PeakSampler:
@@ -228,17 +235,17 @@ def cap_device(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
-def serve(contender: str, folder: str, device: str) -> None:
+def serve(contender: str, folder: str, device: str, compute: str) -> None:
     """Load, then time one run for each number of rows that arrives on standard input."""
     import torch
     import transformers  # noqa: F401 - part of what the imports take
 
     imports_bytes = anonymous_bytes() if device == "cpu" else 0
     if contender == "products":
-        run = products(folder, device)
+        run = products(folder, device, compute)
     else:
         kind = ours if contender in ("step", "separate", "step_float32") else theirs
-        run = kind(folder, device, contender)
+        run = kind(folder, device, compute, contender)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         rows, warm = json.loads(line)
@@ -284,13 +291,15 @@ def ask(process: subprocess.Popen, rows: int, warm: bool) -> tuple[float, int]:
     return seconds, peak_bytes
 
 
-def measure(folder: str, options: list[str], rounds: int) -> dict[str, dict[str, tuple[float, int]]]:
+def measure(
+    contenders: Sequence[str], folder: str, options: list[str], rounds: int
+) -> dict[str, dict[str, tuple[float, int]]]:
     """Median seconds and largest peak of every contender, by batch."""
-    processes = {contender: start(contender, folder, options) for contender in CONTENDERS}
+    processes = {contender: start(contender, folder, options) for contender in contenders}
     found: dict[str, dict[str, tuple[float, int]]] = {}
     try:
         for name, rows in ROWS.items():
-            runs: dict[str, list[tuple[float, int]]] = {contender: [] for contender in CONTENDERS}
+            runs: dict[str, list[tuple[float, int]]] = {contender: [] for contender in contenders}
             for turn in range(rounds):
                 for contender, process in processes.items():
                     runs[contender].append(ask(process, rows, warm=turn == 0))
@@ -308,14 +317,20 @@ def measure(folder: str, options: list[str], rounds: int) -> dict[str, dict[str,
 def ratios(times: dict[str, tuple[float, int]]) -> dict[str, Any]:
     """The figures of one batch."""
     step, step_peak = times["step"]
+    inference = times["inference"][0]
+    with_bf16 = {}
+    if "step_float32" in times:
+        with_bf16 = {
+            "step_over_inference_unpacked": step / times["inference_unpacked"][0],
+            "float32_step_over_inference": times["step_float32"][0] / inference,
+        }
     return {
-        "step_over_inference": step / times["inference"][0],
+        "step_over_inference": step / inference,
         "step_over_inference_same_allocator": step / times["inference_same_allocator"][0],
-        "step_over_inference_unpacked": step / times["inference_unpacked"][0],
-        "products_over_inference": times["products"][0] / times["inference"][0],
+        **with_bf16,
+        "products_over_inference": times["products"][0] / inference,
         "step_over_products": step / times["products"][0],
         "folded_over_separate": step / times["separate"][0],
-        "float32_step_over_inference": times["step_float32"][0] / times["inference"][0],
         "backprop_time_over_step": times["backprop"][0] / step,
         "backprop_peak_over_step": times["backprop"][1] / step_peak,
         "seconds": {contender: seconds for contender, (seconds, _) in times.items()},
@@ -327,26 +342,34 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cap-gib", type=float, help="cap torch's CUDA allocator, in each process")
-    parser.add_argument("--serve", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--serve", nargs=3, metavar=("CONTENDER", "FOLDER", "COMPUTE"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.serve:
+        contender, folder, compute = arguments.serve
         cap_device(arguments.cap_gib)
-        serve(*arguments.serve, arguments.device)
+        serve(contender, folder, arguments.device, compute)
         return
+    compute = str(compute_name(choose_compute("auto", choose_device(arguments.device))))
+    contenders = CONTENDERS + (WITH_BF16 if compute == "bf16" else ())
     hidden, intermediate = (1024, 2752) if arguments.quick else (4096, 11008)
     rounds = 3 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), hidden, intermediate)
         options = ["--device", arguments.device]
         options += ["--cap-gib", str(arguments.cap_gib)] if arguments.cap_gib else []
-        found = measure(folder, options, rounds)
+        found = measure(contenders, folder, [compute, *options], rounds)
     figures = {name: ratios(times) for name, times in found.items()}
     rows = [
         [name, contender, 1e3 * seconds, peak / 2**20, seconds / times["inference"][0]]
         for name, times in found.items()
         for contender, (seconds, peak) in times.items()
     ]
-    title = f"One step, Llama {hidden}/{intermediate}, 2 layers, NF4, median of {rounds} interleaved rounds"
+    title = (
+        f"One step, Llama {hidden}/{intermediate}, 2 layers, NF4, products in {compute}, "
+        f"median of {rounds} interleaved rounds"
+    )
     publish(title, ["batch", "contender", "ms", "peak MiB", "x inference"], rows, figures, arguments)
     for name, values in figures.items():
         print(name, {key: round(value, 3) for key, value in values.items() if isinstance(value, float)})
