@@ -130,6 +130,27 @@ def test_a_run_that_failed_is_one_message_and_exit_code_one(tmp_path: Path) -> N
     assert (tmp_path / "run/summary.json").is_file()
 
 
+def test_texts_of_a_single_token_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["The soup was warm.", "", "The day was cold."] * 4  # the embedded tokenizer begins with <s>
+    data = tmp_path / "d"
+    data.mkdir()
+    for name in ("train", "test"):
+        rows = "".join(json.dumps({"text": text + " "}) + "\n" for text in texts)
+        (data / f"{name}.jsonl").write_text(rows)
+    (tmp_path / "t.toml").write_text('name = "t"\nkind = "lm"\nprompt = "{text}"\n')
+    settings = short_run(tmp_path, steps=1, dev_examples=0) | {
+        "task": str(tmp_path / "t.toml"),
+        "data": str(data),
+    }
+    done = call("train", *flags(settings))
+    assert done.exit_code == 0, done.stderr
+    assert "of 12 texts are left out: a single token each" in caplog.text
+    done = call("eval", "--adapter", str(tmp_path / "run"), "--json")
+    assert json.loads(done.stdout)["examples"] == 8
+
+
 def test_train_prints_its_result_on_stdout_and_progress_on_stderr(tmp_path: Path) -> None:
     done = call("train", *flags(short_run(tmp_path, steps=2)))
     assert done.exit_code == 0, done.stderr

@@ -10,8 +10,6 @@ import typer
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hizoo_lite.base import Example
     from hizoo_lite.memory.budget import Cap
     from hizoo_lite.stream.choose import Budgets
@@ -135,7 +133,7 @@ def _measured(
     limits: Budgets,
     cap: Cap,
     task: Task,
-    part: Sequence[Example],
+    part: list[Example],
     adapter: str | None,
     split: str,
     listener: Listener,
@@ -144,12 +142,13 @@ def _measured(
     from hizoo_lite.base import EVALUATION
     from hizoo_lite.memory.budget import Budget, loading
     from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train import planning, saved, setup
+    from hizoo_lite.train import parts, planning, saved, setup
     from hizoo_lite.train.evaluate import evaluate, report
 
     with loading():
         model = setup.load_model(config, task)
     encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+    part = parts.learnable(encoder, part)
     workload = planning.evaluated(encoder, part)
 
     def prepare() -> None:

@@ -54,6 +54,7 @@ def evaluate_export(
     encoder = parts.task_encoder(
         model.tokenizer, model.kind, task, most, config.loss, order=order, vocabulary=model.vocabulary
     )
+    examples = parts.learnable(encoder, examples)
     if model.kind == "classifier":
         check_classes(task, model.session.graph, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))

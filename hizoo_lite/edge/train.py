@@ -125,6 +125,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     if graph.record.kind == "classifier":
         check_classes(task, graph.session, SCORES)
     stepper = parts.make_stepper(config, graph, GraphSpace(config.space, graph), None, None)
+    splits = parts.learnable_splits(encoder, splits)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 
 

@@ -33,6 +33,9 @@ from hizoo_lite.tasks.tokens import (
     word_id,
 )
 
+#: No token of any vocabulary is longer.
+_MOST_TOKEN_CHARACTERS = 1024
+
 
 class Encoder:
     """Encodes a task's examples for one tokenizer and one kind of model. Stateless but for its settings.
@@ -124,6 +127,13 @@ class Encoder:
         if self.task.kind == "lm":
             return self._text(example)
         return self._causal(example, only_gold=training and self.loss == "answer")
+
+    def teaches(self, example: Example) -> bool:
+        """Whether there is a token to predict: a text of one token alone has none."""
+        if self.model_kind != "causal" or self.task.kind != "lm" or self.task.chat:
+            return True
+        text = render(self.task.causal, example.fields)
+        return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """The batch of some encoded examples, padded on the right."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, tasks
 from hizoo_lite.base import BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
 from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train import schedules
 from hizoo_lite.train.config import EMBEDDED, TrainConfig
 from hizoo_lite.train.step import Stepper
+
+_log = logging.getLogger(__name__)
 
 #: The embedded model, task and data.
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -64,6 +68,28 @@ def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     return part
+
+
+def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:
+    """The examples without texts of a single token, which are counted in the log.
+
+    UserError where none is left.
+    """
+    kept = [example for example in examples if encoder.teaches(example)]
+    if len(kept) < len(examples):
+        first = next(where(example) for example in examples if not encoder.teaches(example))
+        if not kept:
+            raise UserError(f"{first}: no text here has more than one token; there is nothing to predict")
+        _log.warning(
+            "%d of %d texts are left out: a single token each, and nothing to predict; the first is %s",
+            *(len(examples) - len(kept), len(examples), first),
+        )
+    return kept
+
+
+def learnable_splits(encoder: Encoder, splits: Splits) -> Splits:
+    """`learnable` of every part."""
+    return Splits(*(learnable(encoder, part) for part in (splits.train, splits.dev, splits.test)))
 
 
 def task_encoder(

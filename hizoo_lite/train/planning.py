@@ -118,7 +118,7 @@ def _demand(encoder: Encoder, examples: Sequence[Example], *, training: bool) ->
     counted, where they are other answers, as if each took a row of its own.
     """
     rows = sites = longest = 1
-    for example in examples[:MOST_ENCODED]:
+    for example in filter(encoder.teaches, examples[:MOST_ENCODED]):
         encoded = encoder.encode(example, training=training)
         rows, sites = max(rows, len(encoded.rows)), max(sites, len(encoded.sites))
         longest = max(longest, *map(len, encoded.rows))

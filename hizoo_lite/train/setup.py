@@ -25,7 +25,7 @@ from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import planning
 from hizoo_lite.train.config import EMBEDDED, TrainConfig
-from hizoo_lite.train.parts import DEMO, run_splits, task_encoder
+from hizoo_lite.train.parts import DEMO, learnable_splits, run_splits, task_encoder
 from hizoo_lite.train.parts import data_path as data_path
 from hizoo_lite.train.parts import find_task as find_task
 from hizoo_lite.train.parts import make_curvature as make_curvature
@@ -77,6 +77,7 @@ def build(
     plan, workload = planned(config, task, splits, model)
     model = model or load_model(_as_planned(config, plan), task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
+    splits = learnable_splits(encoder, splits)
     space = space or make_space(config)
     space.attach(model, config.seed)
     traversal = Traversal(model)

@@ -68,7 +68,7 @@ def export_train(
     if config is None:
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
     task = parts.find_task(config.task)
-    examples = parts.make_splits(config, task).train[: config.batch_size]
+    examples = parts.make_splits(config, task).train
     source = read_source(run, model=model)
     with workplace(place) as work:
         check_new(place)  # another process may have made it just now
@@ -76,6 +76,7 @@ def export_train(
         aside.mkdir()
         loaded = load_base(source, stored_folder(source, work, listener))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
+        examples = parts.learnable(encoder, examples)[: config.batch_size]
         space = saved.attach_adapter(loaded, run, train_a=config.train_a)
         assert isinstance(space, LoRA)
         if fresh:
