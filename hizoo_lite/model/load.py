@@ -17,6 +17,7 @@ from hizoo_lite.memory.allocator import keep_heap, map_large
 from hizoo_lite.model import attention, skeleton
 from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
+from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.quant import Checkpoint, native
 from hizoo_lite.stream.block import install
 from hizoo_lite.stream.choose import Budgets, Limits, ResidencyName, choose
@@ -90,6 +91,7 @@ def load(
         folder=checkpoint.folder,
         checkpoint=checkpoint,
         stored_names=filler.stored_names,
+        row_positions=RowPositions(module, filler.state),
         away=set(filler.away),
         new_parameters=filler.new,
         limits=Limits(residency, device_budget, host_budget),

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
 from hizoo_lite.model.linear import BranchLinear
+from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.model.skeleton import vocabulary_of
 from hizoo_lite.quant import Checkpoint
@@ -42,6 +43,7 @@ class Model:
     folder: Path  # where the checkpoint's files are
     checkpoint: Checkpoint
     stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
+    row_positions: RowPositions  # of codes that depend on a row's length
     away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run

@@ -79,7 +79,8 @@ class Traversal:
             inputs, state = self._fold(batch, branches.count), self.model.state
             if "attention_mask" in inputs and self.model.leaves_out_padding:
                 state.pad(batch.attention_mask)
-            with state.laid_out(*inputs["input_ids"].shape):
+            lengths = batch.attention_mask.sum(1).tolist()
+            with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
                 if self.model.kind == "classifier":
                     logits = self.model.module(**inputs).logits
                     wide = logits.view(branches.count, batch.examples, -1)

@@ -28,8 +28,15 @@ class _Stop(StoppingCriteria):
 def write(
     model: Model, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Writer`."""
+    """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Writer`.
+
+    Prompt by prompt where the codes of positions depend on how long a text is.
+    """
     length = max(map(len, prompts))
+    if model.row_positions.depend_on(length + max_new_tokens):
+        model.row_positions.forget()
+        if len(prompts) > 1:
+            return [write(model, [prompt], pad_id, max_new_tokens, ended)[0] for prompt in prompts]
     ids = torch.full((len(prompts), length), pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
