@@ -203,6 +203,28 @@ def test_classes_are_spread_evenly_over_an_epoch():
             assert np.abs(counts - [2, 7, 1]).max() <= 1
 
 
+def test_classes_that_are_about_as_frequent_come_in_equal_numbers():
+    labels = [0] * 60 + [1] * 40
+    taken: dict[int, list[int]] = {0: [], 1: []}
+    for step in range(40):
+        batch = batch_indices(100, 10, 3, step, labels)
+        assert batch == batch_indices(100, 10, 3, step, labels)
+        for index in batch:
+            taken[labels[index]].append(index)
+        assert len(taken[0]) == len(taken[1])
+    assert sorted(taken[0][:60]) == list(range(60))  # every example of a class once before any twice
+    assert sorted(taken[1][:40]) == list(range(60, 100))
+    assert taken[1][:40] != taken[1][40:80]
+    three = [label for label in [0, 1, 2] for _ in range(7)]
+    counts = np.bincount([three[index] for index in batch_indices(21, 16, 0, 5, three)])
+    assert sorted(counts) == [5, 5, 6]
+
+
+def test_a_rare_class_stays_rare():
+    labels = [0] * 61 + [1] * 40
+    assert sorted(batch_indices(101, 101, 0, 0, labels)) == list(range(101))
+
+
 def test_examples_of_a_class_come_in_another_order_each_epoch():
     labels = [0, 1] * 50
     first, second = (batch_indices(100, 100, 0, step, labels) for step in (0, 1))

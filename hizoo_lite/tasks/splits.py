@@ -34,6 +34,10 @@ class Splits:
     test: list[Example]
 
 
+#: Classes of which none has more than this many times another's examples count as equally frequent.
+EVEN = 1.5
+
+
 class _Wanted(NamedTuple):
     train: int | None
     dev: int | None
@@ -171,12 +175,15 @@ def batch_indices(
     epoch); step s takes positions s * batch_size onwards. The last, incomplete batch of an epoch goes on into
     the next epoch's permutation, so that every batch is full and no example is left out.
 
-    labels: the class of each example, (count,), to spread the classes evenly over an epoch (see `_spread`).
+    labels: the class of each example, (count,), to balance the batches: the same number of each class where
+        classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
     """
     if count < 1 or batch_size < 1 or seed < 0 or step < 0:
         raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
-    indices: list[int] = []
     position = step * batch_size
+    if labels is not None and is_even(labels):
+        return _in_turn(np.asarray(labels), seed, range(position, position + batch_size))
+    indices: list[int] = []
     while len(indices) < batch_size:
         epoch, offset = divmod(position + len(indices), count)
         draw = np.random.Generator(np.random.Philox(key=[seed, epoch]))
@@ -185,6 +192,31 @@ def batch_indices(
             order = _spread(order, np.asarray(labels), draw)
         indices += order[offset : offset + batch_size - len(indices)].tolist()
     return indices
+
+
+def is_even(labels: Sequence[int]) -> bool:
+    """Whether the most frequent class has at most `EVEN` times the examples of the least frequent one."""
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    return bool(counts.max() <= EVEN * counts.min())
+
+
+def _in_turn(labels: np.ndarray, seed: int, positions: range) -> list[int]:
+    """The examples at these positions of a stream that takes one of each class in turn.
+
+    Each class has its own permutations, one an epoch of the class. The loss that is trained is that of equally
+    likely classes: what a sample has more of one is no prior to learn.
+    """
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    orders: dict[tuple[int, int], np.ndarray] = {}
+    found = []
+    for position in positions:
+        turn, which = divmod(position, len(classes))
+        epoch, offset = divmod(turn, len(classes[which]))
+        if (which, epoch) not in orders:
+            draw = np.random.Generator(np.random.Philox(key=[seed, epoch * len(classes) + which]))
+            orders[which, epoch] = draw.permutation(classes[which])
+        found.append(int(orders[which, epoch][offset]))
+    return found
 
 
 def _spread(order: np.ndarray, labels: np.ndarray, draw: np.random.Generator) -> np.ndarray:

@@ -164,7 +164,8 @@ class TrainConfig:
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
     balanced: Literal["auto", "off"] = _setting(
         "auto",
-        "auto: every batch has the classes in the proportions of the whole, of tasks with choices",
+        "of tasks with choices: auto gives every batch as many of each class where none has above 1.5 times "
+        "the examples of another, and the proportions of the whole otherwise",
         group="Run",
     )
     accumulate: int = _setting(
