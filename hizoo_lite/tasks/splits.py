@@ -203,8 +203,8 @@ def is_even(labels: Sequence[int]) -> bool:
 def _in_turn(labels: np.ndarray, seed: int, positions: range) -> list[int]:
     """The examples at these positions of a stream that takes one of each class in turn.
 
-    Each class has its own permutations, one an epoch of the class. The loss that is trained is that of equally
-    likely classes: what a sample has more of one is no prior to learn.
+    Each class has its own permutations, one an epoch of the class. The loss that is trained is that of
+    equally likely classes: what a sample has more of one is no prior to learn.
     """
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     orders: dict[tuple[int, int], np.ndarray] = {}
