@@ -16,6 +16,7 @@ on its own kind of device only. torch's CPU generator uses 32 bits of its seed: 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -95,11 +96,16 @@ def tile_rounding(seed: int, step: int, name: str, first_row: int, device: torch
     return tile_generator(device, seed, "rounding", step, name, first_row)
 
 
+#: That draw the noise of one step.
+MOST_THREADS = 8
+
+
 class StepNoise:
-    """All z of a step for a fixed set of tensors, drawn one step ahead in a thread.
+    """All z of a step for a fixed set of tensors, drawn one step ahead in threads.
 
     numpy fills arrays without holding the interpreter lock, so the next step's noise costs nothing
-    while a traversal computes. Because every draw is pure, drawing ahead cannot change a result.
+    while a traversal computes. Because every draw is pure, neither drawing ahead nor the number of threads
+    can change a result.
     """
 
     def __init__(
@@ -112,7 +118,10 @@ class StepNoise:
         self.seed, self.directions = seed, directions
         self.shapes = dict(shapes)
         self._arrays = arrays or host_arrays()
+        # Half of the cores, since a CPU may compute meanwhile; one is slower than a GPU's step.
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="noise")
         self._ahead: tuple[int, Future[dict[str, Array]]] | None = None
 
     def __call__(self, step: int) -> dict[str, Array]:
@@ -128,12 +137,13 @@ class StepNoise:
         return drawn
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._thread.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
 
     def _draw(self, step: int) -> dict[str, Array]:
-        own = self._arrays.from_numpy
-        return {
-            name: own(drawn_along(self.seed, step, name, shape, self.directions))
-            for name, shape in self.shapes.items()
-        }
+        def draw(name: str) -> Array:
+            found = drawn_along(self.seed, step, name, self.shapes[name], self.directions)
+            return self._arrays.from_numpy(found)
+
+        return dict(zip(self.shapes, self._workers.map(draw, self.shapes), strict=True))
