@@ -49,6 +49,7 @@ def test_files_of_dev_and_test_are_taken_by_their_usual_names(name, tmp_path, ca
 def test_files_that_are_no_part_are_named(tmp_path, caplog):
     for stem in ("train", "holdout"):
         sst2_file(tmp_path, stem, 10)
+    (tmp_path / "tokenizer.json").write_text("{}")  # a model beside the data, as in the demo
     splits = make_splits(SST2, tmp_path)
     assert all("train.tsv" in place for place in wheres(splits.train + splits.dev + splits.test))
     assert "not taken: holdout.tsv; names that tell their part: train, training, dev, val" in caplog.text

@@ -284,9 +284,10 @@ def find_split(data: Path, split: Split) -> Path | None:
 
 
 def nameless(data: Path) -> list[str]:
-    """The names of a folder's data files that are taken for no split, beside others that are."""
+    """The names of a folder's files that are taken for no split, beside others of their format that are."""
     files = _data_files(data) if data.is_dir() else []
-    return [path.name for path in files if _split_of(path) is None] if len(files) > 1 else []
+    taken = {path.suffix.lower() for path in files if _split_of(path) is not None}
+    return [path.name for path in files if _split_of(path) is None and path.suffix.lower() in taken]
 
 
 def _data_files(folder: Path) -> list[Path]:
