@@ -145,6 +145,11 @@ ASKING_CONFIGS: dict[str, Tiny] = {
     "doge": Tiny("DogeConfig", _GROUPED, "causal"),
 }
 
+#: The head of its classifier has a norm beside a linear layer.
+MODERNBERT = Tiny(
+    "ModernBertConfig", {**_COMMON, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}, "masked"
+)
+
 
 def make_tiny(
     name: str, *, kind: ModelKind | None = None, seed: int = 0, **changes: Any
@@ -154,7 +159,9 @@ def make_tiny(
     Matrices are normal with a standard deviation of 1/sqrt(in_features), embeddings 1, norms and biases
     0.1 around what their layer starts with, so that every parameter matters to the logits.
     """
-    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS, **ASKING_CONFIGS}[name]
+    tiny = {**TINY_CONFIGS, **ALIBI_CONFIGS, **RELATIVE_CONFIGS, **ASKING_CONFIGS, "modernbert": MODERNBERT}[
+        name
+    ]
     # transformers 5.17 picks sdpa for Gemma2 by itself, which silently leaves out the cap on the logits
     eager = name in ("bloom", *RELATIVE_CONFIGS) or "attn_logit_softcapping" in tiny.arguments
     model = _AUTO[kind or tiny.kind].from_config(

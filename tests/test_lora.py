@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hizoo_lite.base import UserError
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces.lora import LoRA, resolve_targets
+from hizoo_lite.train.saved import attach_adapter
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 
 AUTO = {
@@ -87,6 +89,44 @@ def test_peft_loads_the_adapter_over_bitsandbytes_weights(tmp_path: Path) -> Non
     with torch.no_grad():
         ours, peft_logits = model.module(input_ids=ids).logits, tuned(input_ids=ids).logits
     torch.testing.assert_close(ours, peft_logits, rtol=1e-5, atol=2e-5)
+
+
+def test_a_head_with_more_than_linear_layers_goes_to_peft_and_comes_from_it(tmp_path: Path) -> None:
+    """PEFT saves such a head as a whole, with its norm, which PEFT may have trained."""
+    plain = save_tiny("modernbert", tmp_path / "base", kind="classifier")
+    model = load(tmp_path / "base", kind="classifier", bits="none", compute_dtype="float32", device="cpu")
+    space = LoRA(rank=2, targets="all-linear")
+    space.attach(model, seed=0)
+    randomized(space)
+    space.save(tmp_path / "ours")
+    assert space.peft_config().modules_to_save == {"classifier", "head.dense"}
+    ids, _ = tiny_batch()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=1e-5, atol=2e-5)
+    space.detach()
+    untuned = model.module(ids).logits
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["Wqkv"], task_type="SEQ_CLS", modules_to_save=["head", "classifier"]
+    )
+    theirs = peft.get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path / "theirs")
+    tuned: Any = attach_adapter(model, tmp_path / "theirs")
+    wanted = theirs(ids).logits
+    torch.testing.assert_close(model.module(ids).logits, wanted, rtol=1e-5, atol=2e-5)
+    tuned.save(tmp_path / "again")
+    assert tuned.peft_config().modules_to_save == {"classifier", "head"}
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == (
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
+    )
+    attach_adapter(model, tmp_path / "again")
+    torch.testing.assert_close(model.module(ids).logits, wanted, rtol=1e-5, atol=2e-5)
+    tuned.detach()
+    assert torch.equal(model.module(ids).logits, untuned)
 
 
 def test_saved_adapters_load_back_bit_equal(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
@@ -47,6 +47,7 @@ class Model:
     away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
+    originals: dict[str, Tensor] = field(default_factory=dict)  # of parameters that an adapter has replaced
     limits: Limits = field(default_factory=Limits)  # what `load` was told
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
     observer: Observer | None = None  # is told when a block or the head has run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,25 @@ def head_layers(model: Model) -> list[str]:
         return []
     trunk, new = model.trunk_name + ".", set(model.new_parameters)
     return [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
+
+
+def beside_heads(model: Model, heads: Sequence[str]) -> dict[str, Tensor]:
+    """What the heads' children of the model have beside their linear layers, by name, such as norms.
+
+    It is not trained here. PEFT, which saves a child as a whole, may have trained it.
+    """
+    children = tuple({name.split(".")[0] + "." for name in heads} - {model.trunk_name + "."})
+    return {name: p.data for name, p in model.module.named_parameters() if name.startswith(children)}
+
+
+def saved_modules(heads: Sequence[str], trunk: str, unsaved: Collection[str]) -> list[str]:
+    """What PEFT is to have in full: whole children of the model, or those layers alone where some is unsaved.
+
+    heads: linear layers. trunk: the child that is no head. unsaved: parameters that the file has not.
+    """
+    found = set()
+    for name in heads:
+        child = name.split(".")[0]
+        is_whole = child != trunk and not any(other.startswith(child + ".") for other in unsaved)
+        found.add(child if is_whole else name)
+    return sorted(found)

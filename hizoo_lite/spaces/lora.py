@@ -22,9 +22,9 @@ from hizoo_lite import peft_format
 from hizoo_lite.base import BranchState, LinearDelta, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
-from hizoo_lite.spaces.heads import attach_head, branch_values
+from hizoo_lite.spaces.heads import attach_head, beside_heads, branch_values, saved_modules
 from hizoo_lite.spaces.storage import load_tensors, save_tensors
-from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
+from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
@@ -108,11 +108,12 @@ class LoRA:
         """Take every delta off the model again."""
         for name in [*self.target_names, *self.head_names]:
             self.model.linears[name].delta = None
+        restore(self.model)
 
     def peft_config(self) -> LoraConfig:
         """The adapter as PEFT describes it."""
-        trunk = self.model.trunk_name + "."
-        heads = sorted({n if n.startswith(trunk) else n.split(".")[0] for n in self.head_names})
+        unsaved = set(beside_heads(self.model, self.head_names)) - set(self.frozen)
+        heads = saved_modules(self.head_names, self.model.trunk_name, unsaved)
         return LoraConfig(
             task_type=_TASK_TYPE[self.model.kind],
             base_model_name_or_path=str(self.model.source),
@@ -143,11 +144,15 @@ class LoRA:
         path = peft_format.tensor_file(folder)
         tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_tensors(path).items()}
         found = {name: value.shape for name, value in tensors.items()}
-        own = self._tensors()
+        beside = {n: p for n, p in beside_heads(self.model, self.head_names).items() if n in tensors}
+        own = {**self._tensors(), **beside}
         peft_format.check_fits(path, found, {name: value.shape for name, value in own.items()})
         for name, value in tensors.items():
             if not value.is_floating_point():
                 raise UserError(f"{path}: {name} is {value.dtype}, allowed are floats")
+        for name, value in beside.items():
+            self.model.originals.setdefault(name, value.clone())
+        self.frozen |= beside
         for name, value in own.items():
             value.copy_(tensors[name])
 

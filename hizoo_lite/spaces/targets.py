@@ -35,6 +35,14 @@ def release(model: Model) -> None:
         model.pending = None
     for linear in model.linears.values():
         linear.delta = None
+    restore(model)
+
+
+def restore(model: Model) -> None:
+    """Give parameters that came with an adapter, such as the norm of a head, the model's own values again."""
+    for name, value in model.originals.items():
+        model.module.get_parameter(name).data.copy_(value)
+    model.originals = {}
 
 
 def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks = "all") -> list[str]:
