@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.train.journal import Journal, Record, read, record_bytes, scan
+from hizoo_lite.train.journal import MOST_BRANCHES, Journal, Record, read, record_bytes, scan
 
 FLOATS = st.floats(allow_nan=False)
 
@@ -60,6 +60,16 @@ def test_records_come_back_as_they_were(
             journal.append(one)
     assert read(path) == wanted
     assert path.stat().st_size == 32 + len(wanted) * record_bytes(3, directions)
+
+
+def test_the_most_branches_of_a_record_are_kept_and_more_are_refused(tmp_path: Path) -> None:
+    path, most = tmp_path / "journal.bin", MOST_BRANCHES
+    one = Record(0, 1, 0, (1.0,) * most, (0.5,) * (most - 1), (0.25,) * (most - 1), 0.1, 0.2, 0.0)
+    with Journal(path, most, most - 1) as journal:
+        journal.append(one)
+    assert read(path) == [one]
+    with pytest.raises(UserError, match="got 256 branches a step, a journal holds up to 255"):
+        Journal(tmp_path / "other.bin", most + 1, most)
 
 
 def test_a_skipped_step_keeps_its_losses(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ class TrainConfig:
         "losses); n above 1 share one base, 1 + n forwards; auto: 2 for lora, 1 for dense and scales",
         group="Method",
         minimum=1,
+        maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
     )
     curvature: Literal["none", "diagonal", "grouped", "factored"] = _setting(
         "grouped", "how the diagonal Hessian is kept", group="Method"

@@ -36,6 +36,8 @@ _HEADER = struct.Struct("<8sHHIH10sI")
 #: losses follow, then gradient and curvature along each further direction
 _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
+#: Losses of a step: a record counts them in a byte.
+MOST_BRANCHES = 255
 _SKIPPED, _CLIPPED, _CURVED, _PREDICTED = 1, 2, 4, 8
 _MASK = (1 << 64) - 1
 _WITHOUT = (
@@ -79,9 +81,14 @@ class Journal:
     def __init__(self, path: Path, branches: int, directions: int = 1) -> None:
         """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
 
-        What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal,
-        `StorageError` where it cannot be written.
+        What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal, or
+        for more branches than a record counts, `StorageError` where it cannot be written.
         """
+        if branches > MOST_BRANCHES:
+            raise UserError(
+                f"estimator: got {branches} branches a step, a journal holds up to {MOST_BRANCHES} "
+                f"(--directions: up to {MOST_BRANCHES - 1})"
+            )
         self.path, self.form, self.version = path, Form(branches, directions), VERSION
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
