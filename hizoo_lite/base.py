@@ -349,7 +349,8 @@ class BranchState:
         """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.
 
         Indices into the rows' tokens, (tokens,) int64 on their device. None where that is all, or so much
-        that leaving out the rest costs more than it saves, or where nobody has said.
+        that leaving out the rest costs more than it saves, or nothing (the rows of empty texts), which no
+        layer need know how to treat, or where nobody has said.
         """
         mask, count = self._mask, self.branches.count
         if mask is None or tuple(hidden.shape[:2]) != (count * mask.shape[0], mask.shape[1]):
@@ -358,7 +359,7 @@ class BranchState:
         if key not in self._found:
             self._found[key] = mask[rows].flatten().nonzero().flatten().to(hidden.device, non_blocking=True)
         found, tokens = self._found[key], (rows.stop - rows.start) * mask.shape[1]
-        return found if len(found) < MOST_KEPT * tokens else None
+        return found if 0 < len(found) < MOST_KEPT * tokens else None
 
     def existing(self, x: Tensor) -> Tensor | None:
         """`kept` of what a layer's input `x`, (..., features), has a place for every token of; None: all."""

@@ -21,6 +21,7 @@ def tiny_task_batch(
     ids, mask = tiny_batch(rows, length, seed)
     if ends is not None:
         mask = (torch.arange(length) < torch.tensor(ends)[:, None]).long()
+        ids = torch.where(mask.bool(), ids, 0)
     if kind == "classifier":
         none = torch.empty(0, dtype=torch.int64)
         return Batch(ids, mask, None, none, none, none, none, none, none, torch.arange(rows) % 2, "class")

@@ -64,6 +64,20 @@ def test_losses_are_those_of_the_padded_batch(name: str, chunk: str | int, tmp_p
         torch.testing.assert_close(found.scores, whole.scores, rtol=0, atol=ROUNDING)
 
 
+def test_a_chunk_of_rows_without_a_token_goes_through_as_it_is(tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path, kind="classifier")
+    model = load(tmp_path, kind="classifier", bits="nf4", compute_dtype="float32", device="cpu")
+    batch = tiny_task_batch("classifier", rows=4, length=24, ends=(24, 9, 0, 5))
+    model.branch_chunk = 1
+    branches = Branches(pairs=0, one_sided=2)
+    whole, found = (losses(model, batch, branches, leave_out) for leave_out in (False, True))
+    existing = [0, 1, 3]
+    torch.testing.assert_close(
+        found.per_example[:, existing], whole.per_example[:, existing], rtol=0, atol=ROUNDING
+    )
+    assert bool(found.per_example.isfinite().all())
+
+
 def test_products_take_the_tokens_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
