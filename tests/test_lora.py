@@ -99,7 +99,7 @@ def test_a_head_with_more_than_linear_layers_goes_to_peft_and_comes_from_it(tmp_
     space.attach(model, seed=0)
     randomized(space)
     space.save(tmp_path / "ours")
-    assert space.peft_config().modules_to_save == {"classifier", "head.dense"}
+    assert space.peft_config().modules_to_save == ["classifier", "head.dense"]
     ids, _ = tiny_batch()
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=1e-5, atol=2e-5)
@@ -119,7 +119,7 @@ def test_a_head_with_more_than_linear_layers_goes_to_peft_and_comes_from_it(tmp_
     wanted = theirs(ids).logits
     torch.testing.assert_close(model.module(ids).logits, wanted, rtol=1e-5, atol=2e-5)
     tuned.save(tmp_path / "again")
-    assert tuned.peft_config().modules_to_save == {"classifier", "head"}
+    assert tuned.peft_config().modules_to_save == ["classifier", "head"]
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == (
         load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
     )
