@@ -355,6 +355,15 @@ def test_fit_takes_names_where_it_takes_objects(field: str, name: str, tmp_path:
         fit("embedded", task="embedded", **{field: "newton"})
 
 
+def test_what_an_object_says_is_not_said_otherwise_by_an_option() -> None:
+    two = {"task": "nosuch", "estimator": hz.estimators.HiZOO(directions=2)}
+    for model in ("embedded", TrainConfig(model="embedded", task="nosuch")):
+        with pytest.raises(UserError, match=r"directions: got 3, the object that was given has 2; say it"):
+            fit(model, **two, directions=3)
+        with pytest.raises(UserError, match="nosuch"):  # the same twice goes on to the next fault
+            fit(model, **two, directions=2)
+
+
 def test_mezo_takes_two_forwards_and_keeps_no_curvature(tmp_path: Path) -> None:
     run = run_of(tmp_path, estimator="mezo", lr=1e-3)
     assert run.summary["forward_passes"] == 12

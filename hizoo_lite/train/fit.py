@@ -38,7 +38,7 @@ from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import begin, checkpoint, config_file, distributed, identity
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.train.config import TrainConfig, refuse
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
@@ -121,7 +121,7 @@ def fit(
             with unless `options` has others), or its folder or hub id.
         space, estimator, curvature: names as in the configuration, or objects in their place.
         listener: is told how it goes.
-        options: fields of `TrainConfig`, with a configuration those to replace.
+        options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
 
     Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
     StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
@@ -194,6 +194,14 @@ def _configured(
         named["curvature_mode"] = curvature.mode
     if isinstance(curvature, Grouped):
         named["curvature_per"] = curvature.per
+    refuse(
+        [
+            f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"
+            for name, value in named.items()
+            if options.get(name, value) != value
+        ]
+    )
+    options = {name: value for name, value in options.items() if name not in named}
     if isinstance(model, TrainConfig):
         return _with_budgets(replace(model, **options, **named)), None
     if isinstance(model, Model):
@@ -202,7 +210,7 @@ def _configured(
         named["residency"] = _residency(model, options.pop("residency", "auto"))
         options = {**model.limits.settings(), **config_file.with_profile(options)}
         return TrainConfig(**{**options, **named}), model
-    return TrainConfig(model=str(model), **config_file.with_profile(options), **named), None
+    return TrainConfig(**{"model": str(model), **config_file.with_profile(options), **named}), None
 
 
 def _device_name(device: torch.device) -> str:
