@@ -55,6 +55,20 @@ def quantize(source: Path, out: Path, **options: Any) -> Quantization:
     return work
 
 
+def test_layers_that_transformers_does_not_convert_are_named(tmp_path: Path) -> None:
+    """It converts nn.Linear itself; Falcon's layers are a subclass."""
+    save_tiny("falcon", tmp_path / "falcon")
+    save_tiny("gpt2", tmp_path / "gpt2")
+    said = call("quantize", "--model", tmp_path / "falcon", "--out", tmp_path / "nf4")
+    assert said.exit_code == 0
+    assert "transformers will not: that has no quantized form of FalconLinear" in said.stderr
+    assert load(tmp_path / "nf4", device="cpu").bits == "nf4"
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    said = call("quantize", "--model", tmp_path / "gpt2", "--out", tmp_path / "fine")
+    assert "transformers" not in said.stderr
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

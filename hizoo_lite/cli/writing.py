@@ -18,6 +18,12 @@ _MIB = 1 << 20
 def write(work: Quantization, verb: str, quiet: bool) -> None:
     """Do the work; `verb` says on the bar what it is. An interrupt ends the command with exit code 130."""
     listener = _watcher(quiet)
+    if work.bits != "none" and work.layout.unconverted:
+        typer.echo(
+            f"{work.out}: hizoo-lite will load it, transformers will not: that has no quantized form of "
+            f"{', '.join(work.layout.unconverted)}, a class of this model's own",
+            err=True,
+        )
     written = work.done_bytes
     if written:
         listener.message(

@@ -49,6 +49,9 @@ class Layout(NamedTuple):
 
     shards: dict[str, list[str]]  # file -> the checkpoint's names
     linears: dict[str, Linear]  # by the checkpoint's name of the weight
+    unconverted: list[
+        str
+    ]  # classes of linears that transformers leaves in 16 bits, whatever config.json says
 
 
 def lay_out(
@@ -83,7 +86,8 @@ def lay_out(
         )
     used = {names.find(name) for name in module.state_dict()}
     kept = [name for name in shapes if name in used or not _COMPUTED.search(name)]
-    return Layout(_shards(kept, blocks.prefix, len(blocks.modules), names.prefix), _linears(module, names))
+    shards = _shards(kept, blocks.prefix, len(blocks.modules), names.prefix)
+    return Layout(shards, _linears(module, names), _unconverted(blocks.modules))
 
 
 def _may_lack(parameter: str, names: Names, kind: ModelKind) -> bool:
@@ -116,6 +120,12 @@ def _linears(module: nn.Module, names: Names) -> dict[str, Linear]:
                 shape = (second, first) if transposed else (first, second)
                 found[stored] = Linear(stored, shape, transposed)
     return found
+
+
+def _unconverted(blocks: Iterable[nn.Module]) -> list[str]:
+    """Subclasses of nn.Linear: transformers converts that class itself, and any Conv1D."""
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    return sorted({type(layer).__name__ for layer in layers if type(layer) is not nn.Linear})
 
 
 # ------------------------------------------------------------------------------- a quantized linear
