@@ -249,6 +249,7 @@ class PackedWeight(ABC):
 
     bits: Bits
     shape: tuple[int, int]
+    layer: str  # name of the layer that it is of, for messages
 
     @abstractmethod
     def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:

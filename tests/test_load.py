@@ -20,6 +20,7 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight
+from hizoo_lite.quant.quantize import Quantization
 from tests.architectures import TINY_CONFIGS, make_tiny, save_tiny, tiny_batch
 
 ROOT = Path(__file__).parents[1]
@@ -416,6 +417,54 @@ def test_fused_experts_are_refused_by_name(tmp_path):
         UserError, match=r"MixtralForCausalLM: model\.layers\.0\.mlp\.experts\.\w+ .* not supported"
     ):
         load(tmp_path, device="cpu")
+
+
+def test_convolutions_in_blocks_are_called_so(tmp_path):
+    config = transformers.ConvBertConfig(
+        vocab_size=97, hidden_size=32, embedding_size=32, num_hidden_layers=1, num_attention_heads=2,
+        head_ratio=1, intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"ConvBertForMaskedLM: .*conv\w+\.depthwise\.weight .* is of a convolution;"
+    ):
+        load(tmp_path, kind="masked", device="cpu")
+    with pytest.raises(UserError, match="is of a convolution; this architecture is not supported"):
+        Quantization(tmp_path, tmp_path / "out", kind="masked", bits="nf4")
+
+
+def test_buffers_that_are_computed_from_weights_are_refused(tmp_path):
+    """I-BERT's layers keep their weights in whole numbers too."""
+    config = transformers.IBertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"IBertForMaskedLM: .*weight_integer is computed from a weight"):
+        load(tmp_path, kind="masked", bits="none", device="cpu")
+    with pytest.raises(UserError, match="IBertForMaskedLM: no linear layers in its blocks"):
+        Quantization(tmp_path, tmp_path / "out", kind="masked", bits="nf4")
+
+
+@pytest.mark.parametrize("bits", ["none", "nf4"])
+def test_a_model_that_computes_with_weights_themselves_is_refused(bits, tmp_path):
+    """MobileBERT's head multiplies by decoder.weight and dense.weight, one beside the other."""
+    config = transformers.MobileBertConfig(
+        vocab_size=97, hidden_size=64, embedding_size=32, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, intra_bottleneck_size=32, true_hidden_size=32, num_feedforward_networks=2,
+    )  # fmt: skip
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, kind="masked", bits=bits, device="cpu")
+    with pytest.raises(UserError, match=r"model: t of cls\.predictions\.decoder\.weight itself is asked for"):
+        model.module(torch.arange(5, 15)[None])
+    inside = next(iter(model.linears.values()))
+    with pytest.raises(
+        UserError, match=rf"model: linear of {inside.name}\.weight itself is asked for; this arch"
+    ):
+        torch.nn.functional.linear(torch.zeros(1, inside.in_features), inside.weight)
+    assert not hasattr(inside.weight, "requires_grad")
+    with pytest.raises(AttributeError, match="has no attribute 'wait'"):
+        _ = inside.weight.wait
 
 
 def test_float64_tensors_become_float32(own_llama):

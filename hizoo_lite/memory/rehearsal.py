@@ -24,6 +24,7 @@ from hizoo_lite.memory.outline import Anatomy
 from hizoo_lite.memory.tally import FusedAttention, Tally, nbytes
 from hizoo_lite.model.linear import TILE_BYTES, BranchLinear
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.spaces.heads import HeadDelta
 from hizoo_lite.spaces.lora import LoRADelta
 from hizoo_lite.spaces.targets import resolve_targets
@@ -74,7 +75,7 @@ class Activations(NamedTuple):
     peak_bytes: int  # of worst and scratch together
 
 
-class _Weight(nn.Module):
+class _Weight(Opaque):
     """Answers what a linear layer asks of a packed weight."""
 
     def __init__(self, shape: tuple[int, int], bits: Bits, dtype: torch.dtype | None) -> None:

@@ -14,6 +14,18 @@ from hizoo_lite.base import UserError
 
 #: A list of layers that is not named in `_no_split_modules` must hold this share of all parameters.
 _LARGE_SHARE = 0.2
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def no_linear(module: nn.Module, path: str, shape: tuple[int, ...]) -> UserError:
+    """That a parameter of a block, by its name in `module`, is of a kind that has no packed form."""
+    layer = module.get_submodule(path.rpartition(".")[0])
+    what = (
+        "is of a convolution" if isinstance(layer, _CONVOLUTIONS) else "is no linear layer (fused experts?)"
+    )
+    return UserError(
+        f"{type(module).__name__}: {path} {tuple(shape)} {what}; this architecture is not supported"
+    )
 
 
 class Blocks(NamedTuple):

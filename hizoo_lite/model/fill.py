@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hizoo_lite.base import Bits, BranchState, ModelKind, PackedWeight, UserError
 from hizoo_lite.device import is_gpu
 from hizoo_lite.memory.pinned import page_lock
-from hizoo_lite.model.blocks import find_blocks
+from hizoo_lite.model.blocks import find_blocks, no_linear
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.names import Names
 from hizoo_lite.model.scratch import Scratch
@@ -118,10 +118,13 @@ class Filler:
                 for leaf, parameter in layer.named_parameters(recurse=False):
                     if parameter.ndim >= 3 or parameter.numel() > SMALL_ELEMENTS:
                         path = ".".join(p for p in (self.blocks.prefix, str(number), name, leaf) if p)
-                        raise UserError(
-                            f"{type(self.module).__name__}: {path} {tuple(parameter.shape)} is no linear "
-                            "layer (fused experts?); this architecture is not supported"
-                        )
+                        raise no_linear(self.module, path, parameter.shape)
+        for name, buffer in self.module.named_buffers():
+            if buffer.is_meta:
+                raise UserError(
+                    f"{type(self.module).__name__}: {name} is computed from a weight when the model is made, "
+                    "before there are weights; this architecture is not supported"
+                )
 
     def _fill_embedding(self, name: str, layer: nn.Embedding) -> None:
         stored = self._find(f"{name}.weight", layer.weight)

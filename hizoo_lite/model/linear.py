@@ -57,6 +57,7 @@ class BranchLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
+        weight.layer = name
         self.register_buffer("bias", bias)
         self.state = state
         self.compute = compute

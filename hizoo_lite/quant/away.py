@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.errors import StorageError
 from hizoo_lite.quant.checkpoint import Checkpoint
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rows import RowReader, check_out
 
 
-class AwayWeight(nn.Module, PackedWeight):
+class AwayWeight(Opaque, PackedWeight):
     """(rows, columns) floats that are read whenever they are asked for."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, read: RowReader) -> None:

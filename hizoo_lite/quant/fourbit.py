@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.quant import native
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import Levels, grow, round_to_levels
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
@@ -27,7 +28,7 @@ NESTED_BLOCKSIZE = 256
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-class FourBitWeight(nn.Module, PackedWeight):
+class FourBitWeight(Opaque, PackedWeight):
     """NF4 or FP4 codes of a (out_features, in_features) matrix, flat in row-major order.
 
     codes: (ceil(out * in / 2),) uint8. absmax: (blocks,) float32, or uint8 where double-quantized; then

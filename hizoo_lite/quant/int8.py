@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored, UserError
 from hizoo_lite.device import is_gpu
 from hizoo_lite.quant import native
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import grow, uniform
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
 
-class Int8Weight(nn.Module, PackedWeight):
+class Int8Weight(Opaque, PackedWeight):
     """codes: (out_features, in_features) int8. scb: (out_features,) float32, each row's absmax."""
 
     codes: Tensor

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
 from hizoo_lite.model import skeleton
-from hizoo_lite.model.blocks import find_blocks
+from hizoo_lite.model.blocks import find_blocks, no_linear
 from hizoo_lite.model.names import Names
 from hizoo_lite.quant import hub, native
 from hizoo_lite.quant.fourbit import BLOCKSIZE, NESTED_BLOCKSIZE, FourBitWeight
@@ -75,10 +75,7 @@ def lay_out(
                 f"{tuple(value.shape)}"
             )
         if parameter.startswith(inside) and value.ndim > 2:
-            raise UserError(
-                f"{type(module).__name__}: {parameter} {tuple(value.shape)} is no linear layer "
-                "(fused experts?); this architecture is not supported"
-            )
+            raise no_linear(module, parameter, value.shape)
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} tensors that {type(module).__name__} needs are not in the checkpoint: "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out
 
 
-class PlainWeight(nn.Module, PackedWeight):
+class PlainWeight(Opaque, PackedWeight):
     """weight: (out_features, in_features) bf16, fp16 or float32. The tensor is shared, not copied."""
 
     weight: Tensor

@@ -110,6 +110,10 @@ class Quantization:
         shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint}
         module = skeleton.build(self._config, kind)
         self.layout = layout.lay_out(shapes, module, kind, self.checkpoint.folder)
+        if bits != "none" and not self.layout.linears:
+            raise UserError(
+                f"{type(module).__name__}: no linear layers in its blocks; this architecture is not supported"
+            )
         self._packed = {} if bits == "none" else self.layout.linears  # by the checkpoint's name
         self._check_dtypes()
         self.complete = self._is_complete()

@@ -12,14 +12,15 @@ perturbation, which differs between the branches and is below that rounding; it 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out, row_chunks
 
 
-class ResidualWeight(nn.Module, PackedWeight):
+class ResidualWeight(Opaque, PackedWeight):
     """base: any stored form. residual: (out_features, in_features) bf16, zeros at first."""
 
     residual: Tensor
