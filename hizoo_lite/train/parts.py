@@ -162,7 +162,9 @@ def make_stepper(
         space,
         estimator,
         curvature,
-        schedules.step_size(config.lr, course, measures, estimator.predicts),
+        schedules.step_size(
+            config.lr, course, measures, estimator.predicts, estimator.branches(0).directions
+        ),
         seed=config.seed,
         mu=config.mu,
         smoothing=smoothing,

@@ -131,7 +131,7 @@ class AutoRate:
 
     def __init__(
         self,
-        kappa: float = 0.06,
+        kappa: float = 0.04,
         fast: float = 0.03,
         slow: float = 0.03,
         ramp: int = 5,
@@ -215,6 +215,9 @@ class AutoRate:
         return damping
 
 
+#: kappa of a step along one direction, and of each of several, whose mean is less noisy (tools/LOG.md).
+KAPPA_OF_ONE, KAPPA_OF_SEVERAL = 0.04, 0.06
+
 #: Of a rate from second differences of losses, which say little of the curvature (`estimators/hizoo.py`). The
 #: level rises at once and falls slowly; 0.03 landed on the best rate of a grid in a trial on SST-2, 0.1 was
 #: noisy, 0.3 stalled.
@@ -229,17 +232,23 @@ FROM_LOSSES: dict[str, Any] = {
 
 
 def step_size(
-    lr: float | Literal["auto"], schedule: Schedule, measures_curvature: bool, predicts: bool = True
+    lr: float | Literal["auto"],
+    schedule: Schedule,
+    measures_curvature: bool,
+    predicts: bool = True,
+    directions: int = 1,
 ) -> StepSize:
     """The step size for the flag `--lr`: `auto`, or a number that becomes the peak of `schedule`.
 
-    measures_curvature, predicts: what the estimator says of itself. `UserError` for anything else.
+    measures_curvature, predicts, directions: of the estimator's steps. `UserError` for anything else.
     """
     if lr == "auto":
         if not measures_curvature:
             raise UserError("--lr auto needs the curvature: give --lr a number, or use --estimator hizoo")
         course = Schedule(schedule.kind, 1.0, schedule.warmup_steps, schedule.total_steps)
-        return AutoRate(schedule=course, **({} if predicts else FROM_LOSSES))
+        if not predicts:
+            return AutoRate(schedule=course, **FROM_LOSSES)
+        return AutoRate(KAPPA_OF_ONE if directions == 1 else KAPPA_OF_SEVERAL, schedule=course)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0.0 < lr < float("inf"):
         raise UserError(f"--lr must be auto or a positive number, got {lr!r}")
     return FixedRate(Schedule(schedule.kind, float(lr), schedule.warmup_steps, schedule.total_steps))

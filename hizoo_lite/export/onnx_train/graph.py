@@ -155,21 +155,25 @@ def _between_sites(wide: Tensor, normalizer: Tensor, values: Mapping[str, Tensor
     and in an evaluation, which compares nothing, nothing at all.
     """
     (one, other), (of_one, of_other) = _compared(wide, values), _compared(normalizer.unsqueeze(-1), values)
-    moved = one - other
+    return _summed((one - of_one).exp() - (other - of_other).exp(), one - other)
+
+
+def _summed(more: Tensor, moved: Tensor) -> Tensor:
+    """The sum of p - q times log p - log q over the last axis, as a product.
+
+    onnxruntime's sum over an axis of a tensor without elements keeps that axis.
+    """
     moved = torch.where(moved.isnan(), torch.zeros_like(moved), moved)  # impossible in both: -inf less -inf
-    apart = torch.matmul(
-        ((one - of_one).exp() - (other - of_other).exp()).unsqueeze(-2), moved.unsqueeze(-1)
-    ).clamp_min(0.0)  # it rounds, terms do not
-    return apart.flatten(1)
+    apart = torch.matmul(more.unsqueeze(-2), moved.unsqueeze(-1))
+    return apart.clamp_min(0.0).flatten(1)  # it rounds, terms do not
 
 
 def _class_losses(logits: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     wide = logits.double()
     index = values["gold"].view(1, -1, 1).expand(wide.shape[0], -1, 1)
     log_p = F.log_softmax(wide, dim=-1)
-    terms = divergence_terms(*_compared(log_p, values))
-    # A product: onnxruntime's sum over an axis of a tensor without elements keeps that axis.
-    return -log_p.gather(2, index).squeeze(2), wide, torch.matmul(terms, torch.ones_like(wide[0, 0]))
+    one, other = _compared(log_p, values)
+    return -log_p.gather(2, index).squeeze(2), wide, _summed(one.exp() - other.exp(), one - other)
 
 
 def _log_probabilities(logits: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
