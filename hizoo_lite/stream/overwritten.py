@@ -15,13 +15,10 @@ from torch import Tensor
 #: What is asked about a tensor without reading its values.
 _DESCRIBING = frozenset(
     {
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,
-        Tensor.ndim.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-        Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_meta")
+        ),
         Tensor.size,
         Tensor.dim,
         Tensor.numel,

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hizoo_lite.base import trainable
-from hizoo_lite.device import like
 from hizoo_lite.noise import GENERATORS
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ def summarize(
     forward_passes counts the branches of the training steps, not evaluations; tokens_per_second the
     tokens of the batches, each once whatever the number of branches.
     """
+    from hizoo_lite.device import like  # needs torch, which a run on a device has not
+
     config, model = setup.config, setup.model
     return {
         **outcome(metrics, setup.task.metric),
