@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
+from hizoo_lite.edge.graph import COMPARED, FORMAT
 from hizoo_lite.export.onnx.files import fingerprint
 from hizoo_lite.export.onnx.folder import _FIELDS, describe
 from hizoo_lite.export.onnx.onnx_adapter import save_adapter
+from hizoo_lite.export.onnx_train.graph import _summed
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
@@ -68,7 +70,9 @@ class _TrainGraph(nn.Module):
             setattr(model.get_submodule(parent), last, layer)
             self.layers.append(layer)
 
-    def forward(self, batch: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, batch: Sequence[Tensor], compared: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask, row, position, site, token, slot, example, gold = batch
         for layer, a, b in zip(self.layers, parameters[::2], parameters[1::2], strict=True):
             layer.a, layer.b = a, b
@@ -84,17 +88,19 @@ class _TrainGraph(nn.Module):
             return (
                 -scores[:, gold],
                 scores.float(),
-                (_apart(log_p).sum(-1)[:, site] @ mine / mine.sum(0))[:, gold],
+                (_apart(log_p, compared)[:, site] @ mine / mine.sum(0))[:, gold],
             )
         of = example[:, None] == torch.arange(gold.shape[0])[None]
         total = scores[:, :, None].masked_fill(~of, -1e30).logsumexp(1)
-        return total - scores[:, gold], scores.float(), _apart(scores - total[:, example]) @ of.double()
+        one, other = ((scores - total[:, example]).index_select(0, side) for side in compared.unbind(1))
+        terms = (one.exp() - other.exp()) * (one - other)
+        return total - scores[:, gold], scores.float(), terms @ of.double()
 
 
-def _apart(log_p: Tensor) -> Tensor:
-    """Terms of the symmetric divergence between each branch and the next, the first after the last."""
-    after = log_p.roll(-1, 0)
-    return (log_p.exp() - after.exp()) * (log_p - after)
+def _apart(log_p: Tensor, compared: Tensor) -> Tensor:
+    """The symmetric divergence between the branches that are compared, over the last axis."""
+    one, other = (log_p.index_select(0, side) for side in compared.unbind(1))
+    return _summed(one.exp() - other.exp(), one - other)
 
 
 def export_training(config: TrainConfig, folder: Path) -> Path:
@@ -113,15 +119,17 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     graph = _TrainGraph(plain, space, batch.loss).eval()
     arguments = (
         tuple(getattr(batch, name).clone() for name in INTEGERS),
+        torch.zeros(4, 2, dtype=torch.int64),
         tuple(value.repeat(3, *(1 for _ in value.shape)) for value in tensors.values()),
     )
     dynamic = (
         tuple(dict.fromkeys(range(RANKS[name]), torch.export.Dim.DYNAMIC) for name in INTEGERS),
+        {0: torch.export.Dim.DYNAMIC},
         tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors),
     )
-    _export(graph, arguments, dynamic, [*INTEGERS, *tensors], OUTPUTS, folder / "train.onnx")
+    _export(graph, arguments, dynamic, [*INTEGERS, COMPARED, *tensors], OUTPUTS, folder / "train.onnx")
     record = {
-        "format": 2,
+        "format": FORMAT,
         "kind": "causal",
         "bits": "none",
         "loss": batch.loss,
@@ -151,24 +159,25 @@ def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
             self.table = nn.Parameter(table)
 
         def forward(
-            self, ids: Tensor, mask: Tensor, types: Tensor, gold: Tensor, head: Tensor
+            self, ids: Tensor, mask: Tensor, types: Tensor, gold: Tensor, compared: Tensor, head: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             weights = (mask * (1 + types)).float()
             features = (self.table[ids] * weights[:, :, None]).sum(1) / mask.sum(1)[:, None]
             scores = features @ head.transpose(1, 2)
             log_p = scores.double().log_softmax(-1)
-            return -log_p[:, torch.arange(gold.shape[0]), gold], scores, _apart(log_p).sum(-1)
+            return -log_p[:, torch.arange(gold.shape[0]), gold], scores, _apart(log_p, compared)
 
     ids = torch.arange(6).reshape(2, 3)
-    arguments = (ids, torch.ones_like(ids), ids % 2, torch.tensor([0, 1]), weight.repeat(3, 1, 1))
+    compared = torch.zeros(4, 2, dtype=torch.int64)
+    arguments = (ids, torch.ones_like(ids), ids % 2, torch.tensor([0, 1]), compared, weight.repeat(3, 1, 1))
     any_size = torch.export.Dim.DYNAMIC
-    dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), {0: any_size}, {0: any_size})
-    names = ["input_ids", "attention_mask", "token_type_ids", "gold", "score.weight"]
+    dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), *({0: any_size} for _ in range(3)))
+    names = ["input_ids", "attention_mask", "token_type_ids", "gold", COMPARED, "score.weight"]
     _export(Graph().eval(), arguments, dynamic, names, OUTPUTS, folder / "train.onnx")
     path = folder / "adapter" / peft_format.TENSOR_FILE
     save_file({"base_model.model.score.weight": weight}, path)
     record = {
-        "format": 2,
+        "format": FORMAT,
         "kind": "classifier",
         "bits": "none",
         "loss": "class",

@@ -75,7 +75,9 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     found = [_loss(runs), _steps_memory(runs)]
     found += [_block_memory(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
     found += [
-        _scalar(runs, "projected_grad", "Projected gradient", "along d; of several, their root mean square", marks=True),
+        _scalar(
+            runs, "projected_grad", "Projected gradient", "along d (root mean square of several)", marks=True
+        ),
         _scalar(runs, "curvature", "Curvature along the direction", "c"),
         _scalar(runs, "lr", "Learning rate", "learning rate", smooth=False),
         _scalar(runs, "seconds", "Time of a step", "ms", factor=1000.0),
