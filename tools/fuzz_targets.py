@@ -405,7 +405,7 @@ def _read_export(folder: Path) -> None:
 
 
 _TRAIN = {
-    "format": 2,
+    "format": 3,
     "kind": "classifier",
     "bits": "nf4",
     "loss": "class",
