@@ -83,6 +83,7 @@ def short_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "batch_size": 4,
         "max_length": 32,
         "rank": 2,
+        "directions": 1,  # a pair: two forwards a step
         "lr_schedule": "constant",  # so that a run may get more steps on --resume
         "train_examples": 10,
         "dev_examples": 2,

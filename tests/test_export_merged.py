@@ -360,7 +360,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(KEY.format("B")), r"pairs of lora_A\.weight and lora_B\.weight wanted"),
-        (lambda t: t.update({"base_model.model.lm_tail.weight": torch.ones(2)}), "lm_tail.weight was tuned as a whole"),
+        (
+            lambda t: t.update({"base_model.model.lm_tail.weight": torch.ones(2)}),
+            "lm_tail.weight was tuned as a whole",
+        ),
         (
             lambda t: t.update({KEY.format(x).replace("q_proj", "x_proj"): torch.ones(2, 2) for x in "AB"}),
             r"does not fit .*: 'model\.layers\.0\.self_attn\.x_proj'",

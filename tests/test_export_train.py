@@ -269,7 +269,7 @@ def test_the_folder_says_what_the_graph_is(demo: tuple[Run, Path], classifier: t
     run, graph = demo
     record = json.loads((graph / "train.json").read_text())
     assert (record["kind"], record["bits"], record["loss"]) == ("causal", "nf4", "choice")
-    assert {entry["branches"] for entry in record["check"]["runs"]} == {1, 3}
+    assert {entry["branches"] for entry in record["check"]["runs"]} == {1, 2}
     assert record["check"]["max_abs_difference"] < record["check"]["limit"] == 1e-4
     assert set(record["lora"]["target_modules"]) == set(run.setup.space.target_names)  # type: ignore[attr-defined]
     assert record["base"]["fingerprint"] == BASE["fingerprint"]

@@ -68,6 +68,17 @@ def test_an_older_run_goes_on_as_it_began(settings: dict[str, object], tmp_path:
     assert journal.read(begun.folder / "journal.bin") == journal.read(whole.folder / "journal.bin")
 
 
+def test_a_run_along_two_directions_goes_on_and_is_replayed_bitwise(tmp_path: Path) -> None:
+    settings = short_run(tmp_path, directions=2)
+    whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))
+    fit(TrainConfig(**{**settings, "steps": 3}))
+    resumed = fit(TrainConfig(**{**settings, "resume": True}))
+    adapters = [(r.folder / "adapter/adapter_model.safetensors").read_bytes() for r in (whole, resumed)]
+    assert adapters[0] == adapters[1]
+    assert resumed.summary["forward_passes"] == 18
+    assert replay(resumed.folder).differs == []
+
+
 def test_a_journal_of_the_other_source_of_curvature_is_refused(settings: dict[str, object]) -> None:
     run = fit(TrainConfig(**{**settings, "curvature_from": "predictions", "steps": 2}))
     config = run.folder / "config.toml"

@@ -202,7 +202,7 @@ def test_a_chunked_step_holds_less_memory_inside_the_blocks(tmp_path: Path) -> N
         block.mlp.act_fn.register_forward_hook(lambda m, a, out, sizes=sizes: sizes.append(out.numel()))
         step_losses(model, "llama", rows=9)
         largest.append(max(sizes))
-    assert largest[0] == 9 * largest[1]
+    assert largest[0] > 3 * largest[1]  # nine rows against one; all but the first end early
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2", "qwen2"])
