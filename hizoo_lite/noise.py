@@ -75,11 +75,11 @@ def normal(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
 
 def tile_generator(device: torch.device, seed: int, *words: int | str) -> torch.Generator:
     """A fresh torch generator on `device` whose stream is a pure function of the other arguments."""
-    import torch
+    from hizoo_lite.device import kind_of
 
     text = "\x1f".join([str(int(seed)), *map(str, words)])
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return torch.Generator(device).manual_seed(key)
+    return kind_of(device).generator(device).manual_seed(key)
 
 
 def tile_normal(seed: int, step: int, name: str, first_row: int, out: Tensor) -> Tensor:

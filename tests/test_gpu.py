@@ -145,3 +145,34 @@ def test_changed_blocks_on_cuda_come_back_changed(where: str, tmp_path: Path) ->
         for block in each_block(model):
             absmax = model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("absmax")
             assert bool((absmax == block).all())
+
+
+def test_a_run_on_cuda_keeps_to_a_budget_and_resumes_bitwise(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from hizoo_lite.train.fit import fit
+    from tests.simulated import figures
+
+    model = str(figures.packed(tmp_path / "nf4"))
+    chosen = {"model": model, "device": "cuda", "space": "dense", "device_budget": "4GiB"}
+    parts = figures.settings(tmp_path, "parts", **chosen)
+    assert fit(parts, listener=figures.StopAfter(2)).interrupted
+    resumed = fit(replace(parts, resume=True))
+    fit(figures.settings(tmp_path, "whole", **chosen))
+    assert resumed.summary["measured_peak_bytes"] < 4 << 30
+    assert figures.losses(tmp_path / "parts") == figures.losses(tmp_path / "whole")
+    assert figures.trained(tmp_path / "parts") == figures.trained(tmp_path / "whole")
+
+
+def test_attention_of_groups_makes_no_matrix_on_cuda() -> None:
+    from hizoo_lite.model import attention
+
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 4, True  # type: ignore[assignment]
+    query = torch.randn(3, 32, 2048, 128, device="cuda")
+    key, value = (torch.randn(3, 8, 2048, 128, device="cuda") for _ in range(2))
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attention.attend(layer, query, key, value, None)
+    matrix = 3 * 32 * 2048 * 2048 * 4
+    assert torch.cuda.max_memory_allocated() - held < matrix / 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 from hizoo_lite.base import Branches
-from hizoo_lite.device import like
+from hizoo_lite.device import is_gpu, like
 from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces.lora import LoRADelta
+from hizoo_lite.spaces.scales import ScalesPart
+from hizoo_lite.spaces.weights import WeightDelta
 
 _FLOAT32 = 4
 
@@ -25,8 +27,8 @@ def pass_bytes(
 ) -> int:
     """Bytes of a traversal of `rows` sequences of `length` tokens, folded over the branches.
 
-    trainable: parameters held in memory; along each direction their noise is there for two steps, what is
-    made of it for one.
+    trainable: parameters held in memory; along each direction their noise is there for two steps, on the
+    host, and what is made of it for one, on the device.
     sites: positions whose logits are read; without it one a row.
     """
     config = copy.deepcopy(model.config)
@@ -40,7 +42,8 @@ def pass_bytes(
     sites = 0 if model.kind == "classifier" else rows if sites is None else sites
     wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.halvings)
     peak = rehearsal.run(wanted, _trained(model) if branches.directions else None).peak_bytes
-    return peak + 3 * _FLOAT32 * branches.directions * trainable
+    held = 1 if is_gpu(model.device) else 3
+    return peak + held * _FLOAT32 * branches.directions * trainable
 
 
 def _trained(model: Model) -> Trained | None:
@@ -52,4 +55,5 @@ def _trained(model: Model) -> Trained | None:
     delta = model.linears[names[0]].delta
     if isinstance(delta, LoRADelta):
         return Trained("lora", leaves, delta.a.shape[0], train_a=delta.names[0] is not None)
-    return Trained("dense", leaves)
+    is_scales = isinstance(delta, WeightDelta) and isinstance(delta.part, ScalesPart)
+    return Trained("scales" if is_scales else "dense", leaves)

@@ -10,8 +10,9 @@ from RAM in the same manner; ours takes any model, quantized, from RAM or disk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from hizoo_lite.device import kind_of
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.stream.fetch import Fetcher, make_fetcher
-from hizoo_lite.stream.layout import layouts
+from hizoo_lite.stream.layout import Layout, layouts
 from hizoo_lite.stream.source import DiskSource, HostSource, Source
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class Streamed:
     def _start(self) -> Fetcher:
         model = self._model[0]
         self._layouts = layouts(model)
+        _settle(self._layouts, model.device)
         largest_bytes = max((layout.nbytes for layout in self._layouts), default=0)
         staying = spread(len(self._layouts), self._affordable(model.device, largest_bytes))
         source = self._make_source(model)
@@ -173,8 +175,6 @@ class Streamed:
         fetcher = make_fetcher(source, self._layouts, self._slots, model.device)
         for block, layout in enumerate(self._layouts):
             layout.unbind()
-            for place in layout.places:
-                _settle(place.stored.owner, model.device)
             if block in staying:
                 self._kept[block] = fetcher.whole(block)
                 source.drop(block)
@@ -244,8 +244,11 @@ def spread(blocks: int, kept: int) -> set[int]:
     return {(2 * i + 1) * blocks // (2 * kept) for i in range(kept)} if kept > 0 else set()
 
 
-def _settle(owner: Any, device: torch.device) -> None:
-    """The small buffers of a weight (tables, offsets) go to the device for good."""
-    for name, buffer in owner._buffers.items():
-        if buffer is not None and not buffer.is_meta:
-            owner._buffers[name] = buffer.to(device)
+def _settle(laid_out: Sequence[Layout], device: torch.device) -> None:
+    """The small buffers of weights (tables, offsets), which have no place, go to the device for good."""
+    places = [place.stored for layout in laid_out for place in layout.places]
+    travelling = {(id(stored.owner), stored.name) for stored in places}
+    for owner in {id(stored.owner): stored.owner for stored in places}.values():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and (id(owner), name) not in travelling:
+                owner._buffers[name] = buffer.to(device)
