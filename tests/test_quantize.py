@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BitsAndBytesConfig,
     MixtralConfig,
 )
@@ -67,6 +68,21 @@ def test_layers_that_transformers_does_not_convert_are_named(tmp_path: Path) -> 
         AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
     said = call("quantize", "--model", tmp_path / "gpt2", "--out", tmp_path / "fine")
     assert "transformers" not in said.stderr
+
+
+def test_a_model_whose_classifier_has_another_form_is_quantized(tmp_path: Path) -> None:
+    """BART's decoder alone: its classifier has an encoder too."""
+    config = BartConfig(
+        vocab_size=97, d_model=32, decoder_layers=1, encoder_layers=1, decoder_ffn_dim=64, encoder_ffn_dim=64,
+        decoder_attention_heads=2, encoder_attention_heads=2, max_position_embeddings=64,
+        is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "nf4")
+    ids, _ = tiny_batch()
+    ours = load(tmp_path / "nf4", compute_dtype="float32", device="cpu").module(ids).logits
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -244,9 +244,9 @@ def _outside(config: Any, kind: ModelKind) -> list[str]:
     for each in kinds:
         try:
             module = skeleton.build(config, each)
-        except UserError:
+            outside, _ = split_linears(module)
+        except UserError:  # there is no classifier, or one of another form (BART's decoder alone has none)
             continue
-        outside, _ = split_linears(module)
         found |= dict.fromkeys(name.removeprefix(f"{module.base_model_prefix}.") for name in outside)
     return list(found)
 
