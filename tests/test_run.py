@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import hizoo_lite as hz
@@ -372,6 +373,11 @@ def test_mezo_takes_two_forwards_and_keeps_no_curvature(tmp_path: Path) -> None:
 
 def test_the_kind_of_a_model_is_read_from_its_architecture(tmp_path: Path) -> None:
     assert find_kind(stories(), None, None) == "causal"
+    (tmp_path / "decoder").mkdir()
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    decoder = transformers.BertGenerationConfig(vocab_size=97, is_decoder=True, **tiny)
+    transformers.BertGenerationDecoder(decoder).save_pretrained(tmp_path / "decoder")
+    assert find_kind(str(tmp_path / "decoder"), None, None) == "causal"
     (tmp_path / "config.json").write_text('{"architectures": ["OddThing"]}')
     (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
     with pytest.raises(UserError, match=r"--kind: the architecture 'OddThing' .* allowed: causal, masked"):

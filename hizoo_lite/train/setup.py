@@ -5,9 +5,16 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from hizoo_lite import spaces
 from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, ModelKind, Space, UserError
@@ -40,6 +47,12 @@ _KINDS: dict[str, ModelKind] = {
     "ForMaskedLM": "masked",
     "ForPreTraining": "masked",
     "ForSequenceClassification": "classifier",
+}
+#: Where no ending says it (BertGenerationDecoder): transformers' own lists, model type -> class.
+_CLASSES: dict[ModelKind, Mapping[str, Any]] = {
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classifier": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 
 
@@ -190,6 +203,9 @@ def find_kind(source: str, revision: str | None, task: Task | None) -> ModelKind
     names = Checkpoint.open(source, revision=revision).config.get("architectures") or ["(none)"]
     for ending, kind in _KINDS.items():
         if names[0].endswith(ending):
+            return kind
+    for kind, classes in _CLASSES.items():
+        if names[0] in classes.values():
             return kind
     if names[0].endswith("Model") and task is not None and task.num_labels is not None:
         return "classifier"
