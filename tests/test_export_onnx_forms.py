@@ -155,6 +155,15 @@ def test_code_that_fails_while_it_is_traced_is_named_by_its_reason(tmp_path: Pat
         raise UserError("no such head")
 
 
+def test_positions_begin_where_the_models_own_do(tmp_path: Path) -> None:
+    """RoBERTa counts them from behind the padding's row; the export checks itself against the model."""
+    save_tiny("roberta", tmp_path / "source", kind="causal", is_decoder=True, num_hidden_layers=1)
+    model = load(tmp_path / "source", bits="none", compute_dtype="float32", device="cpu")
+    adapter = write_adapter(model, tmp_path / "adapter", rank=1, seed=0)
+    export = export_onnx(adapter, tmp_path / "onnx", base_bits="none")
+    assert export.record["check"]["max_abs_difference"] < compare.LIMIT
+
+
 def test_an_adapter_whose_base_is_gone_is_added_unchecked_and_says_so(tmp_path: Path) -> None:
     first, second = tuned(tmp_path, "llama", "nf4")
     export_onnx(first, tmp_path / "onnx")

@@ -70,10 +70,7 @@ class Model:
     def positions(self) -> int | None:
         """Tokens that the position codes reach; None where the configuration does not say."""
         most = getattr(self.config, "max_position_embeddings", None)
-        tables = [m for n, m in self.module.named_modules() if n.endswith("position_embeddings")]
-        padding = [getattr(table, "padding_idx", None) for table in tables]
-        unused = max((row + 1 for row in padding if row is not None), default=0)  # RoBERTa counts from there
-        return None if most is None else int(most) - unused
+        return None if most is None else int(most) - first_position(self.module)
 
     @cached_property
     def leaves_out_padding(self) -> bool:
@@ -106,3 +103,10 @@ class Model:
         away = sum(t.numel() * t.itemsize for t in self.module.buffers() if t.is_meta)
         away += sum(self.checkpoint.nbytes(name) for name in self.away)
         return away + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
+
+
+def first_position(module: nn.Module) -> int:
+    """The row of the table of positions that a text begins at: RoBERTa counts from behind the padding's."""
+    tables = [m for n, m in module.named_modules() if n.endswith("position_embeddings")]
+    padding = [getattr(table, "padding_idx", None) for table in tables]
+    return max((row + 1 for row in padding if row is not None), default=0)

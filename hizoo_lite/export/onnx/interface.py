@@ -24,7 +24,7 @@ from hizoo_lite.export.onnx.linear import (
 )
 from hizoo_lite.export.onnx.skeleton import Skeleton
 from hizoo_lite.export.onnx.trace import Input, following
-from hizoo_lite.model.model import Model
+from hizoo_lite.model.model import Model, first_position
 from hizoo_lite.spaces.heads import head_layers
 
 #: Sizes of the example's dynamic dimensions: above 1, and all different.
@@ -81,6 +81,7 @@ class _Causal(nn.Module):
         super().__init__()
         self.hf, self.inputs, self.adapters = hf, inputs, list(adapters)
         self.takes_positions = "position_ids" in inspect.signature(hf.forward).parameters
+        self.first_position = first_position(hf)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """given: tokens, attention mask, key and value of every layer, then the adapter inputs."""
@@ -90,7 +91,7 @@ class _Causal(nn.Module):
         more: dict[str, Any] = {}
         if self.takes_positions:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            more["position_ids"] = positions[:, -input_ids.shape[1] :]
+            more["position_ids"] = positions[:, -input_ids.shape[1] :] + self.first_position
         out = self.hf(
             input_ids=input_ids,
             attention_mask=attention_mask,
