@@ -129,37 +129,24 @@ def continue_text(
     temperature 0 takes the most likely token each time; otherwise it is sampled from the most likely ones
     that hold `top_p` of the probability. Raises `UserError` as `answer.continue_text` does.
     """
+    import torch
     from transformers import LogitsProcessorList
 
     from hizoo_lite.edge.answer import check_sampling, prompt_ids
     from hizoo_lite.errors import UserError
+    from hizoo_lite.stream.write import generated
     from hizoo_lite.tasks.tokens import pad_id
 
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files")
     known = prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
-    ids = _tensor(known, model)
+    ids = torch.tensor([known])
     processors = LogitsProcessorList(_sampling(model, temperature, top_p, seed) if temperature > 0 else [])
-    written = model.module.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=ids.new_ones(ids.shape),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad_id(model.tokenizer, model.vocabulary),
-        logits_processor=processors,
-    )
+    pad = pad_id(model.tokenizer, model.vocabulary)
+    written = generated(model, ids, torch.ones_like(ids), pad, max_new_tokens, logits_processor=processors)
     whole = model.tokenizer.decode(written[0], skip_special_tokens=True)
     return whole[len(model.tokenizer.decode(ids[0], skip_special_tokens=True)) :]
-
-
-def _tensor(ids: list[int], model: Model) -> Any:
-    import torch
-
-    return torch.tensor([ids], device=model.device)
 
 
 def _sampling(model: Model, temperature: float, top_p: float, seed: int) -> list[LogitsProcessor]:

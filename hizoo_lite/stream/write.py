@@ -1,8 +1,10 @@
-"""Greedy continuation of several prompts by a causal model, through transformers' own `generate`."""
+"""Continuation of prompts by a causal model, through transformers' own `generate`."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,16 +44,29 @@ def write(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
-    stops = [] if ended is None else [_Stop(ended, length)]
-    written = model.module.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad_id,
-        stopping_criteria=StoppingCriteriaList(stops),
-    )
+    stops = StoppingCriteriaList([] if ended is None else [_Stop(ended, length)])
+    written = generated(model, ids, mask, pad_id, max_new_tokens, stopping_criteria=stops)
     return written[:, length:].tolist()
+
+
+def generated(
+    model: Model, ids: Tensor, mask: Tensor, pad_id: int, max_new_tokens: int, **more: Any
+) -> Tensor:
+    """The prompts with the likeliest tokens behind them, (rows, tokens) int64 on the model's device.
+
+    ids, mask: (rows, length) int64. more: what else `generate` takes. transformers takes the first
+    parameter's device for the model's; where blocks stream that one is away, of which it would warn.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`input_ids` being on a device type different", UserWarning)
+        return model.module.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_id,
+            **more,
+        )
