@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-import hizoo_lite.stream.head as head
 from hizoo_lite.base import EVALUATION, Branches, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
@@ -203,7 +202,7 @@ def test_logits_in_chunks_equal_logits_at_once(
     model = load(tmp_path, kind=kind, bits="none", compute_dtype="float32", device="cpu")
     batch, traversal = tiny_task_batch(kind), Traversal(model)
     at_once = traversal.losses(batch).per_example
-    monkeypatch.setattr(head, "LOGITS_BYTES", 4 * 97 * 4)  # four positions a chunk
+    monkeypatch.setattr("hizoo_lite.stream.traversal.LOGITS_BYTES", 4 * 97 * 4)  # four positions a chunk
     torch.testing.assert_close(traversal.losses(batch).per_example, at_once, rtol=0, atol=FLOAT32_ROUNDING)
 
 

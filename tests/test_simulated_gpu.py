@@ -38,7 +38,7 @@ from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
 from tests.simulated import figures, shapes
 from tests.simulated.figures import StopAfter, losses, settings, trained
-from tests.simulated.gpu import SYNCS, Memory, SimulatedGpu, installed
+from tests.simulated.gpu import SYNCS, DeviceTensor, Memory, SimulatedGpu, installed
 from tests.test_stream import step_losses
 
 MIB = 1 << 20
@@ -275,6 +275,39 @@ def test_where_nothing_fits_a_run_ends_saved_and_goes_on_with_more(
     fit(replace(config, resume=True))
     run(tmp_path, "whole", model=str(packed))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "compute", "groups"),
+    [("llama", "bf16", 1), ("gemma2", "float32", 1), ("opt", "bf16", 3), ("bert", "float32", 1)],
+)
+def test_a_head_that_is_away_comes_once_for_many_chunks_of_sites(
+    name: str, compute: str, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what a resident head gives, over several chunks and tiles of the vocabulary."""
+    save_tiny(name, tmp_path)
+    row, chunks = 4 * 3 * 97, -(-int(tiny_task_batch(TINY_CONFIGS[name].kind).token_id.shape[0]) // 4)
+    together = -(-chunks // groups)
+    monkeypatch.setattr("hizoo_lite.stream.traversal.LOGITS_BYTES", 4 * row)
+    monkeypatch.setattr("hizoo_lite.stream.traversal.HELD_BYTES", {"cuda": together * 4 * row})
+    monkeypatch.setattr("hizoo_lite.model.linear.TILE_BYTES", {"cuda": 1})
+    monkeypatch.setattr("hizoo_lite.model.fill.SMALL_ELEMENTS", 2048)
+    options: Any = {"kind": TINY_CONFIGS[name].kind, "bits": "nf4", "compute_dtype": compute}
+    wanted = step_losses(load(tmp_path, device="simgpu", **options), name)
+    model = load(tmp_path, device="simgpu", residency="host", **options)
+    head: Any = next(x for x in model.linears.values() if x.out_features == 97)
+    matrix = head.weight.read(0, 97)
+    crossed = []
+
+    def count(op: Any, args: Any, kwargs: Any) -> None:
+        if str(op).startswith("aten.copy_") and not isinstance(args[1], DeviceTensor):
+            same = args[1].untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
+            crossed.append(args[1].nbytes if same else 0)
+
+    monkeypatch.setattr("tests.simulated.gpu.WATCHERS", [count])
+    assert torch.equal(step_losses(model, name), wanted)
+    assert chunks >= 3
+    assert sum(crossed) == groups * matrix.nbytes
 
 
 # -------------------------------------------------------------------- what a streamed model is used for

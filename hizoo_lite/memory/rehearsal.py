@@ -31,7 +31,7 @@ from hizoo_lite.spaces.targets import resolve_targets
 from hizoo_lite.spaces.weights import Tile, WeightDelta, tiles
 from hizoo_lite.stream.block import PresentBlock
 from hizoo_lite.stream.chunks import Chunks, plan_chunks
-from hizoo_lite.stream.head import LOGITS_BYTES, logits_at, with_hidden
+from hizoo_lite.stream.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.residency import Resident
 
@@ -324,10 +324,10 @@ class Rehearsal:
         tally.owner = "logits"
         sites = torch.zeros(wanted.sites, dtype=torch.int64, device=META)
         vocabulary = self.config.get_text_config().vocab_size
-        limit_bytes = LOGITS_BYTES >> wanted.halvings
-        pieces = logits_at(
-            self.module, self.trunk_name, output, hidden, sites, sites, vocabulary, limit_bytes
-        )
+        head = head_of(self.placed, self.trunk_name, vocabulary) if self.away else None
+        held_bytes = HELD_BYTES[like(self.device_type)]
+        limits = LOGITS_BYTES >> wanted.halvings, head, held_bytes >> wanted.halvings
+        pieces = logits_at(self.module, self.trunk_name, output, hidden, sites, sites, vocabulary, *limits)
         for _, (_, logits) in zip(range(2), pieces, strict=False):
             wide = logits.double()
             exponentials = torch.empty_like(wide)  # inside of logsumexp

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
 from hizoo_lite.device import like
+from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
+from hizoo_lite.quant.away import AwayWeight
 from hizoo_lite.stream.divergence import divergence_terms
-from hizoo_lite.stream.head import LOGITS_BYTES, logits_at, with_hidden
+from hizoo_lite.stream.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.write import Ended, write
 from hizoo_lite.tensors import TorchArrays, batch_tensors
@@ -130,9 +132,9 @@ class Traversal:
         sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
         out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
         model, vocabulary = self.model, self.model.config.vocab_size
-        limit_bytes = LOGITS_BYTES >> model.halvings
+        limits = LOGITS_BYTES >> model.halvings, self._away_head(), HELD_BYTES[like(device)] >> model.halvings
         for part, logits in logits_at(
-            model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, limit_bytes
+            model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, *limits
         ):
             first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
             at = _sent(sites[first:last] - part.start, device)
@@ -147,6 +149,11 @@ class Traversal:
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
         return unsorted, divergences
+
+    def _away_head(self) -> BranchLinear | None:
+        """The head, where its matrix is not on the device."""
+        head = head_of(self.model.linears, self.model.trunk_name, self.model.config.vocab_size)
+        return head if head is not None and isinstance(head.weight, AwayWeight) else None
 
 
 def _once(work: Callable[[], Losses]) -> Losses:
