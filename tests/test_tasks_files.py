@@ -166,6 +166,13 @@ def test_columns_without_a_name_may_be_several(tmp_path):
     assert first("sst2", path).fields["text"] == "good"
 
 
+def test_line_ends_inside_of_a_quoted_cell_stay_as_they_are(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b'sentence,label\r\n"a\r\nb\nc\r\n\r\nd",1\r\n"e",0')
+    assert [row.values["sentence"] for row in files.rows(path)] == ["a\r\nb\nc\r\n\r\nd", "e"]
+    assert [row.where.rsplit(":")[-1] for row in files.rows(path)] == ["6", "7"]
+
+
 def test_a_cell_may_be_as_long_as_a_line(tmp_path):
     before = csv.field_size_limit()
     long = "word " * 40_000

@@ -125,6 +125,11 @@ class Row:
 
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end) for every line of a text file."""
+    return ((number, text.rstrip("\r\n")) for number, text in _whole_lines(path, encoding))
+
+
+def _whole_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """The same, with line ends as they are: inside of a quoted cell they are text."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -139,7 +144,7 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
                 raise UserError(f"{path}:{number}: not {encoding} text ({error.reason})") from error
             if number == 1:
                 text = text.removeprefix("\ufeff")
-            yield number, text.rstrip("\r\n")
+            yield number, text
 
 
 def rows(path: Path, headerless: tuple[str, ...] = ()) -> Iterator[Row]:
@@ -243,7 +248,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             if text.strip():
                 yield number, text.split("\t")
         return
-    reader = csv.reader((text + "\n" for _, text in lines(path)), strict=True)
+    reader = csv.reader((text for _, text in _whole_lines(path)), strict=True)
     try:
         while (cells := _next_cells(reader)) is not None:
             if cells:
