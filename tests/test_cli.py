@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
@@ -230,6 +233,18 @@ def test_eval_of_an_adapter_without_a_run_uses_the_model_it_names(tuned: Path, t
     assert json.loads(done.stdout)["examples"] == 2
     empty = call("eval", "--model", "embedded", "--task", "lm", "--data", str(tmp_path))
     assert empty.exit_code == 2
+
+
+def test_eval_of_a_model_that_computes_nothing_fails(tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.fill_(torch.nan) for name, value in load_file(file).items()}, file)
+    config = hz.TrainConfig(**short_run(tuned.parent))
+    chosen = ["--task", config.task, "--data", str(config.data), "--max-length", "32", "--examples", "2"]
+    done = call("eval", "--adapter", str(tmp_path / "adapter"), *chosen, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["scores"]["loss"] is None
+    assert re.search(r"error: \S+: the loss on \S+ is nan, not a finite number", done.stderr)
 
 
 def test_an_empty_part_is_refused(tuned: Path, tmp_path: Path) -> None:

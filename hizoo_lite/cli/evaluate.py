@@ -50,6 +50,7 @@ def command(
     """Evaluate a model on a task. With the adapter of a run, its settings are the defaults.
 
     The splits are those of a training run with the same seed, so that a run's test examples stay unseen.
+    Exit code 1 where the loss is not a finite number.
 
     Examples:
 
@@ -74,6 +75,7 @@ def command(
         "seed": seed,
     }
     from hizoo_lite.cli import output, progress
+    from hizoo_lite.train.evaluate import check_result
 
     given = {name: value for name, value in flags.items() if value is not None}
     if onnx is not None:
@@ -87,10 +89,11 @@ def command(
         result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
     if json:
         output.print_json(result)
-        return
-    rows = [[name, output.number(float(value))] for name, value in result["scores"].items()]
-    title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
-    output.print_table(title, ["", "value"], rows)
+    else:
+        rows = [[name, output.number(float(value))] for name, value in result["scores"].items()]
+        title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
+        output.print_table(title, ["", "value"], rows)
+    check_result(result)
 
 
 def _config(adapter: str | None, given: dict[str, str | int]) -> TrainConfig:

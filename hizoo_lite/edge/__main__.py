@@ -17,6 +17,7 @@ from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
 from hizoo_lite.train.config import choices, kinds, members, settings
 from hizoo_lite.train.config_file import flag, parsed
+from hizoo_lite.train.evaluate import check_result
 from hizoo_lite.train.folder import plain
 from hizoo_lite.train.watch import Lines
 
@@ -92,6 +93,7 @@ def _eval(given: argparse.Namespace) -> int:
     config = answer.eval_config(given.folder, given.adapter, parsed(flags))
     result = answer.evaluate_export(given.folder, given.adapter, config, given.split, given.examples, Lines())
     print(json.dumps(plain(result), indent=2))
+    check_result(result)
     return 0
 
 

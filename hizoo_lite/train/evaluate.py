@@ -6,13 +6,15 @@ logit); completion tasks write greedily, in batches padded on the left. One forw
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
+from hizoo_lite.errors import TooManyBadSteps
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.ranks import ONE, Ranks
@@ -114,6 +116,16 @@ def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: s
         "scores": {"loss": found.loss, **{m.name: m.value for m in found.metrics}},
         "seconds": found.seconds,
     }
+
+
+def check_result(result: Mapping[str, Any]) -> None:
+    """`TooManyBadSteps` where what was evaluated computes nothing. result: of `report`."""
+    loss = result["scores"]["loss"]
+    if not math.isfinite(loss):
+        raise TooManyBadSteps(
+            f"{result['model']}: the loss on {result['task']} is {loss}, not a finite number; "
+            "its weights, or those of its adapter, are damaged or too large for --compute-dtype"
+        )
 
 
 def _parts(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
