@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.memory.budget import Budget, enforced
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
+from hizoo_lite.quant import ResidualWeight, pack
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.choose import Budgets
@@ -38,7 +41,7 @@ from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
 from tests.simulated import figures, shapes
 from tests.simulated.figures import StopAfter, losses, settings, trained
-from tests.simulated.gpu import SYNCS, DeviceTensor, Memory, SimulatedGpu, installed
+from tests.simulated.gpu import LAUNCHES, SYNCS, WATCHERS, DeviceTensor, Memory, SimulatedGpu, installed
 from tests.test_stream import step_losses
 
 MIB = 1 << 20
@@ -84,6 +87,24 @@ def opened(folder: Path, **options: Any) -> tuple[Model, Streamed]:
     _settle(layouts(model), DEVICE)
     gc.collect()
     return model, model.residency
+
+
+@contextmanager
+def brought() -> Iterator[list[torch.Tensor]]:
+    """Tensors of the host, of more than one number, that are copied to the device meanwhile."""
+    found: list[torch.Tensor] = []
+
+    def watch(op: Any, args: Any, kwargs: Any) -> None:
+        given = args[1] if str(op).startswith("aten.copy_") else args[0]
+        copies = str(op).startswith(("aten.copy_", "aten._to_copy"))
+        if copies and not isinstance(given, DeviceTensor) and given.ndim > 0:
+            found.append(given)
+
+    WATCHERS.append(watch)
+    try:
+        yield found
+    finally:
+        WATCHERS.remove(watch)
 
 
 # ------------------------------------------------------------------------------------- as on a CPU
@@ -297,15 +318,10 @@ def test_a_head_that_is_away_comes_once_for_many_chunks_of_sites(
     model = load(tmp_path, device="simgpu", residency="host", **options)
     head: Any = next(x for x in model.linears.values() if x.out_features == 97)
     matrix = head.weight.read(0, 97)
-    crossed = []
-
-    def count(op: Any, args: Any, kwargs: Any) -> None:
-        if str(op).startswith("aten.copy_") and not isinstance(args[1], DeviceTensor):
-            same = args[1].untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
-            crossed.append(args[1].nbytes if same else 0)
-
-    monkeypatch.setattr("tests.simulated.gpu.WATCHERS", [count])
-    assert torch.equal(step_losses(model, name), wanted)
+    with brought() as tensors:
+        assert torch.equal(step_losses(model, name), wanted)
+    storage = matrix.untyped_storage().data_ptr()
+    crossed = [t.nbytes for t in tensors if t.untyped_storage().data_ptr() == storage]
     assert chunks >= 3
     assert sum(crossed) == groups * matrix.nbytes
 
@@ -404,8 +420,6 @@ def test_an_environment_that_rounds_is_refused_before_anything_is_read(
 def test_every_kernel_is_launched_before_the_weights_are_there(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.simulated.gpu import LAUNCHES
-
     seen: list[set[str]] = []
     from hizoo_lite.model.fill import Filler
 
@@ -420,14 +434,12 @@ def test_every_kernel_is_launched_before_the_weights_are_there(
     names = {name for name in seen[0] if name.startswith("bitsandbytes")}
     assert {name.removeprefix("bitsandbytes.").split(".")[0] for name in names} == {
         *("dequantize_4bit", "quantize_4bit", "quantize_blockwise", "dequantize_blockwise"),
-        "int8_vectorwise_quant",
+        *("int8_vectorwise_quant",),
     }
     assert "aten.mm.default" in seen[0]
 
 
 def test_quantizers_run_on_the_stream_they_launch_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from contextlib import contextmanager
-
     from tests.simulated import gpu
 
     on_default = [False]
@@ -453,6 +465,19 @@ def test_quantizers_run_on_the_stream_they_launch_on(monkeypatch: pytest.MonkeyP
     for bits in ("nf4", "int8"):
         load(tmp_path, bits=bits, device="simgpu")  # type: ignore[arg-type]
     assert set(map(frozenset, seen.values())) == {frozenset({True})}
+
+
+def test_a_residual_is_summed_in_few_launches() -> None:
+    base = pack(torch.randn(2048, 1024), "nf4", name="weight")
+    here = ResidualWeight(base)
+    here.residual.normal_()
+    there = copy.deepcopy(here).to(DEVICE)
+    wanted = here.unpack(torch.empty(2048, 1024, dtype=torch.bfloat16))
+    LAUNCHES.clear()
+    assert torch.equal(
+        there.unpack(torch.empty(2048, 1024, dtype=torch.bfloat16, device=DEVICE)).cpu(), wanted
+    )
+    assert sum(n for name, n in LAUNCHES.items() if name.startswith("bitsandbytes.dequantize_4bit")) == 1
 
 
 def test_a_block_of_a_real_model_launches_and_moves_no_more_than_it_did() -> None:

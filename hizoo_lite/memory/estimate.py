@@ -10,6 +10,7 @@ from hizoo_lite.memory.outline import Outline, dissect
 from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.model import skeleton
 from hizoo_lite.model.model import Model
+from hizoo_lite.quant import ResidualWeight
 from hizoo_lite.spaces.lora import LoRADelta
 from hizoo_lite.spaces.scales import ScalesPart
 from hizoo_lite.spaces.weights import WeightDelta
@@ -56,4 +57,5 @@ def _trained(model: Model) -> Trained | None:
     if isinstance(delta, LoRADelta):
         return Trained("lora", leaves, delta.a.shape[0], train_a=delta.names[0] is not None)
     is_scales = isinstance(delta, WeightDelta) and isinstance(delta.part, ScalesPart)
-    return Trained("scales" if is_scales else "dense", leaves)
+    has_residual = isinstance(model.linears[names[0]].weight, ResidualWeight)
+    return Trained("scales" if is_scales else "dense", leaves, residual=has_residual)

@@ -8,6 +8,7 @@ tiles of a product, of which one, the largest, is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from hizoo_lite.memory.tally import FusedAttention, Tally, nbytes
 from hizoo_lite.model.linear import TILE_BYTES, BranchLinear
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant.opaque import Opaque
+from hizoo_lite.quant.residual import SUM_ELEMENTS
 from hizoo_lite.spaces.heads import HeadDelta
 from hizoo_lite.spaces.lora import LoRADelta
 from hizoo_lite.spaces.targets import resolve_targets
@@ -36,6 +38,7 @@ from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.residency import Resident
 
 META = torch.device("meta")
+_FLOAT32 = 4
 #: Blocks that are rehearsed: the first, whose input is the embeddings, and one whose input is a block's.
 _BLOCKS = 2
 #: The part of a block that treats every token alike, by its first and last module.
@@ -241,6 +244,11 @@ class Rehearsal:
                         block.__dict__.pop(name, None)
             for linear in self.placed.values():
                 linear.delta = None
+        if trained is not None and trained.residual and self.compute != torch.float32:
+            kind = like(self.device_type)
+            most = min(SUM_ELEMENTS[kind], TILE_BYTES[kind] // self.compute.itemsize)
+            largest = max(math.prod(linear.shape) for linear in self.anatomy.inside())
+            self.buffers.sizes["residual"] = _FLOAT32 * min(most, largest)
         update = self._update_bytes(trained)
         scratch = dict(self.buffers.sizes)
         worst = dict(self.tally.worst)

@@ -16,9 +16,14 @@ RowReader = Callable[[int, int], Tensor]
 CHUNK_ELEMENTS = 1 << 19
 
 
-def row_chunks(rows: int, columns: int, multiple: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `CHUNK_ELEMENTS` elements that start at a multiple of `multiple` rows."""
-    height = max(1, CHUNK_ELEMENTS // max(columns, 1) // multiple) * multiple
+def row_chunks(
+    rows: int, columns: int, multiple: int, elements: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `elements` elements that start at a multiple of `multiple` rows.
+
+    elements: None for `CHUNK_ELEMENTS`.
+    """
+    height = max(1, (elements or CHUNK_ELEMENTS) // max(columns, 1) // multiple) * multiple
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 
