@@ -8,6 +8,7 @@ one name with one meaning) and the methods here. `NumpyArrays` is what runs besi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,6 +40,14 @@ class Arrays(ABC):
         """A float64 copy, where `like` is; without it, on the host."""
 
     @abstractmethod
+    def zeros(self, count: int, like: Array) -> Array:
+        """(count,) float64 zeros, made where `like` is."""
+
+    def together(self, values: Sequence[Array], like: Array) -> list[Array]:
+        """The values, of one dtype, where `like` is; what is not there is brought in one copy."""
+        return list(values)
+
+    @abstractmethod
     def narrow(self, value: Array) -> Array:
         """`value` in float32."""
 
@@ -61,6 +70,33 @@ class Arrays(ABC):
     @abstractmethod
     def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
         """Add rows' values to the sums of their groups of `bundle` rows, in place, always in one order."""
+
+    def excess(self, z: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
+        """Of |z^2 - 1|: the sums over each row, weighted by `columns`, and over each column, by `rows`.
+
+        z: (rows, columns) float32; rows, columns: float64 vectors. Gives (rows,) and (columns,) float64.
+        """
+        sample = self.absolute_excess(z)
+        return sample @ columns, sample.T @ rows
+
+    def absolute_excess(self, z: Array) -> Array:
+        """|z^2 - 1| in float64."""
+        sample = self.wide(z, like=z)
+        sample *= sample
+        sample -= 1.0
+        return abs(sample)
+
+    def directions(self, scales: Mapping[str, Array], z: Mapping[str, Array]) -> dict[str, Array]:
+        """scale * z of every name, where the parameters are; float32, z on the host.
+
+        They may be used until the next call.
+        """
+        return {name: self.on_device(scales[name] * value) for name, value in z.items()}
+
+    def add_all(self, values: Sequence[Array], directions: Sequence[Array], factor: float) -> None:
+        """value += factor * direction of each, in place."""
+        for value, direction in zip(values, directions, strict=True):
+            self.add_scaled(value, direction, factor)
 
     @abstractmethod
     def add_scaled(self, value: Array, direction: Array, factor: float) -> None:
@@ -91,6 +127,10 @@ class NumpyArrays(Arrays):
     def wide(self, value: Array, like: Array | None = None) -> Array:
         """See `Arrays.wide`."""
         return np.array(value, dtype=np.float64)
+
+    def zeros(self, count: int, like: Array) -> Array:
+        """See `Arrays.zeros`."""
+        return np.zeros(count)
 
     def narrow(self, value: Array) -> Array:
         """See `Arrays.narrow`."""

@@ -20,20 +20,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hizoo_lite.base import Branches
+from hizoo_lite.base import Branches, Curvature
 from hizoo_lite.cli import app
+from hizoo_lite.curvature.factored import Factored
+from hizoo_lite.curvature.grouped import Grouped
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.memory.budget import Budget, enforced
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
+from hizoo_lite.noise import drawn, drawn_along
 from hizoo_lite.quant import ResidualWeight, pack
 from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.stream.block import each_block
 from hizoo_lite.stream.choose import Budgets
 from hizoo_lite.stream.layout import layouts
 from hizoo_lite.stream.residency import Streamed, _settle
 from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.tensors import BLOCK, TorchArrays
 from hizoo_lite.train import identity, replay
 from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.step import StepRecord
@@ -465,6 +470,52 @@ def test_quantizers_run_on_the_stream_they_launch_on(monkeypatch: pytest.MonkeyP
     for bits in ("nf4", "int8"):
         load(tmp_path, bits=bits, device="simgpu")  # type: ignore[arg-type]
     assert set(map(frozenset, seen.values())) == {frozenset({True})}
+
+
+@pytest.mark.parametrize("curvature", [Grouped(per="row"), Factored()])
+def test_what_a_step_sends_to_the_weights_is_one_copy(curvature: Curvature, deep: Path) -> None:
+    """However many weights there are: scales for drawing, and what the curvature needs to see z."""
+    model, space = load(deep, device="simgpu"), Dense()
+    space.attach(model, seed=0)
+    weights: Any = space.weights
+    curvature.start(weights.shapes, TorchArrays(DEVICE))
+    if isinstance(curvature, Grouped):
+        curvature._running = True
+    with brought() as tensors:
+        weights.begin(0, 0, curvature, measured=True)
+        sent = len(tensors)
+        weights.see()
+    assert (sent, len(tensors)) == (1, 1 if isinstance(curvature, Grouped) else 2)
+    assert len(weights.parts) == 56
+
+
+def test_directions_of_parameters_are_sent_in_one_copy() -> None:
+    here, there = TorchArrays(), TorchArrays(DEVICE)
+    scales = {"a": torch.rand(5, 1), "b": torch.tensor(0.3), "c": torch.rand(3)}
+    for seed in range(2):  # page-locked memory is used again
+        z = {name: torch.from_numpy(drawn_along(seed, 0, name, (5, 3), 2)) for name in scales}
+        wanted = here.directions(scales, z)
+        with brought() as tensors:
+            found = there.directions(scales, z)
+        assert len(tensors) == 1
+        assert all(torch.equal(found[name].cpu(), wanted[name]) for name in z)
+    values = {name: torch.ones(5, 3, device=DEVICE) for name in z}
+    there.add_all(list(values.values()), [found[name][1] for name in z], -0.1)
+    for name, value in values.items():
+        assert torch.equal(value.cpu(), torch.ones(5, 3).add_(wanted[name][1], alpha=-0.1))
+
+
+@pytest.mark.parametrize("shape", [(64, 4096), (2048, 640), (1500, 1031), (1, 1)])
+def test_sums_in_float32_blocks_are_those_in_float64_to_what_their_docstring_says(
+    shape: tuple[int, int],
+) -> None:
+    z = torch.from_numpy(drawn(0, 0, "z", shape))
+    rows, columns = (torch.rand(n, dtype=torch.float32).add_(0.01).double() for n in shape)
+    wanted = TorchArrays().excess(z, rows, columns)
+    found = TorchArrays(DEVICE).excess(z.to(DEVICE), rows.to(DEVICE), columns.to(DEVICE))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one.cpu(), other, rtol=BLOCK * 2.0**-24, atol=1e-6)
 
 
 def test_a_residual_is_summed_in_few_launches() -> None:

@@ -44,12 +44,13 @@ class Factored(Curvature):
         self._factors: dict[str, Factors] = {}
         self._drawn: dict[str, Factors] = {}
         self._seen: dict[str, tuple[Factors, Factors]] = {}  # factors, and sums of |H'| / c; float64
+        self._sent: dict[str, dict[str, Factors]] = {}  # this step's factors of Sigma^-1, by place and name
 
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
         """Sigma = I."""
         self._arrays = arrays or host_arrays()
         self._factors = {name: self._ones(tuple(shape)) for name, shape in shapes.items()}
-        self._drawn, self._seen = {}, {}
+        self._drawn, self._seen, self._sent = {}, {}, {}
 
     def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32 of the parameter's shape."""
@@ -58,7 +59,8 @@ class Factored(Curvature):
 
     def factors(self, name: str) -> tuple[Array, Array | None]:
         """The roots of (rows, 1) and (1, columns) of a matrix; of any other tensor the whole of it."""
-        self._drawn[name] = self._factors[name]
+        if self._drawn.get(name) is not self._factors[name]:
+            self._drawn[name], self._sent = self._factors[name], {}
         return self._roots(self._drawn[name])
 
     def update_scale(self, name: str) -> Array:
@@ -69,26 +71,22 @@ class Factored(Curvature):
     def see(self, name: str, z: Array, first_row: int = 0) -> None:
         """Add the rows to the sums over rows and columns."""
         if first_row == 0:
-            inverse = self._inverse(self._drawn.get(name, self._factors[name]))
-            wide = tuple(self._arrays.wide(factor, like=z) for factor in inverse)
+            wide = tuple(self._arrays.wide(factor, like=z) for factor in self._inverses(z)[name])
             self._seen[name] = wide, tuple(self._arrays.xp.zeros_like(factor) for factor in wide)
         factors, sums = self._seen[name]
-        sample = self._arrays.wide(z, like=z)
-        sample *= sample
-        sample -= 1.0
-        sample = abs(sample)
         own = slice(first_row, first_row + z.shape[0]) if z.ndim > 0 else ...
         if len(factors) == 1:
-            sums[0][own] = sample * factors[0][own]
+            sums[0][own] = self._arrays.absolute_excess(z) * factors[0][own]
             return
         rows, columns = factors
-        sums[0][own] = (sample @ columns) * rows[own]
-        sums[1][...] += (sample.T @ rows[own]) * columns
+        over_columns, over_rows = self._arrays.excess(z, rows[own], columns)
+        sums[0][own] = over_columns * rows[own]
+        sums[1][...] += over_rows * columns
 
     def observe(self, curvature: float, smoothing: float) -> None:
         """Take in c = d' H d; an unusable c is ignored, a smoothing outside (0, 1] is a `UserError`."""
         weight = check_smoothing(smoothing)
-        seen, self._seen = self._seen, {}
+        seen, self._seen, self._sent = self._seen, {}, {}
         if not is_usable(curvature):
             return
         for name, (_, sums) in seen.items():
@@ -113,7 +111,19 @@ class Factored(Curvature):
             name: tuple(loaded[f"{name}/{i}"] for i in range(len(factors)))
             for name, factors in self._factors.items()
         }
-        self._drawn = {}
+        self._drawn, self._sent = {}, {}
+
+    def _inverses(self, z: Array) -> dict[str, Factors]:
+        """By name the factors of Sigma^-1 that this step draws z with, where `z` is: sent there at once.
+
+        Of tensors in memory and of weights inside the blocks z is in two places.
+        """
+        place = str(getattr(z, "device", ""))
+        if place not in self._sent:
+            inverse = {n: self._inverse(self._drawn.get(n, own)) for n, own in self._factors.items()}
+            flat = iter(self._arrays.together([part for parts in inverse.values() for part in parts], like=z))
+            self._sent[place] = {n: tuple(next(flat) for _ in parts) for n, parts in inverse.items()}
+        return self._sent[place]
 
     def _inverse(self, factors: Factors) -> Factors:
         """The factors whose product is Sigma^-1."""

@@ -128,8 +128,7 @@ class Grouped(Curvature):
             return
         part = self._slices[name]
         if first_row == 0:
-            groups = part.stop - part.start
-            self._squares[name] = self._arrays.wide(self._xp.zeros(groups), like=z)
+            self._squares[name] = self._arrays.zeros(part.stop - part.start, like=z)
         _, row_size = self._rows(self._shapes[name])
         lengths = self._arrays.row_squares(z.reshape(-1, row_size))
         self._arrays.add_by_group(lengths, first_row, self._bundle, self._squares[name])

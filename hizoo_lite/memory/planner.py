@@ -95,7 +95,8 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         "scratch": sum(scratch.values()),
         **activations,
     }
-    host = {"curvature": subject.curvature_bytes(), "noise": 2 * noise}
+    copies = 2 if subject.device == "cpu" else 3  # a GPU: and page-locked, times Sigma
+    host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
     if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
     kept = len(sizes)

@@ -204,7 +204,7 @@ class Subject:
         drawing = DRAWING_BYTES if self.device == "cpu" else 0
         if self.config.curvature != "factored" or self.config.estimator == "mezo":
             return drawing
-        return drawing + 20 * sum(sum(shape) for name, shape in self.shapes.items() if name not in self.heads)
+        return drawing + 24 * sum(sum(shape) for name, shape in self.shapes.items() if name not in self.heads)
 
     def block_bytes(self, streamed: bool) -> list[int]:
         """Of every block as the run holds it."""

@@ -32,6 +32,7 @@ from hizoo_lite.model.basis import gains
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.stream.block import each_block
+from hizoo_lite.tensors import brought
 
 #: Elements of a tile, by device: on a CPU it stays in the cache, on a GPU launches must not count.
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
@@ -218,11 +219,13 @@ class Weights:
         return noise.tile_normal(seed, step, part.name, tile.first, out)
 
     def _factors(self, curvature: Curvature) -> dict[str, Factors]:
-        device, found = self.model.device, {}
-        for part in self.parts:
-            rows, columns = curvature.factors(part.name)
-            found[part.name] = Factors(rows.to(device), None if columns is None else columns.to(device))
-        return found
+        here = [curvature.factors(part.name) for part in self.parts]
+        flat = [factor for pair in here for factor in pair if factor is not None]
+        there = iter(brought(flat, self.model.device))
+        return {
+            part.name: Factors(next(there), None if columns is None else next(there))
+            for part, (_, columns) in zip(self.parts, here, strict=True)
+        }
 
 
 class WeightDelta(LinearDelta):

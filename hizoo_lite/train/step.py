@@ -234,14 +234,15 @@ class Stepper:
         return math.copysign(self.clip, slope)
 
     def _directions(self, z: Mapping[str, Array], scale: Callable[[str], Array]) -> dict[str, Array]:
-        return {name: self._arrays.on_device(scale(name) * value) for name, value in z.items()}
+        return self._arrays.directions({name: scale(name) for name in z}, z)
 
     def _update(self, lr: float, slopes: Sequence[float], directions: Mapping[str, Array]) -> None:
         for name, value in self.space.parameters.items():
             if self.weight_decay and not _is_bias_or_norm(name):
                 value *= 1 - lr * self.weight_decay
-            for slope, direction in zip(slopes, directions[name], strict=True):
-                self._arrays.add_scaled(value, direction, -lr * slope)
+        for number, slope in enumerate(slopes):
+            along = [directions[name][number] for name in self.space.parameters]
+            self._arrays.add_all(list(self.space.parameters.values()), along, -lr * slope)
 
     def close(self) -> None:
         """End the noise thread."""
