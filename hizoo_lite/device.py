@@ -201,8 +201,8 @@ class Gpu(Kind):
         """A new stream beside that of the computation."""
 
     @abstractmethod
-    def event(self) -> Event:
-        """A new event, recorded nowhere."""
+    def event(self, sleeps: bool = False) -> Event:
+        """A new event, recorded nowhere. sleeps: who waits for it on the host leaves the core to others."""
 
     @abstractmethod
     def current_stream(self, device: torch.device) -> Stream:
@@ -321,8 +321,8 @@ class Cuda(Gpu):
     def stream(self, device: torch.device) -> Stream:
         return torch.cuda.Stream(device)
 
-    def event(self) -> Event:
-        return torch.cuda.Event()
+    def event(self, sleeps: bool = False) -> Event:
+        return torch.cuda.Event(blocking=sleeps)
 
     def current_stream(self, device: torch.device) -> Stream:
         return torch.cuda.current_stream(device)

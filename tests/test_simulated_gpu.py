@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -529,6 +530,26 @@ def test_a_residual_is_summed_in_few_launches() -> None:
         there.unpack(torch.empty(2048, 1024, dtype=torch.bfloat16, device=DEVICE)).cpu(), wanted
     )
     assert sum(n for name, n in LAUNCHES.items() if name.startswith("bitsandbytes.dequantize_4bit")) == 1
+
+
+def test_a_thread_that_waits_for_the_device_leaves_the_core_to_others(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def event(self: SimulatedGpu, sleeps: bool = False) -> Any:
+        made.append(
+            SimpleNamespace(sleeps=sleeps, record=lambda s: None, synchronize=lambda: threads.append(sleeps))
+        )
+        return made[-1]
+
+    threads: list[bool] = []
+    monkeypatch.setattr(SimulatedGpu, "event", event)
+    model = load(deep, device="simgpu", residency="disk")
+    for block in each_block(model):
+        model.residency.keep(block)
+    model.residency.close()
+    assert set(threads) == {True}
 
 
 def test_a_block_of_a_real_model_launches_and_moves_no_more_than_it_did() -> None:

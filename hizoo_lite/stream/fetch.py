@@ -99,7 +99,8 @@ class GpuFetcher(Fetcher):
         super().__init__(source, layouts, slots)
         self._device, self._gpu = device, gpu_of(device)
         self._copies = self._gpu.stream(device)
-        self._ready = [self._gpu.event() for _ in slots]  # the slot has been filled, or its bytes taken
+        # These two the reader's thread waits for, where the source is a disk: it leaves its core to the loop.
+        self._ready = [self._gpu.event(sleeps=True) for _ in slots]  # the slot was filled, or its bytes taken
         self._free = [self._gpu.event() for _ in slots]  # the slot has been computed with
         for event in self._free:  # its memory may have been a tensor's that is still being computed with
             event.record(self._gpu.current_stream(device))
@@ -107,7 +108,7 @@ class GpuFetcher(Fetcher):
         self._staging = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         for staging in self._staging:
             page_lock(staging, device)
-        self._staged = [self._gpu.event() for _ in self._staging]  # the staging buffer has been copied from
+        self._staged = [self._gpu.event(sleeps=True) for _ in self._staging]  # the buffer was copied from
 
     def _begin(self, block: int, slot: int) -> None:
         if isinstance(self.source, HostSource):

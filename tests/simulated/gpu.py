@@ -254,7 +254,7 @@ class SimulatedGpu(devices.Gpu):
     def stream(self, device: torch.device) -> _Point:
         return _Point()
 
-    def event(self) -> _Point:
+    def event(self, sleeps: bool = False) -> _Point:
         return _Point()
 
     def current_stream(self, device: torch.device) -> _Point:

@@ -185,7 +185,7 @@ class ClockedGpu(SimulatedGpu):
         self.world.streams += 1
         return Stream(self.world, f"copies {self.world.streams}")
 
-    def event(self) -> Any:
+    def event(self, sleeps: bool = False) -> Any:
         return Event(self.world)
 
     def current_stream(self, device: torch.device) -> Any:
