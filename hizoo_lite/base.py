@@ -327,6 +327,7 @@ class BranchState:
         self._rows: tuple[int, int | None] | None = None
         self._kept: Tensor | None = None
         self._mask: Tensor | None = None
+        self._ids: tuple[Tensor, Tensor, int] | None = None
         self._found: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
@@ -345,6 +346,21 @@ class BranchState:
     def pad(self, mask: Tensor) -> None:
         """Say for the rest of this pass which tokens of its batch exist. mask: (rows, length) on the host."""
         self._mask, self._found = mask.bool(), {}
+
+    def sent(self, ids: Tensor, folded: Tensor) -> None:
+        """Say for the rest of this pass that `folded` is `ids` on the device, once a branch; both int64.
+
+        ids: (rows, length) on the host.
+        """
+        self._ids = ids, folded, folded._version
+
+    def on_host(self, folded: Tensor) -> Tensor | None:
+        """`ids` of `sent`, where `folded` is what was sent, or all of it by another name; else None."""
+        if self._ids is None:
+            return None
+        ids, known, version = self._ids
+        same = known.shape == folded.shape and known.data_ptr() == folded.data_ptr()
+        return ids if same and known.dtype == folded.dtype and folded._version == version else None
 
     def kept(self, hidden: Tensor, rows: slice) -> Tensor | None:
         """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.

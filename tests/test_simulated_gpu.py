@@ -532,6 +532,20 @@ def test_a_residual_is_summed_in_few_launches() -> None:
     assert sum(n for name, n in LAUNCHES.items() if name.startswith("bitsandbytes.dequantize_4bit")) == 1
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hizoo_lite.model.fill.SMALL_ELEMENTS", 2048)
+    save_tiny(name, tmp_path)
+    options: Any = {"kind": TINY_CONFIGS[name].kind, "bits": "nf4", "compute_dtype": "float32"}
+    wanted = step_losses(load(tmp_path, device="simgpu", **options), name)
+    model = load(tmp_path, device="simgpu", residency="host", **options)
+    SYNCS.clear()
+    assert torch.equal(step_losses(model, name), wanted)
+    assert not [place for place in SYNCS if "away" in place]
+
+
 def test_a_thread_that_waits_for_the_device_leaves_the_core_to_others(
     deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,7 @@ class Filler:
             return
         if self._stays_away(name, stored) and layer is self._vocabulary:
             self._absent.add(f"{name}.weight")
-            embed_from_away(layer, self._away(stored))
+            embed_from_away(layer, self._away(stored), self.state)
             layer.register_forward_hook(_output_to_float32)
             return
         if stored not in self._embeddings:

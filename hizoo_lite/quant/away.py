@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.base import PackedWeight, Stored, UserError
+from hizoo_lite.base import BranchState, PackedWeight, Stored, UserError
 from hizoo_lite.errors import StorageError
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.quant.opaque import Opaque
@@ -70,15 +70,21 @@ def from_host(matrix: Tensor) -> AwayWeight:
     return AwayWeight((rows, columns), matrix.dtype, lambda start, stop: matrix[start:stop])
 
 
-def embed_from_away(layer: nn.Embedding, weight: AwayWeight) -> None:
-    """Let an embedding have, while it runs, just the rows that its tokens need."""
+def embed_from_away(layer: nn.Embedding, weight: AwayWeight, state: BranchState) -> None:
+    """Let an embedding have, while it runs, just the rows that its tokens need.
+
+    Which those are is asked of the host, where it knows: a device would first have to finish what it has.
+    """
     layer.padding_idx = None  # only of use to gradients, and not a row of the gathered table
     nothing = layer.weight
 
     def gather(module: nn.Embedding, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        tokens, index = torch.unique(args[0], return_inverse=True)
-        rows = weight.gather(tokens.cpu()).to(index.device)
+        given, ids = args[0], state.on_host(args[0])
+        tokens, index = torch.unique(given if ids is None else ids, return_inverse=True)
+        rows = weight.gather(tokens.cpu()).to(given.device, non_blocking=True)
         module.weight = nn.Parameter(rows, requires_grad=False)
+        if ids is not None:
+            index = index.to(given.device, non_blocking=True).repeat(state.branches.count, 1)
         return (index, *args[1:])
 
     def drop(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> None:

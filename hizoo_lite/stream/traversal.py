@@ -79,6 +79,7 @@ class Traversal:
     ) -> Losses:
         with self._branches(branches, mu, directions):
             inputs, state = self._fold(batch, branches.count), self.model.state
+            state.sent(batch.input_ids, inputs["input_ids"])
             if "attention_mask" in inputs and self.model.leaves_out_padding:
                 state.pad(batch.attention_mask)
             lengths = batch.attention_mask.sum(1).tolist()
