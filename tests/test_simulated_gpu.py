@@ -31,7 +31,7 @@ from hizoo_lite.memory.budget import Budget, enforced
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn, drawn_along
-from hizoo_lite.quant import ResidualWeight, pack
+from hizoo_lite.quant import ResidualWeight, native, pack
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.stream.block import each_block
@@ -440,7 +440,7 @@ def test_every_kernel_is_launched_before_the_weights_are_there(
     names = {name for name in seen[0] if name.startswith("bitsandbytes")}
     assert {name.removeprefix("bitsandbytes.").split(".")[0] for name in names} == {
         *("dequantize_4bit", "quantize_4bit", "quantize_blockwise", "dequantize_blockwise"),
-        *("int8_vectorwise_quant",),
+        *("int8_vectorwise_quant", "gemm_4bit"),
     }
     assert "aten.mm.default" in seen[0]
 
@@ -564,6 +564,37 @@ def test_a_thread_that_waits_for_the_device_leaves_the_core_to_others(
         model.residency.keep(block)
     model.residency.close()
     assert set(threads) == {True}
+
+
+@pytest.mark.parametrize("bits", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_few_rows_are_multiplied_with_packed_weights(bits: Any, double_quant: bool) -> None:
+    """By one call whose arguments bitsandbytes' own description of the operator takes."""
+    weight: Any = pack(torch.randn(96, 128), bits, double_quant=double_quant)
+    rows = torch.randn(3, 128)
+    wanted = rows @ weight.unpack(torch.empty(96, 128)).t()
+    there = copy.deepcopy(weight).to(DEVICE)
+    assert weight.product(rows) is None
+    torch.testing.assert_close(there.product(rows.to(DEVICE)).cpu(), wanted)
+    assert there.product(torch.randn(5, 128, device=DEVICE)) is None  # whose kernels no table is known of
+    meta = copy.deepcopy(weight).to("meta")
+    nested = (meta.nested_absmax, meta.nested_table, meta.offset) if double_quant else None
+    arguments = meta.codes, meta.shape, meta.absmax, bits, meta.blocksize, nested
+    made = native.multiply_packed(rows.to("meta", torch.bfloat16), *arguments)
+    assert (tuple(made.shape), made.dtype) == ((3, 96), torch.bfloat16)
+
+
+def test_writing_unpacks_nothing_for_one_token(deep: Path) -> None:
+    texts = []
+    for device in ("cpu", "simgpu"):
+        model = load(deep, device=device, compute_dtype="float32")
+        LAUNCHES.clear()
+        texts.append(Traversal(model).write([[5, 6, 7], [8, 9]], 0, 4))
+        assert "shared_product" not in model.linears["model.layers.0.mlp.up_proj"].__dict__
+    assert texts[0] == texts[1]
+    # the first pass is of six rows, the others are of two
+    assert LAUNCHES["bitsandbytes.gemm_4bit.default"] == 3 * 7 * 8
+    assert LAUNCHES["bitsandbytes.dequantize_4bit.out"] == 7 * 8
 
 
 def test_a_block_of_a_real_model_launches_and_moves_no_more_than_it_did() -> None:

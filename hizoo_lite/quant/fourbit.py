@@ -25,6 +25,8 @@ from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
+#: Bytes that a GPU's product loads at once.
+_VECTOR = 16
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -149,6 +151,19 @@ class FourBitWeight(Opaque, PackedWeight):
         start = first_row * self.shape[1]
         native.decode(self.codes, absmax, self.table, out.view(-1), start, self.bits, self.blocksize)
         return out
+
+    def product(self, rows: Tensor) -> Tensor | None:
+        """rows W' without an unpacked weight; None where unpacking is as good, or all there is.
+
+        rows: (rows, in_features), contiguous, in 16 or 32 bits. Gives (rows, out_features) in their dtype.
+        """
+        whole = self.shape[1] % self.blocksize == 0 and self.codes.data_ptr() % _VECTOR == 0
+        if not whole or not native.multiplies_packed(rows.device, rows.dtype, len(rows), self.shape):
+            return None
+        nested = (self.nested_absmax, self.nested_table, self.offset) if self.double_quant else None
+        return native.multiply_packed(
+            rows, self.codes, self.shape, self.absmax, self.bits, self.blocksize, nested
+        )
 
     def blocks(self, first_row: int, rows: int) -> slice:
         """The blocks that hold some of these rows."""

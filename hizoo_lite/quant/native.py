@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -87,6 +88,48 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
+#: Rows that bitsandbytes has a product with packed weights for on every GPU; for more it depends on the GPU.
+FEW_ROWS = 4
+#: Rows up to which it is asked whether it has.
+MOST_ROWS = 64
+
+
+def multiplies_packed(device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> bool:
+    """Whether `multiply_packed` takes so many rows, unpacks nothing, and is faster than unpacking.
+
+    bitsandbytes' own table of GPUs says that. shape: (out_features, in_features) of the matrix. Where it
+    says no the same call would unpack the whole matrix, of which no plan of memory knows.
+    """
+    if not is_gpu(device) or rows > MOST_ROWS or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return False
+    if rows <= FEW_ROWS:
+        return True
+    kernels = sys.modules.get("bitsandbytes.backends.cuda.ops")
+    asked = getattr(kernels, "_gemm_4bit_use_custom_fn", None)
+    return asked is not None and bool(asked(device.index, dtype, rows, *shape))
+
+
+def multiply_packed(
+    rows: Tensor,
+    codes: Tensor,
+    shape: tuple[int, int],
+    absmax: Tensor,
+    bits: FourBits,
+    blocksize: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """rows W', (rows, out_features) in the dtype of `rows`, without an unpacked weight.
+
+    rows: (rows, in_features), contiguous. codes, absmax as in `FourBitWeight`; nested: absmax of the absmax,
+    its code table, and the offset. Needs in_features that are whole blocks.
+    """
+    more = () if nested is None else (absmax, nested[1], nested[2])
+    scales = absmax if nested is None else nested[0]
+    return torch.ops.bitsandbytes.gemm_4bit.default(
+        rows, codes, list(shape), scales, blocksize, bits, None, *more
+    )
+
+
 def launch_all(device: torch.device, compute: torch.dtype) -> None:
     """Launch everything of bitsandbytes that a model may use, and a product, once on a GPU.
 
@@ -105,11 +148,22 @@ def launch_all(device: torch.device, compute: torch.dtype) -> None:
             out = torch.empty(count, dtype=dtype, device=device)
             _decode_whole_blocks(codes, absmax, out, bits, blocksize)
     dequantize_absmax(*quantize_absmax(absmax))
+    _launch_products(device, compute)
     quantize_int8(values.half().view(-1, blocksize))
     square = torch.zeros(blocksize, blocksize, dtype=compute, device=device)
     torch.mm(square, square)
     torch.mm(square.float(), square.float())
     kind_of(device).synchronize(device)
+
+
+def _launch_products(device: torch.device, compute: torch.dtype) -> None:
+    """Those with packed weights: one row, and as many as a step of decoding may have."""
+    shape, blocksize = (256, 256), 64
+    codes, absmax = quantize_blocks(torch.ones(shape, dtype=compute, device=device), "nf4", blocksize)
+    for count in (1, FEW_ROWS, MOST_ROWS):
+        if multiplies_packed(device, compute, count, shape):
+            rows = torch.ones(count, shape[1], dtype=compute, device=device)
+            multiply_packed(rows, codes, shape, absmax, "nf4", blocksize)
 
 
 def decode(

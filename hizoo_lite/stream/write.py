@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from hizoo_lite.base import Branches
+from hizoo_lite.device import is_gpu
+from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
+from hizoo_lite.quant import FourBitWeight
 
 #: Whether each row is done, from the tokens that were written into each.
 Ended = Callable[[Sequence[Sequence[int]]], list[bool]]
@@ -57,7 +63,7 @@ def generated(
     ids, mask: (rows, length) int64. more: what else `generate` takes. transformers takes the first
     parameter's device for the model's; where blocks stream that one is away, of which it would warn.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _few_rows(model):
         warnings.filterwarnings("ignore", ".*`input_ids` being on a device type different", UserWarning)
         return model.module.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
@@ -70,3 +76,33 @@ def generated(
             pad_token_id=pad_id,
             **more,
         )
+
+
+@contextmanager
+def _few_rows(model: Model) -> Iterator[None]:
+    """While this is open a GPU multiplies few rows with 4-bit weights as they are.
+
+    Of one token a row unpacking would move ten times the weight's bytes. Losses are not computed so: their
+    products are of many rows, and are rounded as those of any other stored form.
+    """
+    changed = [
+        linear
+        for linear in model.linears.values()
+        if is_gpu(model.device) and isinstance(linear.weight, FourBitWeight)
+    ]
+    for linear in changed:
+        linear.__dict__["shared_product"] = partial(_product, linear)
+    try:
+        yield
+    finally:
+        for linear in changed:
+            del linear.__dict__["shared_product"]
+
+
+def _product(linear: BranchLinear, x: Tensor, branches: Branches) -> Tensor:
+    """As `BranchLinear.shared_product`."""
+    if branches.directions == 0 and isinstance(linear.weight, FourBitWeight):
+        found = linear.weight.product(x.reshape(-1, linear.in_features).to(linear.compute))
+        if found is not None:
+            return found.float().view(*x.shape[:-1], linear.out_features)
+    return BranchLinear.shared_product(linear, x, branches)
