@@ -45,7 +45,7 @@ from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
-from tests.simulated import figures, shapes
+from tests.simulated import costs, figures, shapes
 from tests.simulated.figures import StopAfter, losses, settings, trained
 from tests.simulated.gpu import LAUNCHES, SYNCS, WATCHERS, DeviceTensor, Memory, SimulatedGpu, installed
 from tests.test_stream import step_losses
@@ -602,3 +602,24 @@ def test_a_block_of_a_real_model_launches_and_moves_no_more_than_it_did() -> Non
     assert found.launches_per_block <= MOST_LAUNCHES
     assert found.bytes_per_token_block <= MOST_BYTES
     assert found.syncs_per_pass <= 3
+
+
+def test_costs_of_a_pass_are_those_of_its_shapes() -> None:
+    """Of the products and the weights there are formulas; of a step nothing is less than its limit."""
+    hidden, inner, layers, rows, length = 256, 512, 4, 4, 16
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 4}
+    found = costs.of_pass({**shape, "num_hidden_layers": layers}, rows, length)
+    weights, tokens = 4 * hidden**2 + 3 * hidden * inner, 3 * rows * length
+    alike = 2 * rows * length * 2 * 3 * hidden**2  # q, k, v of the first block, in one branch for all
+    head = 2 * 3 * rows * 32000 * hidden
+    assert found.products == 2 * tokens * layers * weights - alike + head
+    assert found.unpacking_once == found.packed_bytes + 2 * layers * weights
+    assert found.packed_bytes == pytest.approx(
+        layers * weights * (0.5 + 1 / 64), rel=0.03
+    )  # and their tables
+    assert found.head_bytes == 2 * 32000 * hidden
+    assert found.unpacking >= 0.9 * found.unpacking_once
+    assert 0 < found.least_linear_bytes <= found.linear_bytes
+    assert 0 < found.least_other_bytes <= found.other_bytes
+    # a block's q and v: x read, the inner product written and read, A and B read, y read and written
+    assert found.adapter_bytes > 4 * 2 * layers * tokens * 3 * hidden
