@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -544,6 +545,26 @@ def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
     SYNCS.clear()
     assert torch.equal(step_losses(model, name), wanted)
     assert not [place for place in SYNCS if "away" in place]
+
+
+def test_several_threads_read_a_block(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, whatever the bounds of its tensors; a piece that is missing is named once all have ended."""
+    monkeypatch.setattr("hizoo_lite.stream.source.PIECE_BYTES", 1001)
+    shutil.copytree(deep, tmp_path / "model")
+    wanted = step_losses(load(deep, device="simgpu"), "llama")
+    model = load(tmp_path / "model", device="simgpu", residency="disk")
+    assert torch.equal(step_losses(model, "llama"), wanted)
+    for block in each_block(model):  # from the file of changed blocks too
+        model.residency.keep(block)
+    assert torch.equal(step_losses(model, "llama"), wanted)
+    model.residency.close()
+    model = load(tmp_path / "model", device="simgpu", residency="disk")
+    file = next(
+        f for f in (tmp_path / "model").glob("*.safetensors") if "layer" in f.name or "block" in f.name
+    )
+    os.truncate(file, file.stat().st_size - 3000)
+    with pytest.raises(StorageError, match=rf"{file.name}: ends at byte \d+, inside of a block"):
+        step_losses(model, "llama")
 
 
 def test_a_thread_that_waits_for_the_device_leaves_the_core_to_others(

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hizoo_lite.device import kind_of
+from hizoo_lite.device import is_gpu, kind_of
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.sizes import format_bytes
 from hizoo_lite.stream.fetch import Fetcher, make_fetcher
 from hizoo_lite.stream.layout import Layout, layouts
-from hizoo_lite.stream.source import DiskSource, HostSource, Source
+from hizoo_lite.stream.source import READERS, DiskSource, HostSource, Source
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -184,7 +184,8 @@ class Streamed:
 
     def _make_source(self, model: Model) -> Source:
         away = any(place.stored.tensor.is_meta for layout in self._layouts for place in layout.places)
-        disk = DiskSource(model.checkpoint, self._layouts, self.scratch) if away else None
+        readers = READERS if is_gpu(model.device) else 1
+        disk = DiskSource(model.checkpoint, self._layouts, self.scratch, readers) if away else None
         if self.name == "disk":
             assert disk is not None
             return disk
