@@ -47,6 +47,10 @@ class Arrays(ABC):
         """The values, of one dtype, where `like` is; what is not there is brought in one copy."""
         return list(values)
 
+    def home(self, values: Sequence[Array]) -> list[Array]:
+        """The values, of one dtype, on the host; what is not there comes in one copy."""
+        return [self.on_host(value) for value in values]
+
     @abstractmethod
     def narrow(self, value: Array) -> Array:
         """`value` in float32."""

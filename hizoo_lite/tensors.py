@@ -55,6 +55,10 @@ class TorchArrays(Arrays):
         """See `Arrays.together`."""
         return brought(values, like.device)
 
+    def home(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """See `Arrays.home`."""
+        return brought(values, torch.device("cpu"))
+
     def excess(self, z: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """On a GPU in float32, but for the sums of sums of up to `BLOCK` terms.
 
@@ -131,13 +135,16 @@ class TorchArrays(Arrays):
 
 
 def brought(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The values, of one dtype, on `device`: those of the host come in one copy, which is not waited for."""
-    if not is_gpu(device):
-        return list(values)
+    """The values, of one dtype, on `device`; those that are elsewhere, in one place, come in one copy.
+
+    Onto a GPU without waiting for it.
+    """
     away = [value for value in values if value.device != device]
-    if len(away) < len(values) or not away:
-        return [value.to(device) for value in values]
-    return _cut(torch.cat([value.reshape(-1) for value in away]).to(device, non_blocking=True), away)
+    if not away:
+        return list(values)
+    flat = torch.cat([value.reshape(-1) for value in away]).to(device, non_blocking=is_gpu(device))
+    came = iter(_cut(flat, away))
+    return [value if value.device == device else next(came) for value in values]
 
 
 def _cut(flat: Tensor, forms: Iterable[Tensor]) -> list[Tensor]:

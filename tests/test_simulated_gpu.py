@@ -488,6 +488,9 @@ def test_what_a_step_sends_to_the_weights_is_one_copy(curvature: Curvature, deep
         sent = len(tensors)
         weights.see()
     assert (sent, len(tensors)) == (1, 1 if isinstance(curvature, Grouped) else 2)
+    SYNCS.clear()
+    curvature.observe(1.0, 0.1)
+    assert sum(SYNCS.values()) == 1
     assert len(weights.parts) == 56
 
 

@@ -89,15 +89,16 @@ class Factored(Curvature):
         seen, self._seen, self._sent = self._seen, {}, {}
         if not is_usable(curvature):
             return
-        for name, (_, sums) in seen.items():
+        home = iter(self._arrays.home([total for _, sums in seen.values() for total in sums]))
+        for name in seen:
             old = self._factors[name]
             others = (len(old[1]), len(old[0])) if len(old) == 2 else (1,)
             self._factors[name] = tuple(
                 self._bounded(
                     (1.0 - weight) * self._arrays.wide(before)
-                    + (weight * abs(curvature) / 2.0 / count) * self._arrays.on_host(total)
+                    + (weight * abs(curvature) / 2.0 / count) * next(home)
                 )
-                for before, total, count in zip(old, sums, others, strict=True)
+                for before, count in zip(old, others, strict=True)
             )
 
     def state_dict(self) -> dict[str, Array]:

@@ -146,8 +146,8 @@ class Grouped(Curvature):
             self._warm_up(curvature, weight)
             return
         squares = self._xp.zeros_like(self._sizes)
-        for name, sums in seen.items():
-            squares[self._slices[name]] = self._arrays.on_host(sums)
+        for name, sums in zip(seen, self._arrays.home(list(seen.values())), strict=True):
+            squares[self._slices[name]] = sums
         lengths = (self._sigma if self._drawn_sigma is None else self._drawn_sigma) * squares
         self._filter(curvature, lengths, weight)
         self._forget(self.drift * weight)
