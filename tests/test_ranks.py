@@ -39,10 +39,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import fit
-run = fit(TrainConfig(**json.loads(sys.argv[1])))
+config = TrainConfig(**json.loads(sys.argv[1]))
+if config.device == "simgpu":
+    from tests.simulated.gpu import install
+    install()
+run = fit(config)
 ranks = run.setup.stepper.ranks
-state = {k: v.clone() for k, v in run.setup.space.parameters.items()}
-state |= {f"curvature.{k}": v.clone() for k, v in run.setup.stepper.curvature.state_dict().items()}
+state = {k: v.cpu().clone() for k, v in run.setup.space.parameters.items()}
+state |= {f"curvature.{k}": v.cpu().clone() for k, v in run.setup.stepper.curvature.state_dict().items()}
 if sys.argv[2]:
     save_file(state, f"{sys.argv[2]}.{ranks.rank}")
     Path(f"{sys.argv[2]}.{ranks.rank}.json").write_text(json.dumps([ranks.sent_bytes, ranks.exchanges]))
@@ -56,7 +60,7 @@ if sys.argv[2]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
     )
 
 
@@ -88,9 +92,12 @@ def test_shares_are_in_order_and_whole() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_stay_identical_and_equal_a_single_process(tmp_path: Path) -> None:
-    alone = fit(TrainConfig(**settings(tmp_path / "one")))
-    options = settings(tmp_path / "two")
+@pytest.mark.parametrize(
+    "place", [{}, {"device": "simgpu", "residency": "host", "steps": 4}], ids=["cpu", "gpu"]
+)
+def test_ranks_stay_identical_and_equal_a_single_process(place: dict[str, Any], tmp_path: Path) -> None:
+    alone = fit(TrainConfig(**settings(tmp_path / "one", **{**place, "device": "cpu", "residency": "auto"})))
+    options = settings(tmp_path / "two", **place)
     finish(launch(2, options, state=tmp_path / "state"))
     first, second = (load_file(tmp_path / f"state.{rank}") for rank in (0, 1))
     assert all(value.equal(second[name]) for name, value in first.items())
