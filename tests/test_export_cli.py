@@ -83,7 +83,7 @@ def test_a_run_becomes_an_export_for_onnxruntime_and_takes_more_adapters(run: Ru
     assert run.export_onnx(tmp_path / "out", name="mine").adapters == ["run", "more", "mine"]
 
 
-@pytest.mark.parametrize("to", ["onnx", "onnx-train"])
+@pytest.mark.parametrize("to", ["onnx", pytest.param("onnx-train", marks=pytest.mark.grid)])
 def test_a_model_that_was_moved_is_named_and_must_be_the_same(to: str, run: Run, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(run.folder, tmp_path / "moved"))
     for path in (moved / "config.toml", moved / "adapter/adapter_config.json"):

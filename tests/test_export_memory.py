@@ -80,6 +80,7 @@ export_onnx(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.grid  # minutes: the default test below the cap writes, and small exports are checked
 def test_an_export_with_its_check_holds_its_largest_tensor_and_500_mb(tmp_path: Path) -> None:
     adapter, nbytes = _adapter(tmp_path, "int8", 11008)
     allowed = 4096 * 11008 + SPARE

@@ -92,7 +92,14 @@ def resumed(folder: Path, told: Told | None = None, **changes: Any) -> dict[str,
     return contents(run_of(folder, told, eval_every=2, resume=True, **changes).folder)
 
 
-@pytest.mark.parametrize("after", range(1, STEPS + 1))
+@pytest.mark.parametrize(
+    "after",
+    # before the first checkpoint, behind one, between two of them, at the end
+    [
+        after if after in (1, 4, 5, 6) else pytest.param(after, marks=pytest.mark.grid)
+        for after in range(1, 7)
+    ],
+)
 def test_a_run_that_is_killed_after_any_step_ends_in_the_same_bytes(
     after: int, left_alone: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -117,7 +124,7 @@ def killed_at(plain: Any, call: int, when: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["_due", "_evaluate", "save"])
-@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("call", [2, pytest.param(3, marks=pytest.mark.grid)])
 def test_a_run_that_is_killed_around_evaluations_and_checkpoints_ends_in_the_same_bytes(
     name: str, call: int, left_alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -420,8 +420,16 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("bits", ["nf4", "int8"])
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    ("space", "bits"),
+    [
+        *(("requantize", "nf4"), ("residual", "int8"), ("scales", "nf4"), ("factored", "int8")),
+        pytest.param("requantize", "int8", marks=pytest.mark.grid),
+        pytest.param("residual", "nf4", marks=pytest.mark.grid),
+        pytest.param("scales", "int8", marks=pytest.mark.grid),
+        pytest.param("factored", "nf4", marks=pytest.mark.grid),
+    ],
+)
 def test_a_streamed_run_in_the_weights_is_the_resident_run_bitwise(
     space: str, bits: Any, tmp_path: Path
 ) -> None:
@@ -441,7 +449,7 @@ def test_a_streamed_run_in_the_weights_is_the_resident_run_bitwise(
     assert before == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-@pytest.mark.parametrize("space", ["requantize", "residual", "scales"])
+@pytest.mark.parametrize("space", ["requantize", "residual", pytest.param("scales", marks=pytest.mark.grid)])
 def test_a_streamed_run_in_the_weights_resumes_bitwise_and_is_evaluated_as_it_ended(
     space: str, tmp_path: Path
 ) -> None:
