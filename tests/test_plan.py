@@ -189,7 +189,7 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
 
 @pytest.mark.parametrize("residency", ["resident", "disk"])
 def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, streamable: Path) -> None:
-    large: Any = {"residency": residency, "batch_size": 16, "max_length": 256}
+    large: Any = {"residency": residency, "batch_size": 8, "max_length": 128}
     usual = planned(streamable, device_budget="100GiB", **large)
     least = planned(streamable, device_budget="1MiB", **large)  # refused, in the chunks that take the least
     same = planned(streamable, device_budget=f"{least.peak_bytes}B", **large)
