@@ -38,7 +38,7 @@ from tests.test_edge_imports import BLOCKED, without_torch
 
 #: Both sides compute in float32; a step's rounding moves the next steps' losses by less than this.
 TRAJECTORY = 1e-4
-STEPS = 50
+STEPS = 25
 
 
 @pytest.fixture(scope="module")

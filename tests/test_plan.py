@@ -206,7 +206,7 @@ def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, st
 
 
 def test_chunks_are_halved_no_more_than_the_budget_asks_for(streamable: Path) -> None:
-    large: Any = {"residency": "resident", "batch_size": 16, "max_length": 256}
+    large: Any = {"residency": "resident", "batch_size": 8, "max_length": 128}
     usual = planned(streamable, device_budget="100GiB", **large)
     once = planned(streamable, device_budget=f"{usual.peak_bytes - 1}B", **large)
     assert once.fits

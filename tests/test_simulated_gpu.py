@@ -114,8 +114,8 @@ def test_losses_are_those_of_a_cpu(name: str, bits: str, tmp_path: Path) -> None
     [pytest.param(*one, marks=[] if one in FAST_RUNS else [pytest.mark.grid]) for one in figures.RUNS],
 )
 def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_path: Path) -> None:
-    there = run(tmp_path, "there", model=str(packed), space=space, residency=residency)
-    here = run(tmp_path, "here", model=str(packed), space=space, device="cpu")
+    there = run(tmp_path, "there", model=str(packed), space=space, residency=residency, steps=3)
+    here = run(tmp_path, "here", model=str(packed), space=space, device="cpu", steps=3)
     assert there.summary["residency"] == residency
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
     assert there.summary["loss_after"] == here.summary["loss_after"]
@@ -229,7 +229,7 @@ def test_passes_keep_to_a_budget_under_which_blocks_travel(deep: Path, memory: M
 
 @pytest.mark.parametrize("residency", [pytest.param("auto", marks=pytest.mark.grid), "disk"])
 def test_the_least_budget_is_enough(residency: str, packed: Path, tmp_path: Path, memory: Memory) -> None:
-    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto"}
+    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto", "steps": 2}
     plain = run(tmp_path, "plain", **chosen).summary["loss_after"]
     gc.collect()
     memory.reset()
@@ -273,12 +273,12 @@ def test_where_nothing_fits_a_run_ends_saved_and_goes_on_with_more(
             if record.step + 1 == self.steps:
                 memory.cap_bytes = memory.live_bytes
 
-    config = settings(tmp_path, "parts", model=str(packed))
+    config = settings(tmp_path, "parts", model=str(packed), steps=4)
     with pytest.raises(BudgetError, match="resume"):
         fit(config, listener=Shrinks(2))
     memory.cap_bytes = None
     fit(replace(config, resume=True))
-    run(tmp_path, "whole", model=str(packed))
+    run(tmp_path, "whole", model=str(packed), steps=4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
