@@ -102,6 +102,7 @@ def test_a_merged_export_computes_what_the_adapter_does(name: str, dtype: Any, t
         export_onnx(second, tmp_path / "onnx")
 
 
+@pytest.mark.grid
 def test_the_fast_format_is_measured_and_recorded(tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "opt", "nf4")
     record = export_onnx(first, tmp_path / "onnx", format="fast").record

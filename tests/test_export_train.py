@@ -61,12 +61,11 @@ KINDS = {
 }
 LAYERS = {"gpt2": "n_layer"}
 LOSSES = {"causal": ("answer", "choice"), "masked": ("choice",), "classifier": ("class",)}
-#: Every kind of model and every loss, transposed linears, and every stored form but fp4, which is nf4 with
-#: another table; the embedded Llama is exported in nf4 below.
+#: Every loss, causal models and a classifier, transposed linears, and every stored form but fp4, which is nf4
+#: with another table; the embedded Llama is exported in nf4 below.
 FAST = {
     ("opt", "int8", "answer"),
     ("gpt2", "none", "choice"),
-    ("roberta", "int8", "choice"),
     ("bert", "nf4", "class"),
 }
 GRID = [

@@ -187,9 +187,9 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
 # ---------------------------------------------------------------------------------- what fits
 
 
-@pytest.mark.parametrize("residency", ["resident", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("resident", marks=pytest.mark.grid), "disk"])
 def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, streamable: Path) -> None:
-    large: Any = {"residency": residency, "batch_size": 8, "max_length": 128}
+    large: Any = {"residency": residency, "batch_size": 16, "max_length": 256}
     usual = planned(streamable, device_budget="100GiB", **large)
     least = planned(streamable, device_budget="1MiB", **large)  # refused, in the chunks that take the least
     same = planned(streamable, device_budget=f"{least.peak_bytes}B", **large)
@@ -206,7 +206,7 @@ def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, st
 
 
 def test_chunks_are_halved_no_more_than_the_budget_asks_for(streamable: Path) -> None:
-    large: Any = {"residency": "resident", "batch_size": 8, "max_length": 128}
+    large: Any = {"residency": "resident", "batch_size": 16, "max_length": 256}
     usual = planned(streamable, device_budget="100GiB", **large)
     once = planned(streamable, device_budget=f"{usual.peak_bytes - 1}B", **large)
     assert once.fits

@@ -151,6 +151,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.grid
 def test_a_killed_run_resumes_bitwise(packed: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, "killed", model=str(packed), steps=24, residency="host", save_every=3)
     command = [sys.executable, "-c", CHILD, json.dumps(asdict(config))]
