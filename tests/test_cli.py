@@ -27,7 +27,8 @@ from hizoo_lite.cli import app, doctor
 from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.cli.progress import Bars, Lines
 from hizoo_lite.memory import hardware
-from hizoo_lite.train.config import settings
+from hizoo_lite.train import config_file
+from hizoo_lite.train.config import TrainConfig, settings
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
 
@@ -324,7 +325,21 @@ def test_both_watchers_show_loss_and_speed(
     assert "forwards/s" in errors
 
 
+def test_the_demo_shows_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorter(profile: str, given: dict[str, Any]) -> TrainConfig:
+        return plain(profile, {**given, "steps": 2, "test_examples": 12})
+
+    plain = config_file.resolve
+    monkeypatch.setattr(config_file, "resolve", shorter)
+    done = call("demo", "--out", str(tmp_path / "demo"))
+    assert done.exit_code == 0, done.stderr
+    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    assert (summary["steps"], summary["bits"], summary["test_examples"]) == (2, "nf4", 12)
+    assert "some test sentences" in done.stdout
+
+
 @pytest.mark.slow
+@pytest.mark.grid
 def test_the_demo_learns_its_task(tmp_path: Path) -> None:
     done = call("demo", "--out", str(tmp_path / "demo"))
     assert done.exit_code == 0, done.stderr

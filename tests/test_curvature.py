@@ -500,7 +500,7 @@ def test_grouped_after_load_uses_the_loaded_sigma():
 # --------------------------------------------------------------------------------------- trajectories
 
 
-@pytest.mark.parametrize(("number", "budget"), [(0, 4_000), (1, 15_000)])
+@pytest.mark.parametrize(("number", "budget"), [(0, 4_000), pytest.param(1, 15_000, marks=pytest.mark.grid)])
 def test_hizoo_needs_fewer_forwards_than_mezo_where_curvatures_differ(number, budget):
     function, seeds = trajectories.FUNCTIONS[number], range(3)
     rates = [factor / function.largest_curvature for factor in (0.25, 0.5, 1.0, 2.0)]
@@ -518,6 +518,7 @@ def test_hizoo_does_not_break_where_curvature_is_zero():
         assert np.hypot(*run.points[-1]) < 0.1 * math.dist(function.start, function.minimum)
 
 
+@pytest.mark.grid
 def test_trajectories_tool_writes_plot_and_figures(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the tool's plot needs matplotlib")
     plot, figures = tmp_path / "plot.png", tmp_path / "figures.json"

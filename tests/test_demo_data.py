@@ -148,6 +148,7 @@ def test_no_artifact_names_a_folder_of_the_machine_that_made_it():
             ), path.name
 
 
+@pytest.mark.grid
 def test_the_tool_makes_a_loadable_model_and_the_same_one_twice(tmp_path: Path):
     """Bitwise on one machine with one thread; five steps are enough to run every part."""
     for name in ("a", "b"):

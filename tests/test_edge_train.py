@@ -31,13 +31,14 @@ from hizoo_lite.tasks.collate import collate
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.fit import fit
+from hizoo_lite.train.replay import replay
 from tests.edge_fixtures import BASE, export_classifier, export_training
 from tests.run_fixtures import short_run
 from tests.test_edge_imports import BLOCKED, without_torch
 
 #: Both sides compute in float32; a step's rounding moves the next steps' losses by less than this.
 TRAJECTORY = 1e-4
-STEPS = 50
+STEPS = 25
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,15 @@ def test_losses_equal_those_of_torch(
     assert summary["steps"] == STEPS
     assert summary["forward_passes"] == run.summary["forward_passes"]
     assert set(run.summary) - set(summary) == {"memory_retries"}
+
+
+def test_a_run_is_replayed_with_numpy(config: TrainConfig, exported: Path, tmp_path: Path) -> None:
+    config = replace(config, steps=7, save_every=3, out=str(tmp_path / "run"))
+    folder, _ = train(exported, config)
+    for step in (3, 7):
+        found = replay(folder, step)
+        assert found.differs == []
+        assert len(found.same) == (3 if step == 3 else 4)
 
 
 def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: Path, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ from tests.edge_fixtures import DEMO
 PROMPTS = ("The soup was", "A dog", "The game on the old day was very")
 NEW_TOKENS = 16
 
+pytestmark = (
+    pytest.mark.grid
+)  # its export takes half a minute; tests/test_export_onnx.py reads genai_config.json
+
 
 @pytest.fixture(scope="module")
 def genai() -> Any:

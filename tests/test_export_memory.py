@@ -54,6 +54,7 @@ def _adapter(folder: Path, bits: Bits, intermediate_size: int) -> tuple[Path, in
     return adapter, model.nbytes()
 
 
+@pytest.mark.grid
 def test_a_model_larger_than_the_limit_is_written(tmp_path: Path) -> None:
     adapter, nbytes = _adapter(tmp_path, "nf4", 22016)
     assert nbytes > ALLOWED + (200 << 20)
@@ -80,6 +81,7 @@ export_onnx(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.grid
 def test_an_export_with_its_check_holds_its_largest_tensor_and_500_mb(tmp_path: Path) -> None:
     adapter, nbytes = _adapter(tmp_path, "int8", 11008)
     allowed = 4096 * 11008 + SPARE

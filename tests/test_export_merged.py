@@ -451,6 +451,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.grid  # what holds one matrix is what quantizes: tests/test_quantize.py measures it
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
 def test_no_more_than_one_matrix_is_held(adapter, tmp_path):
     stored_bytes, largest_bytes = save_large_llama(tmp_path / "large")

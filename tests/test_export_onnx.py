@@ -35,14 +35,16 @@ from hizoo_lite.quant import FourBitWeight, native, pack
 from hizoo_lite.train.saved import attach_adapter
 from tests.export_fixtures import tuned
 
-#: Every architecture once and every form three times; tools/bench_export.py has the whole table. A linear is
-#: plain, transposed (gpt2), tied (qwen2, gpt2, opt) or a head (bert).
-GRID: list[tuple[str, Bits]] = [
+#: Every form and every kind of model and linear once: plain, transposed (gpt2), tied (qwen2), a head (bert).
+FAST = {("llama", "nf4"), ("bert", "nf4"), ("roberta", "fp4"), ("gpt2", "int8"), ("qwen2", "none")}
+#: Every architecture once and every form three times; tools/bench_export.py has the whole table.
+TABLE: list[tuple[str, Bits]] = [
     *[(name, "nf4") for name in ("llama", "gpt2", "bert")],
     *[(name, "fp4") for name in ("opt", "qwen2", "roberta")],
     *[(name, "int8") for name in ("gpt2", "bert", "gemma2")],
     *[(name, "none") for name in ("qwen2", "qwen3", "llama")],
 ]
+GRID = [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.grid]) for one in TABLE]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,27 @@ def tuned_weights(folder: Path, name: str, bits: Bits, space: str, **options: An
     return folder / "tuned"
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in nf4, two adapters of it and the export of the first."""
+    folder = tmp_path_factory.mktemp("llama")
+    first, _ = tuned(folder, "llama", "nf4")
+    export_onnx(first, folder / "onnx")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "bits", "space", "options", "operator"),
     [
         ("llama", "nf4", "dense", {"update": "residual"}, "MatMulBnb4 + FusedMatMul"),
-        ("bert", "int8", "dense", {"update": "residual"}, "MatMulNBits + FusedMatMul"),
-        ("llama", "int8", "dense", {"update": "requantize"}, "MatMulNBits"),
         ("bert", "nf4", "scales", {}, "MatMulBnb4"),
+        pytest.param(
+            *("bert", "int8", "dense", {"update": "residual"}, "MatMulNBits + FusedMatMul"),
+            marks=pytest.mark.grid,
+        ),
+        pytest.param(
+            *("llama", "int8", "dense", {"update": "requantize"}, "MatMulNBits"), marks=pytest.mark.grid
+        ),
     ],
 )
 def test_tuned_weights_are_exported_as_they_are(name, bits, space, options, operator, tmp_path) -> None:
@@ -69,7 +84,9 @@ def test_tuned_weights_are_exported_as_they_are(name, bits, space, options, oper
         export_onnx(run, tmp_path / "onnx")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", "fp16"), ("gpt2", "float32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", "fp16"), pytest.param("gpt2", "float32", marks=pytest.mark.grid)]
+)
 def test_a_merged_export_computes_what_the_adapter_does(name: str, dtype: Any, tmp_path: Path) -> None:
     first, second = tuned(tmp_path, name, "nf4")
     record = export_onnx(first, tmp_path / "onnx", merge=True, dtype=dtype).record
@@ -85,6 +102,7 @@ def test_a_merged_export_computes_what_the_adapter_does(name: str, dtype: Any, t
         export_onnx(second, tmp_path / "onnx")
 
 
+@pytest.mark.grid
 def test_the_fast_format_is_measured_and_recorded(tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "opt", "nf4")
     record = export_onnx(first, tmp_path / "onnx", format="fast").record
@@ -164,24 +182,27 @@ def test_positions_begin_where_the_models_own_do(tmp_path: Path) -> None:
     assert export.record["check"]["max_abs_difference"] < compare.LIMIT
 
 
-def test_an_adapter_whose_base_is_gone_is_added_unchecked_and_says_so(tmp_path: Path) -> None:
-    first, second = tuned(tmp_path, "llama", "nf4")
-    export_onnx(first, tmp_path / "onnx")
-    model = tmp_path / "model"
+def test_an_adapter_whose_base_is_gone_is_added_unchecked_and_says_so(llama: Path, tmp_path: Path) -> None:
+    model = llama / "model"
+    shutil.copytree(llama / "onnx", tmp_path / "onnx")
     model.rename(tmp_path / "elsewhere")
-    about = export_onnx(second, tmp_path / "onnx").record["adapters"]["second"]
+    try:
+        about = export_onnx(llama / "second", tmp_path / "onnx").record["adapters"]["second"]
+    finally:
+        (tmp_path / "elsewhere").rename(model)
     assert str(model) in about["check"]["skipped"]
     assert Export.open(tmp_path / "onnx").adapters == ["first", "second"]
 
 
-def test_a_second_adapter_that_computes_something_else_is_taken_back(tmp_path: Path, monkeypatch) -> None:
-    first, second = tuned(tmp_path, "llama", "nf4")
-    export_onnx(first, tmp_path / "onnx")
+def test_a_second_adapter_that_computes_something_else_is_taken_back(
+    llama: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(llama / "onnx", tmp_path / "onnx")
     before = sorted(path.name for path in (tmp_path / "onnx").rglob("*"))
     monkeypatch.setattr("hizoo_lite.export.onnx.export.LIMIT", 0.0)
     monkeypatch.setattr(compare.Reference, "__new__", _strict(compare.Reference.__new__))
     with pytest.raises(ExportError, match="with adapter 'second'"):
-        export_onnx(second, tmp_path / "onnx")
+        export_onnx(llama / "second", tmp_path / "onnx")
     assert sorted(path.name for path in (tmp_path / "onnx").rglob("*")) == before
     assert Export.open(tmp_path / "onnx").adapters == ["first"]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.grid  # a minute; tests/test_resume.py kills and fails runs in this process
+
 ROOT = Path(__file__).parents[1]
 #: What a user reads, by fault: it names the trouble and what to do.
 MESSAGES = {

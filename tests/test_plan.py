@@ -187,7 +187,7 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
 # ---------------------------------------------------------------------------------- what fits
 
 
-@pytest.mark.parametrize("residency", ["resident", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("resident", marks=pytest.mark.grid), "disk"])
 def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, streamable: Path) -> None:
     large: Any = {"residency": residency, "batch_size": 16, "max_length": 256}
     usual = planned(streamable, device_budget="100GiB", **large)

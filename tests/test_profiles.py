@@ -24,6 +24,9 @@ SHIPPED = {
     *("jetson-orin-8gb", "laptop-16gb-cpu", "edge-4gb-cpu", "h200-141gb"),
 }
 
+#: A CPU, a small and a large GPU, and one that shares its memory with the host.
+FAST = {"edge-4gb-cpu", "rtx3060-12gb", "h200-141gb", "jetson-orin-8gb"}
+
 
 @pytest.fixture(scope="module")
 def outlines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outline]:
@@ -42,7 +45,9 @@ def test_the_shipped_profiles_are_found_by_name() -> None:
     assert set(hardware.names()) == SHIPPED
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[] if one in FAST else [pytest.mark.grid]) for one in sorted(SHIPPED)]
+)
 def test_every_profile_plans_a_tiny_and_two_large_models(name: str, outlines: dict[str, Outline]) -> None:
     machine = hardware.find(name)
     for model, outline in outlines.items():

@@ -131,6 +131,7 @@ print(written, memory("VmHWM") - before)
 """
 
 
+@pytest.mark.grid
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
 def test_no_more_than_a_few_chunks_are_held(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(Path(make_random_model.__file__).parent)!r})\n" + MEASURE

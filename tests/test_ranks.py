@@ -113,8 +113,8 @@ def test_ranks_stay_identical_and_equal_a_single_process(place: dict[str, Any], 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_saved_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    wanted = fit(TrainConfig(**settings(tmp_path / "one", steps=40, eval_every=0)))
-    options = settings(tmp_path / "two", steps=40, eval_every=0)
+    wanted = fit(TrainConfig(**settings(tmp_path / "one", steps=16, eval_every=0)))
+    options = settings(tmp_path / "two", steps=16, eval_every=0)
     folder = Path(options["out"])
     process = launch(2, options)
     deadline = time.monotonic() + 120
@@ -125,10 +125,10 @@ def test_a_killed_rank_ends_the_others_saved_and_another_number_of_ranks_goes_on
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     done = _steps(folder)
-    assert 0 < done < 40, text
+    assert 0 < done < 16, text
     finish(launch(3, {**options, "resume": True}))
     assert np.abs(losses(folder) - losses(wanted.folder)).max() < 10 * TOLERANCE
-    assert len(losses(folder)) == 40
+    assert len(losses(folder)) == 16
 
 
 def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:

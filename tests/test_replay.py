@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from hizoo_lite import tensorfile
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
-from hizoo_lite.edge.train import train as train_edge
 from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint
@@ -21,7 +20,6 @@ from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.journal import record_bytes
 from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.replay import replay
-from tests.edge_fixtures import export_training
 from tests.run_fixtures import short_run, stories
 
 STEPS = 7
@@ -134,17 +132,6 @@ def test_skipped_steps_are_replayed_as_steps_that_change_nothing(
     run = run_of(tmp_path)
     assert run.summary["skipped_steps"] > 0
     assert replay(run.folder).differs == []
-
-
-def test_a_run_on_a_device_is_replayed_with_numpy(tmp_path: Path) -> None:
-    config = TrainConfig(
-        **short_run(tmp_path, steps=STEPS, bits="none", compute_dtype="float32", save_every=3)
-    )
-    folder, _ = train_edge(export_training(config, tmp_path / "graph"), config)
-    for step in (3, STEPS):
-        found = replay(folder, step)
-        assert found.differs == []
-        assert len(found.same) == (3 if step == 3 else 4)
 
 
 def test_the_best_state_is_compared_with_the_adapter(tmp_path: Path) -> None:

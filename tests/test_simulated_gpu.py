@@ -55,6 +55,8 @@ MIB = 1 << 20
 #: A block of Llama-2-7B, LoRA on q and v, three branches; see `shapes.Counted`.
 MOST_LAUNCHES, MOST_BYTES = 170, 6.7e6
 DEVICE = torch.device("simgpu", 0)
+#: Of `figures.RUNS`: adapters and weights, on the device, from host memory and from disk.
+FAST_RUNS = {("lora", "resident"), ("dense", "disk"), ("scales", "host")}
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +122,8 @@ def brought() -> Iterator[list[torch.Tensor]]:
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        *(("llama", "nf4"), ("llama", "int8"), ("llama", "none"), ("gemma2", "nf4"), ("opt", "fp4")),
-        *(("gpt2", "int8"), ("bert", "nf4")),
+        *(("llama", "nf4"), ("opt", "fp4"), ("gpt2", "int8"), ("bert", "nf4"), ("llama", "none")),
+        *(pytest.param(*one, marks=pytest.mark.grid) for one in (("llama", "int8"), ("gemma2", "nf4"))),
     ],
 )
 def test_losses_are_those_of_a_cpu(name: str, bits: str, tmp_path: Path) -> None:
@@ -135,10 +137,13 @@ def test_losses_are_those_of_a_cpu(name: str, bits: str, tmp_path: Path) -> None
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("space", "residency"), figures.RUNS)
+@pytest.mark.parametrize(
+    ("space", "residency"),
+    [pytest.param(*one, marks=[] if one in FAST_RUNS else [pytest.mark.grid]) for one in figures.RUNS],
+)
 def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_path: Path) -> None:
-    there = run(tmp_path, "there", model=str(packed), space=space, residency=residency)
-    here = run(tmp_path, "here", model=str(packed), space=space, device="cpu")
+    there = run(tmp_path, "there", model=str(packed), space=space, residency=residency, steps=3)
+    here = run(tmp_path, "here", model=str(packed), space=space, device="cpu", steps=3)
     assert there.summary["residency"] == residency
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
     assert there.summary["loss_after"] == here.summary["loss_after"]
@@ -174,20 +179,21 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.grid
 def test_a_killed_run_resumes_bitwise(packed: Path, tmp_path: Path) -> None:
-    config = settings(tmp_path, "killed", model=str(packed), steps=60, residency="host", save_every=7)
+    config = settings(tmp_path, "killed", model=str(packed), steps=24, residency="host", save_every=3)
     command = [sys.executable, "-c", CHILD, json.dumps(asdict(config))]
     metrics, until = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()}) as process:
         while process.poll() is None and time.monotonic() < until:
-            if metrics.is_file() and metrics.read_text().count('"step"') >= 30:
+            if metrics.is_file() and metrics.read_text().count('"step"') >= 14:
                 break
             time.sleep(0.02)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert 10 <= len(losses(tmp_path / "killed")) < 60
+    assert 4 <= len(losses(tmp_path / "killed")) < 24
     fit(replace(config, resume=True))
-    run(tmp_path, "whole", model=str(packed), steps=60, residency="host", save_every=7)
+    run(tmp_path, "whole", model=str(packed), steps=24, residency="host", save_every=3)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
 
@@ -195,7 +201,7 @@ def test_a_killed_run_resumes_bitwise(packed: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize("desktop", [0, 3 * MIB])
+@pytest.mark.parametrize("desktop", [pytest.param(0, marks=pytest.mark.grid), 3 * MIB])
 def test_blocks_stay_within_what_the_cap_leaves(desktop: int, deep: Path, memory: Memory) -> None:
     wanted = step_losses(load(deep, device="cpu", compute_dtype="float32"), "llama")
     block = layouts(load(deep, device="cpu"))[0].nbytes
@@ -250,9 +256,9 @@ def test_passes_keep_to_a_budget_under_which_blocks_travel(deep: Path, memory: M
     assert (told, memory.refusals) == ([], 0)
 
 
-@pytest.mark.parametrize("residency", ["auto", "disk"])
+@pytest.mark.parametrize("residency", [pytest.param("auto", marks=pytest.mark.grid), "disk"])
 def test_the_least_budget_is_enough(residency: str, packed: Path, tmp_path: Path, memory: Memory) -> None:
-    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto"}
+    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto", "steps": 2}
     plain = run(tmp_path, "plain", **chosen).summary["loss_after"]
     gc.collect()
     memory.reset()
@@ -267,7 +273,7 @@ def test_the_least_budget_is_enough(residency: str, packed: Path, tmp_path: Path
         run(tmp_path, "less", **chosen, device_budget=f"{least - 0.03}MiB")
 
 
-@pytest.mark.parametrize(("share", "most"), [(0.9, 1), (0.5, 3)])
+@pytest.mark.parametrize(("share", "most"), [pytest.param(0.9, 1, marks=pytest.mark.grid), (0.5, 3)])
 def test_refused_memory_halves_the_chunks(share: float, most: int, tmp_path: Path, memory: Memory) -> None:
     save_tiny("llama", tmp_path, intermediate_size=1024)
     model = load(tmp_path, bits="nf4", compute_dtype="float32", device="simgpu")
@@ -296,12 +302,12 @@ def test_where_nothing_fits_a_run_ends_saved_and_goes_on_with_more(
             if record.step + 1 == self.steps:
                 memory.cap_bytes = memory.live_bytes
 
-    config = settings(tmp_path, "parts", model=str(packed))
+    config = settings(tmp_path, "parts", model=str(packed), steps=4)
     with pytest.raises(BudgetError, match="resume"):
         fit(config, listener=Shrinks(2))
     memory.cap_bytes = None
     fit(replace(config, resume=True))
-    run(tmp_path, "whole", model=str(packed))
+    run(tmp_path, "whole", model=str(packed), steps=4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -336,7 +342,7 @@ def test_a_head_that_is_away_comes_once_for_many_chunks_of_sites(
 # -------------------------------------------------------------------- what a streamed model is used for
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("residency", ["host", pytest.param("disk", marks=pytest.mark.grid)])
 def test_a_streamed_model_is_evaluated_and_writes(residency: str, packed: Path, tmp_path: Path) -> None:
     run(tmp_path, "run", model=str(packed))
     said = {}

@@ -14,6 +14,18 @@ from tests.simulated import streams
 from tests.simulated.gpu import installed
 from tests.test_stream import checkpoint, step_losses
 
+#: Every kind of work once, from host memory or from disk; where blocks are written back, from both.
+FAST = {
+    *(("disk", "passes"), ("host", "one slot"), ("disk", "some kept")),
+    *(("host", "updates"), ("disk", "updates"), ("disk", "refused update")),
+}
+#: One ordering of copies in, one of copies out, one of the threads that read and write.
+LACKING = {
+    "the computation does not wait for a copy in",
+    "a copy out does not wait for the update",
+    "a block is written before it was copied out",
+}
+
 
 class Opened:
     """A model of six blocks in nf4, opened on the simulated GPU, and the losses of a pass."""
@@ -37,12 +49,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     return Opened(tmp_path_factory.mktemp("order"))
 
 
-@pytest.mark.parametrize(("where", "work"), streams.SCENARIOS)
+@pytest.mark.parametrize(
+    ("where", "work"),
+    [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.grid]) for one in streams.SCENARIOS],
+)
 def test_the_order_of_streams_has_no_race(where: str, work: str, opened: Opened, tmp_path: Path) -> None:
     assert streams.races(opened.open, where, work, tmp_path, opened.wanted) == []
 
 
-@pytest.mark.parametrize("name", streams.VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[] if one in LACKING else [pytest.mark.grid]) for one in streams.VARIANTS],
+)
 def test_a_fetcher_that_lacks_an_ordering_is_caught(name: str, opened: Opened, tmp_path: Path) -> None:
     code = streams.variant(name)
     for where, work in (("disk", "updates"), ("host", "updates"), ("disk", "passes")):

@@ -44,6 +44,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "scales nf4": {"space": "scales", "bits": "nf4", "curvature_per": "row"},
     "scales int8": {"space": "scales", "bits": "int8", "targets": "attention"},
 }
+#: Every space, every update and, between them, other curvatures and stored forms.
+FAST = ("dense int8", "residual fp4", "scales nf4")
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -59,7 +61,9 @@ def saved(run: Run) -> dict[str, torch.Tensor]:
     return {f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in load_file(f).items()}
 
 
-@every_run
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.grid) for n in RUNS if n not in FAST)]
+)
 def test_six_steps_equal_three_and_three_resumed_bitwise(name: str, tmp_path: Path) -> None:
     straight = run_of(tmp_path / "a", name)
     run_of(tmp_path / "b", name, steps=3)
@@ -73,8 +77,15 @@ def test_six_steps_equal_three_and_three_resumed_bitwise(name: str, tmp_path: Pa
     assert not any(line["skipped"] for line in lines)
 
 
-@pytest.mark.parametrize("residency", ["resident", "disk"])
-@pytest.mark.parametrize("name", ["residual fp4", "dense int8", "scales nf4"])
+@pytest.mark.parametrize(
+    ("name", "residency"),
+    [
+        *(("residual fp4", "disk"), ("dense int8", "resident"), ("scales nf4", "disk")),
+        pytest.param("residual fp4", "resident", marks=pytest.mark.grid),
+        pytest.param("dense int8", "disk", marks=pytest.mark.grid),
+        pytest.param("scales nf4", "resident", marks=pytest.mark.grid),
+    ],
+)
 def test_memory_refused_in_an_update_moves_no_tile_twice(
     name: str, residency: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
