@@ -39,11 +39,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.fit import fit
-config = TrainConfig(**json.loads(sys.argv[1]))
-if config.device == "simgpu":
+settings = json.loads(sys.argv[1])
+if settings["device"] == "simgpu":
     from tests.simulated.gpu import install
     install()
-run = fit(config)
+run = fit(TrainConfig(**settings))
 ranks = run.setup.stepper.ranks
 state = {k: v.cpu().clone() for k, v in run.setup.space.parameters.items()}
 state |= {f"curvature.{k}": v.cpu().clone() for k, v in run.setup.stepper.curvature.state_dict().items()}

@@ -328,7 +328,7 @@ def run(open_model: Callable[[str], Model], where: str, work: str, folder: Path,
 
 
 def _update(model: Model, refuse: bool, folder: Path) -> None:
-    """Three steps in the weights; where `refuse`, memory runs out in the middle of an update."""
+    """Two steps in the weights; where `refuse`, memory runs out in the middle of an update."""
     from tests.test_dense import make_stepper
 
     space = Dense(update="residual")
@@ -353,7 +353,7 @@ def _update(model: Model, refuse: bool, folder: Path) -> None:
 
         part.move = refused
         stepper.traversal.guard = again  # type: ignore[attr-defined]
-    for step in range(3):
+    for step in range(2):
         stepper.step(step, tiny_task_batch("causal"))
     space.save(folder)
     stepper.close()
