@@ -26,6 +26,7 @@ from hizoo_lite.model import skeleton
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
+from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import FourBitWeight, PlainWeight
 from hizoo_lite.spaces.lora import LoRA
@@ -168,6 +169,7 @@ def _model(shape: dict[str, int]) -> Model:
         folder=Path(),
         checkpoint=nothing,
         stored_names={},
+        row_positions=RowPositions(module, state),
     )
     install(model)
     return model
