@@ -74,10 +74,10 @@ class BranchLinear(nn.Module):
             return self._of_all_rows(x)
         folded = x.float().reshape(branches.count, -1, self.in_features)
         kept = self.state.existing(x)
-        y = on_existing(lambda part: self._layer(x, part), folded, kept)
+        y = on_existing(lambda part: self._layer(x, part, kept), folded, kept)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _layer(self, x: Tensor, folded: Tensor) -> Tensor:
+    def _layer(self, x: Tensor, folded: Tensor, kept: Tensor | None) -> Tensor:
         """The layer's input, and its tokens that exist, (branches, tokens, in_features) -> their outputs."""
         branches = self.state.branches
         alike = self.state.same_in_all(x)
@@ -86,9 +86,9 @@ class BranchLinear(nn.Module):
             if self.delta.replaces_base:
                 return self.delta.apply(folded, None, self.state)
         if alike and branches.count > 1:  # before the first trainable layer one product serves all branches
-            y = self.shared_product(folded[:1], EVALUATION).repeat(branches.count, 1, 1)
+            y = self.shared_product(folded[:1], EVALUATION, x, kept).repeat(branches.count, 1, 1)
         else:
-            y = self.shared_product(folded, branches)
+            y = self.shared_product(folded, branches, x, kept)
         if self.delta is not None:
             self.delta.apply(folded, y, self.state)
         return y
@@ -119,12 +119,20 @@ class BranchLinear(nn.Module):
         y = self.delta.apply(folded, y.repeat(count, 1, 1), self.state)
         return EveryRow.of(y.view(count, *shape), rows)
 
-    def shared_product(self, x: Tensor, branches: Branches) -> Tensor:
-        """x: (branches, tokens, in_features) float32 -> x W' + bias, (..., out_features) float32."""
+    def shared_product(self, x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
+        """x: (branches, tokens, in_features) float32 -> x W' + bias, (..., out_features) float32.
+
+        sources: what x was made from, all of it, if that is known. The layer before this one may have been
+        given the same (query, key and value are): the operands are there then.
+        """
         gain = gains(self.compute, self.state.mu)
         tokens = x.shape[1]
-        operands = self.scratch.take("operands", tuple(x.shape), self.compute, x.device)
-        split(x, operands, branches, gain)
+        operands = self.scratch.made(
+            *("operands", tuple(x.shape), self.compute, x.device),
+            lambda out: split(x, out, branches, gain),
+            (branches, gain),
+            *(sources or (x,)),
+        )
         rows = operands.view(-1, self.in_features)
         y = torch.empty(branches.count, tokens, self.out_features, device=x.device)
         scale, bias = self.weight.row_scale, self.bias
