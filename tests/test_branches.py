@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor
 
 import hizoo_lite.model.linear as linear
+import hizoo_lite.spaces.lora as lora
 import hizoo_lite.stream.head as head
-from hizoo_lite.base import EVALUATION, Branches, UserError
+from hizoo_lite.base import EVALUATION, Branches, BranchState, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
@@ -266,6 +267,28 @@ def test_layers_with_the_same_input_split_it_once(
     each = Traversal(model).losses(batch, Branches(), MU, directions)
     assert calls[0] >= chunks * 7 * blocks
     assert all(torch.equal(one, other) for one, other in zip(shared, each, strict=True))
+
+
+def test_adapters_are_made_once_for_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
+    _, directions = tuned(model)
+    model.branch_chunk = 1
+    made: list[str] = []
+    plain = lora.branch_values
+
+    def counted(value: Tensor, name: str, state: BranchState) -> Tensor:
+        made.append(name)
+        return plain(value, name, state)
+
+    monkeypatch.setattr(lora, "branch_values", counted)
+    traversal, batch = Traversal(model), tiny_task_batch("causal", rows=4)
+    once = traversal.losses(batch, Branches(True, 2), MU, directions)
+    assert sorted(made) == sorted(directions)
+    monkeypatch.setattr(BranchState, "once", lambda self, name, make: make())
+    often = traversal.losses(batch, Branches(True, 2), MU, directions)
+    assert len(made) == 5 * len(directions)
+    assert all(torch.equal(one, other) for one, other in zip(once, often, strict=True))
 
 
 def test_operands_are_made_again_where_their_input_has_changed() -> None:
