@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -329,6 +329,24 @@ class BranchState:
         self._mask: Tensor | None = None
         self._ids: tuple[Tensor, Tensor, int] | None = None
         self._found: dict[tuple[int, int], Tensor] = {}
+        self._values: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """While this is open, a block's chunks have in common what `once` gives."""
+        self._values = {}
+        try:
+            yield
+        finally:
+            self._values = None
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it gave of the same name before, in this block; nobody may write to it."""
+        if self._values is None:
+            return make()
+        if name not in self._values:
+            self._values[name] = make()
+        return self._values[name]
 
     @contextmanager
     def laid_out(self, rows: int, length: int | None, kept: Tensor | None = None) -> Iterator[None]:

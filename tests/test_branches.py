@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, Branches, UserError
+import hizoo_lite.model.linear as linear
+import hizoo_lite.spaces.lora as lora
+from hizoo_lite.base import EVALUATION, Branches, BranchState, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
+from hizoo_lite.model.scratch import Scratch, _Made
 from hizoo_lite.noise import drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream.residency import Resident
@@ -229,9 +232,9 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
     rows: dict[str, int] = {}
     plain = BranchLinear.shared_product
 
-    def counted(layer: BranchLinear, x: Tensor, branches: Branches) -> Tensor:
+    def counted(layer: BranchLinear, x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
         rows[layer.name] = x.shape[0]
-        return plain(layer, x, branches)
+        return plain(layer, x, branches, *sources)
 
     monkeypatch.setattr(BranchLinear, "shared_product", counted)
     folded = traversal.losses(batch, Branches(), MU, directions).per_example
@@ -242,6 +245,84 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
     assert {rows[name] for name in before} == {1}
     after = ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.gate_proj", "lm_head"]
     assert {rows[name] for name in after} == {3}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_with_the_same_input_split_it_once(
+    padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
+    model.branch_chunk = 2
+    _, directions = tuned(model)
+    directions = {name: along[:1] for name, along in directions.items()}
+    ends = (6, 5, 5, 3) if padded else (16, 16, 16, 16)
+    batch = tiny_task_batch("causal", rows=4, length=16, ends=ends)
+    split, calls = linear.split, [0]
+
+    def counted(*given: Any) -> None:
+        calls[0] += 1
+        split(*given)
+
+    monkeypatch.setattr(linear, "split", counted)
+    shared = Traversal(model).losses(batch, Branches(), MU, directions)
+    blocks, chunks = len(model.blocks), 2
+    # q, k and v; o; gate and up; down. The first of all has an input that is the same in all branches
+    assert calls[0] <= chunks * (4 * blocks + 1) + 1
+    monkeypatch.setattr(_Made, "is_of", lambda *_: False)
+    calls[0] = 0
+    each = Traversal(model).losses(batch, Branches(), MU, directions)
+    assert calls[0] >= chunks * 7 * blocks
+    assert all(torch.equal(one, other) for one, other in zip(shared, each, strict=True))
+
+
+def test_adapters_are_made_once_for_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path)
+    model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")
+    _, directions = tuned(model)
+    model.branch_chunk = 1
+    made: list[str] = []
+    plain = lora.branch_values
+
+    def counted(value: Tensor, name: str, state: BranchState) -> Tensor:
+        made.append(name)
+        return plain(value, name, state)
+
+    monkeypatch.setattr(lora, "branch_values", counted)
+    traversal, batch = Traversal(model), tiny_task_batch("causal", rows=4)
+    once = traversal.losses(batch, Branches(True, 2), MU, directions)
+    assert sorted(made) == sorted(directions)
+    monkeypatch.setattr(BranchState, "once", lambda self, name, make: make())
+    often = traversal.losses(batch, Branches(True, 2), MU, directions)
+    assert len(made) == 5 * len(directions)
+    assert all(torch.equal(one, other) for one, other in zip(once, often, strict=True))
+
+
+def test_operands_are_made_again_where_their_input_has_changed() -> None:
+    scratch, x, seen = Scratch(), torch.ones(3), []
+
+    def taken(source: Tensor, how: str = "a") -> Tensor:
+        def fill(out: Tensor) -> None:
+            seen.append(how)
+            out.copy_(source)
+
+        return scratch.made("operands", (3,), torch.float32, x.device, fill, how, source, None)
+
+    assert taken(x).data_ptr() == taken(x).data_ptr()
+    assert seen == ["a"]
+    taken(x, "b")
+    x[1:] += 1  # through a view
+    assert taken(x, "b").tolist() == [1, 2, 2]
+    assert taken(x.clone(), "b").tolist() == taken(x, "b").tolist()
+    assert len(seen) == 5
+    scratch.take("operands", (1,), torch.float32, x.device).fill_(9)
+    assert taken(x, "b").tolist() == [1, 2, 2]
+    scratch.clear()
+    assert taken(x, "b").tolist() == [1, 2, 2]
+    with torch.inference_mode():
+        unversioned = torch.ones(3)
+        for value in (1, 2):
+            assert taken(unversioned.fill_(value)).tolist() == [value] * 3
 
 
 def test_int8_branches_cannot_influence_each_other(tmp_path: Path) -> None:

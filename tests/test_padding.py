@@ -94,9 +94,9 @@ def test_products_take_the_tokens_that_exist(tmp_path: Path, monkeypatch: pytest
     tokens: dict[str, int] = {}
     through = BranchLinear.shared_product
 
-    def counted(layer: BranchLinear, x: Tensor, branches: Branches) -> Tensor:
+    def counted(layer: BranchLinear, x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
         tokens[layer.name] = tokens.get(layer.name, 0) + x.shape[1]
-        return through(layer, x, branches)
+        return through(layer, x, branches, *sources)
 
     monkeypatch.setattr(BranchLinear, "shared_product", counted)
     batch = half_empty("causal")

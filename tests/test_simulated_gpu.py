@@ -53,7 +53,7 @@ from tests.test_stream import step_losses
 
 MIB = 1 << 20
 #: A block of Llama-2-7B, LoRA on q and v, three branches; see `shapes.Counted`.
-MOST_LAUNCHES, MOST_BYTES = 170, 6.7e6
+MOST_LAUNCHES, MOST_BYTES = 92, 4.02e6
 DEVICE = torch.device("simgpu", 0)
 #: Of `figures.RUNS`: adapters and weights, on the device, from host memory and from disk.
 FAST_RUNS = {("lora", "resident"), ("dense", "disk"), ("scales", "host")}

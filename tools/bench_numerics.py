@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hizoo_lite.model.linear as linear_module
-from hizoo_lite.base import Batch, Branches
+from hizoo_lite.base import EVALUATION, Batch, Branches
+from hizoo_lite.model.basis import rebuild
 from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator, normal
@@ -98,7 +99,7 @@ def branch_by_branch() -> Iterator[None]:
     """Products of x0, x+ and x-, each rounded on its own: what the basis is measured against."""
     kept = linear_module.split, linear_module.rebuild
     linear_module.split = lambda x, out, branches, gain: out.copy_(x)
-    linear_module.rebuild = lambda product, out, branches, gain: out.copy_(product)
+    linear_module.rebuild = lambda product, out, branches, *more: rebuild(product, out, EVALUATION, *more)
     try:
         yield
     finally:

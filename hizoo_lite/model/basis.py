@@ -75,12 +75,28 @@ def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
         _write(out[point], x[point] - common, gain.odd)
 
 
-def rebuild(product: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
-    """Write each branch's result from the products of its parts.
+def rebuild(
+    product: Tensor,
+    out: Tensor,
+    branches: Branches,
+    gain: Gains,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Write each branch's result from the products of its parts: y * scale + bias.
 
     product: (branches, tokens, features) in the product's dtype, in the order that `split` wrote.
-    out: (branches, tokens, features) float32; may be a slice of columns.
+    out: (branches, tokens, features) float32; may be a slice of columns. scale, bias: (features,) float32;
+    None: 1, 0.
     """
+    _rebuild(product, out, branches, gain)
+    if scale is not None:
+        out *= scale
+    if bias is not None:
+        out += bias
+
+
+def _rebuild(product: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
     if branches.directions == 0:
         out.copy_(product)
         return

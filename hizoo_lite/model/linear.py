@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hizoo_lite.base import EVALUATION, Branches, BranchState, LinearDelta, PackedWeight, UserError
 from hizoo_lite.device import like
-from hizoo_lite.model.basis import gains, rebuild, split
+from hizoo_lite.model.basis import gains
 from hizoo_lite.model.everyrow import EveryRow
+from hizoo_lite.model.fused import rebuild, split
 from hizoo_lite.model.scratch import Scratch
 
 #: Unpacked weight a tile holds at most. 2 to 8 MB keep a tile in the last-level cache of a CPU;
@@ -73,10 +74,10 @@ class BranchLinear(nn.Module):
             return self._of_all_rows(x)
         folded = x.float().reshape(branches.count, -1, self.in_features)
         kept = self.state.existing(x)
-        y = on_existing(lambda part: self._layer(x, part), folded, kept)
+        y = on_existing(lambda part: self._layer(x, part, kept), folded, kept)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _layer(self, x: Tensor, folded: Tensor) -> Tensor:
+    def _layer(self, x: Tensor, folded: Tensor, kept: Tensor | None) -> Tensor:
         """The layer's input, and its tokens that exist, (branches, tokens, in_features) -> their outputs."""
         branches = self.state.branches
         alike = self.state.same_in_all(x)
@@ -85,11 +86,9 @@ class BranchLinear(nn.Module):
             if self.delta.replaces_base:
                 return self.delta.apply(folded, None, self.state)
         if alike and branches.count > 1:  # before the first trainable layer one product serves all branches
-            y = self.shared_product(folded[:1], EVALUATION).repeat(branches.count, 1, 1)
+            y = self.shared_product(folded[:1], EVALUATION, x, kept).repeat(branches.count, 1, 1)
         else:
-            y = self.shared_product(folded, branches)
-        if self.bias is not None:
-            y += self.bias
+            y = self.shared_product(folded, branches, x, kept)
         if self.delta is not None:
             self.delta.apply(folded, y, self.state)
         return y
@@ -115,30 +114,41 @@ class BranchLinear(nn.Module):
             if self.delta.replaces_base:
                 return EveryRow.of(self.delta.apply(folded, None, self.state).view(count, *shape), rows)
         y = self.shared_product(folded[:1], EVALUATION)
-        if self.bias is not None:
-            y += self.bias
         if self.delta is None:
             return y.view(1, *shape)
         y = self.delta.apply(folded, y.repeat(count, 1, 1), self.state)
         return EveryRow.of(y.view(count, *shape), rows)
 
-    def shared_product(self, x: Tensor, branches: Branches) -> Tensor:
-        """x: (branches, tokens, in_features) float32 -> x W', (branches, tokens, out_features) float32."""
+    def shared_product(self, x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
+        """x: (branches, tokens, in_features) float32 -> x W' + bias, (..., out_features) float32.
+
+        sources: what x was made from, all of it, if that is known. The layer before this one may have been
+        given the same (query, key and value are): the operands are there then.
+        """
         gain = gains(self.compute, self.state.mu)
         tokens = x.shape[1]
-        operands = self.scratch.take("operands", tuple(x.shape), self.compute, x.device)
-        split(x, operands, branches, gain)
+        operands = self.scratch.made(
+            *("operands", tuple(x.shape), self.compute, x.device),
+            lambda out: split(x, out, branches, gain),
+            (branches, gain),
+            *(sources or (x,)),
+        )
         rows = operands.view(-1, self.in_features)
         y = torch.empty(branches.count, tokens, self.out_features, device=x.device)
-        scale = self.weight.row_scale
+        scale, bias = self.weight.row_scale, self.bias
         for first, tile in self._tiles(x.device):
             height = tile.shape[0]
             product = self.scratch.take("product", (rows.shape[0], height), self.compute, x.device)
             torch.mm(rows, tile.t(), out=product)
-            columns = y[:, :, first : first + height]
-            rebuild(product.view(branches.count, tokens, height), columns, branches, gain)
-            if scale is not None:
-                columns *= scale[first : first + height]
+            part = slice(first, first + height)
+            rebuild(
+                product.view(branches.count, tokens, height),
+                y[:, :, part],
+                branches,
+                gain,
+                None if scale is None else scale[part],
+                None if bias is None else bias[part],
+            )
         return y
 
     def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:

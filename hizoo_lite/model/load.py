@@ -14,7 +14,7 @@ from pathlib import Path
 from hizoo_lite.base import Bits, ComputeDtype, ModelKind
 from hizoo_lite.device import choose_device, is_gpu, kind_of
 from hizoo_lite.memory.allocator import keep_heap, map_large
-from hizoo_lite.model import attention, skeleton
+from hizoo_lite.model import attention, fused, skeleton
 from hizoo_lite.model.fill import Filler
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
@@ -71,6 +71,7 @@ def load(
     where = choose(residency, place, checkpoint, chosen, budgets)
     on = "device" if where == "resident" else where
     native.launch_all(place, compute)
+    fused.launch_all(place, compute)
     filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
     linears = filler.fill()
     skeleton.read_generation_config(checkpoint.folder, module)

@@ -44,9 +44,15 @@ class LoRADelta(LinearDelta):
         if self.names[0] is None:
             inner = x @ self.a.t()
         else:
-            inner = torch.bmm(x, branch_values(self.a, self.names[0], state).transpose(1, 2))
-        b = branch_values(self.b, self.names[1], state)
+            a = _values(self.a, self.names[0], state)
+            inner = torch.bmm(x, a.transpose(1, 2))
+        b = _values(self.b, self.names[1], state)
         return y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
+
+
+def _values(value: Tensor, name: str, state: BranchState) -> Tensor:
+    """The parameter at every branch, made once for all chunks of a block."""
+    return state.once(name, lambda: branch_values(value, name, state))
 
 
 class LoRA:

@@ -50,7 +50,7 @@ class PresentBlock(nn.Module):
         chunks = model.chunks(rows, hidden.shape[1], branches)
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
-        with present(model, self.index):
+        with present(model, self.index), model.state.keeping():
             if chunks.rows >= rows or has_cache(args, kwargs):
                 kept = model.state.kept(hidden, slice(0, rows))
                 with model.state.laid_out(hidden.shape[0], hidden.shape[1], kept):

@@ -143,7 +143,7 @@ class _Operand(NamedTuple):
 
 
 @contextmanager
-def _product_is(head: BranchLinear, function: Callable[[Tensor, Branches], Tensor]) -> Iterator[None]:
+def _product_is(head: BranchLinear, function: Callable[..., Tensor]) -> Iterator[None]:
     """While this is open `function` is the head's `shared_product`."""
     head.__dict__["shared_product"] = function
     try:
@@ -155,7 +155,7 @@ def _product_is(head: BranchLinear, function: Callable[[Tensor, Branches], Tenso
 def _asked(head: BranchLinear, run: Callable[[slice], Tensor], part: slice) -> _Operand:
     """What the model asks its head for at these sites."""
 
-    def ask(x: Tensor, branches: Branches) -> Tensor:
+    def ask(x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
         raise _Asked(x, branches)
 
     try:
@@ -168,7 +168,7 @@ def _asked(head: BranchLinear, run: Callable[[slice], Tensor], part: slice) -> _
 
 def _given(head: BranchLinear, run: Callable[[slice], Tensor], part: slice, product: Tensor) -> Tensor:
     """The logits at these sites, where the head's product is known."""
-    with _product_is(head, lambda x, branches: product):
+    with _product_is(head, lambda x, branches, *sources: product):
         return run(part)
 
 
@@ -185,7 +185,8 @@ def _products(head: BranchLinear, operands: Sequence[_Operand]) -> list[Tensor]:
     """`head.shared_product` of each, (branches, sites, vocabulary) float32; its tiles come once for all."""
     out = [torch.empty(*x.shape[:2], head.out_features, device=x.device) for x, _ in operands]
     for first, rows in head._tiles(operands[0].x.device):
-        tile = _Tile(PlainWeight(rows), None, head.state, head.compute, head.scratch, head.name)
+        bias = None if head.bias is None else head.bias[first : first + len(rows)]
+        tile = _Tile(PlainWeight(rows), bias, head.state, head.compute, head.scratch, head.name)
         for (x, branches), product in zip(operands, out, strict=True):
             product[:, :, first : first + len(rows)] = tile.shared_product(x, branches)
     return out

@@ -99,10 +99,11 @@ def _few_rows(model: Model) -> Iterator[None]:
             del linear.__dict__["shared_product"]
 
 
-def _product(linear: BranchLinear, x: Tensor, branches: Branches) -> Tensor:
+def _product(linear: BranchLinear, x: Tensor, branches: Branches, *sources: Tensor | None) -> Tensor:
     """As `BranchLinear.shared_product`."""
     if branches.directions == 0 and isinstance(linear.weight, FourBitWeight):
         found = linear.weight.product(x.reshape(-1, linear.in_features).to(linear.compute))
         if found is not None:
-            return found.float().view(*x.shape[:-1], linear.out_features)
-    return BranchLinear.shared_product(linear, x, branches)
+            y = found.float().view(*x.shape[:-1], linear.out_features)
+            return y if linear.bias is None else y.add_(linear.bias)
+    return BranchLinear.shared_product(linear, x, branches, *sources)

@@ -76,7 +76,8 @@ class _Count:
             for value in [args[number] if number < len(args) else kwargs.get(argument.name)]
             if isinstance(value, Tensor)
         ]
-        filled = name.endswith(".out") or name.startswith(("aten.copy_", "aten.fill_", "aten.zero_"))
+        fills = ("aten.copy_", "aten.fill_", "aten.zero_", "hizoo_lite.")
+        filled = name.endswith(".out") or name.startswith(fills)
         read = [t for t in given if not (filled and any(t is w for w in written))]
         self.moved["read"] += sum(map(_bytes, read))
         if written:

@@ -1,0 +1,135 @@
+"""`split` and `rebuild` of the even/odd basis as one operation each: what a linear layer calls.
+
+As torch operations one after the other they read and write every element several times, which on a GPU takes
+as long as the products. There each is an operator of torch, `hizoo_lite::split` and `hizoo_lite::rebuild`:
+a kernel of Triton where that can be used, with the same bits, else `basis.py` itself. Triton comes with
+torch for CUDA on Linux, and is imported for such a device only. On a CPU `basis.py` is called directly.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hizoo_lite.base import Branches
+from hizoo_lite.device import is_gpu
+from hizoo_lite.model import basis
+from hizoo_lite.model.basis import Gains
+
+#: From this on the GPU casts bf16 itself, and Triton is written for it.
+_LEAST_CAPABILITY = (8, 0)
+_EAGER = ("cpu", "meta")
+_BRANCHES = "bool base, int pairs, int one_sided, float odd, float even"
+_log = logging.getLogger(__name__)
+
+_library = torch.library.Library("hizoo_lite", "DEF")
+_library.define(f"split(Tensor x, Tensor(a!) out, {_BRANCHES}) -> ()")
+_library.define(
+    f"rebuild(Tensor product, Tensor(a!) out, {_BRANCHES}, Tensor? scale=None, Tensor? bias=None) -> ()"
+)
+
+
+def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
+    """See `basis.split`."""
+    if x.device.type in _EAGER:
+        basis.split(x, out, branches, gain)
+    else:
+        torch.ops.hizoo_lite.split(
+            x, out, branches.base, branches.pairs, branches.one_sided, gain.odd, gain.even
+        )
+
+
+def rebuild(
+    product: Tensor,
+    out: Tensor,
+    branches: Branches,
+    gain: Gains,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """See `basis.rebuild`."""
+    if out.device.type in _EAGER:
+        basis.rebuild(product, out, branches, gain, scale, bias)
+    else:
+        torch.ops.hizoo_lite.rebuild(
+            product,
+            out,
+            branches.base,
+            branches.pairs,
+            branches.one_sided,
+            gain.odd,
+            gain.even,
+            scale,
+            bias,
+        )
+
+
+def launch_all(device: torch.device, compute: torch.dtype) -> None:
+    """Launch both once on a GPU, for the branches of a step, while there is memory for their kernels."""
+    if not is_gpu(device):
+        return
+    branches, gain = Branches(), Gains()
+    x = torch.zeros(branches.count, 1, 16, device=device)
+    operands = torch.empty(x.shape, dtype=compute, device=device)
+    split(x, operands, branches, gain)
+    rebuild(operands, x, branches, gain)
+
+
+# ---------------------------------------------------------------------------------- the operators
+
+
+def _split_plainly(
+    x: Tensor, out: Tensor, base: bool, pairs: int, one_sided: int, odd: float, even: float
+) -> None:
+    basis.split(x, out, Branches(base, pairs, one_sided), Gains(odd, even))
+
+
+def _rebuild_plainly(
+    product: Tensor,
+    out: Tensor,
+    base: bool,
+    pairs: int,
+    one_sided: int,
+    odd: float,
+    even: float,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    basis.rebuild(product, out, Branches(base, pairs, one_sided), Gains(odd, even), scale, bias)
+
+
+def _split_on_cuda(x: Tensor, *more: object) -> None:
+    kernels = _kernels(x.device)
+    (_split_plainly if kernels is None else kernels.split)(x, *more)  # type: ignore[arg-type]
+
+
+def _rebuild_on_cuda(product: Tensor, *more: object) -> None:
+    kernels = _kernels(product.device)
+    (_rebuild_plainly if kernels is None else kernels.rebuild)(product, *more)  # type: ignore[arg-type]
+
+
+_library.impl("split", _split_plainly, "CompositeExplicitAutograd")
+_library.impl("rebuild", _rebuild_plainly, "CompositeExplicitAutograd")
+_library.impl("split", _split_on_cuda, "CUDA")
+_library.impl("rebuild", _rebuild_on_cuda, "CUDA")
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels, if they can be used on this GPU: Triton compiles at first use and needs what does so."""
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return None
+    try:
+        from hizoo_lite.model import kernels
+
+        kernels.probe(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, no C compiler, no headers of Python, ...: whatever it raises
+        _log.warning("no kernels of the even/odd basis for %s, computing it in torch: %s", device, error)
+        return None
+    return kernels
