@@ -12,12 +12,19 @@ from hizoo_lite.model.model import Model
 
 
 def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
-    """The parameter at every branch: (branches, *shape) float32."""
+    """The parameter at every branch: (branches, *shape) float32.
+
+    A direction of the parameter's own shape is the only one.
+    """
     points = state.branches.points
     out = value.expand(len(points), *value.shape).clone()
+    along = state.directions.get(name) if state.branches.directions else None
+    if along is not None and along.ndim == value.ndim:
+        along = along.unsqueeze(0)
     for branch, (direction, sign) in enumerate(points):
         if sign:
-            out[branch].add_(state.directions[name][direction], alpha=sign * state.mu)
+            assert along is not None
+            out[branch].add_(along[direction], alpha=sign * state.mu)
     return out
 
 

@@ -25,7 +25,7 @@ from hizoo_lite.stream.divergence import divergence_terms
 from hizoo_lite.stream.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.stream.overwritten import ReadAgain
 from hizoo_lite.stream.write import Ended, write
-from hizoo_lite.tensors import TorchArrays, batch_tensors
+from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -92,7 +92,8 @@ class Traversal:
                 output = trunk(**inputs, **self._no_cache())
             hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
             output = with_hidden(output, hidden)  # what else it has need not live on
-            scored, divergences = self._scored_log_probabilities(output, hidden, batch, branches)
+            found = self._scored_log_probabilities(output, hidden, batch, branches)
+            scored, divergences = brought(found, torch.device("cpu"))  # in one copy: the host waits once
         return _slot_losses(scored, divergences, batch, branches)
 
     @contextmanager
@@ -202,10 +203,10 @@ def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
 
 
 def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
-    """scored: (branches, scored tokens). divergences: (directions, sites) where the loss is of answers."""
-    scores = _slot_means(scored.cpu(), batch)
+    """On the host. scored: (branches, scored tokens). divergences: (directions, sites) of answers' losses."""
+    scores = _slot_means(scored, batch)
     if batch.loss == "answer":
-        by_token = divergences.cpu()[:, batch.token_site]
+        by_token = divergences[:, batch.token_site]
         return Losses(-scores[:, batch.gold], scores, _slot_means(by_token, batch)[:, batch.gold])
     index = batch.slot_example.expand_as(scores)
     peak = torch.full((scores.shape[0], batch.examples), -torch.inf, dtype=torch.float64)
