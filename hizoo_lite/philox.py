@@ -137,6 +137,7 @@ def _in_slices(out: Tensor, key: int, call: int, write: Callable[[_Four, Tensor]
 
 
 def _words(first: int, count: int, call: int, key: int, device: torch.device) -> _Four:
-    index = torch.arange(first, first + count, dtype=torch.int32, device=device)
+    index = torch.empty(count, dtype=torch.int32, device=device)
+    torch.arange(first, first + count, out=index)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     return philox((index, zero, torch.full_like(zero, call), zero), key)

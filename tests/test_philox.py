@@ -110,9 +110,9 @@ def test_uniform_values_are_new_ones_at_every_call_and_lie_below_one() -> None:
 def test_a_gpu_draws_what_a_cpu_would_by_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(device: str) -> list[Tensor]:
         made = torch.empty(37, 33, device=device)
-        z = noise.tile_normal(1, 2, "a", 64, made).cpu()
+        z = noise.tile_normal(1, 2, "a", 64, made).cpu().clone()
         rounding = noise.tile_rounding(1, 2, "a", 64, made.device)
-        return [z, rounding.fill(made).cpu(), rounding.fill(made[:, 0].clone()).cpu()]
+        return [z, rounding.fill(made).cpu().clone(), rounding.fill(made[:, 0].clone()).cpu()]
 
     with installed():
         there, plain = drawn("simgpu"), drawn("cpu")
