@@ -240,6 +240,13 @@ class Stored(NamedTuple):
         return self.owner.get_buffer(self.name)
 
 
+class Uniform(Protocol):
+    """Random numbers for rounding; every call gives new ones."""
+
+    def fill(self, out: Tensor) -> Tensor:
+        """Fill a contiguous float32 tensor with multiples of 2^-24 in [0, 1), and give it back."""
+
+
 class PackedWeight(ABC):
     """A weight matrix in its stored form; a member is an `nn.Module` too. Use never changes its buffers.
 
@@ -280,7 +287,7 @@ class PackedWeight(ABC):
         return out
 
     @abstractmethod
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """Replace rows `first_row` .. by `values`, (rows, in_features) contiguous float32, in place.
 
         What the stored form cannot hold is rounded at random so that the expectation of what is decoded

@@ -90,10 +90,6 @@ class Kind(ABC):
     def multiplies_bf16(self) -> bool:
         """Whether it has instructions for products of bf16."""
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A generator of random numbers on it."""
-        return torch.Generator(device)
-
     @abstractmethod
     def prepare(self) -> None:
         """Once before its first use. `UserError` where the environment makes it compute otherwise."""

@@ -6,11 +6,12 @@ arguments, so that numpy alone replays a run bit for bit on CPU, on CUDA and bes
 Normal, not +-1: where curvature is learnt, z^2 must vary for the diagonal to be seen.
 
 Weights inside the blocks have too many elements for that (10.8 ms a million, against 2.8 of torch's
-normal_ on the same core). Their z is drawn tile by tile of rows by torch's own generator of the device,
-seeded with a hash of (run seed, step, parameter name, first row): on CPU a Mersenne twister, whose stream
-does not depend on the number of threads, on CUDA a Philox. The two differ, so a run in the weights replays
-on its own kind of device only. torch's CPU generator uses 32 bits of its seed: of the 13 000 tiles that
-7e9 weights have, two are alike in one step of fifty, which does no harm. torch is imported there alone.
+normal_ on the same core). Their z is drawn tile by tile of rows where they are, from a hash of (run seed,
+step, parameter name, first row): on CPU by torch's Mersenne twister, whose stream does not depend on the
+number of threads, on a GPU by a Philox of our own (`philox.py`), whose numbers do not depend on the model of
+GPU as those of torch do. The two differ, so a run in the weights replays on its own kind of device only.
+torch's CPU generator uses 32 bits of its seed: of the 13 000 tiles that 7e9 weights have, two are alike in
+one step of fifty, which does no harm. torch is imported there alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array
+from hizoo_lite.base import Array, Uniform
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,8 @@ def generator(seed: int, *words: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-#: The generators by name, for records: of parameters in memory, and of weights by device.
-GENERATORS = {"parameters": "numpy-philox", "cpu": "torch-cpu", "cuda": "torch-cuda"}
+#: The generators by name, for records: of parameters in memory, and of weights by kind of device.
+GENERATORS = {"parameters": "numpy-philox", "cpu": "torch-cpu", "cuda": "philox-4x32-10"}
 
 
 def drawn(
@@ -73,27 +74,58 @@ def normal(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(drawn(seed, step, name, shape))
 
 
-def tile_generator(device: torch.device, seed: int, *words: int | str) -> torch.Generator:
-    """A fresh torch generator on `device` whose stream is a pure function of the other arguments."""
-    from hizoo_lite.device import kind_of
+class TorchUniform:
+    """`Uniform` of a generator of torch's."""
 
-    text = "\x1f".join([str(int(seed)), *map(str, words)])
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return kind_of(device).generator(device).manual_seed(key)
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def fill(self, out: Tensor) -> Tensor:
+        """See `Uniform.fill`."""
+        return out.uniform_(generator=self.generator)
+
+
+def draws_philox(device: torch.device) -> bool:
+    """Whether the noise of weights on a device is that of `philox.py`: on every GPU."""
+    from hizoo_lite.device import like
+
+    return like(device) == "cuda"
 
 
 def tile_normal(seed: int, step: int, name: str, first_row: int, out: Tensor) -> Tensor:
     """Fill `out`, contiguous float32, with z of rows `first_row` .. of a weight at `step`.
 
-    From torch's generator of out's device ("torch-cpu" or "torch-cuda" in `GENERATORS`). A function of the
-    shape of `out` as well: a tile is always drawn whole.
+    From the generator of out's device in `GENERATORS`. A function of the shape of `out` as well: a tile is
+    always drawn whole.
     """
-    return out.normal_(generator=tile_generator(out.device, seed, "normal", step, name, first_row))
+    key = _key(seed, "normal", step, name, first_row)
+    if draws_philox(out.device):
+        from hizoo_lite.philox import fill_normal
+
+        return fill_normal(out, key)
+    return out.normal_(generator=_torch_generator(key))
 
 
-def tile_rounding(seed: int, step: int, name: str, first_row: int, device: torch.device) -> torch.Generator:
-    """The generator that rounds a tile's update at random, independent of its z."""
-    return tile_generator(device, seed, "rounding", step, name, first_row)
+def tile_rounding(seed: int, step: int, name: str, first_row: int, device: torch.device) -> Uniform:
+    """What rounds a tile's update at random, independent of its z."""
+    key = _key(seed, "rounding", step, name, first_row)
+    if draws_philox(device):
+        from hizoo_lite.philox import PhiloxUniform
+
+        return PhiloxUniform(key)
+    return TorchUniform(_torch_generator(key))
+
+
+def _key(seed: int, *words: int | str) -> int:
+    """64 bits that are a pure function of the arguments."""
+    text = "\x1f".join([str(int(seed)), *map(str, words)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _torch_generator(key: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed(key)
 
 
 #: That draw the noise of one step.

@@ -17,7 +17,7 @@ from hizoo_lite import estimators
 from hizoo_lite.base import Branches, Curvature, UserError, trainable
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
 from hizoo_lite.model.model import Model
-from hizoo_lite.noise import tile_normal, tile_rounding
+from hizoo_lite.noise import TorchUniform, tile_normal, tile_rounding
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.spaces import Dense, LoRA, Scales
 from hizoo_lite.spaces.inplace import InPlaceSpace
@@ -223,7 +223,8 @@ def test_tile_noise_is_a_pure_function_of_its_arguments() -> None:
     for other in ((2, 2, "a", 64), (1, 3, "a", 64), (1, 2, "b", 64), (1, 2, "a", 0)):
         assert not torch.equal(first, draw(*other))
     rounding = tile_rounding(1, 2, "a", 64, torch.device("cpu"))
-    assert not torch.equal(first, torch.empty(8, 33).normal_(generator=rounding))
+    assert isinstance(rounding, TorchUniform)
+    assert not torch.equal(first, torch.empty(8, 33).normal_(generator=rounding.generator))
 
 
 # --------------------------------------------------------------------------------------------- update

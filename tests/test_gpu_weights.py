@@ -11,6 +11,7 @@ from hizoo_lite.base import Branches, trainable
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
 from hizoo_lite.model.load import load
 from hizoo_lite.noise import GENERATORS, tile_normal
+from hizoo_lite.philox import PhiloxUniform, fill_normal
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
 from hizoo_lite.stream.traversal import Traversal
 from tests.architectures import save_tiny
@@ -81,7 +82,7 @@ def test_rounding_on_cuda_has_no_bias_and_keeps_decoded_values(kind: str) -> Non
         weight = ResidualWeight(weight)
     assert kind != "nf4" or isinstance(weight, FourBitWeight)
     kept = [(s.tensor, s.tensor.clone()) for s in weight.stored()]
-    rounding = torch.Generator("cuda").manual_seed(0)
+    rounding = PhiloxUniform(0)
     before = weight.values(torch.empty(weight.shape, device="cuda"))
     weight.store(before.clone(), 0, rounding)
     assert all(torch.equal(tensor, was) for tensor, was in kept)
@@ -102,4 +103,14 @@ def test_tile_noise_on_cuda_is_a_pure_function_of_its_arguments() -> None:
     first = tile_normal(1, 2, "a", 64, torch.empty(64, 128, device="cuda"))
     assert torch.equal(first, tile_normal(1, 2, "a", 64, torch.empty(64, 128, device="cuda")))
     assert not torch.equal(first, tile_normal(1, 2, "a", 128, torch.empty(64, 128, device="cuda")))
-    assert GENERATORS["cuda"] == "torch-cuda"
+    assert GENERATORS["cuda"] == "philox-4x32-10"
+
+
+def test_cuda_draws_what_a_cpu_would_by_the_same_function() -> None:
+    shape = (3 << 10, 1 << 10)  # several slices
+    there, here = (fill_normal(torch.empty(shape, device=device), 7).cpu() for device in ("cuda", "cpu"))
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)  # libraries round logarithms otherwise
+    there, here = (
+        PhiloxUniform(7).fill(torch.empty(shape, device=device)).cpu() for device in ("cuda", "cpu")
+    )
+    assert torch.equal(there, here)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hizoo_lite.base import PackedWeight
+from hizoo_lite.noise import TorchUniform
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
 from hizoo_lite.quant.rounding import GROWTH, Levels, grow, round_to_dtype, round_to_levels
 
@@ -22,6 +23,10 @@ ROUNDINGS = 4000
 
 def generator(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def uniform(seed: int = 1) -> TorchUniform:
+    return TorchUniform(generator(seed))
 
 
 def packed(kind: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
@@ -50,7 +55,7 @@ def test_values_that_were_decoded_are_stored_bit_identically(kind: str, shape: t
     weight = packed(kind, shape)
     before = buffers(weight)
     for seed in range(5):
-        weight.store(values(weight), 0, generator(seed))
+        weight.store(values(weight), 0, uniform(seed))
     assert all(torch.equal(before[name], tensor) for name, tensor in buffers(weight).items())
 
 
@@ -78,7 +83,7 @@ def test_where_memory_is_refused_nothing_is_changed(kind: str, shape: tuple[int,
     for at in range(1000):
         try:
             with Refusing(at):
-                weight.store(target.clone(), 0, generator(1))
+                weight.store(target.clone(), 0, uniform(1))
         except MemoryError:
             assert all(torch.equal(before[name], tensor) for name, tensor in buffers(weight).items()), at
         else:
@@ -103,7 +108,7 @@ def test_rounding_has_no_bias_within_the_absmax_and_beyond_it(kind: str) -> None
     before = [(s.tensor, s.tensor.clone()) for s in weight.stored()]
     # updates of a fifth of a weight: most blocks have values beyond their absmax, the zeros become nonzero
     target = values(weight) + 0.004 * torch.randn(weight.shape, generator=generator(7))
-    rounding, total, squares = generator(), torch.zeros(24, 80, dtype=torch.float64), 0.0
+    rounding, total, squares = uniform(), torch.zeros(24, 80, dtype=torch.float64), 0.0
     largest = torch.zeros(())
     for _ in range(ROUNDINGS):
         for tensor, kept in before:
@@ -132,7 +137,7 @@ def test_rounding_has_no_bias_within_the_absmax_and_beyond_it(kind: str) -> None
 def test_a_range_grows_without_bias_and_as_rarely_as_it_can(excess: float) -> None:
     groups = 200_000
     rows = torch.tensor([[0.3, -1.0 - excess, 1.0 + excess / 2, 1.0]]).repeat(groups, 1)
-    inside, top = grow(rows, torch.ones(groups, 1), generator())
+    inside, top = grow(rows, torch.ones(groups, 1), uniform())
     chance = min(1.0, excess / GROWTH)
     grown = float((top > 1).double().mean())
     assert grown == pytest.approx(chance, abs=5 * (chance * (1 - chance) / groups) ** 0.5 + 1e-6)
@@ -149,7 +154,7 @@ def test_tiles_stored_alone_leave_all_other_rows_as_they_are(kind: str) -> None:
     before = values(weight)
     first, rows = weight.tile_rows, min(weight.tile_rows, 100)
     tile = before[first : first + rows] * 1.5
-    weight.store(tile.contiguous(), first, generator())
+    weight.store(tile.contiguous(), first, uniform())
     after = values(weight)
     assert torch.equal(after[:first], before[:first])
     assert torch.equal(after[first + rows :], before[first + rows :])
@@ -160,11 +165,11 @@ def test_tiles_stored_alone_leave_all_other_rows_as_they_are(kind: str) -> None:
 def test_the_same_generator_stores_the_same_bits(kind: str) -> None:
     left, right = packed(kind, (24, 80)), packed(kind, (24, 80))
     target = values(left) * 1.01
-    left.store(target.clone(), 0, generator(3))
-    right.store(target.clone(), 0, generator(3))
+    left.store(target.clone(), 0, uniform(3))
+    right.store(target.clone(), 0, uniform(3))
     assert torch.equal(values(left), values(right))
     assert torch.equal(left.get_buffer("codes"), right.get_buffer("codes"))
-    right.store(target.clone(), 0, generator(4))
+    right.store(target.clone(), 0, uniform(4))
     assert not torch.equal(values(left), values(right))
 
 
@@ -172,10 +177,10 @@ def test_a_group_of_zeros_can_become_anything() -> None:
     for kind in ("nf4", "fp4", "int8"):
         weight = pack(torch.zeros(2, 64), kind, double_quant=False)
         target = torch.linspace(-1, 1, 128).view(2, 64)
-        weight.store(target.clone(), 0, generator())
+        weight.store(target.clone(), 0, uniform())
         step = 0.34 if kind != "int8" else 0.01  # the widest gap between neighbours
         assert (values(weight) - target).abs().max() <= step
-        weight.store(torch.zeros(2, 64), 0, generator())
+        weight.store(torch.zeros(2, 64), 0, uniform())
         assert torch.equal(values(weight), torch.zeros(2, 64))
 
 
@@ -186,7 +191,7 @@ def test_every_value_is_rounded_to_one_of_its_two_neighbours(bits: str) -> None:
     levels = Levels.of(weight.table)
     assert levels.values.tolist() == sorted(set(weight.table.tolist()))
     fine = torch.linspace(-1, 1, 64 * 1001).view(1001, 64)
-    chosen = round_to_levels(fine, torch.ones(1001, 1), levels, generator()).view(-1)
+    chosen = round_to_levels(fine, torch.ones(1001, 1), levels, uniform()).view(-1)
     for value, index in zip(fine.view(-1).tolist(), chosen.tolist(), strict=True):
         grid = levels.values.tolist()
         below = max(g for g in grid if g <= value)
@@ -200,7 +205,7 @@ def test_sixteen_bit_floats_are_neighbours_of_the_value(dtype: torch.dtype) -> N
     both = torch.cat((sizes, -sizes, torch.zeros(2)))
     largest = torch.finfo(dtype).max
     for seed, sign in itertools.product(range(3), (1, -1)):
-        rounded = round_to_dtype(sign * both, dtype, generator(seed)).float()
+        rounded = round_to_dtype(sign * both, dtype, uniform(seed)).float()
         wanted = (sign * both).clamp(-largest, largest)
         gap = wanted.abs() * torch.finfo(dtype).eps + (2.0**-24 if dtype == torch.float16 else 0.0)
         assert torch.isfinite(rounded).all()
@@ -228,7 +233,7 @@ def test_a_residual_holds_what_the_codes_cannot() -> None:
     weight = ResidualWeight(base)
     assert torch.equal(values(weight), start)
     target = start + 1e-4 * torch.randn(40, 96, generator=generator(2))
-    weight.store(target.clone(), 0, generator(3))
+    weight.store(target.clone(), 0, uniform(3))
     # bf16 keeps the difference to one part in 128, whatever the size of the weight beside it
     assert ((values(weight) - target).abs() <= (target - start).abs() / 128 + 1e-8).all()
     assert torch.equal(base.codes, codes)

@@ -143,7 +143,8 @@ def test_losses_are_those_of_a_cpu(name: str, bits: str, tmp_path: Path) -> None
 )
 def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_path: Path) -> None:
     there = run(tmp_path, "there", model=str(packed), space=space, residency=residency, steps=3)
-    here = run(tmp_path, "here", model=str(packed), space=space, device="cpu", steps=3)
+    with figures.drawn_alike():
+        here = run(tmp_path, "here", model=str(packed), space=space, device="cpu", steps=3)
     assert there.summary["residency"] == residency
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
     assert there.summary["loss_after"] == here.summary["loss_after"]
@@ -413,12 +414,27 @@ def test_a_runs_device_is_recorded_and_compared(
         def message(self, text: str) -> None:
             told.append(text)
 
-    fit(settings(tmp_path, "lora", **more), listener=Hears(10**9))
-    assert any(
-        "the GPU: the run was begun with a simulated GPU, this is another GPU" in text for text in told
-    )
-    with pytest.raises(UserError, match="--device: the GPU that draws the noise of the weights"):
-        run(tmp_path, "scales", space="scales", **more)
+    for space in ("lora", "scales"):
+        told.clear()
+        fit(settings(tmp_path, space, space=space, **more), listener=Hears(10**9))
+        words = "the GPU: the run was begun with a simulated GPU, this is another GPU"
+        assert any(words in text for text in told)
+
+
+@pytest.mark.parametrize("written", [{"noise": "torch-cuda"}, {"noise_gpu": "a simulated GPU"}])
+def test_noise_of_another_generator_is_not_gone_on_with(
+    written: dict[str, str], packed: Path, tmp_path: Path
+) -> None:
+    chosen = {"model": str(packed), "space": "scales"}
+    assert run(tmp_path, "run", steps=2, **chosen).summary["noise"] == "philox-4x32-10"
+    path = tmp_path / "run" / "run.json"
+    made = json.loads(path.read_text())
+    assert made.pop("noise") == "philox-4x32-10"
+    path.write_text(json.dumps({**made, **written}))
+    with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
+        run(tmp_path, "run", steps=3, resume=True, **chosen)
+    with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
+        replay.replay(tmp_path / "run")
 
 
 def test_an_environment_that_rounds_is_refused_before_anything_is_read(

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from hizoo_lite import philox
 from hizoo_lite.base import ModelKind, UserError
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.memory.hardware import Hardware
@@ -212,7 +213,8 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
         "unpacking": chunks * (packed + 2 * unpacked) / machine.device_bandwidth,
     }
     if subject.in_weights:  # drawn in every chunk and for the update: written and read once, in float32
-        bounds["noise"] = (chunks + 1) * 8 * elements / machine.device_bandwidth
+        drawing = 8 if subject.device == "cpu" else 8 + philox.MOVED_BYTES
+        bounds["noise"] = (chunks + 1) * drawing * elements / machine.device_bandwidth
     if moved:
         both = 2 if subject.in_weights else 1
         if subject.device == "cuda":

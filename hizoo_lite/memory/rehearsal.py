@@ -25,6 +25,7 @@ from hizoo_lite.memory.outline import Anatomy
 from hizoo_lite.memory.tally import FusedAttention, Tally, nbytes
 from hizoo_lite.model.linear import TILE_BYTES, BranchLinear
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.philox import workspace_bytes
 from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.residual import SUM_ELEMENTS
 from hizoo_lite.spaces.heads import HeadDelta
@@ -383,6 +384,7 @@ class Rehearsal:
         def direction(part: Any, tile: Tile) -> tuple[Tensor, Any]:
             drawn = elements if trained.space == "dense" else elements // 64
             z = self.buffers.take("weights.z", (drawn,), torch.float32, META)
+            torch.empty(self._drawing_bytes(drawn), dtype=torch.uint8, device=META)
             return z, SimpleNamespace(rows=torch.empty((), device=META), columns=None)
 
         def operand(z: Tensor, factors: Any, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -403,7 +405,11 @@ class Rehearsal:
         first = [tiles(shape, 1, self.device_type)[0].rows * shape[1] for shape in shapes]
         elements = max(first, default=0)
         if trained.space == "scales":
-            return elements // 8
+            return max(elements // 8, self._drawing_bytes(elements // 64))
         self.buffers.sizes["weights.values"] = 4 * elements
         stored: Bits = "none" if trained.residual else self.bits
-        return elements * _STORE_BYTES[stored]
+        return elements * _STORE_BYTES[stored] + self._drawing_bytes(elements)
+
+    def _drawing_bytes(self, elements: int) -> int:
+        """What drawing so many numbers takes beside them; a CPU draws them in place."""
+        return workspace_bytes(elements) if is_gpu(self.device_type) else 0

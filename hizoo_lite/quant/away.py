@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.base import BranchState, PackedWeight, Stored, UserError
+from hizoo_lite.base import BranchState, PackedWeight, Stored, Uniform, UserError
 from hizoo_lite.errors import StorageError
 from hizoo_lite.quant.checkpoint import Checkpoint
 from hizoo_lite.quant.opaque import Opaque
@@ -31,7 +31,7 @@ class AwayWeight(Opaque, PackedWeight):
         check_out(out, self.shape, first_row)
         return out.copy_(self.read(first_row, first_row + out.shape[0]), non_blocking=True)
 
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """Never: what is outside of the blocks is not trained in place."""
         raise NotImplementedError("a matrix that is away cannot be written to")
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored, UserError
+from hizoo_lite.base import PackedWeight, Stored, Uniform, UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.quant import native
 from hizoo_lite.quant.opaque import Opaque
@@ -175,7 +175,7 @@ class FourBitWeight(Opaque, PackedWeight):
         """The rows after which a block ends at a row's end."""
         return self.blocksize // math.gcd(self.blocksize, self.shape[1])
 
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """See `PackedWeight.store`. A block's absmax grows where a value exceeds it (see `rounding.grow`).
 
         Needs absmax in float32: see `undo_double_quant`.

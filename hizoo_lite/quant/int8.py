@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored, UserError
+from hizoo_lite.base import PackedWeight, Stored, Uniform, UserError
 from hizoo_lite.device import is_gpu
 from hizoo_lite.quant import native
 from hizoo_lite.quant.opaque import Opaque
@@ -88,7 +88,7 @@ class Int8Weight(Opaque, PackedWeight):
             return torch.mul(codes, 1 / 128, out=out)  # 3 bytes a weight moved in place of 7
         return out.copy_(codes).mul_(1 / 128)  # on a CPU that takes a fifth of the time
 
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """See `PackedWeight.store`. A row's absmax grows where a value exceeds it (see `rounding.grow`)."""
         rows = slice(first_row, first_row + values.shape[0])
         step = self.row_scale[rows, None] / 128  # as `values` decodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.base import PackedWeight, Stored, Uniform
 from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out
@@ -37,7 +37,7 @@ class PlainWeight(Opaque, PackedWeight):
         """The stored matrix where its dtype is `dtype`."""
         return self.weight if self.weight.dtype == dtype else None
 
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """See `PackedWeight.store`: exact in float32, to a neighbour at random in 16 bits."""
         rows = self.weight[first_row : first_row + values.shape[0]]
         exact = rows.dtype == torch.float32

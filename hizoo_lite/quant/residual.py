@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored
+from hizoo_lite.base import PackedWeight, Stored, Uniform
 from hizoo_lite.device import like
 from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rounding import round_to_dtype
@@ -52,7 +52,7 @@ class ResidualWeight(Opaque, PackedWeight):
         """As `unpack`: nothing is left out."""
         return self._sum(out, first_row)
 
-    def store(self, values: Tensor, first_row: int, rounding: torch.Generator) -> None:
+    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """Put values - base into the residual, rounded at random."""
         base = self.base.values(torch.empty_like(values), first_row)
         rows = self.residual[first_row : first_row + values.shape[0]]

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hizoo_lite.base import Uniform
+
 #: A group that must grow gets this much more range, at least.
 GROWTH = 1 / 8
 
@@ -20,12 +22,12 @@ GROWTH = 1 / 8
 _CELLS = 1024
 
 
-def uniform(like: Tensor, rounding: torch.Generator) -> Tensor:
+def uniform(like: Tensor, rounding: Uniform) -> Tensor:
     """Numbers in [0, 1) of the shape of `like`, float32."""
-    return torch.empty_like(like, dtype=torch.float32).uniform_(generator=rounding)
+    return rounding.fill(torch.empty_like(like, dtype=torch.float32))
 
 
-def grow(values: Tensor, top: Tensor, rounding: torch.Generator) -> tuple[Tensor, Tensor]:
+def grow(values: Tensor, top: Tensor, rounding: Uniform) -> tuple[Tensor, Tensor]:
     """Make room for values beyond the range of their group: (values inside of the new range, new top).
 
     values: (groups, size) float32. top: (groups, 1) float32 >= 0, the largest size each group's grid holds.
@@ -67,7 +69,7 @@ class Levels(NamedTuple):
         return cls(values, codes, below.clamp_(0, len(values) - 2).int())
 
 
-def round_to_levels(values: Tensor, top: Tensor, levels: Levels, rounding: torch.Generator) -> Tensor:
+def round_to_levels(values: Tensor, top: Tensor, levels: Levels, rounding: Uniform) -> Tensor:
     """Indices of levels whose value times `top` has expectation `values`; (groups, size) int32.
 
     values: (groups, size) float32 inside +-top; top: (groups, 1) float32.
@@ -88,7 +90,7 @@ def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     return torch.index_select(table, 0, index)  # three times as fast as table[index]
 
 
-def round_to_dtype(values: Tensor, dtype: torch.dtype, rounding: torch.Generator) -> Tensor:
+def round_to_dtype(values: Tensor, dtype: torch.dtype, rounding: Uniform) -> Tensor:
     """`values`, float32, in bf16 or fp16: one of the two neighbours; the largest finite value beyond it."""
     most = torch.finfo(dtype).max
     values = values.clamp(-most, most)

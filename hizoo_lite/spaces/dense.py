@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Stored, UserError
+from hizoo_lite.base import Stored, Uniform, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
@@ -45,7 +45,7 @@ class DensePart(Part):
         return matrix, self._row_factor(factors, tile).squeeze(-1)
 
     def move(
-        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: torch.Generator
+        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: Uniform
     ) -> None:
         """Decode, add, store."""
         values = self.linear.scratch.take("weights.values", tuple(z.shape), torch.float32, z.device)

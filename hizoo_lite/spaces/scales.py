@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Stored, UserError
+from hizoo_lite.base import Stored, Uniform, UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, Int8Weight
@@ -47,7 +47,7 @@ class ScalesPart(Part):
         return weight.unpack(out, tile.first), d * (128.0 / 127.0)
 
     def move(
-        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: torch.Generator
+        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: Uniform
     ) -> None:
         """In float32; nothing is rounded."""
         scales = self.linear.weight.get_buffer(self.buffer)[self.rows(tile)]

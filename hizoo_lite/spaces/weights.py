@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite import noise
-from hizoo_lite.base import BranchState, Curvature, LinearDelta, Stored
+from hizoo_lite.base import BranchState, Curvature, LinearDelta, Stored, Uniform
 from hizoo_lite.device import like
 from hizoo_lite.model.basis import gains
 from hizoo_lite.model.linear import BranchLinear
@@ -89,7 +89,7 @@ class Part(ABC):
 
     @abstractmethod
     def move(
-        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: torch.Generator
+        self, z: Tensor, factors: Factors, tile: Tile, amount: float, decay: float, rounding: Uniform
     ) -> None:
         """The tile's update, in place; the block is present. `z` may be overwritten.
 

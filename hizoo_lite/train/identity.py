@@ -15,6 +15,7 @@ from hizoo_lite import tensorfile
 from hizoo_lite.base import Example, UserError
 from hizoo_lite.export.onnx.files import weight_files
 from hizoo_lite.files import parse_json
+from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Splits, Task
 from hizoo_lite.tasks.task import WHERE
 
@@ -32,10 +33,12 @@ _WORDS = {
     "model_config": "--model: its config.json",
     "tokenizer": "--model: its tokenizer",
     "library": "--device: what it is computed with",
-    "noise_gpu": "--device: the GPU that draws the noise of the weights",
+    "noise": "--device: the generator that draws the noise of the weights",
 }
 #: What rounds, and may be another one.
 _ROUNDING = {"gpu": "the GPU", "torch": "torch", "cuda": "CUDA"}
+#: What drew the noise of weights on a GPU when its generator was not written down.
+_NOISE_BEFORE = "torch-cuda"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -72,16 +75,15 @@ def of_run(splits: Splits, task: Task, model: str, folder: Path, library: str) -
 def of_device(device: torch.device, drawn: bool) -> dict[str, str]:
     """The entries that are of a GPU, none of a CPU: its name and the libraries that choose its kernels.
 
-    drawn: whether it draws the noise of the weights, which is another one on another model of GPU: torch's
-    generator gives its numbers to threads, of which each model has a number of its own.
+    drawn: whether it draws the noise of the weights; then the name of the generator is one of them.
     """
-    from hizoo_lite.device import is_gpu, kind_of
+    from hizoo_lite.device import is_gpu, kind_of, like
 
     if not is_gpu(device):
         return {}
     kind = kind_of(device)
-    name = str(kind.name(device))
-    return {"gpu": name, **kind.libraries(), **({"noise_gpu": name} if drawn else {})}
+    noise = {"noise": GENERATORS[like(device)]} if drawn else {}
+    return {"gpu": str(kind.name(device)), **kind.libraries(), **noise}
 
 
 def changes(path: Path, found: Mapping[str, str]) -> list[str]:
@@ -143,6 +145,8 @@ def read(path: Path) -> dict[str, str]:
 def check(path: Path, found: Mapping[str, str]) -> None:
     """UserError naming everything in `found` that a run.json has otherwise."""
     stored = read(path)
+    if stored and "noise" in found:
+        stored.setdefault("noise", _NOISE_BEFORE)
     other = [
         words
         for name, words in _WORDS.items()

@@ -86,7 +86,12 @@ class _Costing:
             found["linear_bytes" if self._in_product else "other_bytes"] += moved
 
     def product(
-        self, layer: BranchLinear, x: Tensor, branches: Branches, real: Callable[..., Tensor]
+        self,
+        real: Callable[..., Tensor],
+        layer: BranchLinear,
+        x: Tensor,
+        branches: Branches,
+        *sources: Tensor | None,
     ) -> Tensor:
         """`BranchLinear.shared_product`, with what it would take at least."""
         narrow = layer.compute.itemsize
@@ -105,7 +110,7 @@ class _Costing:
             self.found["unpacking_once"] += packed + elements * narrow
         self._in_product = True
         try:
-            return real(layer, x, branches)
+            return real(layer, x, branches, *sources)
         finally:
             self._in_product = False
 
@@ -134,7 +139,7 @@ def _costing() -> Iterator[_Costing]:
         with patch.object(
             BranchLinear,
             "shared_product",
-            lambda layer, x, branches: costing.product(layer, x, branches, real),
+            lambda *given: costing.product(real, *given),
         ):
             yield costing
     finally:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite import noise
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.quant.quantize import Quantization
@@ -48,9 +51,19 @@ def trained(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
+@contextmanager
+def drawn_alike() -> Iterator[None]:
+    """While this is open a CPU draws the noise of weights as a GPU does."""
+    real, noise.draws_philox = noise.draws_philox, lambda device: True
+    try:
+        yield
+    finally:
+        noise.draws_philox = real
+
+
 def difference(model: Path, folder: Path, space: str, residency: str) -> float:
     """The largest of a loss of any branch and step, between the simulated GPU and a CPU."""
-    with installed():
+    with installed(), drawn_alike():
         for name, device, where in (("there", "simgpu", residency), ("here", "cpu", "resident")):
             fit(settings(folder, name, model=str(model), space=space, device=device, residency=where))
     pairs = zip(losses(folder / "there"), losses(folder / "here"), strict=True)

@@ -245,9 +245,6 @@ class SimulatedGpu(devices.Gpu):
     def multiplies_bf16(self) -> bool:
         return False
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        return torch.Generator()
-
     def synchronize(self, device: torch.device) -> None:
         SYNCS[f"synchronize @ {_line()}"] += 1
 
