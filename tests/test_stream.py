@@ -26,7 +26,7 @@ from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.stream import chunks
 from hizoo_lite.stream.block import each_block
-from hizoo_lite.stream.chunks import LEAST_TOKENS, plan_chunks
+from hizoo_lite.stream.chunks import LEAST_SLICE, plan_chunks
 from hizoo_lite.stream.layout import layouts
 from hizoo_lite.stream.overwritten import Overwritten
 from hizoo_lite.stream.residency import Streamed, spread
@@ -189,7 +189,7 @@ def test_losses_depend_on_the_slices_of_tokens_by_rounding_alone(
 ) -> None:
     save_tiny(name, tmp_path)
     wanted = step_losses(open_model(tmp_path, name, "resident", bits="nf4"), name, rows=1)
-    monkeypatch.setitem(LEAST_TOKENS, "cpu", 1)
+    monkeypatch.setitem(LEAST_SLICE, "cpu", 1)
     model = open_model(tmp_path, name, "resident", bits="nf4")
     lengths: set[int] = set()
     for linear in model.linears.values():

@@ -20,11 +20,15 @@ from hizoo_lite.device import like
 from hizoo_lite.model.linear import on_existing
 from hizoo_lite.stream.overwritten import Overwritten
 
-#: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight.
-LEAST_TOKENS = {"cpu": 512, "cuda": 1024}
+#: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight. On a GPU
+#: products of 1024 tokens take hardly longer than the unpacking, and each chunk is as many launches again.
+LEAST_TOKENS = {"cpu": 512, "cuda": 8192}
 #: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
-LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 4096}
+LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 8192}
+#: Of one long row, folded tokens that go through its MLP together at least; and where noise is redrawn.
+LEAST_SLICE = {"cpu": 512, "cuda": 1024}
+LEAST_SLICE_REDRAWN = {"cpu": 4096, "cuda": 4096}
 
 #: Slices of tokens beyond which an MLP's activations are not what fills the memory.
 MOST_SLICES = 32
@@ -65,9 +69,11 @@ def plan_chunks(
     if wanted != "auto":
         together, slices = min(wanted, rows), 1
     else:
-        least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[like(device_type)]
+        kind = like(device_type)
+        least = (LEAST_TOKENS_REDRAWN if redrawn else LEAST_TOKENS)[kind]
+        least_slice = (LEAST_SLICE_REDRAWN if redrawn else LEAST_SLICE)[kind]
         together = min(rows, max(-(-rows // branches**2), -(-least // (branches * length))))
-        slices = -(-branches * length // max(least, rows * length)) if together == 1 else 1
+        slices = -(-branches * length // max(least_slice, rows * length)) if together == 1 else 1
     while halvings and together > 1:
         together, halvings = -(-together // 2), halvings - 1
     return Chunks(together, min(slices << halvings, MOST_SLICES, length))
