@@ -208,6 +208,14 @@ class Gpu(Kind):
     def on_stream(self, stream: Any, device: torch.device) -> AbstractContextManager[Any]:
         """While this is open this thread submits to `stream`, of `device`."""
 
+    def on(self, device: torch.device) -> AbstractContextManager[Any]:
+        """While this is open `device` is the one that libraries launch on which are not told of any."""
+        return contextlib.nullcontext()
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """Of its instructions, such as (8, 9); (0, 0) where there is no such number."""
+        return 0, 0
+
     # ------------------------------------------------------------------------------------------- memory
 
     @abstractmethod
@@ -291,8 +299,10 @@ class Cuda(Gpu):
         return {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """Of its instructions, such as (8, 9)."""
         return torch.cuda.get_device_capability(device)
+
+    def on(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.cuda.device(device)
 
     def multiplies_bf16(self) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)

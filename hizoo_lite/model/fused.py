@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import Branches
-from hizoo_lite.device import is_gpu
+from hizoo_lite.device import gpu_of, is_gpu
 from hizoo_lite.model import basis
 from hizoo_lite.model.basis import Gains
 
@@ -104,12 +104,14 @@ def _rebuild_plainly(
 
 def _split_on_cuda(x: Tensor, *more: object) -> None:
     kernels = _kernels(x.device)
-    (_split_plainly if kernels is None else kernels.split)(x, *more)  # type: ignore[arg-type]
+    with gpu_of(x.device).on(x.device):
+        (_split_plainly if kernels is None else kernels.split)(x, *more)  # type: ignore[arg-type]
 
 
 def _rebuild_on_cuda(product: Tensor, *more: object) -> None:
     kernels = _kernels(product.device)
-    (_rebuild_plainly if kernels is None else kernels.rebuild)(product, *more)  # type: ignore[arg-type]
+    with gpu_of(product.device).on(product.device):
+        (_rebuild_plainly if kernels is None else kernels.rebuild)(product, *more)  # type: ignore[arg-type]
 
 
 _library.impl("split", _split_plainly, "CompositeExplicitAutograd")
@@ -121,12 +123,13 @@ _library.impl("rebuild", _rebuild_on_cuda, "CUDA")
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """The kernels, if they can be used on this GPU: Triton compiles at first use and needs what does so."""
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    if gpu_of(device).capability(device) < _LEAST_CAPABILITY:
         return None
     try:
         from hizoo_lite.model import kernels
 
-        kernels.probe(device)
+        with gpu_of(device).on(device):
+            kernels.probe(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler, no headers of Python, ...: whatever it raises

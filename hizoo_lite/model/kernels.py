@@ -1,4 +1,4 @@
-"""`split` and `rebuild` of `basis.py` as one kernel each, in Triton; imported on GPUs only.
+"""`split` and `rebuild` of `basis.py` as one kernel each, in Triton, launched on the current GPU.
 
 The same bits as `basis.py`: the same operations in the same order in float32, each rounded by itself
 (`enable_fp_fusion` is off, since a row's scale is no power of two), and casts to nearest even. A program has
@@ -126,13 +126,12 @@ def split(x: Tensor, out: Tensor, base: bool, pairs: int, one_sided: int, odd: f
     tokens, features = x.shape[1:]
     if x.numel() == 0:
         return
-    with torch.cuda.device_of(x):
-        _split[_grid(tokens, features)](
-            *(x, x.stride(0), x.stride(1)),
-            *(out, out.stride(0), out.stride(1)),
-            *(features, odd, even, int(base), pairs, one_sided, _BLOCK),
-            enable_fp_fusion=False,
-        )
+    _split[_grid(tokens, features)](
+        *(x, x.stride(0), x.stride(1)),
+        *(out, out.stride(0), out.stride(1)),
+        *(features, odd, even, int(base), pairs, one_sided, _BLOCK),
+        enable_fp_fusion=False,
+    )
 
 
 def rebuild(
@@ -151,15 +150,14 @@ def rebuild(
     tokens, features = product.shape[1:]
     if product.numel() == 0:
         return
-    with torch.cuda.device_of(out):
-        _rebuild[_grid(tokens, features)](
-            *(product, product.stride(0), product.stride(1)),
-            *(out, out.stride(0), out.stride(1)),
-            *(features, 0.5 / odd, 0.5 / even, 1.0 / odd),
-            *(out if scale is None else scale, out if bias is None else bias),  # not read where None
-            *(int(base), pairs, one_sided, int(scale is not None), int(bias is not None), _BLOCK),
-            enable_fp_fusion=False,
-        )
+    _rebuild[_grid(tokens, features)](
+        *(product, product.stride(0), product.stride(1)),
+        *(out, out.stride(0), out.stride(1)),
+        *(features, 0.5 / odd, 0.5 / even, 1.0 / odd),
+        *(out if scale is None else scale, out if bias is None else bias),  # not read where None
+        *(int(base), pairs, one_sided, int(scale is not None), int(bias is not None), _BLOCK),
+        enable_fp_fusion=False,
+    )
 
 
 def probe(device: torch.device) -> None:
