@@ -20,8 +20,8 @@ from hizoo_lite.device import like
 from hizoo_lite.model.linear import on_existing
 from hizoo_lite.stream.overwritten import Overwritten
 
-#: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight. On a GPU
-#: products of 1024 tokens take hardly longer than the unpacking, and each chunk is as many launches again.
+#: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight. On a
+#: GPU products of 1024 tokens take hardly longer than that, and each chunk is as many launches again.
 LEAST_TOKENS = {"cpu": 512, "cuda": 8192}
 #: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
