@@ -8,7 +8,7 @@ one name with one meaning) and the methods here. `NumpyArrays` is what runs besi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -90,12 +90,12 @@ class Arrays(ABC):
         sample -= 1.0
         return abs(sample)
 
-    def directions(self, scales: Mapping[str, Array], z: Mapping[str, Array]) -> dict[str, Array]:
-        """scale * z of every name, where the parameters are; float32, z on the host.
+    def directions(self, scale: Callable[[str], Array], z: Mapping[str, Array]) -> dict[str, Array]:
+        """scale(name) * z of every name, where the parameters are; float32, z on the host.
 
         They may be used until the next call.
         """
-        return {name: self.on_device(scales[name] * value) for name, value in z.items()}
+        return {name: self.on_device(scale(name) * value) for name, value in z.items()}
 
     def add_all(self, values: Sequence[Array], directions: Sequence[Array], factor: float) -> None:
         """value += factor * direction of each, in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -72,10 +72,10 @@ class TorchArrays(Arrays):
         sample = torch.square(z).sub_(1.0).abs_()
         return _sums(sample, columns.float()), _sums(sample.T, rows.float())
 
-    def directions(self, scales: Mapping[str, Tensor], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def directions(self, scale: Callable[[str], Tensor], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """To a GPU in one copy, out of page-locked memory, so that nobody waits for it."""
         if not z or not is_gpu(self._device):
-            return super().directions(scales, z)
+            return super().directions(scale, z)
         total = sum(value.numel() for value in z.values())
         if self._outbox is None or self._outbox.numel() != total:
             self._outbox = torch.empty(total)
@@ -84,7 +84,7 @@ class TorchArrays(Arrays):
             self._left.synchronize()
         here = _cut(self._outbox, z.values())
         for (name, value), out in zip(z.items(), here, strict=True):
-            torch.mul(scales[name], value, out=out)
+            torch.mul(scale(name), value, out=out)
         there = self._outbox.to(self._device, non_blocking=True)
         gpu = gpu_of(self._device)
         self._left = gpu.event()

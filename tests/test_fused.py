@@ -164,4 +164,4 @@ def test_operators_are_the_plain_code_where_there_is_no_kernel(branches: Branche
 
 def test_triton_is_not_imported_without_a_gpu() -> None:
     command = "import sys, hizoo_lite.model.linear; assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", command], check=True)
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0

@@ -521,9 +521,9 @@ def test_directions_of_parameters_are_sent_in_one_copy() -> None:
     scales = {"a": torch.rand(5, 1), "b": torch.tensor(0.3), "c": torch.rand(3)}
     for seed in range(2):  # page-locked memory is used again
         z = {name: torch.from_numpy(drawn_along(seed, 0, name, (5, 3), 2)) for name in scales}
-        wanted = here.directions(scales, z)
+        wanted = here.directions(scales.__getitem__, z)
         with brought() as tensors:
-            found = there.directions(scales, z)
+            found = there.directions(scales.__getitem__, z)
         assert len(tensors) == 1
         assert all(torch.equal(found[name].cpu(), wanted[name]) for name in z)
     values = {name: torch.ones(5, 3, device=DEVICE) for name in z}

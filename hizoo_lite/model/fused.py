@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
     if x.device.type in _EAGER:
         basis.split(x, out, branches, gain)
     else:
-        torch.ops.hizoo_lite.split(
-            x, out, branches.base, branches.pairs, branches.one_sided, gain.odd, gain.even
-        )
+        torch.ops.hizoo_lite.split(x, out, *_form(branches, gain))
 
 
 def rebuild(
@@ -55,17 +54,12 @@ def rebuild(
     if out.device.type in _EAGER:
         basis.rebuild(product, out, branches, gain, scale, bias)
     else:
-        torch.ops.hizoo_lite.rebuild(
-            product,
-            out,
-            branches.base,
-            branches.pairs,
-            branches.one_sided,
-            gain.odd,
-            gain.even,
-            scale,
-            bias,
-        )
+        torch.ops.hizoo_lite.rebuild(product, out, *_form(branches, gain), scale, bias)
+
+
+def _form(branches: Branches, gain: Gains) -> tuple[bool, int, int, float, float]:
+    """As operators take them."""
+    return branches.base, branches.pairs, branches.one_sided, gain.odd, gain.even
 
 
 def launch_all(device: torch.device, compute: torch.dtype) -> None:
@@ -82,36 +76,24 @@ def launch_all(device: torch.device, compute: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------- the operators
 
 
-def _split_plainly(
-    x: Tensor, out: Tensor, base: bool, pairs: int, one_sided: int, odd: float, even: float
-) -> None:
-    basis.split(x, out, Branches(base, pairs, one_sided), Gains(odd, even))
+def _split_plainly(x: Tensor, out: Tensor, *form: Any) -> None:
+    basis.split(x, out, Branches(*form[:3]), Gains(*form[3:]))
 
 
-def _rebuild_plainly(
-    product: Tensor,
-    out: Tensor,
-    base: bool,
-    pairs: int,
-    one_sided: int,
-    odd: float,
-    even: float,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> None:
-    basis.rebuild(product, out, Branches(base, pairs, one_sided), Gains(odd, even), scale, bias)
+def _rebuild_plainly(product: Tensor, out: Tensor, *form: Any) -> None:
+    basis.rebuild(product, out, Branches(*form[:3]), Gains(*form[3:5]), *form[5:])
 
 
-def _split_on_cuda(x: Tensor, *more: object) -> None:
+def _split_on_cuda(x: Tensor, *more: Any) -> None:
     kernels = _kernels(x.device)
     with gpu_of(x.device).on(x.device):
-        (_split_plainly if kernels is None else kernels.split)(x, *more)  # type: ignore[arg-type]
+        (_split_plainly if kernels is None else kernels.split)(x, *more)
 
 
-def _rebuild_on_cuda(product: Tensor, *more: object) -> None:
+def _rebuild_on_cuda(product: Tensor, *more: Any) -> None:
     kernels = _kernels(product.device)
     with gpu_of(product.device).on(product.device):
-        (_rebuild_plainly if kernels is None else kernels.rebuild)(product, *more)  # type: ignore[arg-type]
+        (_rebuild_plainly if kernels is None else kernels.rebuild)(product, *more)
 
 
 _library.impl("split", _split_plainly, "CompositeExplicitAutograd")

@@ -18,13 +18,10 @@ def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
     """
     points = state.branches.points
     out = value.expand(len(points), *value.shape).clone()
-    along = state.directions.get(name) if state.branches.directions else None
-    if along is not None and along.ndim == value.ndim:
-        along = along.unsqueeze(0)
     for branch, (direction, sign) in enumerate(points):
         if sign:
-            assert along is not None
-            out[branch].add_(along[direction], alpha=sign * state.mu)
+            along = state.directions[name].view(-1, *value.shape)[direction]
+            out[branch].add_(along, alpha=sign * state.mu)
     return out
 
 

@@ -21,7 +21,7 @@ from hizoo_lite.model.linear import on_existing
 from hizoo_lite.stream.overwritten import Overwritten
 
 #: Folded tokens below which a chunk saves little memory and costs one more unpacking of every weight. On a
-#: GPU products of 1024 tokens take hardly longer than that, and each chunk is as many launches again.
+#: GPU that is a quarter of the products of 1024 tokens (tools/roofline.py), and as many launches again.
 LEAST_TOKENS = {"cpu": 512, "cuda": 8192}
 #: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.

@@ -234,7 +234,7 @@ class Stepper:
         return math.copysign(self.clip, slope)
 
     def _directions(self, z: Mapping[str, Array], scale: Callable[[str], Array]) -> dict[str, Array]:
-        return self._arrays.directions({name: scale(name) for name in z}, z)
+        return self._arrays.directions(scale, z)
 
     def _update(self, lr: float, slopes: Sequence[float], directions: Mapping[str, Array]) -> None:
         for name, value in self.space.parameters.items():
