@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hizoo_lite import curvature, estimators, spaces, tasks
     from hizoo_lite.base import TooManyBadSteps, UserError
-    from hizoo_lite.model.load import load
+    from hizoo_lite.config import TrainConfig
+    from hizoo_lite.engine.load import load
     from hizoo_lite.model.model import Model
-    from hizoo_lite.train.config import TrainConfig
+    from hizoo_lite.run import Run, fit
     from hizoo_lite.train.evaluate import evaluate
-    from hizoo_lite.train.fit import Run, fit
 
 __version__ = "0.1.0"
 
@@ -40,13 +40,13 @@ __all__ = [
 
 _HOMES = {
     "Model": "model.model",
-    "Run": "train.fit",
+    "Run": "run",
     "TooManyBadSteps": "base",
-    "TrainConfig": "train.config",
+    "TrainConfig": "config",
     "UserError": "base",
     "evaluate": "train.evaluate",
-    "fit": "train.fit",
-    "load": "model.load",
+    "fit": "run",
+    "load": "engine.load",
 }
 _SUBPACKAGES = ("curvature", "estimators", "spaces", "tasks")
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.memory.sizes import format_bytes
+from hizoo_lite.units import format_bytes
 
 #: Of a JSON file that is read: no record and no tokenizer's settings are larger.
 _MOST_BYTES = 64 << 20

@@ -19,18 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.edge.folder import _FIELDS, describe
 from hizoo_lite.edge.graph import COMPARED, FORMAT
-from hizoo_lite.export.onnx.files import fingerprint
-from hizoo_lite.export.onnx.folder import _FIELDS, describe
-from hizoo_lite.export.onnx.onnx_adapter import save_adapter
+from hizoo_lite.edge.onnx_adapter import save_adapter
+from hizoo_lite.engine.load import load
 from hizoo_lite.export.onnx_train.graph import _summed
-from hizoo_lite.model.load import load
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tensors import batch_tensors
 from hizoo_lite.train import config_file, parts
-from hizoo_lite.train.config import TrainConfig
 
 DEMO = Path(hizoo_lite.__file__).parent / "demo"
 #: Of the embedded model, as the records say it.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from hizoo_lite.base import Bits
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces import LoRA
 from tests.architectures import save_tiny
 

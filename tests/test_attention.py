@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hizoo_lite.memory.tally import FusedAttention, Tally
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model import attention
-from hizoo_lite.model.load import load
-from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.plan.tally import FusedAttention, Tally
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
 

@@ -14,14 +14,14 @@ from torch import Tensor
 import hizoo_lite.model.linear as linear
 import hizoo_lite.spaces.lora as lora
 from hizoo_lite.base import EVALUATION, Branches, BranchState, UserError
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.residency import Resident
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.linear import BranchLinear
-from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch, _Made
 from hizoo_lite.noise import drawn_along, normal
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.residency import Resident
-from hizoo_lite.stream.traversal import Traversal
 from tests.architectures import ASKING_CONFIGS, RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch
 
@@ -213,7 +213,7 @@ def test_logits_in_chunks_equal_logits_at_once(
     model = load(tmp_path, kind=kind, bits="none", compute_dtype="float32", device="cpu")
     batch, traversal = tiny_task_batch(kind), Traversal(model)
     at_once = traversal.losses(batch).per_example
-    monkeypatch.setattr("hizoo_lite.stream.traversal.LOGITS_BYTES", 4 * 97 * 4)  # four positions a chunk
+    monkeypatch.setattr("hizoo_lite.engine.traversal.LOGITS_BYTES", 4 * 97 * 4)  # four positions a chunk
     torch.testing.assert_close(traversal.losses(batch).per_example, at_once, rtol=0, atol=FLOAT32_ROUNDING)
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.budget import MOST_HALVINGS, Budget, Cap, enforced, is_out_of_memory
+from hizoo_lite.engine.choose import Budgets
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory.budget import MOST_HALVINGS, Budget, Cap, enforced, is_out_of_memory
 from hizoo_lite.memory.rss import resident
-from hizoo_lite.model.load import load
-from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.stream.traversal import Traversal
-from hizoo_lite.train.config import TrainConfig
+from hizoo_lite.run import fit
 from hizoo_lite.train.events import Listener
-from hizoo_lite.train.fit import fit
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.run_fixtures import short_run
@@ -116,7 +116,7 @@ def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> No
 def test_the_system_refuses_anonymous_memory_beyond_the_budget() -> None:
     code = """
 import torch
-from hizoo_lite.memory.budget import enforced, is_out_of_memory
+from hizoo_lite.engine.budget import enforced, is_out_of_memory
 from hizoo_lite.memory.rss import resident
 limit = resident().anon_bytes + (200 << 20)
 with enforced(limit, torch.device("cpu")):
@@ -141,7 +141,7 @@ def test_stacks_that_nobody_touches_do_not_count() -> None:
     code = """
 import threading
 import torch
-from hizoo_lite.memory.budget import enforced
+from hizoo_lite.engine.budget import enforced
 from hizoo_lite.memory.rss import resident
 limit = resident().anon_bytes + (100 << 20)
 with enforced(limit, torch.device("cpu")) as cap:

@@ -26,9 +26,9 @@ from hizoo_lite.base import UserError
 from hizoo_lite.cli import app, doctor
 from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.cli.progress import Bars, Lines
-from hizoo_lite.memory import hardware
+from hizoo_lite.config import TrainConfig, settings
+from hizoo_lite.plan import hardware
 from hizoo_lite.train import config_file
-from hizoo_lite.train.config import TrainConfig, settings
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
 

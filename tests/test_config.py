@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hizoo_lite import base
+from hizoo_lite import config as config_module
 from hizoo_lite.base import UserError
+from hizoo_lite.config import TrainConfig, choices, kinds, problems, settings
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import ESTIMATORS
-from hizoo_lite.memory.sizes import format_bytes, parse_bytes
 from hizoo_lite.spaces import SPACES
-from hizoo_lite.train import config as config_module
 from hizoo_lite.train import config_file
-from hizoo_lite.train.config import TrainConfig, choices, kinds, problems, settings
 from hizoo_lite.train.config_file import check_same_run, find, profiles_folder, resolve, write
+from hizoo_lite.units import format_bytes, parse_bytes
 
 PROFILES = sorted((Path(__file__).parents[1] / "profiles").glob("*.toml"))
 MINIMAL: dict[str, Any] = {"model": "m", "task": "sst2"}
@@ -203,7 +203,7 @@ def test_a_configuration_is_resolved_without_importing_torch() -> None:
     code += "print(sorted(sys.modules))"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert "'hizoo_lite.train.config'" in done.stdout
+    assert "'hizoo_lite.config'" in done.stdout
     assert "'torch'" not in done.stdout
 
 

@@ -16,14 +16,14 @@ from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators
 from hizoo_lite.base import Branches, Curvature, UserError, trainable
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
+from hizoo_lite.engine.traversal import Losses, Traversal
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import TorchUniform, tile_normal, tile_rounding
+from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.spaces import Dense, LoRA, Scales
 from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.spaces.weights import TILE_ELEMENTS, tiles
-from hizoo_lite.stream.traversal import Losses, Traversal
-from hizoo_lite.train.schedules import FixedRate, Schedule
 from hizoo_lite.train.step import Stepper
 from tests import reference
 from tests.architectures import save_tiny
@@ -476,7 +476,7 @@ def test_streamed_steps_equal_resident_ones_bitwise(kind: str, tmp_path: Path) -
 
 
 def test_scales_in_eight_bits_are_made_float32_unless_they_are_away(tmp_path: Path) -> None:
-    from hizoo_lite.model.load import load
+    from hizoo_lite.engine.load import load
 
     save_tiny("llama", tmp_path)
     model = load(tmp_path, bits="nf4", compute_dtype="float32", device="cpu")

@@ -16,11 +16,11 @@ import torch
 from hizoo_lite import device as devices
 from hizoo_lite.cli import doctor
 from hizoo_lite.device import CONTEXT_BYTES, choose_device, choose_type, like
+from hizoo_lite.engine import budget, chunks, traversal
 from hizoo_lite.errors import BudgetError, UserError
-from hizoo_lite.memory import budget, speed
 from hizoo_lite.model import linear
+from hizoo_lite.plan import speed
 from hizoo_lite.spaces import weights
-from hizoo_lite.stream import chunks, traversal
 
 PACKAGE = Path(devices.__file__).parent
 TOOLS = PACKAGE.parent / "tools"

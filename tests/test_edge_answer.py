@@ -17,17 +17,17 @@ from hizoo_lite import tasks
 from hizoo_lite.base import Example, UserError
 from hizoo_lite.cli import app
 from hizoo_lite.cli import generate as in_torch
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
 from hizoo_lite.edge.model import OnnxModel, positions_of
+from hizoo_lite.edge.onnx_adapter import save_adapter
+from hizoo_lite.edge.session import Graph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
-from hizoo_lite.export.onnx.onnx_adapter import save_adapter
-from hizoo_lite.export.onnx.session import Graph
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Task
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.edge_fixtures import BASE, DEMO, export_causal, export_encoder, tuned_space

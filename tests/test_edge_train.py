@@ -20,17 +20,17 @@ import torch
 from safetensors.numpy import load_file
 
 from hizoo_lite.base import Branches, Example
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import GraphSpace, Record, TrainGraph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.edge.train import resolve, train
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.memory.report import write_report
+from hizoo_lite.report.report import write_report
+from hizoo_lite.run import fit
 from hizoo_lite.tasks import Encoded, Encoder, Task
 from hizoo_lite.tasks.collate import collate
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.fit import fit
 from hizoo_lite.train.replay import replay
 from tests.edge_fixtures import BASE, export_classifier, export_training
 from tests.run_fixtures import short_run
@@ -141,7 +141,7 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
 def test_the_adapter_goes_back_to_torch_and_to_onnxruntime(
     config: TrainConfig, exported: Path, tmp_path: Path
 ) -> None:
-    from hizoo_lite.model.load import load
+    from hizoo_lite.engine.load import load
     from hizoo_lite.train.saved import attach_adapter
 
     folder, _ = train(exported, replace(config, out=str(tmp_path / "run"), steps=4))

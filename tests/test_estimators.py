@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import UserError
+from hizoo_lite.engine.divergence import divergence_terms
 from hizoo_lite.estimators import ESTIMATORS, HiZOO, MeZO, get
 from hizoo_lite.estimators.hizoo import directional_curvature
-from hizoo_lite.stream.divergence import divergence_terms
 from tests import reference
 
 MU = 1e-3  # the default perturbation scale

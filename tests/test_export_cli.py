@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite.cli.export import TARGETS
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.engine.load import load
 from hizoo_lite.export import merged
 from hizoo_lite.export.onnx.compare import LIMIT
-from hizoo_lite.export.onnx.folder import Export
-from hizoo_lite.model.load import load
+from hizoo_lite.run import Run, fit
 from hizoo_lite.train import saved
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.setup import model_path
 from tests.run_fixtures import short_run
 from tests.test_cli import call

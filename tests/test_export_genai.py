@@ -9,12 +9,12 @@ import pytest
 
 from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.edge import answer
+from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.model import OnnxModel
+from hizoo_lite.engine.load import load
 from hizoo_lite.export.onnx.export import export_onnx
-from hizoo_lite.export.onnx.folder import Export
-from hizoo_lite.model.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.noise import normal
-from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train.saved import attach_adapter
 from tests.edge_fixtures import DEMO

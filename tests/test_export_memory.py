@@ -19,7 +19,7 @@ import pytest
 from make_random_model import make
 
 from hizoo_lite.base import Bits
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
 from tests.export_fixtures import write_adapter
 
 pytestmark = pytest.mark.skipif(

@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from hizoo_lite import spaces
 from hizoo_lite.base import Space, UserError
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.export import merged
-from hizoo_lite.model.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
-from hizoo_lite.quant.quantize import Quantization
-from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.run import fit
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import setup
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.fit import fit
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 from tests.run_fixtures import short_run
 from tests.test_load_process import run_python, save_large_llama

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hizoo_lite.base import Bits, UserError
+from hizoo_lite.edge import folder as folders
+from hizoo_lite.edge.adapter import add_adapter
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.edge.session import Session
 from hizoo_lite.errors import ExportError, StorageError
 from hizoo_lite.export.onnx import check, compare
 from hizoo_lite.export.onnx import export as exporting
-from hizoo_lite.export.onnx import folder as folders
 from hizoo_lite.export.onnx import source as loading
-from hizoo_lite.export.onnx.adapter import add_adapter
 from hizoo_lite.export.onnx.export import export_onnx
-from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.linear import FourBitProduct, Int8Product
-from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.export.onnx.source import read_source
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, native, pack
@@ -200,8 +200,8 @@ def test_a_second_adapter_rewrites_nothing_but_the_record(llama: Path, copy: Pat
 def test_an_adapter_is_added_without_torch(llama: Path, copy: Path) -> None:
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx']))\n"
-        "from hizoo_lite.export.onnx.adapter import add_adapter\n"
-        "from hizoo_lite.export.onnx.folder import Export\n"
+        "from hizoo_lite.edge.adapter import add_adapter\n"
+        "from hizoo_lite.edge.folder import Export\n"
         "add_adapter(Export.open(sys.argv[1]), sys.argv[2], 'other')\n"
     )
     subprocess.run([sys.executable, "-c", program, str(copy), str(llama / "second")], check=True)

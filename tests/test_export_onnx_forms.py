@@ -11,16 +11,16 @@ import torch
 
 from hizoo_lite import spaces
 from hizoo_lite.base import Bits, UserError
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.engine.load import load
 from hizoo_lite.errors import ExportError
 from hizoo_lite.export.onnx import compare
 from hizoo_lite.export.onnx.export import export_onnx
-from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.linear import RecodedProduct
 from hizoo_lite.export.onnx.trace import following
-from hizoo_lite.model.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.noise import normal
 from hizoo_lite.quant import ResidualWeight, pack
-from hizoo_lite.quant.quantize import Quantization
 from tests.architectures import make_tiny, save_tiny
 from tests.export_fixtures import KINDS, tuned, write_adapter
 from tests.test_export_onnx import multiply

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints.adapter import read_peft_config
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.load import load
 from hizoo_lite.export.merged import prepare
 from hizoo_lite.export.peft import export
-from hizoo_lite.model.load import load
+from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import saved
-from hizoo_lite.train.adapter_files import read_peft_config
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import fit
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.run_fixtures import short_run

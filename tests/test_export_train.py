@@ -18,9 +18,13 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from hizoo_lite.base import EVALUATION, Batch, Bits, Branches, Losses
+from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
 from hizoo_lite.cli import app
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.train import resolve, train
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.onnx.skeleton import make_skeleton
@@ -29,13 +33,9 @@ from hizoo_lite.export.onnx_train import check
 from hizoo_lite.export.onnx_train import export as exporting
 from hizoo_lite.export.onnx_train.export import export_train
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
-from hizoo_lite.model.load import load
 from hizoo_lite.noise import drawn, drawn_along
+from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.traversal import Traversal
-from hizoo_lite.train.adapter_files import PEFT_WEIGHTS
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hizoo_lite.checkpoints import writer
 from hizoo_lite.files import write_text
-from hizoo_lite.quant import shards
 from hizoo_lite.train.folder import RunFolder
 
 
@@ -30,7 +30,7 @@ def test_a_file_is_on_disk_before_it_gets_its_name_and_the_folder_after(
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(os, "replace", watched_replace)
     RunFolder(tmp_path).write_summary({"steps": 1})
-    shards.write_json(tmp_path / "other.json", {"a": 1})
+    writer.write_json(tmp_path / "other.json", {"a": 1})
     assert done == ["file", "rename", "folder"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "summary.json"]
 

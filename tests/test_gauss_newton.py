@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hizoo_lite import curvature, estimators
 from hizoo_lite.base import Batch, Curvature
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.optimizers.step_size import AutoRate, FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.traversal import Traversal
-from hizoo_lite.train.schedules import AutoRate, FixedRate, Schedule
 from hizoo_lite.train.step import Stepper
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch

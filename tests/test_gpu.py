@@ -9,11 +9,11 @@ import torch
 
 from hizoo_lite import curvature, estimators
 from hizoo_lite.base import Branches
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.noise import normal
+from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.traversal import Traversal
-from hizoo_lite.train.schedules import FixedRate, Schedule
 from hizoo_lite.train.step import Stepper
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
@@ -118,7 +118,7 @@ def test_packed_bytes_never_change_on_cuda(bits: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_streamed_losses_on_cuda_equal_resident_losses_bitwise(where: str, bits: str, tmp_path: Path) -> None:
-    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.export.quantize import Quantization
     from tests.test_stream import step_losses
 
     save_tiny("llama", tmp_path / "source", num_hidden_layers=6, vocab_size=2000)
@@ -132,8 +132,8 @@ def test_streamed_losses_on_cuda_equal_resident_losses_bitwise(where: str, bits:
 
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_changed_blocks_on_cuda_come_back_changed(where: str, tmp_path: Path) -> None:
-    from hizoo_lite.quant.quantize import Quantization
-    from hizoo_lite.stream.block import each_block
+    from hizoo_lite.engine.block import each_block
+    from hizoo_lite.export.quantize import Quantization
 
     save_tiny("llama", tmp_path / "source", num_hidden_layers=6)
     Quantization(tmp_path / "source", tmp_path / "packed", kind="causal", bits="nf4").run()
@@ -150,7 +150,7 @@ def test_changed_blocks_on_cuda_come_back_changed(where: str, tmp_path: Path) ->
 def test_a_run_on_cuda_keeps_to_a_budget_and_resumes_bitwise(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from hizoo_lite.train.fit import fit
+    from hizoo_lite.run import fit
     from tests.simulated import figures
 
     model = str(figures.packed(tmp_path / "nf4"))

@@ -9,11 +9,11 @@ import torch
 
 from hizoo_lite.base import Branches, trainable
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.noise import GENERATORS, tile_normal
 from hizoo_lite.philox import PhiloxUniform, fill_normal
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
-from hizoo_lite.stream.traversal import Traversal
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.test_dense import KINDS, MU, make_stepper

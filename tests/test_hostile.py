@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 import hizoo_lite
-from hizoo_lite import tensorfile
+from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints.adapter import read_peft_config
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.edge.folder import Export
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.onnx.files import fingerprint
-from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.files import is_inside, parse_json, parse_toml
-from hizoo_lite.memory import hardware
-from hizoo_lite.memory.sizes import parse_bytes
-from hizoo_lite.model import skeleton
+from hizoo_lite.model import build
+from hizoo_lite.plan import hardware
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.train import checkpoint, config_file
-from hizoo_lite.train.adapter_files import read_peft_config
+from hizoo_lite.units import parse_bytes
 
 _SOURCES = [
     path
@@ -38,7 +38,7 @@ _OUT = ("../x.safetensors", "a/../../x.safetensors", "{outside}/x.safetensors", 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An empty folder beside a sound tensor file x.safetensors."""
-    tensorfile.save(tmp_path / "x.safetensors", {"w": np.zeros(2, dtype=np.float32)})
+    safetensors.save(tmp_path / "x.safetensors", {"w": np.zeros(2, dtype=np.float32)})
     (tmp_path / "folder" / "a").mkdir(parents=True)
     return tmp_path / "folder"
 
@@ -138,7 +138,7 @@ def test_shapes_that_no_array_has_are_refused(tmp_path: Path, shape: list[int]) 
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="tensor w"):
-        tensorfile.load(path)
+        safetensors.load(path)
 
 
 def test_sizes_and_names_beyond_all_use_are_refused() -> None:
@@ -202,11 +202,11 @@ def test_code_beside_a_config_does_not_run(tmp_path: Path, model_type: str) -> N
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     if model_type == "llama":
-        module = skeleton.build(skeleton.read_config(tmp_path, "causal", 2), "causal")
+        module = build.build(build.read_config(tmp_path, "causal", 2), "causal")
         assert type(module).__module__.startswith("transformers.models.llama")
     else:
         with pytest.raises(UserError, match=r"config\.json"):
-            skeleton.read_config(tmp_path, "causal", 2)
+            build.read_config(tmp_path, "causal", 2)
     assert not (tmp_path / "ran").exists()
 
 
@@ -216,7 +216,7 @@ def test_code_beside_a_tokenizer_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of-its-own"}))
     with pytest.raises(UserError, match="tokenizer"):
-        skeleton.read_tokenizer(tmp_path)
+        build.read_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

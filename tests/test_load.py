@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hizoo_lite import device
 from hizoo_lite.base import UserError
-from hizoo_lite.model import skeleton
+from hizoo_lite.engine.load import load
+from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.model import build
 from hizoo_lite.model.linear import BranchLinear
-from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight
-from hizoo_lite.quant.quantize import Quantization
 from tests.architectures import TINY_CONFIGS, make_tiny, save_tiny, tiny_batch
 
 ROOT = Path(__file__).parents[1]
@@ -478,24 +478,24 @@ def test_float64_tensors_become_float32(own_llama):
 
 def test_automatic_choices_follow_the_device(monkeypatch):
     monkeypatch.setattr(device.Cpu, "multiplies_bf16", lambda self: True)
-    assert skeleton.choose_compute("auto", torch.device("cpu")) == torch.bfloat16
+    assert build.choose_compute("auto", torch.device("cpu")) == torch.bfloat16
     monkeypatch.setattr(device.Cpu, "multiplies_bf16", lambda self: False)
-    assert skeleton.choose_compute("auto", torch.device("cpu")) == torch.float32
+    assert build.choose_compute("auto", torch.device("cpu")) == torch.float32
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, supported=supported, **__: supported)
-        assert skeleton.choose_compute("auto", torch.device("cuda")) == dtype
+        assert build.choose_compute("auto", torch.device("cuda")) == dtype
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     for available, chosen in ((True, "cuda:2"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert device.choose_device("auto") == torch.device(chosen)
-    assert skeleton.choose_bits(None, None) == "nf4"
-    assert skeleton.choose_bits(None, "int8") == skeleton.choose_bits("int8", "int8") == "int8"
+    assert build.choose_bits(None, None) == "nf4"
+    assert build.choose_bits(None, "int8") == build.choose_bits("int8", "int8") == "int8"
 
 
 def test_attention_is_sdpa_except_where_logits_are_capped():
     names = ("llama", "gemma2", "bert")
-    chosen = {n: skeleton.build(TINY_CONFIGS[n].config(), TINY_CONFIGS[n].kind) for n in names}
+    chosen = {n: build.build(TINY_CONFIGS[n].config(), TINY_CONFIGS[n].kind) for n in names}
     used = {name: module.config._attn_implementation for name, module in chosen.items()}
     assert used == {"llama": "sdpa", "gemma2": "eager", "bert": "sdpa"}
     assert all(parameter.is_meta for module in chosen.values() for parameter in module.parameters())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hizoo_lite.model import skeleton
+from hizoo_lite.model import build
 from tests.architectures import TINY_CONFIGS, save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +27,12 @@ def run_python(code: str, *arguments: object) -> str:
 
 
 def test_importing_prints_nothing():
-    assert run_python("import hizoo_lite.quant, hizoo_lite.model.load") == ""
+    assert run_python("import hizoo_lite.quant, hizoo_lite.engine.load") == ""
 
 
 MEASURE = """
 import ctypes, gc, json, re, sys
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
 
 def memory():
     ctypes.CDLL(None).malloc_trim(0)
@@ -87,7 +87,7 @@ def save_large_llama(folder: Path) -> tuple[int, int]:
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
-    module = skeleton.build(config, "causal")
+    module = build.build(config, "causal")
     generator = torch.Generator().manual_seed(0)
     sizes, weight_map = [], {}
     for number, (name, parameter) in enumerate(module.named_parameters()):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hizoo_lite.base import UserError
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.run import Run, fit
 from hizoo_lite.train import journal
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.replay import replay
 from tests.run_fixtures import short_run

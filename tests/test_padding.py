@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, ModelKind
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.linear import BranchLinear
-from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks import get as get_task
 from hizoo_lite.train.evaluate import evaluate

@@ -14,22 +14,22 @@ import torch
 from typer.testing import CliRunner
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, UserError
+from hizoo_lite.checkpoints.writer import Form
 from hizoo_lite.cli import app
-from hizoo_lite.memory import ledger, planner
-from hizoo_lite.memory.estimate import pass_bytes
-from hizoo_lite.memory.outline import Outline, dissect
-from hizoo_lite.memory.plan import Plan
-from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
-from hizoo_lite.memory.tally import FusedAttention, Tally
-from hizoo_lite.model import skeleton
-from hizoo_lite.model.load import load
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.export.shards import Linear, linear_forms
+from hizoo_lite.model import build
 from hizoo_lite.noise import generator
+from hizoo_lite.plan import ledger, planner
+from hizoo_lite.plan.estimate import pass_bytes
+from hizoo_lite.plan.outline import Outline, dissect
+from hizoo_lite.plan.plan import Plan
+from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
+from hizoo_lite.plan.tally import FusedAttention, Tally
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.quant.layout import Linear, linear_forms
-from hizoo_lite.quant.shards import Form
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import setup
-from hizoo_lite.train.config import TrainConfig
 from tests.architectures import TINY_CONFIGS, save_tiny
 
 FRAMEWORK = 300 << 20
@@ -151,8 +151,8 @@ def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branc
 
 
 def rehearse(folder: Path, wanted: Pass, trained: Trained | None) -> Any:
-    config = skeleton.read_config(folder, "causal", 2)
-    module = skeleton.build(config, "causal")
+    config = build.read_config(folder, "causal", 2)
+    module = build.build(config, "causal")
     anatomy = dissect(Outline.of(Checkpoint.open(folder)), module, "causal", "nf4", True, "cpu")
     rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cpu", away=False)
     return rehearsal.run(wanted, trained)
@@ -297,7 +297,7 @@ def large(shape: str, folder: Path) -> Outline:
     config = make_random_model._config(shape, None, {})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    module = skeleton.build(config, "causal")
+    module = build.build(config, "causal")
     plain = Outline.of_shapes(folder, {"dtype": "bfloat16"}, module)
     forms: dict[str, Form] = {}
     for name, form in plain.forms.items():

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.memory import profiler as profiler_module
 from hizoo_lite.memory import rss, sampling
 from hizoo_lite.memory.profiler import FIRST_STEPS, MOST_SHARE, Profiler, owner_list, predicted_owners
 from hizoo_lite.memory.sampling import Watcher, host_bytes, make_reader
 from hizoo_lite.memory.timeline import FIRST_KEPT, Peaks, Sample, Timeline
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.run import Run, fit
 from tests.run_fixtures import short_run
 
 CPU = torch.device("cpu")

@@ -29,11 +29,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from typer.testing import CliRunner
 
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints import writer as files
+from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes
 from hizoo_lite.cli import app
-from hizoo_lite.model.load import load
-from hizoo_lite.quant import Checkpoint, layout, shards
-from hizoo_lite.quant.quantize import PROGRESS_FILE, Quantization
-from hizoo_lite.quant.shards import Form, ShardWriter, file_bytes
+from hizoo_lite.engine.load import load
+from hizoo_lite.export import shards
+from hizoo_lite.export.quantize import PROGRESS_FILE, Quantization
+from hizoo_lite.quant import Checkpoint
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 from tests.test_load_process import ROOT, run_python, save_large_llama
 
@@ -262,7 +264,7 @@ def test_float64_is_quantized_from_float32(llama, tmp_path):
 
 
 def test_a_head_named_like_a_linear_of_a_block_is_anchored():
-    patterns = layout.skip_patterns(["dense", "lm_head"], ["layers.0.dense", "layers.0.up"])
+    patterns = shards.skip_patterns(["dense", "lm_head"], ["layers.0.dense", "layers.0.up"])
     assert patterns == [r"^(\w+\.)?dense$", "lm_head"]
     assert not should_convert_module("dense", patterns)
     assert not should_convert_module("model.dense", patterns)
@@ -435,7 +437,7 @@ def test_progress_ends_at_the_planned_size(llama, tmp_path):
 
 
 def test_a_full_disk_is_one_message_and_the_call_goes_on_later(llama, finished, tmp_path, monkeypatch):
-    write, calls = shards._write_at, []
+    write, calls = files._write_at, []
 
     def full(*arguments: Any) -> None:
         calls.append(1)
@@ -443,12 +445,12 @@ def test_a_full_disk_is_one_message_and_the_call_goes_on_later(llama, finished, 
             raise OSError(28, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(shards, "_write_at", full)
+    monkeypatch.setattr(files, "_write_at", full)
     done = call("quantize", "--model", llama, "--out", tmp_path)
     assert done.exit_code == 2
     assert "block-00001.safetensors: cannot be written: No space left on device" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-00000.safetensors", PROGRESS_FILE]
-    monkeypatch.setattr(shards, "_write_at", write)
+    monkeypatch.setattr(files, "_write_at", write)
     again = call("quantize", "--model", llama, "--out", tmp_path)
     assert again.exit_code == 0
     assert "1 of 3 files are there already" in again.stderr
@@ -503,7 +505,7 @@ def test_a_killed_call_goes_on_and_ends_with_the_same_bytes(tmp_path):
 
 MEASURE = """
 import gc, json, re, sys
-from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.export.quantize import Quantization
 
 def memory():
     status = open("/proc/self/status").read()
@@ -573,7 +575,7 @@ def test_a_blob_of_the_hubs_cache_must_have_the_checksum_that_names_it(llama, tm
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
-    digest = shards.sha256_of(llama / "model.safetensors", bytearray(4096))
+    digest = files.sha256_of(llama / "model.safetensors", bytearray(4096))
     shutil.copyfile(llama / "model.safetensors", blobs / digest)
     shutil.copyfile(llama / "config.json", snapshot / "config.json")
     (snapshot / "model.safetensors").symlink_to(Path("../..") / "blobs" / digest)
@@ -632,7 +634,7 @@ def test_whatever_the_order_of_writing_the_library_reads_the_same_file(tmp_path,
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert writer.nbytes == path.stat().st_size == file_bytes(DECLARED, {"format": "pt"})
-    assert writer.sha256 == shards.sha256_of(path, bytearray(100))
+    assert writer.sha256 == files.sha256_of(path, bytearray(100))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -659,4 +661,4 @@ def test_a_folder_that_is_not_there_is_a_named_error(tmp_path):
     with pytest.raises(UserError, match=r"a\.safetensors: cannot be written: No such file"):
         ShardWriter(tmp_path / "none" / "a.safetensors", DECLARED)
     with pytest.raises(UserError, match=r"b\.json: cannot be written: No such file"):
-        shards.write_json(tmp_path / "none" / "b.json", {})
+        files.write_json(tmp_path / "none" / "b.json", {})

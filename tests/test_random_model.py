@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite.base import UserError
-from hizoo_lite.model import skeleton
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.model import build
 from hizoo_lite.quant import Checkpoint
 from tests.test_load_process import run_python
 
@@ -108,7 +108,7 @@ def test_every_shape_has_its_published_size():
 
 
 def parameters(shape: str, layers: int) -> int:
-    module = skeleton.build(make_random_model._config(shape, layers, {}), "causal")
+    module = build.build(make_random_model._config(shape, layers, {}), "causal")
     return sum(p.numel() for n, p in module.named_parameters() if n not in module.all_tied_weights_keys)
 
 

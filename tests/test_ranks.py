@@ -16,8 +16,8 @@ import pytest
 from run_fixtures import short_run
 from safetensors.torch import load_file
 
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import fit
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.run import fit
 from hizoo_lite.train.ranks import ONE, Ranks
 
 #: Losses of float32 products with other rows, averaged, after a few steps.
@@ -37,8 +37,8 @@ def launch(count: int, options: dict[str, Any], *, state: Path | None = None) ->
 import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import fit
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.run import fit
 settings = json.loads(sys.argv[1])
 if settings["device"] == "simgpu":
     from tests.simulated.gpu import install

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
-from hizoo_lite.memory import headline, svg
-from hizoo_lite.memory.charts import make_charts, running_mean, thin
-from hizoo_lite.memory.record import read_run
-from hizoo_lite.memory.report import write_report
-from hizoo_lite.memory.sizes import format_bytes
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.report import headline, svg
+from hizoo_lite.report.charts import make_charts, running_mean, thin
+from hizoo_lite.report.record import read_run
+from hizoo_lite.report.report import write_report
+from hizoo_lite.run import Run, fit
+from hizoo_lite.units import format_bytes
 from tests.run_fixtures import flags, short_run
 
 
@@ -347,7 +347,7 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(tmp_path: Path, monkeypatch
     def refuse(*_: object, **__: object) -> None:
         raise UserError("no room")
 
-    monkeypatch.setattr("hizoo_lite.train.fit.write_report", refuse)
+    monkeypatch.setattr("hizoo_lite.run.write_report", refuse)
     made = fit(TrainConfig(**short_run(tmp_path, steps=1)))
     assert made.summary["steps"] == 1
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hizoo_lite.memory.report import write_report
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.report.report import write_report
+from hizoo_lite.run import Run, fit
 from tests.browser import Page, browser, missing
 from tests.run_fixtures import short_run
 

@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hizoo_lite import tasks, tensorfile
+from hizoo_lite import tasks
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.curvature import Grouped
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.files import storing
-from hizoo_lite.memory.report import write_report
-from hizoo_lite.quant.checkpoint import Checkpoint
+from hizoo_lite.report.report import write_report
+from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint, identity, journal
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.events import Listener
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.parts import DEMO
@@ -684,7 +685,7 @@ def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
 def test_a_folder_that_another_run_took_in_the_meantime_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hizoo_lite.train.fit as module
+    import hizoo_lite.run as module
 
     plain, config = module.build, config_of(tmp_path)
 
@@ -829,16 +830,16 @@ def test_weights_are_told_apart_by_samples_of_every_tensor(
     monkeypatch.setattr(identity, "_WHOLE_BYTES", 1 << 20)
     monkeypatch.setattr(identity, "_TENSOR_SAMPLES", 8)
     values = {name: np.zeros(1 << 20, np.uint8) for name in ("a", "b")}
-    tensorfile.save(tmp_path / "model.safetensors", values)
+    safetensors.save(tmp_path / "model.safetensors", values)
     first = identity.of_model(tmp_path)["weights"]
     step = ((1 << 20) - 4096) // 3
     for place, seen in ((0, True), (step, True), (step - 1, False), ((1 << 20) - 1, True)):
         changed = values["b"].copy()
         changed[place] = 1
-        tensorfile.save(tmp_path / "model.safetensors", {**values, "b": changed})
+        safetensors.save(tmp_path / "model.safetensors", {**values, "b": changed})
         assert (identity.of_model(tmp_path)["weights"] != first) == seen
     for name, value in values.items():  # the same tensors in two files
-        tensorfile.save(tmp_path / f"{name}.safetensors", {name: value})
+        safetensors.save(tmp_path / f"{name}.safetensors", {name: value})
     index = {"weight_map": {name: f"{name}.safetensors" for name in values}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()  # it would be read in their place

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from hizoo_lite.base import Batch, Branches, UserError
-from hizoo_lite.model.load import load
-from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from tests.architectures import make_tiny, save_tiny
 from tests.batches import reference_losses
 from tests.test_branches import FLOAT32_ROUNDING, MU, separate_losses, tuned

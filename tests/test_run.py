@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 import hizoo_lite as hz
 from hizoo_lite.base import TooManyBadSteps, UserError
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.memory import rss
+from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.saved import attach_adapter, find_adapter

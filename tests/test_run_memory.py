@@ -15,21 +15,21 @@ from typer.testing import CliRunner
 import hizoo_lite as hz
 from hizoo_lite.base import Batch, UserError
 from hizoo_lite.cli import app
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.budget import Budget
+from hizoo_lite.engine.choose import Budgets
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory import hardware, planner
-from hizoo_lite.memory.budget import Budget
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.memory.rss import PeakMeter
-from hizoo_lite.memory.workload import Demand, Workload, cache_bytes
 from hizoo_lite.model.model import Model
+from hizoo_lite.plan import hardware, planner
+from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.quant.quantize import Quantization
-from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.stream.traversal import Traversal
+from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import planning, setup
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import read, resolve
-from hizoo_lite.train.fit import Run, fit
 from tests.run_fixtures import flags, short_run
 
 GIB = 2**30
@@ -161,7 +161,7 @@ def test_eval_and_generate_take_a_profile(command: str, machine: Path, monkeypat
         seen.append(options)
         return plain(source, **options)
 
-    monkeypatch.setattr("hizoo_lite.model.load.load", watched)
+    monkeypatch.setattr("hizoo_lite.engine.load.load", watched)
     monkeypatch.setattr("hizoo_lite.train.setup.load", watched)
     more = {
         "eval": ["--task", "embedded", "--data", "embedded", "--examples", "2"],

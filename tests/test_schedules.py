@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hizoo_lite.base import Estimate, UserError
-from hizoo_lite.train.schedules import (
+from hizoo_lite.optimizers.step_size import (
     FROM_LOSSES,
     AutoRate,
     FixedRate,

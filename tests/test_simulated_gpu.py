@@ -27,22 +27,22 @@ from hizoo_lite.cli import app
 from hizoo_lite.curvature.factored import Factored
 from hizoo_lite.curvature.grouped import Grouped
 from hizoo_lite.device import CONTEXT_BYTES
+from hizoo_lite.engine.block import each_block
+from hizoo_lite.engine.budget import Budget, enforced
+from hizoo_lite.engine.choose import Budgets
+from hizoo_lite.engine.layout import layouts
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.residency import Streamed, _settle
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError, UserError
-from hizoo_lite.memory.budget import Budget, enforced
-from hizoo_lite.model.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn, drawn_along
 from hizoo_lite.quant import ResidualWeight, native, pack
-from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces.dense import Dense
-from hizoo_lite.stream.block import each_block
-from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.stream.layout import layouts
-from hizoo_lite.stream.residency import Streamed, _settle
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tensors import BLOCK, TorchArrays
 from hizoo_lite.train import identity, replay
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
@@ -172,8 +172,8 @@ def test_an_interrupted_run_resumes_bitwise(packed: Path, tmp_path: Path) -> Non
 CHILD = """
 import json, sys
 from tests.simulated.gpu import install
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import fit
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.run import fit
 if __name__ == "__main__":
     install()
     fit(TrainConfig(**json.loads(sys.argv[1])))
@@ -323,10 +323,10 @@ def test_a_head_that_is_away_comes_once_for_many_chunks_of_sites(
     save_tiny(name, tmp_path)
     row, chunks = 4 * 3 * 97, -(-int(tiny_task_batch(TINY_CONFIGS[name].kind).token_id.shape[0]) // 4)
     together = -(-chunks // groups)
-    monkeypatch.setattr("hizoo_lite.stream.traversal.LOGITS_BYTES", 4 * row)
-    monkeypatch.setattr("hizoo_lite.stream.traversal.HELD_BYTES", {"cuda": together * 4 * row})
+    monkeypatch.setattr("hizoo_lite.engine.traversal.LOGITS_BYTES", 4 * row)
+    monkeypatch.setattr("hizoo_lite.engine.traversal.HELD_BYTES", {"cuda": together * 4 * row})
     monkeypatch.setattr("hizoo_lite.model.linear.TILE_BYTES", {"cuda": 1})
-    monkeypatch.setattr("hizoo_lite.model.fill.SMALL_ELEMENTS", 2048)
+    monkeypatch.setattr("hizoo_lite.model.weights.SMALL_ELEMENTS", 2048)
     options: Any = {"kind": TINY_CONFIGS[name].kind, "bits": "nf4", "compute_dtype": compute}
     wanted = step_losses(load(tmp_path, device="simgpu", **options), name)
     model = load(tmp_path, device="simgpu", residency="host", **options)
@@ -373,7 +373,7 @@ def test_changed_blocks_come_back_changed(deep: Path) -> None:
 
 
 def test_a_slot_is_marked_as_used_where_its_store_fails(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hizoo_lite.stream.source import DiskSource
+    from hizoo_lite.engine.storage import DiskSource
 
     model = load(deep, device="simgpu", residency="disk")
     assert isinstance(model.residency, Streamed)
@@ -450,7 +450,7 @@ def test_every_kernel_is_launched_before_the_weights_are_there(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[set[str]] = []
-    from hizoo_lite.model.fill import Filler
+    from hizoo_lite.model.weights import Filler
 
     real = Filler.fill
 
@@ -562,7 +562,7 @@ def test_a_residual_is_summed_in_few_launches() -> None:
 def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hizoo_lite.model.fill.SMALL_ELEMENTS", 2048)
+    monkeypatch.setattr("hizoo_lite.model.weights.SMALL_ELEMENTS", 2048)
     save_tiny(name, tmp_path)
     options: Any = {"kind": TINY_CONFIGS[name].kind, "bits": "nf4", "compute_dtype": "float32"}
     wanted = step_losses(load(tmp_path, device="simgpu", **options), name)
@@ -574,7 +574,7 @@ def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
 
 def test_several_threads_read_a_block(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces, whatever the bounds of its tensors; a piece that is missing is named once all have ended."""
-    monkeypatch.setattr("hizoo_lite.stream.source.PIECE_BYTES", 1001)
+    monkeypatch.setattr("hizoo_lite.engine.storage.PIECE_BYTES", 1001)
     shutil.copytree(deep, tmp_path / "model")
     wanted = step_losses(load(deep, device="simgpu"), "llama")
     model = load(tmp_path / "model", device="simgpu", residency="disk")

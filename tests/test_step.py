@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hizoo_lite import curvature, estimators
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Losses, Traversal
 from hizoo_lite.noise import StepNoise, drawn_along, normal
+from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.traversal import Losses, Traversal
-from hizoo_lite.train.schedules import FixedRate, Schedule
 from hizoo_lite.train.step import Stepper
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch

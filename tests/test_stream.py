@@ -16,24 +16,24 @@ from typer.testing import CliRunner
 
 from hizoo_lite.base import Branches, UserError
 from hizoo_lite.cli import app
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine import chunks
+from hizoo_lite.engine.block import each_block
+from hizoo_lite.engine.chunks import LEAST_SLICE, plan_chunks
+from hizoo_lite.engine.layout import layouts
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.overwritten import Overwritten
+from hizoo_lite.engine.residency import Streamed, spread
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError
-from hizoo_lite.model.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.model import Model
+from hizoo_lite.model.offloaded import AwayWeight
 from hizoo_lite.noise import normal
-from hizoo_lite.quant.away import AwayWeight
-from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.run import fit
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream import chunks
-from hizoo_lite.stream.block import each_block
-from hizoo_lite.stream.chunks import LEAST_SLICE, plan_chunks
-from hizoo_lite.stream.layout import layouts
-from hizoo_lite.stream.overwritten import Overwritten
-from hizoo_lite.stream.residency import Streamed, spread
-from hizoo_lite.stream.traversal import Traversal
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
-from hizoo_lite.train.fit import fit
 from hizoo_lite.train.saved import attach_adapter
 from hizoo_lite.train.setup import model_path
 from hizoo_lite.train.step import StepRecord
@@ -262,7 +262,7 @@ def test_a_decoder_classifier_goes_through_in_chunks(tmp_path: Path, monkeypatch
     model = load(tmp_path, kind="classifier", bits="nf4", device="cpu")
     model.branch_chunk = 1
     model.module.config.pad_token_id = 0  # type: ignore[union-attr]
-    monkeypatch.setattr("hizoo_lite.stream.block.in_chunks", counted)
+    monkeypatch.setattr("hizoo_lite.engine.block.in_chunks", counted)
     assert torch.isfinite(Traversal(model).losses(tiny_task_batch("classifier")).per_example).all()
     assert len(calls) == 2
 

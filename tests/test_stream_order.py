@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
 from hizoo_lite.model.model import Model
 from tests.simulated import streams
 from tests.simulated.gpu import installed

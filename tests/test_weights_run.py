@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 import hizoo_lite as hz
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
-from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces.dense import DensePart
 from hizoo_lite.spaces.scales import ScalesPart
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.train import checkpoint
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.replay import replay
 from hizoo_lite.train.saved import attach_adapter, base_model, find_adapter

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from hizoo_lite.base import Batch, Curvature, PackedWeight, Stored
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import tile_normal
 from hizoo_lite.quant import FourBitWeight, Int8Weight
@@ -166,7 +166,7 @@ class Streamed:
 
 def state(model: Model) -> dict[str, Tensor]:
     """Every stored buffer of the blocks, cloned, one block after the other."""
-    from hizoo_lite.stream.block import each_block
+    from hizoo_lite.engine.block import each_block
 
     found: dict[str, Any] = {}
     for block in each_block(model):

@@ -33,8 +33,8 @@ from typing import Any
 from reporting import make_parser, publish
 
 from hizoo_lite.export.onnx_train.export import export_train
+from hizoo_lite.run import fit
 from hizoo_lite.train import config_file
-from hizoo_lite.train.fit import fit
 
 EDGE, TORCH, FLOAT32 = "edge", "torch", "torch float32"
 POLL_SECONDS = 0.005

@@ -35,16 +35,16 @@ sys.path.insert(0, str(ROOT))
 
 from hizoo_lite.base import Bits, UserError  # noqa: E402
 from hizoo_lite.cli.export import TARGETS  # noqa: E402
+from hizoo_lite.config import TrainConfig  # noqa: E402
 from hizoo_lite.edge.answer import evaluate_export  # noqa: E402
+from hizoo_lite.edge.session import Session  # noqa: E402
+from hizoo_lite.engine.load import load  # noqa: E402
 from hizoo_lite.errors import ExportError  # noqa: E402
 from hizoo_lite.export.onnx import check  # noqa: E402
 from hizoo_lite.export.onnx.export import export_onnx  # noqa: E402
-from hizoo_lite.export.onnx.session import Session  # noqa: E402
-from hizoo_lite.model.load import load  # noqa: E402
 from hizoo_lite.model.model import Model  # noqa: E402
+from hizoo_lite.run import fit  # noqa: E402
 from hizoo_lite.train import config_file  # noqa: E402
-from hizoo_lite.train.config import TrainConfig  # noqa: E402
-from hizoo_lite.train.fit import fit  # noqa: E402
 from hizoo_lite.train.folder import RunFolder  # noqa: E402
 from hizoo_lite.train.saved import attach_adapter  # noqa: E402
 from tests.export_fixtures import KINDS, tuned  # noqa: E402

@@ -98,7 +98,7 @@ class Sampler:
 
 def config_of(case: Case, folder: str) -> Any:
     """The configuration of a case, as `train` would have it."""
-    from hizoo_lite.train.config import TrainConfig
+    from hizoo_lite.config import TrainConfig
 
     return TrainConfig(
         model=folder, task="sst2", device="cpu", space=case.space, residency=case.residency,
@@ -126,14 +126,14 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     """Load, then steps or evaluations, held to the budget of the case; what was there when."""
     import torch
 
-    import hizoo_lite.train.fit  # noqa: F401 - what a run imports
-    from hizoo_lite.memory import planner
+    import hizoo_lite.run  # noqa: F401 - what a run imports
+    from hizoo_lite.engine.budget import Budget, enforced
+    from hizoo_lite.engine.choose import Budgets
+    from hizoo_lite.engine.load import load
+    from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.memory.allocator import trim
-    from hizoo_lite.memory.budget import Budget, enforced
-    from hizoo_lite.model.load import load
+    from hizoo_lite.plan import planner
     from hizoo_lite.quant import Checkpoint
-    from hizoo_lite.stream.choose import Budgets
-    from hizoo_lite.stream.traversal import Traversal
     from hizoo_lite.train import setup
 
     found: dict[str, Any] = {"framework": sampler.now()}
@@ -203,7 +203,7 @@ def serve(mode: str, folder: str, text: str) -> None:
     case = Case(*json.loads(text))
     began = time.perf_counter()
     if mode == "plan":
-        from hizoo_lite.memory import planner, subject
+        from hizoo_lite.plan import planner, subject
         from hizoo_lite.quant import Checkpoint
 
         subject.framework_bytes()

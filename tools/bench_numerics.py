@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hizoo_lite.model.linear as linear_module
 from hizoo_lite.base import EVALUATION, Batch, Branches
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.basis import rebuild
-from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator, normal
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.traversal import Traversal
 
 MU = 1e-3
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260K"

@@ -41,8 +41,8 @@ def child(folder: Path, steps: int) -> None:
     """One rank: train, then write the state and the bytes that were handed over."""
     from safetensors.torch import save_file
 
-    from hizoo_lite.train.config import TrainConfig
-    from hizoo_lite.train.fit import fit
+    from hizoo_lite.config import TrainConfig
+    from hizoo_lite.run import fit
 
     config = TrainConfig(
         model="embedded", task="embedded", data="embedded", out=str(folder / "run"), steps=steps,

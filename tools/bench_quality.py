@@ -39,12 +39,12 @@ from reporting import make_parser, publish
 from torch import Tensor
 
 from hizoo_lite.base import Batch
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.fit import Run, fit
 from hizoo_lite.train.parts import make_estimator
 from hizoo_lite.train.setup import find_task, make_splits
 

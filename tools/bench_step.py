@@ -40,7 +40,7 @@ from typing import Any
 from reporting import make_parser, publish
 
 from hizoo_lite.device import choose_device
-from hizoo_lite.model.skeleton import choose_compute, compute_name
+from hizoo_lite.model.build import choose_compute, compute_name
 
 CONTENDERS = ("inference", "inference_same_allocator", "step", "separate", "products", "backprop")
 #: Where the products of the others are bf16.
@@ -71,11 +71,11 @@ def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[in
 
     from hizoo_lite import curvature, estimators
     from hizoo_lite.base import Batch
-    from hizoo_lite.model.load import load
+    from hizoo_lite.engine.load import load
+    from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.noise import normal
+    from hizoo_lite.optimizers.step_size import FixedRate, Schedule
     from hizoo_lite.spaces.lora import LoRA
-    from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train.schedules import FixedRate, Schedule
     from hizoo_lite.train.step import Stepper
 
     dtype = "float32" if contender == "step_float32" else compute

@@ -53,9 +53,9 @@ def serve(arguments: Any) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     import torch
 
+    from hizoo_lite.engine.load import load
+    from hizoo_lite.engine.residency import Streamed
     from hizoo_lite.memory.rss import private_bytes
-    from hizoo_lite.model.load import load
-    from hizoo_lite.stream.residency import Streamed
 
     cuda = arguments.device == "cuda"
     if cuda and arguments.cap_gib:
@@ -94,9 +94,9 @@ def serve(arguments: Any) -> None:
 def make_stepper(model: Any) -> Any:
     """HiZOO as published, three branches, with the grouped curvature on a LoRA of query and value."""
     from hizoo_lite import curvature, estimators
+    from hizoo_lite.engine.traversal import Traversal
+    from hizoo_lite.optimizers.step_size import FixedRate, Schedule
     from hizoo_lite.spaces.lora import LoRA
-    from hizoo_lite.stream.traversal import Traversal
-    from hizoo_lite.train.schedules import FixedRate, Schedule
     from hizoo_lite.train.step import Stepper
 
     space = LoRA(rank=8, train_a=True, blocks="all")
@@ -287,9 +287,9 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     from make_random_model import SHAPES
 
     from hizoo_lite.base import Branches
-    from hizoo_lite.memory.outline import Outline, dissect
-    from hizoo_lite.memory.rehearsal import Pass, Rehearsal, Trained
-    from hizoo_lite.model.skeleton import build
+    from hizoo_lite.model.build import build
+    from hizoo_lite.plan.outline import Outline, dissect
+    from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
 
     config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
     module = build(config, "causal")

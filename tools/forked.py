@@ -20,12 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hizoo_lite.run  # noqa: F401 - imported before the forks
 from hizoo_lite.cli import main
-from hizoo_lite.train import (
-    checkpoint,
-    fit,  # noqa: F401 - imported before the forks
-    journal,
-)
+from hizoo_lite.train import checkpoint, journal
 from hizoo_lite.train.folder import RunFolder
 
 STEPS = 40

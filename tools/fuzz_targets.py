@@ -20,21 +20,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hizoo_lite import peft_format, spaces, tasks, tensorfile
+from hizoo_lite import peft_format, spaces, tasks
+from hizoo_lite.checkpoints import adapter, safetensors
+from hizoo_lite.checkpoints import fingerprint as export_files
+from hizoo_lite.checkpoints.tensors import TensorFile
+from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.graph import Record as TrainRecord
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.onnx import files as export_files
-from hizoo_lite.export.onnx.folder import Export
-from hizoo_lite.memory import hardware
-from hizoo_lite.memory.report import write_report
-from hizoo_lite.model.load import load
 from hizoo_lite.model.model import Model
+from hizoo_lite.plan import hardware
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.quant.tensorfile import TensorFile
+from hizoo_lite.report.report import write_report
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import custom, files
-from hizoo_lite.train import adapter_files, checkpoint, config_file, identity, journal
+from hizoo_lite.train import checkpoint, config_file, identity, journal
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.saved import attach_adapter
 
@@ -236,7 +237,7 @@ def _read_checkpoint(folder: Path) -> None:
         checkpoint.numbers(path)
         checkpoint.parameters(path)
         assert checkpoint.halvings(path) >= 0
-        tensorfile.load(path / "curvature.safetensors")
+        safetensors.load(path / "curvature.safetensors")
     checkpoint.sound(folder)
 
 
@@ -296,8 +297,8 @@ def _read_tensors(folder: Path) -> None:
         file.read(name)
         if entry.shape:
             file.read_rows(name, 0, entry.shape[0])
-    tensorfile.equal(path, path)
-    tensorfile.load(path)
+    safetensors.equal(path, path)
+    safetensors.load(path)
 
 
 _ADAPTER = {
@@ -316,10 +317,10 @@ _ADAPTER = {
 
 
 def _read_adapter(folder: Path) -> None:
-    found = adapter_files.find_adapter(folder)
-    adapter_files.scaling(adapter_files.read_peft_config(found))
+    found = adapter.find_adapter(folder)
+    adapter.scaling(adapter.read_peft_config(found))
     path = peft_format.tensor_file(found)
-    tensorfile.load(path)
+    safetensors.load(path)
     export_files.read_floats(path)
 
 

@@ -25,14 +25,15 @@ import transformers
 from torch import Tensor
 
 from hizoo_lite.base import Bits, UserError
+from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes, write_json
+from hizoo_lite.export import shards
+from hizoo_lite.export.quantize import METADATA
+from hizoo_lite.export.shards import Linear
 from hizoo_lite.files import check_space
-from hizoo_lite.memory.sizes import format_bytes
-from hizoo_lite.model import skeleton
-from hizoo_lite.quant import layout, native
+from hizoo_lite.model import build
+from hizoo_lite.quant import native
 from hizoo_lite.quant.fourbit import BLOCKSIZE, NESTED_BLOCKSIZE
-from hizoo_lite.quant.layout import Linear
-from hizoo_lite.quant.quantize import METADATA
-from hizoo_lite.quant.shards import Form, ShardWriter, file_bytes, write_json
+from hizoo_lite.units import format_bytes
 
 _CHUNK = 1 << 20  # elements that are drawn once, and written at a time
 _BLOCKS = _CHUNK // BLOCKSIZE
@@ -161,7 +162,7 @@ def write_linear(writer: ShardWriter, linear: Linear, chunks: Chunks, state: byt
         writer.write(f"{stem}SCB", torch.full((linear.shape[0],), chunks.scale))
         writer.write(f"{stem}weight_format", torch.zeros((), dtype=torch.uint8))
         return
-    for key, tensor in layout.constant_tensors(linear, chunks.bits, state).items():  # type: ignore[arg-type]
+    for key, tensor in shards.constant_tensors(linear, chunks.bits, state).items():  # type: ignore[arg-type]
         writer.write(key, tensor)
     if chunks.double_quant:
         groups = math.ceil(math.ceil(elements / BLOCKSIZE) / NESTED_BLOCKSIZE)
@@ -191,15 +192,15 @@ def make(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; allowed: a new or empty folder")
     config = _config(shape, layers, overrides or {})
-    module = skeleton.build(config, "causal")
+    module = build.build(config, "causal")
     ties = set(getattr(module, "all_tied_weights_keys", None) or ())
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if n not in ties}
-    plan = layout.lay_out(shapes, module, "causal", out)
+    plan = shards.lay_out(shapes, module, "causal", out)
     linears = plan.linears if bits != "none" else {}
     double_quant = double_quant and bits in ("nf4", "fp4")
     chunks = Chunks(bits, double_quant, _deviation(config), seed)
     offset = chunks.offset if double_quant else None
-    states = {n: layout.quant_state(bits, x.shape, torch.bfloat16, offset) for n, x in linears.items()}
+    states = {n: shards.quant_state(bits, x.shape, torch.bfloat16, offset) for n, x in linears.items()}
     forms = {
         shard: _forms(names, shapes, linears, states, bits, double_quant)
         for shard, names in plan.shards.items()
@@ -220,11 +221,11 @@ def make(
     content = {**config.to_dict(), "architectures": [type(module).__name__]}
     write_json(
         out / "config.json",
-        layout.quantized_config(content, config, "causal", modules, bits, double_quant, torch.bfloat16),
+        shards.quantized_config(content, config, "causal", modules, bits, double_quant, torch.bfloat16),
     )
     tensor_bytes = sum(form.nbytes for tensors in forms.values() for form in tensors.values())
     made = {"shape": shape, "seed": seed, "bits": bits}
-    layout.write_index(out, forms, tensor_bytes, sha256, {"random": made})
+    shards.write_index(out, forms, tensor_bytes, sha256, {"random": made})
     return total_bytes
 
 
@@ -240,7 +241,7 @@ def _forms(
     forms: dict[str, Form] = {}
     for name in names:
         if name in linears:
-            forms |= layout.linear_forms(linears[name], bits, double_quant, states[name])
+            forms |= shards.linear_forms(linears[name], bits, double_quant, states[name])
         else:
             forms[name] = Form(torch.bfloat16, shapes[name])
     return forms

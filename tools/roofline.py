@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from reporting import make_parser, publish
 
-from hizoo_lite.memory.hardware import Hardware, find
+from hizoo_lite.plan.hardware import Hardware, find
 from tests.simulated import costs
 
 #: Shares of a profile's published rates. Estimates for one RTX 4090, not measurements: large bf16 products

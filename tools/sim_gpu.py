@@ -39,7 +39,7 @@ _CATCHING = (("disk", "updates"), ("host", "updates"), ("disk", "passes"))
 
 def order(folder: Path, quick: bool) -> dict[str, Any]:
     """Races of the fetcher, and which variants of it are caught."""
-    from hizoo_lite.model.load import load
+    from hizoo_lite.engine.load import load
 
     packed = checkpoint("llama", "nf4", folder, num_hidden_layers=6)
 

@@ -39,7 +39,7 @@ from faults import FAULTS, QUICK, faults
 from forked import MODE, MODES, Bench, await_bytes, contents, difference, over
 from reporting import make_parser, publish
 
-from hizoo_lite.quant.quantize import Quantization
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.train import journal
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.parts import DEMO

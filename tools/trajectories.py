@@ -28,7 +28,7 @@ from reporting import make_parser, publish
 from hizoo_lite.base import Curvature, Estimator, StepSize
 from hizoo_lite.curvature import Diagonal, Grouped, NoCurvature
 from hizoo_lite.estimators import HiZOO, MeZO
-from hizoo_lite.train.schedules import FROM_LOSSES, AutoRate, FixedRate, Schedule
+from hizoo_lite.optimizers.step_size import FROM_LOSSES, AutoRate, FixedRate, Schedule
 
 MU = 1e-3
 SMOOTHING = 0.01

@@ -9,7 +9,7 @@ import typer
 from hizoo_lite.cli.train import INTERRUPTED, resume_line
 
 if TYPE_CHECKING:
-    from hizoo_lite.train.fit import Run
+    from hizoo_lite.run import Run
 
 #: Test sentences shown, the first ones of the test split.
 _SAMPLES = 8
@@ -34,8 +34,8 @@ def command(
     hizoo-lite demo --out runs/demo
     """
     from hizoo_lite.cli import output, progress
+    from hizoo_lite.run import fit
     from hizoo_lite.train.config_file import resolve
-    from hizoo_lite.train.fit import fit
     from hizoo_lite.train.folder import next_free
 
     config = resolve("demo", {"out": out or str(next_free("hizoo-demo"))})

@@ -57,7 +57,7 @@ def command(
 def _measure(out: str | None) -> dict[str, Any]:
     """A few seconds of measuring on the device of a run; a profile of it in `out`."""
     from hizoo_lite.device import choose_device
-    from hizoo_lite.memory import speed
+    from hizoo_lite.plan import speed
 
     device = choose_device("auto")
     found = speed.measure(device)
@@ -72,7 +72,7 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from hizoo_lite.device import choose_device
-    from hizoo_lite.model.skeleton import choose_compute
+    from hizoo_lite.model.build import choose_compute
     from hizoo_lite.train.summary import versions
 
     disk = shutil.disk_usage(Path.cwd())
@@ -192,7 +192,7 @@ def _rounding() -> list[str]:
 
 
 def _shown(name: str, value: Any) -> str:
-    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.units import format_bytes
 
     if isinstance(value, float):
         return f"{value / 1e9:.3g}e9/s"

@@ -11,10 +11,10 @@ from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_pr
 
 if TYPE_CHECKING:
     from hizoo_lite.base import Example
-    from hizoo_lite.memory.budget import Cap
-    from hizoo_lite.stream.choose import Budgets
+    from hizoo_lite.config import TrainConfig
+    from hizoo_lite.engine.budget import Cap
+    from hizoo_lite.engine.choose import Budgets
     from hizoo_lite.tasks import Task
-    from hizoo_lite.train.config import TrainConfig
     from hizoo_lite.train.events import Listener
 
 
@@ -100,8 +100,8 @@ def _config(adapter: str | None, given: dict[str, str | int]) -> TrainConfig:
     """The run's settings, or the defaults, with the flags on top."""
     from dataclasses import replace
 
+    from hizoo_lite.config import TrainConfig
     from hizoo_lite.train import saved
-    from hizoo_lite.train.config import TrainConfig
 
     run = saved.saved_config(adapter)
     if run is not None:
@@ -119,8 +119,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
     from hizoo_lite.device import choose_device
-    from hizoo_lite.memory.budget import enforced
-    from hizoo_lite.stream.choose import Budgets
+    from hizoo_lite.engine.budget import enforced
+    from hizoo_lite.engine.choose import Budgets
     from hizoo_lite.train import parts
 
     task = parts.find_task(config.task)
@@ -143,8 +143,8 @@ def _measured(
 ) -> dict[str, Any]:
     """The same, of the examples `part`."""
     from hizoo_lite.base import EVALUATION
-    from hizoo_lite.memory.budget import Budget, loading
-    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.engine.budget import Budget, loading
+    from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.train import parts, planning, saved, setup
     from hizoo_lite.train.evaluate import evaluate, report
 

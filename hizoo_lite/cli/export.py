@@ -33,8 +33,8 @@ class Exported(NamedTuple):
 
 def _peft(run: str, out: str, quiet: bool, *, model: str | None = None) -> Exported:
     """An adapter's folder for PEFT."""
+    from hizoo_lite.checkpoints.adapter import read_peft_config
     from hizoo_lite.export import peft
-    from hizoo_lite.train.adapter_files import read_peft_config
 
     folder = peft.export(run, out, model=model)
     config = read_peft_config(folder)
@@ -59,7 +59,7 @@ def _onnx(
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.onnx.export import export_onnx
-    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.units import format_bytes
 
     listener = progress.listener(quiet)
     export = export_onnx(
@@ -101,7 +101,7 @@ def _merged(
     """A plain Hugging Face folder."""
     from hizoo_lite.cli import writing
     from hizoo_lite.export import merged
-    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.units import format_bytes
 
     began = time.perf_counter()
     work = merged.prepare(
@@ -252,7 +252,7 @@ def command(
 
 def _check(to: str, given: dict[str, Any]) -> None:
     """UserError for an unknown target, and for options of others."""
-    from hizoo_lite.train.config import refuse
+    from hizoo_lite.config import refuse
     from hizoo_lite.train.config_file import flag
 
     if to not in TARGETS:

@@ -79,11 +79,11 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
     from dataclasses import asdict
 
     from hizoo_lite.base import EVALUATION
+    from hizoo_lite.engine.load import load
+    from hizoo_lite.engine.residency import Streamed
     from hizoo_lite.errors import UserError
-    from hizoo_lite.memory.estimate import pass_bytes
-    from hizoo_lite.memory.workload import cache_bytes
-    from hizoo_lite.model.load import load
-    from hizoo_lite.stream.residency import Streamed
+    from hizoo_lite.plan.estimate import pass_bytes
+    from hizoo_lite.plan.workload import cache_bytes
     from hizoo_lite.train import saved, setup
 
     run = saved.saved_config(adapter)
@@ -133,8 +133,8 @@ def continue_text(
     from transformers import LogitsProcessorList
 
     from hizoo_lite.edge.answer import check_sampling, prompt_ids
+    from hizoo_lite.engine.generate import generated
     from hizoo_lite.errors import UserError
-    from hizoo_lite.stream.write import generated
     from hizoo_lite.tasks.tokens import pad_id
 
     check_sampling(max_new_tokens, temperature, top_p, seed)

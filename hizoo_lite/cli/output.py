@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hizoo_lite.memory.sizes import format_bytes
+from hizoo_lite.units import format_bytes
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -10,11 +10,11 @@ import typer
 
 if TYPE_CHECKING:
     from hizoo_lite.base import ModelKind
-    from hizoo_lite.memory.hardware import Hardware
-    from hizoo_lite.memory.outline import Outline
-    from hizoo_lite.memory.plan import Plan
-    from hizoo_lite.memory.workload import Workload
-    from hizoo_lite.train.config import TrainConfig
+    from hizoo_lite.config import TrainConfig
+    from hizoo_lite.plan.hardware import Hardware
+    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.plan.plan import Plan
+    from hizoo_lite.plan.workload import Workload
 
 
 def command(
@@ -83,8 +83,8 @@ def command(
     config = resolve(None, given)
     from hizoo_lite.cli import output
     from hizoo_lite.errors import BudgetError
-    from hizoo_lite.memory import planner
-    from hizoo_lite.memory.workload import Demand, Workload
+    from hizoo_lite.plan import planner
+    from hizoo_lite.plan.workload import Demand, Workload
 
     hardware = _hardware(profile)
     config, budget_of = _with_budget(config, hardware)
@@ -105,7 +105,7 @@ def command(
 
 
 def _hardware(profile: str | None) -> Hardware | None:
-    from hizoo_lite.memory import hardware
+    from hizoo_lite.plan import hardware
 
     return None if profile is None else hardware.find(profile)
 
@@ -132,11 +132,12 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
 
 def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
+    from hizoo_lite.checkpoints import hub
     from hizoo_lite.errors import UserError
     from hizoo_lite.files import parse_json
-    from hizoo_lite.memory.outline import Outline
-    from hizoo_lite.model import skeleton
-    from hizoo_lite.quant import Checkpoint, hub
+    from hizoo_lite.model import build
+    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.quant import Checkpoint
     from hizoo_lite.train import setup
 
     source = setup.model_path(config.model)
@@ -153,7 +154,7 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
         raise UserError(f"--model: {folder / 'config.json'} cannot be read: {error}") from error
     kind = _kind(config, content)
     try:
-        module = skeleton.build(skeleton.read_config(folder, kind, 2), kind)
+        module = build.build(build.read_config(folder, kind, 2), kind)
     except UserError:  # the planner says what it does not know
         return Outline(folder, content, {}, None), kind
     return Outline.of_shapes(folder, content, module), kind
@@ -174,7 +175,7 @@ def _kind(config: TrainConfig, content: Any) -> ModelKind:
 
 def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
     from hizoo_lite.cli import output
-    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.units import format_bytes
 
     typer.echo(f"{config.model}: {config.space}, {plan.settings()}")
     verdict = "fits" if plan.fits else "does not fit"
@@ -199,7 +200,7 @@ def _draw(
     plan: Plan,
 ) -> None:
     """One bar for each residency that is possible with the batch of the plan."""
-    from hizoo_lite.memory import picture, planner
+    from hizoo_lite.plan import picture, planner
 
     if plan.blocks == 0:
         return

@@ -18,8 +18,8 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
     hizoo-lite profiles --json
     """
     from hizoo_lite.cli import output
-    from hizoo_lite.memory import hardware
-    from hizoo_lite.memory.sizes import format_bytes
+    from hizoo_lite.plan import hardware
+    from hizoo_lite.units import format_bytes
 
     found = {name: hardware.find(name) for name in hardware.names()}
     if json:

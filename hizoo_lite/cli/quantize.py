@@ -31,9 +31,9 @@ def command(
     hizoo-lite quantize --model models/opt-13b --bits int8 --out models/opt-13b-int8
     """
     from hizoo_lite.cli import output, writing
-    from hizoo_lite.memory.sizes import format_bytes
-    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.train import setup
+    from hizoo_lite.units import format_bytes
 
     source = setup.model_path(model)
     found = setup.find_kind(source, revision, None) if kind == "auto" else kind

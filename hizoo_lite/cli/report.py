@@ -33,7 +33,7 @@ def command(
 
     hizoo-lite report runs/sst2 --json
     """
-    from hizoo_lite.memory.report import write_report
+    from hizoo_lite.report.report import write_report
 
     written = write_report([run] if other is None else [run, other], out)
     if json:

@@ -40,7 +40,7 @@ def train(
 
     resolved = resolve(config, settings)
     from hizoo_lite.cli import output, progress
-    from hizoo_lite.train.fit import fit
+    from hizoo_lite.run import fit
 
     run = fit(resolved, listener=progress.listener(quiet))
     if not run.setup.stepper.ranks.is_main:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from hizoo_lite.quant.quantize import Quantization
+    from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.train.events import Listener
 
 INTERRUPTED = 130

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hizoo_lite.config import choices, kinds, members, settings
 from hizoo_lite.edge import answer, train
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
-from hizoo_lite.train.config import choices, kinds, members, settings
 from hizoo_lite.train.config_file import flag, parsed
 from hizoo_lite.train.evaluate import check_result
 from hizoo_lite.train.folder import plain

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.base import UserError
+from hizoo_lite.config import TrainConfig, refuse
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.files import is_unicode
@@ -18,7 +19,6 @@ from hizoo_lite.noise import generator
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import Tokenizer, check_known, open_ids, pad_id
 from hizoo_lite.train import parts
-from hizoo_lite.train.config import TrainConfig, refuse
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hizoo_lite.base import UserError
-from hizoo_lite.export.onnx.session import Graph
+from hizoo_lite.edge.session import Graph
 from hizoo_lite.tasks import Task
 
 

@@ -17,12 +17,13 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 
-from hizoo_lite import peft_format, tensorfile
+from hizoo_lite import peft_format
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.export.onnx.folder import Base
-from hizoo_lite.export.onnx.onnx_adapter import save_adapter
-from hizoo_lite.export.onnx.session import Graph
+from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.edge.folder import Base
+from hizoo_lite.edge.onnx_adapter import save_adapter
+from hizoo_lite.edge.session import Graph
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 
@@ -168,7 +169,7 @@ class GraphSpace:
         config = json.dumps(self.graph.record.peft_config, indent=2, sort_keys=True)
         (folder / peft_format.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         tensors = {peft_format.PREFIX + name: value for name, value in self._tensors().items()}
-        tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+        safetensors.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` (or PEFT) wrote into the parameters."""
@@ -193,6 +194,6 @@ class GraphSpace:
 def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The parameters of a PEFT folder, float32, in the order of `shapes`."""
     path = peft_format.tensor_file(folder)
-    found = {name.removeprefix(peft_format.PREFIX): value for name, value in tensorfile.load(path).items()}
+    found = {name.removeprefix(peft_format.PREFIX): value for name, value in safetensors.load(path).items()}
     peft_format.check_fits(path, {name: value.shape for name, value in found.items()}, shapes)
     return {name: np.array(found[name], dtype=np.float32) for name in shapes}

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.edge.session import Session
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
-from hizoo_lite.export.onnx.folder import Export
-from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.files import read_json
 
 _SETTINGS = "genai_config.json"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import TooManyBadSteps, UserError
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
@@ -23,9 +24,8 @@ from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
-from hizoo_lite.train import begin, checkpoint, config_file, identity, parts
+from hizoo_lite.train import checkpoint, config_file, identity, parts, resume
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
@@ -132,27 +132,27 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
 def _run(
     setup: EdgeSetup, folder: RunFolder, exported: Path, listener: Listener, start_bytes: int
 ) -> dict[str, Any]:
-    resume = setup.config.resume
+    resuming = setup.config.resume
     meter = PeakMeter()
     memory = Memory(meter, start_bytes)
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
-        if not resume:
+        if not resuming:
             folder.check_new()  # another run may have begun here since
-        earlier = folder.read_summary() if resume else {}
+        earlier = folder.read_summary() if resuming else {}
         position = Position()
         model = identity.of_files(exported.glob("train*"))
         made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
         if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
             made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
-        if resume:
+        if resuming:
             identity.check(folder.identity, made_of)
-            position, _ = begin.resume(folder, setup.stepper, setup.config.steps, listener.message)
+            position, _ = resume.resume(folder, setup.stepper, setup.config.steps, listener.message)
             listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
         folder.create(replace(setup.config, resume=False))
         folder.write_identity(made_of)
-        journal = enter(begin.open_journal(folder, setup.stepper, position))
+        journal = enter(resume.open_journal(folder, setup.stepper, position))
         interrupt = enter(Interrupt())
         loop = Loop(
             setup,
@@ -185,7 +185,7 @@ def _run(
         except StorageError as error:
             failure = failure if isinstance(failure, StorageError) else error
     if isinstance(failure, StorageError):
-        raise StorageError(f"{failure}; {begin.where_it_stands(folder, loop.position)}") from failure
+        raise StorageError(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
     return summary

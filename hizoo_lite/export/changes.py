@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import ModelKind, PackedWeight, UserError
-from hizoo_lite.quant import FourBitWeight, ResidualWeight
-from hizoo_lite.quant.tensorfile import TensorFile
-from hizoo_lite.spaces.inplace import read_record
-from hizoo_lite.train.adapter_files import (
+from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
@@ -22,6 +19,9 @@ from hizoo_lite.train.adapter_files import (
     read_peft_config,
     scaling,
 )
+from hizoo_lite.checkpoints.tensors import TensorFile
+from hizoo_lite.quant import FourBitWeight, ResidualWeight
+from hizoo_lite.spaces.inplace import read_record
 
 _HEAD = "head.safetensors"
 

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter
 from hizoo_lite.export.changes import Changes, check_head, read_changes
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.model import skeleton
+from hizoo_lite.model import build
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.names import Names
 from hizoo_lite.quant import Checkpoint, from_checkpoint, pack_rows
-from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved, setup
-from hizoo_lite.train.adapter_files import SPACE_FILE, check_heads, find_adapter
 
 Dtype = Literal["bf16", "fp16", "float32"]
 
@@ -82,7 +82,7 @@ def prepare(
     base = _Base(
         checkpoint,
         kind,
-        skeleton.choose_bits(wanted, checkpoint.quantized_bits),
+        build.choose_bits(wanted, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (settings is None or settings.double_quant) and changes.space == "lora"
         if base_double_quant is None
@@ -327,9 +327,9 @@ class Merged:
                 names = [f"LABEL_{label}" for label in range(config.num_labels)]
                 content["id2label"] = {str(label): name for label, name in enumerate(names)}
                 content["label2id"] = {name: label for label, name in enumerate(names)}
-            tokenizer = skeleton.read_tokenizer(self.folder)
+            tokenizer = build.read_tokenizer(self.folder)
             if config.pad_token_id is None and tokenizer is not None:  # as `setup.make_encoder`
-                content["pad_token_id"] = pad_id(tokenizer, skeleton.vocabulary_of(config))
+                content["pad_token_id"] = pad_id(tokenizer, build.vocabulary_of(config))
         content["hizoo_lite"] = {
             "merged": self._changes.space,
             "base_bits": base.bits,
@@ -341,8 +341,8 @@ class Merged:
 def _build(base: _Base, changes: Changes) -> tuple[Any, nn.Module]:
     """Configuration and empty module, with as many labels as the classifier that was tuned has."""
     folder = base.checkpoint.folder
-    config = skeleton.read_config(folder, base.kind, num_labels=2)
-    module = skeleton.build(config, base.kind)
+    config = build.read_config(folder, base.kind, num_labels=2)
+    module = build.build(config, base.kind)
     if base.kind != "classifier":
         return config, module
     trunk = str(module.base_model_prefix) + "."
@@ -354,5 +354,5 @@ def _build(base: _Base, changes: Changes) -> tuple[Any, nn.Module]:
         labels = base.checkpoint.shape(stored)[0]
     else:
         return config, module
-    config = skeleton.read_config(folder, base.kind, num_labels=labels)
-    return config, skeleton.build(config, base.kind)
+    config = build.read_config(folder, base.kind, num_labels=labels)
+    return config, build.build(config, base.kind)

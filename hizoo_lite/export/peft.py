@@ -16,16 +16,16 @@ from typing import Any
 from torch import nn
 
 from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.checkpoints import hub
+from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
+from hizoo_lite.checkpoints.writer import aside, named_errors, write_json, write_text
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.export.changes import LoRAChanges
 from hizoo_lite.export.place import check_empty, find_place
+from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files
-from hizoo_lite.model import skeleton
-from hizoo_lite.quant import hub
-from hizoo_lite.quant.layout import skip_patterns, split_linears
-from hizoo_lite.quant.shards import aside, named_errors, write_json, write_text
+from hizoo_lite.model import build
 from hizoo_lite.train import saved, setup
-from hizoo_lite.train.adapter_files import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
 _CLASSES: dict[ModelKind, str] = {
@@ -79,7 +79,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
         config["revision"] = settings.revision
     kind = saved.saved_kind(run) or setup.find_kind(str(base), None, None)
     labels = _labels(kind, changes)
-    module = skeleton.build(skeleton.read_config(base, kind, labels or 2), kind)
+    module = build.build(build.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base, kind)
     check_empty(find_place(out))
     with named_errors(out):
@@ -166,7 +166,7 @@ def _arguments(config: Mapping[str, Any], labels: int | None) -> list[str]:
 def _quantization(base: Path, settings: TrainConfig | None, module: nn.Module) -> list[str]:
     """The argument that quantizes a base in 16 bits as the run did; none where nothing is to be told."""
     content = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    bits = "none" if settings is None else skeleton.choose_bits(settings.bits, None)
+    bits = "none" if settings is None else build.choose_bits(settings.bits, None)
     if settings is None or bits == "none" or "quantization_config" in content:
         return []
     options = ["load_in_8bit=True"]

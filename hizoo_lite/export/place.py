@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hizoo_lite.checkpoints.writer import named_errors
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import storing
 from hizoo_lite.locks import held
-from hizoo_lite.quant.shards import named_errors
 
 
 def find_place(out: Path | str) -> Path:

@@ -35,10 +35,10 @@ import torch
 from hizoo_lite.device import is_gpu
 from hizoo_lite.files import parse_json
 from hizoo_lite.memory import machine
-from hizoo_lite.memory.record import number, table
 from hizoo_lite.memory.rss import PeakMeter, reset_peak
 from hizoo_lite.memory.sampling import Reader, Watcher, make_reader
 from hizoo_lite.memory.timeline import MOST_SAMPLES, Peaks, Sample, Timeline
+from hizoo_lite.report.record import number, table
 
 Phase = Literal["evaluate", "inference", "train", "save"]
 #: Steps and evaluation batches whose blocks are always sampled, as long as that is cheap.
@@ -239,7 +239,7 @@ def predicted_owners(plan: Path) -> dict[str, int]:
 
 def measured_owners(setup: Any) -> dict[str, int]:
     """What the ledger finds in the parts of a run."""
-    from hizoo_lite.memory.ledger import measure
+    from hizoo_lite.plan.ledger import measure
 
     measured = measure(setup)
     return {owner: size for owner, size in {**measured.device, **measured.host}.items() if size}

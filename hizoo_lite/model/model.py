@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
+from hizoo_lite.engine.choose import Limits
+from hizoo_lite.engine.chunks import Chunks, plan_chunks
+from hizoo_lite.engine.residency import Resident
+from hizoo_lite.model.build import vocabulary_of
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.scratch import Scratch
-from hizoo_lite.model.skeleton import vocabulary_of
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.stream.choose import Limits
-from hizoo_lite.stream.chunks import Chunks, plan_chunks
-from hizoo_lite.stream.residency import Resident
 
 
 @final

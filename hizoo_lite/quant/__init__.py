@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from hizoo_lite.quant.checkpoint import Checkpoint
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.quant.fourbit import FourBitWeight
 from hizoo_lite.quant.int8 import Int8Weight
 from hizoo_lite.quant.packing import from_checkpoint, pack, pack_rows

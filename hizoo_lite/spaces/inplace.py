@@ -16,6 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from hizoo_lite.base import Stored, UserError
+from hizoo_lite.checkpoints.adapter import SPACE_FILE
+from hizoo_lite.engine.block import each_block
+from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.files import parse_json
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
@@ -24,9 +27,6 @@ from hizoo_lite.spaces.heads import attach_head
 from hizoo_lite.spaces.storage import load_tensors, save_tensors
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
-from hizoo_lite.stream.block import each_block
-from hizoo_lite.stream.residency import Streamed
-from hizoo_lite.train.adapter_files import SPACE_FILE
 
 FORMAT = 1
 _HEAD = "head.safetensors"

@@ -14,10 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_toml, read_json
-from hizoo_lite.memory import hardware
-from hizoo_lite.train.config import (
+from hizoo_lite.config import (
     LARGEST,
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
@@ -28,6 +25,9 @@ from hizoo_lite.train.config import (
     refuse,
     settings,
 )
+from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_toml, read_json
+from hizoo_lite.plan import hardware
 
 #: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it was.
 OLDER: dict[str, Any] = {

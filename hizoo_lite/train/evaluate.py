@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import TooManyBadSteps
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.ranks import ONE, Ranks
 
 Prediction = int | str

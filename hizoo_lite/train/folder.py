@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import UserError
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
 from hizoo_lite.locks import held
 from hizoo_lite.train import config_file
-from hizoo_lite.train.config import TrainConfig
 
 _NUMBER = (int, float, type(None))
 #: What every line of metrics.jsonl has, by its kind.

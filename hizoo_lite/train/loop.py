@@ -20,13 +20,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.memory.rss import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder

@@ -10,11 +10,11 @@ from typing import Any
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators, tasks
 from hizoo_lite.base import BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
+from hizoo_lite.config import EMBEDDED, TrainConfig
+from hizoo_lite.optimizers import step_size
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.tokens import Tokenizer
-from hizoo_lite.train import schedules
-from hizoo_lite.train.config import EMBEDDED, TrainConfig
 from hizoo_lite.train.step import Stepper
 
 _log = logging.getLogger(__name__)
@@ -154,15 +154,15 @@ def make_stepper(
     measures = any(estimator.measures(step) for step in range(config.steps))
     if curvature is None:
         curvature = make_curvature(config) if measures else curvatures.get("none")
-    course = schedules.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
+    course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
     clip = _CLIPS.get(space.name) if config.clip is None else config.clip
-    smoothing = schedules.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
+    smoothing = step_size.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
     return Stepper(
         traversal,
         space,
         estimator,
         curvature,
-        schedules.step_size(
+        step_size.step_size(
             config.lr, course, measures, estimator.predicts, estimator.branches(0).directions
         ),
         seed=config.seed,

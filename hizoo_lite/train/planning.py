@@ -9,26 +9,20 @@ from dataclasses import replace
 import torch
 
 from hizoo_lite.base import Example, ModelKind, UserError
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, like
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory import hardware
-from hizoo_lite.memory.hardware import Hardware
-from hizoo_lite.memory.plan import Plan
-from hizoo_lite.memory.planner import plan_run
-from hizoo_lite.memory.sizes import format_bytes
-from hizoo_lite.memory.subject import framework_bytes
-from hizoo_lite.memory.workload import Demand, Workload
-from hizoo_lite.model.skeleton import (
-    choose_compute,
-    compute_name,
-    read_config,
-    read_tokenizer,
-    vocabulary_of,
-)
+from hizoo_lite.model.build import choose_compute, compute_name, read_config, read_tokenizer, vocabulary_of
+from hizoo_lite.plan import hardware
+from hizoo_lite.plan.hardware import Hardware
+from hizoo_lite.plan.plan import Plan
+from hizoo_lite.plan.planner import plan_run
+from hizoo_lite.plan.subject import framework_bytes
+from hizoo_lite.plan.workload import Demand, Workload
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.parts import task_encoder
+from hizoo_lite.units import format_bytes
 
 _log = logging.getLogger(__name__)
 

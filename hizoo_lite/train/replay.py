@@ -16,15 +16,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from hizoo_lite import peft_format, tensorfile
+from hizoo_lite import peft_format
 from hizoo_lite.arrays import Arrays, NumpyArrays
 from hizoo_lite.base import Space, UserError
+from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.train import checkpoint, identity, parts
-from hizoo_lite.train.begin import after
 from hizoo_lite.train.checkpoint import ADAPTER, Position
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.journal import Record, scan
+from hizoo_lite.train.resume import after
 from hizoo_lite.train.step import Stepper
 
 
@@ -65,7 +66,7 @@ class StoredSpace:
         shutil.copyfile(self.folder / peft_format.CONFIG_FILE, folder / peft_format.CONFIG_FILE)
         moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self.parameters.items()}
         tensors = {peft_format.PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
-        tensorfile.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+        safetensors.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read another adapter of the same shapes."""
@@ -74,7 +75,7 @@ class StoredSpace:
             value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
-        found = tensorfile.load(peft_format.tensor_file(folder))
+        found = safetensors.load(peft_format.tensor_file(folder))
         return {name.removeprefix(peft_format.PREFIX): value for name, value in found.items()}
 
 
@@ -186,7 +187,7 @@ def _arrays(library: str, where: Path) -> Arrays:
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
-    from hizoo_lite.stream.traversal import Traversal
+    from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.train import setup
 
     model = setup.load_model(config, parts.find_task(config.task))
@@ -221,6 +222,6 @@ def _same_tensors(ours: Path, theirs: Path) -> dict[str, bool]:
     names = {file.relative_to(folder) for folder in (ours, theirs) for file in folder.rglob("*.safetensors")}
     return {
         str(theirs / name): all((folder / name).is_file() for folder in (ours, theirs))
-        and tensorfile.equal(ours / name, theirs / name)
+        and safetensors.equal(ours / name, theirs / name)
         for name in sorted(names)
     }

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from hizoo_lite import peft_format, spaces
 from hizoo_lite.base import ModelKind, Space, UserError
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter, read_peft_config
+from hizoo_lite.checkpoints.tensors import TensorFile
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.tensorfile import TensorFile
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
-from hizoo_lite.train.adapter_files import SPACE_FILE, check_heads, find_adapter, read_peft_config
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.folder import RunFolder
 
 #: By PEFT's task type.

@@ -18,20 +18,20 @@ from transformers.models.auto.modeling_auto import (
 
 from hizoo_lite import spaces
 from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, ModelKind, Space, UserError
+from hizoo_lite.config import EMBEDDED, TrainConfig
 from hizoo_lite.device import choose_device, is_gpu
-from hizoo_lite.memory.estimate import pass_bytes
-from hizoo_lite.memory.plan import Plan
-from hizoo_lite.memory.workload import ONE_ROW, Workload, cache_bytes
-from hizoo_lite.model.load import load
+from hizoo_lite.engine.choose import Budgets
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.residency import Resident, Streamed
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.model import Model
+from hizoo_lite.plan.estimate import pass_bytes
+from hizoo_lite.plan.plan import Plan
+from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.stream.choose import Budgets
-from hizoo_lite.stream.residency import Resident, Streamed
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import planning
-from hizoo_lite.train.config import EMBEDDED, TrainConfig
 from hizoo_lite.train.parts import DEMO, learnable_splits, run_splits, task_encoder
 from hizoo_lite.train.parts import data_path as data_path
 from hizoo_lite.train.parts import find_task as find_task

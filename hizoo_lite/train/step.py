@@ -34,9 +34,9 @@ from hizoo_lite.base import (
     trainable,
 )
 from hizoo_lite.noise import StepNoise
+from hizoo_lite.optimizers.step_size import Schedule
 from hizoo_lite.train.journal import Record
 from hizoo_lite.train.ranks import ONE
-from hizoo_lite.train.schedules import Schedule
 
 
 class StepRecord(NamedTuple):

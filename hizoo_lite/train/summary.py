@@ -80,7 +80,7 @@ def outcome(metrics: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
 
 def _streaming(model: Model) -> dict[str, Any]:
     """What a streamed run moved, and how long it waited for it."""
-    from hizoo_lite.stream.residency import Streamed
+    from hizoo_lite.engine.residency import Streamed
 
     if not isinstance(model.residency, Streamed):
         return {}

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hizoo_lite.base import Batch, Branches
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.attention import repeat_groups
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.traversal import Traversal
 from tests.simulated import gpu, shapes
 
 _FLOAT32 = 4

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import noise
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.quant.quantize import Quantization
-from hizoo_lite.train.config import TrainConfig
-from hizoo_lite.train.fit import fit
+from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.run import fit
 from hizoo_lite.train.setup import model_path
 from tests.run_fixtures import short_run
 from tests.simulated.gpu import installed

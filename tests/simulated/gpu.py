@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from hizoo_lite import device as devices
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.quant import native
-from hizoo_lite.train.config import TrainConfig
 
 NAME = "simgpu"
 PATTERN: str = next(field for field in fields(TrainConfig) if field.name == "device").metadata["pattern"]

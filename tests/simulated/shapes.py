@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from hizoo_lite.base import Branches, BranchState
-from hizoo_lite.model import skeleton
+from hizoo_lite.engine.block import install
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.model import build
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
@@ -30,8 +32,6 @@ from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import FourBitWeight, PlainWeight
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.stream.block import install
-from hizoo_lite.stream.traversal import Traversal
 from tests.batches import tiny_task_batch
 from tests.simulated import gpu
 
@@ -133,7 +133,7 @@ def count(shape: dict[str, int] | None = None, rows: int = 4, length: int = 64) 
 def _model(shape: dict[str, int]) -> Model:
     """A Llama of such a shape in nf4 with double quantization."""
     config = LlamaConfig(**shape, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False)
-    module, state, scratch = skeleton.build(config, "causal"), BranchState(), Scratch()
+    module, state, scratch = build.build(config, "causal"), BranchState(), Scratch()
     blocks, linears = find_blocks(module), {}
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):

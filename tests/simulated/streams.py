@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from hizoo_lite import device as devices
 from hizoo_lite.curvature import Grouped
+from hizoo_lite.engine import fetch, residency, storage
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import Dense
-from hizoo_lite.stream import fetch, residency, source
 from tests.batches import tiny_task_batch
 from tests.simulated.gpu import WATCHERS, DeviceTensor, SimulatedGpu, _line, _waits, installed
 
@@ -258,7 +258,7 @@ def _crosses(args: Any) -> bool:
 
 @contextmanager
 def watched(code: str | None = None) -> Iterator[World]:
-    """While this is open blocks travel under a world's eyes; `code`: another text of stream/fetch.py."""
+    """While this is open blocks travel under a world's eyes; `code`: another text of engine/fetch.py."""
     world = World()
     module = ModuleType(fetch.__name__)
     exec(compile(code or original(), str(fetch.__file__), "exec"), module.__dict__)
@@ -277,7 +277,7 @@ def watched(code: str | None = None) -> Iterator[World]:
         return bool(lock(data, device))
 
     module.__dict__["page_lock"] = staging
-    fill, read, write = source.HostSource.fill, source.DiskSource.read, source.DiskSource.write
+    fill, read, write = storage.HostSource.fill, storage.DiskSource.read, storage.DiskSource.write
 
     def host_fill(self: Any, block: int, first: Any) -> None:
         fill(self, block, first)
@@ -295,9 +295,9 @@ def watched(code: str | None = None) -> Iterator[World]:
     with (
         installed(),
         patch.object(residency, "make_fetcher", make_fetcher),
-        patch.object(source.HostSource, "fill", host_fill),
-        patch.object(source.DiskSource, "read", disk_read),
-        patch.object(source.DiskSource, "write", disk_write),
+        patch.object(storage.HostSource, "fill", host_fill),
+        patch.object(storage.DiskSource, "read", disk_read),
+        patch.object(storage.DiskSource, "write", disk_write),
     ):
         devices.register(ClockedGpu(world))
         WATCHERS.append(world.op)
@@ -380,7 +380,7 @@ def races(
 
 
 def original() -> str:
-    """The text of stream/fetch.py."""
+    """The text of engine/fetch.py."""
     return Path(str(fetch.__file__)).read_text(encoding="utf-8")
 
 
@@ -394,7 +394,7 @@ _OWN_STREAM = (
     "        with self._gpu.on_stream(outs, self._device):\n"
     "            outs.wait_event(updated)\n"
 )
-#: Fetchers that each lack one ordering: what is replaced in stream/fetch.py, and by what.
+#: Fetchers that each lack one ordering: what is replaced in engine/fetch.py, and by what.
 VARIANTS: dict[str, tuple[str, str]] = {
     "a copy in does not wait for a free slot": (
         "            self._copies.wait_event(self._free[slot])\n",
@@ -430,5 +430,5 @@ def variant(name: str) -> str:
     """The text of a variant."""
     old, new = VARIANTS[name]
     text = original()
-    assert text.count(old) == 1, f"stream/fetch.py has changed: {old!r} is there {text.count(old)} times"
+    assert text.count(old) == 1, f"engine/fetch.py has changed: {old!r} is there {text.count(old)} times"
     return text.replace(old, new)

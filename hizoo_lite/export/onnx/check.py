@@ -20,9 +20,9 @@ import onnxruntime
 import torch
 
 import hizoo_lite
+from hizoo_lite.edge.folder import Export
 from hizoo_lite.errors import ExportError
 from hizoo_lite.export.onnx.compare import PREFILL, Case, Reference, Tokens, write_request
-from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.model.model import Model
 
 #: (rows, length) of the batches; rows after the first are padded.

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.edge.session import Session
 from hizoo_lite.errors import ExportError, UserError
-from hizoo_lite.export.onnx.folder import Export
-from hizoo_lite.export.onnx.session import Session
 from hizoo_lite.memory.allocator import map_large
 
 #: The largest difference of a logit that float32 sums in another order may make, where no logit is above 1;

@@ -21,14 +21,17 @@ import transformers
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import Bits
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.hub import SMALL_FILES
+from hizoo_lite.checkpoints.writer import write_json
+from hizoo_lite.edge import folder
+from hizoo_lite.edge.adapter import add_adapter, check_name, remove_adapter
+from hizoo_lite.edge.folder import Export
+from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
 from hizoo_lite.export import merged
-from hizoo_lite.export.onnx import folder
-from hizoo_lite.export.onnx.adapter import add_adapter, check_name, remove_adapter
 from hizoo_lite.export.onnx.check import cases, run_check
 from hizoo_lite.export.onnx.compare import LIMIT, Reference
-from hizoo_lite.export.onnx.files import fingerprint
-from hizoo_lite.export.onnx.folder import Export
 from hizoo_lite.export.onnx.genai import GENAI_CONFIG, genai_config
 from hizoo_lite.export.onnx.interface import Interface, interface
 from hizoo_lite.export.onnx.linear import AdapterDelta, ExportLinear, Format
@@ -45,9 +48,6 @@ from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.hub import SMALL_FILES
-from hizoo_lite.quant.shards import write_json
-from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.train import saved
 from hizoo_lite.train.events import Listener
 

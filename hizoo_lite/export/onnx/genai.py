@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hizoo_lite.export.onnx.folder import GRAPH
+from hizoo_lite.edge.folder import GRAPH
 from hizoo_lite.model.model import Model
 from hizoo_lite.tasks.tokens import pad_id
 

@@ -25,12 +25,12 @@ from hizoo_lite.export.onnx.linear import (
     SumProduct,
     residual,
 )
-from hizoo_lite.model import skeleton
+from hizoo_lite.model import build
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.names import Names
+from hizoo_lite.model.offloaded import AwayWeight
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight, from_checkpoint
-from hizoo_lite.quant.away import AwayWeight
 
 
 @final
@@ -52,7 +52,7 @@ def make_skeleton(model: Model, format: Format = "exact", changes: Changes | Non
     exported.
     """
     source = _Source(model, changes)
-    module = skeleton.build(copy.deepcopy(model.config), model.kind)
+    module = build.build(copy.deepcopy(model.config), model.kind)
     linears = {}
     for name, linear in model.linears.items():
         linears[name] = ExportLinear(name, _product(source, linear, format), source.bias(linear))

@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.export.changes import Changes, read_changes
-from hizoo_lite.export.onnx.files import fingerprint
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.model import skeleton
-from hizoo_lite.model.load import load
+from hizoo_lite.model import build
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import Checkpoint
-from hizoo_lite.quant.quantize import Quantization
 from hizoo_lite.spaces.inplace import read_record
-from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import identity, saved, setup
-from hizoo_lite.train.adapter_files import SPACE_FILE, find_adapter
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 
@@ -68,7 +68,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         name or where,
         checkpoint,
         saved.saved_kind(run) or setup.find_kind(str(checkpoint.folder), None, None),
-        skeleton.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
+        build.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,
         labels or 2,

@@ -16,11 +16,11 @@ import transformers
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, UserError
 from hizoo_lite.edge.graph import TrainGraph
+from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import ExportError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.traversal import Traversal
 from hizoo_lite.tasks import Encoder
 
 #: The largest difference of a loss or a score that float32 sums in another order may make, where none is

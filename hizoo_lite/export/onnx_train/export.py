@@ -20,8 +20,12 @@ from typing import Any
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints.adapter import PEFT_FILE, find_adapter, read_peft_config
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.writer import write_json
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
-from hizoo_lite.export.onnx.files import fingerprint
+from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder
@@ -32,13 +36,9 @@ from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
 from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
-from hizoo_lite.quant.shards import write_json
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.residency import Streamed
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import config_file, parts, saved, setup
-from hizoo_lite.train.adapter_files import PEFT_FILE, find_adapter, read_peft_config
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.events import Listener
 
 CONFIG = "config.toml"

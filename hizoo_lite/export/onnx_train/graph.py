@@ -1,4 +1,4 @@
-"""The training graph: per-branch, per-example losses of a batch, as `stream/traversal.py` computes them.
+"""The training graph: per-branch, per-example losses of a batch, as `engine/traversal.py` computes them.
 
 The Hugging Face forward is traced as a whole; its trunk gives the head hidden states at the sites alone, so
 that logits are there only where a label is. Every size is dynamic: branches, rows, length, sites, scored
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.engine.head import with_hidden
 from hizoo_lite.export.onnx.interface import encoder_inputs
 from hizoo_lite.export.onnx.linear import InputValues
 from hizoo_lite.export.onnx.skeleton import Skeleton
@@ -21,8 +23,6 @@ from hizoo_lite.export.onnx.trace import Input
 from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, by_branch
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.stream.divergence import divergence_terms
-from hizoo_lite.stream.head import with_hidden
 from hizoo_lite.tasks.collate import Loss
 
 OUTPUTS = ("losses", "scores", "divergences")

@@ -1,0 +1,1 @@
+"""Files of tensors: checkpoints of models, adapters, fingerprints."""

@@ -1,0 +1,398 @@
+"""Every setting of a run: one frozen dataclass that is signature, flags, TOML keys and help.
+
+A field says its type, default, allowed values and help here and nowhere else: `cli/options.py` makes the
+flags of `hizoo-lite train` from it and `config_file.py` reads and writes it as TOML. All problems are
+reported together. This module does not import torch, so that `--help` answers at once; the closed choices
+are therefore spelled out here and compared with the registries in a test.
+"""
+
+# ruff: noqa: RUF009 - `_setting` is `dataclasses.field` with its metadata spelled out
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from hizoo_lite.errors import UserError
+from hizoo_lite.units import ALLOWED_SIZES, parse_bytes
+
+BitsName = Literal["nf4", "fp4", "int8", "none"]
+ComputeName = Literal["auto", "bf16", "fp16", "float32"]
+KindName = Literal["auto", "causal", "masked", "classifier"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+TrackerName = Literal[
+    "none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
+]
+
+#: What `--model`, `--task` and `--data` call the tiny model and the task inside the package.
+EMBEDDED = "embedded"
+
+
+def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:
+    """A field with its help. Rules: minimum, above, maximum (numbers), size, pattern (texts)."""
+    return field(default=default, metadata={"help": help, "group": group, **rules})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of `fit`. UserError naming every field that is wrong, what was got and what is allowed."""
+
+    model: str = _setting(
+        "", "folder or hub id of a Hugging Face model; 'embedded' is the demo's", group="What"
+    )
+    revision: str | None = _setting(None, "branch, tag or commit of a hub model", group="What")
+    kind: KindName = _setting("auto", "kind of model; auto reads the architecture's name", group="What")
+    task: str = _setting("", "a built-in task, or a task's .toml; 'embedded' is the demo's", group="What")
+    data: str | None = _setting(
+        None, "file or folder with the task's official files; without it, the hub", group="What"
+    )
+    out: str | None = _setting(
+        None, "run folder, new or empty; without it ./hizoo-run, with a number where taken", group="What"
+    )
+
+    bits: BitsName | None = _setting(
+        None,
+        "stored form of the blocks' linear layers; without it what the checkpoint has, else nf4",
+        group="Weights",
+    )
+    double_quant: bool = _setting(True, "quantize the 4-bit scales as well", group="Weights")
+    compute_dtype: ComputeName = _setting(
+        "auto", "dtype of matrix products; activations stay float32", group="Weights"
+    )
+    device: str = _setting(
+        "auto", "auto, cpu, cuda or cuda:N", group="Weights", pattern="auto|cpu|cuda(:\\d+)?"
+    )
+
+    threads: int | None = _setting(
+        None, "CPU threads of a product; without it torch's choice", group="Weights", minimum=1
+    )
+
+    space: Literal["lora", "dense", "scales"] = _setting(
+        "lora",
+        "lora: adapters; dense: the weights themselves; scales: only the quantized weights' absmax (QZO)",
+        group="Space",
+    )
+    rank: int = _setting(8, "of lora: rank of the adapters", group="Space", minimum=1)
+    alpha: float | None = _setting(
+        None, "adapters are scaled by alpha / rank; without it 2 * rank", group="Space", above=0.0
+    )
+    targets: str = _setting(
+        "auto",
+        "attention (query and value), all-linear, or names of linear layers with commas; "
+        "auto: attention for lora, all-linear for dense and scales",
+        group="Space",
+    )
+    blocks: int | Literal["all", "auto"] = _setting(
+        "auto",
+        "how many of the model's blocks are trained, from the top; auto: a third for lora, all for dense and "
+        "scales, and where targets names blocks",
+        group="Space",
+        minimum=1,
+    )
+    rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
+    train_a: bool = _setting(
+        False, "of lora: train A as well as B; without it A keeps its random start", group="Space"
+    )
+    dense_update: Literal["requantize", "residual"] = _setting(
+        "residual",
+        "of dense: residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
+        "updated weights to their grid at random, without bias but with much noise in 4 bits",
+        group="Space",
+    )
+
+    estimator: Literal["hizoo", "mezo"] = _setting(
+        "hizoo",
+        "hizoo: slope and curvature; mezo: the slope alone",
+        group="Method",
+    )
+    curvature_from: Literal["predictions", "losses"] = _setting(
+        "predictions",
+        "of hizoo: how far apart the predictions of two points are; or the second difference of losses, as "
+        "published",
+        group="Method",
+    )
+    directions: int | Literal["auto"] = _setting(
+        "auto",
+        "of hizoo: random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from "
+        "losses); n above 1 share one base, 1 + n forwards; auto: 2 for lora, 1 for dense and scales",
+        group="Method",
+        minimum=1,
+        maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
+    )
+    curvature: Literal["none", "diagonal", "grouped", "factored"] = _setting(
+        "grouped", "how the diagonal Hessian is kept", group="Method"
+    )
+    curvature_mode: Literal["paper", "reference"] = _setting(
+        "paper", "of diagonal: the paper's formula, or that of the published code", group="Method"
+    )
+    curvature_per: Literal["tensor", "row"] = _setting(
+        "tensor", "of grouped: one value for each tensor or row", group="Method"
+    )
+    curvature_every: int = _setting(
+        1, "of losses: steps between two measurements, 2 + 1/k forwards a step", group="Method", minimum=1
+    )
+    smoothing: float = _setting(
+        0.01, "weight of a new curvature measurement", group="Method", above=0.0, maximum=1.0
+    )
+    smoothing_schedule: ScheduleName = _setting("constant", "its course over the run", group="Method")
+    mu: float = _setting(1e-3, "perturbation scale", group="Method", above=0.0)
+    lr: float | Literal["auto"] = _setting(
+        "auto", "learning rate; auto derives it from the measured curvature", group="Method", above=0.0
+    )
+    lr_schedule: ScheduleName = _setting(
+        "linear", "course of the learning rate, on top of auto too; zero behind the last step", group="Method"
+    )
+    warmup_steps: int = _setting(
+        0, "steps in which the learning rate grows from zero", group="Method", minimum=0
+    )
+    clip: float | None = _setting(
+        None,
+        "largest size of the projected gradient; without it 100 for scales (QZO), no limit otherwise",
+        group="Method",
+        above=0.0,
+    )
+    weight_decay: float = _setting(
+        0.0, "decoupled, times the learning rate; not on biases and norms", group="Method", minimum=0.0
+    )
+
+    steps: int = _setting(1000, "steps of the whole run", group="Run", minimum=1)
+    batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
+    balanced: Literal["auto", "off"] = _setting(
+        "auto",
+        "of tasks with choices: auto gives every batch as many of each class where none has above 1.5 times "
+        "the examples of another, and the proportions of the whole otherwise",
+        group="Run",
+    )
+    accumulate: int = _setting(
+        1, "parts in which a batch goes through, one after the other, to save memory", group="Run", minimum=1
+    )
+    max_length: int = _setting(256, "tokens a prompt and its answer may have", group="Run", minimum=8)
+    loss: Literal["auto", "choice", "answer"] = _setting(
+        "auto",
+        "choice: cross-entropy over the candidates; answer: over the answer's tokens",
+        group="Run",
+    )
+    seed: int = _setting(0, "of splits, batches, new parameters and noise", group="Run", minimum=0)
+    train_examples: int = _setting(1000, "examples to train on, at most", group="Run", minimum=1)
+    dev_examples: int = _setting(500, "held out, for --eval-every", group="Run", minimum=0)
+    test_examples: int = _setting(1000, "evaluated before and after the run", group="Run", minimum=1)
+    k_shot: int | None = _setting(
+        None, "training examples of each class, in place of --train-examples", group="Run", minimum=1
+    )
+    eval_every: int = _setting(0, "steps between evaluations on dev; 0 for none", group="Run", minimum=0)
+    eval_batch_size: int = _setting(32, "examples of an evaluation batch", group="Run", minimum=1)
+    save_every: int = _setting(500, "steps between checkpoints; 0 for the end only", group="Run", minimum=0)
+    save_total_limit: int = _setting(
+        0,
+        "checkpoints that are kept, the newest, beside the first and the best; 0 for all",
+        group="Run",
+        minimum=0,
+    )
+    keep: Literal["final", "best"] = _setting(
+        "final", "what adapter/ holds in the end: the last step's, or the best on dev", group="Run"
+    )
+    resume: bool = _setting(False, "continue the run that is in the folder, to the bit", group="Run")
+    tracker: TrackerName = _setting("none", "experiment tracker, through accelerate", group="Run")
+
+    profile: str | None = _setting(
+        None,
+        "machine, by the name of a hardware profile or its file: its budgets, residency and batch size "
+        "where none are given, its rates in the plan",
+        group="Memory",
+    )
+    device_budget: str | None = _setting(
+        None,
+        "memory of the device that the run may take, e.g. 24GiB; exit code 3 where it cannot do with it",
+        group="Memory",
+        size=True,
+    )
+    host_budget: str | None = _setting(
+        None,
+        "memory of the host, e.g. 32GiB; on a CPU the smaller of the two counts",
+        group="Memory",
+        size=True,
+    )
+    residency: Literal["auto", "resident", "host", "disk"] = _setting(
+        "auto",
+        "where the blocks are kept: on the device, in host memory, or on disk; "
+        "auto keeps as many as the budget allows on the device",
+        group="Memory",
+    )
+    branch_chunk: int | Literal["auto"] = _setting(
+        "auto",
+        "token sequences that go through a block together, with all their branches; "
+        "auto: a few, so that a step takes about the memory of a plain forward",
+        group="Memory",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
+
+
+#: Of the numbers that a setting may have: a float can say it.
+LARGEST = sys.float_info.max
+
+#: What may differ between a run and its continuation: none of these changes what a step computes.
+MAY_CHANGE_ON_RESUME = {
+    *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
+    *("save_total_limit", "keep"),
+    *("profile", "device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
+}
+
+
+def refuse(found: Sequence[str], heading: str = "") -> None:
+    """UserError with every problem on a line of its own; nothing where there is none."""
+    if found:
+        _raise(heading, found)
+
+
+def _raise(heading: str, found: Sequence[str]) -> NoReturn:
+    if len(found) == 1:
+        raise UserError(": ".join(filter(None, (heading, found[0]))))
+    count = f"{len(found)} problems in the configuration"
+    raise UserError("\n  ".join([f"{heading}: {count}" if heading else count, *found]))
+
+
+@cache
+def settings() -> Mapping[str, Field[Any]]:
+    """The fields of `TrainConfig` by name, in order."""
+    return types.MappingProxyType({f.name: f for f in fields(TrainConfig)})
+
+
+@cache
+def kinds() -> Mapping[str, Any]:
+    """The types of the fields, by name."""
+    return types.MappingProxyType(get_type_hints(TrainConfig))
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, the type itself otherwise."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The texts that a Literal in this type allows."""
+    return tuple(v for m in members(annotation) if get_origin(m) is Literal for v in get_args(m))
+
+
+def allowed(name: str) -> str:
+    """What field `name` may be, in words."""
+    annotation, rules = kinds()[name], settings()[name].metadata
+    parts = list(choices(annotation))
+    if int in members(annotation):
+        parts.append("a whole number" + _range(rules))
+    if float in members(annotation):
+        parts.append("a number" + _range(rules))
+    if bool in members(annotation):
+        parts.append("true or false")
+    if str in members(annotation):
+        parts.append(ALLOWED_SIZES if rules.get("size") else rules.get("pattern", "a text"))
+    return ", ".join(parts)
+
+
+def _range(rules: Mapping[str, Any]) -> str:
+    words = {"minimum": "of {} or more", "above": "above {:g}", "maximum": "up to {:g}"}
+    found = [text.format(rules[rule]) for rule, text in words.items() if rule in rules]
+    return " " + " and ".join(found) if found else ""
+
+
+def problems(values: Mapping[str, Any], where: Callable[[str], str] = str) -> list[str]:
+    """What is wrong with the settings `values`. `where` names a field as the user did (a flag, a key)."""
+    found = [
+        f"{where(name)}: got {value!r}, allowed: {allowed(name)}"
+        for name, value in values.items()
+        if not _fits(name, value)
+    ]
+    missing = [name for name in ("model", "task") if values.get(name, "") == ""]
+    found += [f"{where(name)}: missing, it has no default" for name in missing]
+    return found + _conflicts({f: values.get(f, settings()[f].default) for f in settings()}, where)
+
+
+def _fits(name: str, value: Any) -> bool:
+    annotation, rules = kinds()[name], settings()[name].metadata
+    types_ = members(annotation)
+    if value is None:
+        return type(None) in types_
+    if isinstance(value, bool):
+        return bool in types_
+    if isinstance(value, str):
+        if value in choices(annotation):
+            return True
+        if "pattern" in rules and not re.fullmatch(rules["pattern"], value):
+            return False
+        return str in types_ and (not rules.get("size") or _is_size(value))
+    if isinstance(value, int | float):
+        whole_only = float not in types_
+        if not (int in types_ or float in types_) or (whole_only and not isinstance(value, int)):
+            return False
+        return abs(value) <= LARGEST and _in_range(value, rules)
+    return False
+
+
+def _in_range(value: float, rules: Mapping[str, Any]) -> bool:
+    return (
+        value >= rules.get("minimum", -math.inf)
+        and value > rules.get("above", -math.inf)
+        and value <= rules.get("maximum", math.inf)
+    )
+
+
+def _is_size(text: str) -> bool:
+    try:
+        parse_bytes(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """Settings that are fine alone and not together, or not available yet."""
+    found = []
+    if values["estimator"] == "mezo" and values["lr"] == "auto":
+        found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
+    predicts = values["estimator"] == "hizoo" and values["curvature_from"] == "predictions"
+    if predicts and values["curvature_every"] != 1:
+        found.append(
+            f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the "
+            f"curvature at every step; allowed: 1, or {where('curvature_from')} losses"
+        )
+    if values["directions"] not in ("auto", 1):
+        allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto"
+        if values["estimator"] == "mezo":
+            found.append(f"{allowed} with {where('estimator')} mezo")
+        elif values["curvature_from"] == "losses":
+            found.append(f"{allowed} with {where('curvature_from')} losses, of points on both sides")
+        if values["space"] != "lora":
+            found.append(f"{allowed} with {where('space')} {values['space']}")
+    if values["space"] != "lora" and values["curvature"] == "diagonal":
+        found.append(
+            f"{where('curvature')}: got 'diagonal', a value for every weight, with {where('space')} "
+            f"{values['space']}; allowed: grouped, factored, none"
+        )
+    if values["space"] == "scales" and values["bits"] == "none":
+        found.append(
+            f"{where('bits')}: got 'none', but {where('space')} scales trains the scales of quantized "
+            "weights; allowed: nf4, fp4, int8"
+        )
+    steps, warmup = values["steps"], values["warmup_steps"]
+    if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
+        found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
+    if values["keep"] == "best" and values["eval_every"] == 0:
+        found.append(f"{where('keep')}: got 'best', but {where('eval_every')} is 0; allowed: final")
+    if values["resume"] is True and values["out"] is None:
+        found.append(f"{where('out')}: missing, it names the run folder that is to be resumed")
+    return found
+
+
+def default(name: str) -> Any:
+    """The default of field `name`."""
+    value = settings()[name].default
+    assert value is not MISSING, name
+    return value

@@ -1,0 +1,95 @@
+"""A transformer block that is brought in before it runs, run chunk by chunk, and let go afterwards.
+
+`PresentBlock` takes the place of a block in the module tree of the Hugging Face model, so that whatever
+runs the model (a step, an evaluation, `generate`) streams it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hizoo_lite.engine.chunks import has_cache, in_chunks, slice_mlp
+
+if TYPE_CHECKING:
+    from hizoo_lite.model.model import Model
+
+
+class PresentBlock(nn.Module):
+    """Runs block `index` of a model while its weights are there.
+
+    It has the block's own children and parameters, under their own names, and answers for its attributes
+    (models ask their blocks for `attention_type` and the like).
+    """
+
+    def __init__(self, model: Model, index: int) -> None:
+        super().__init__()
+        self.model, self.index = [model], index  # in a list: the model is no child of its own block
+        self.block = [model.blocks[index]]
+        for kind in ("_modules", "_parameters", "_buffers"):
+            object.__setattr__(self, kind, getattr(self.block[0], kind))
+        self.training = self.block[0].training
+        self._mlp = slice_mlp(self.block[0], model.state)
+
+    def __getattr__(self, name: str) -> Any:
+        """The block's, where this has no such attribute."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own; a long batch goes through in chunks."""
+        model, block = self.model[0], self.block[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        branches = model.state.branches.count
+        rows = hidden.shape[0] // branches
+        chunks = model.chunks(rows, hidden.shape[1], branches)
+        if self._mlp is not None:
+            self._mlp.slices = chunks.slices
+        with present(model, self.index), model.state.keeping():
+            if chunks.rows >= rows or has_cache(args, kwargs):
+                kept = model.state.kept(hidden, slice(0, rows))
+                with model.state.laid_out(hidden.shape[0], hidden.shape[1], kept):
+                    return block(*args, **kwargs)
+            return in_chunks(block, args, kwargs, model.state, rows, chunks.rows, model.overwrites)
+
+
+class present:
+    """While this is open, block `index` is on the device and has every update that waited for it."""
+
+    def __init__(self, model: Model, index: int) -> None:
+        self.model, self.index = model, index
+
+    def __enter__(self) -> None:
+        self.model.residency.acquire(self.index)
+        try:
+            if self.model.pending is not None and self.model.pending.apply(self.index):
+                self.model.residency.keep(self.index)
+        except BaseException:
+            self.model.residency.release(self.index)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self.model.observer is not None:
+            self.model.observer.reached(self.index)
+        self.model.residency.release(self.index)
+
+
+@torch.no_grad()
+def each_block(model: Model) -> Iterator[int]:
+    """Every block in order, by index; each is present and up to date until the next one is asked for."""
+    for index in range(len(model.blocks)):
+        with present(model, index):
+            yield index
+
+
+def install(model: Model) -> None:
+    """Put a `PresentBlock` in the place of every block."""
+    layers = model.module.get_submodule(model.block_prefix)
+    assert isinstance(layers, nn.ModuleList)
+    for index in range(len(model.blocks)):
+        layers[index] = model.blocks[index] = PresentBlock(model, index)

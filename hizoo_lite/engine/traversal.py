@@ -1,0 +1,227 @@
+"""One traversal of the model for all branches of a step: from a batch to per-branch, per-example losses.
+
+The batch is repeated once a branch along its first axis; the Hugging Face model runs unchanged on it.
+Blocks come and go as they run (see `block.py`). Logits are computed only where a label is, through the
+model's own head, in chunks; log-probabilities and divergences are summed in float64 because a step needs
+differences of order mu^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
+from hizoo_lite.device import like
+from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.engine.generate import Ended, write
+from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
+from hizoo_lite.engine.overwritten import ReadAgain
+from hizoo_lite.model.linear import BranchLinear
+from hizoo_lite.model.model import Model
+from hizoo_lite.model.offloaded import AwayWeight
+from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
+
+#: Bytes of the terms of divergences over a vocabulary that are made at once.
+TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+class Traversal:
+    """Evaluates branches of a model. Stateless between calls; never changes a weight."""
+
+    writes = True
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see engine/budget.py
+
+    def arrays(self) -> TorchArrays:
+        """torch's, with parameters on the model's device."""
+        return TorchArrays(self.model.device)
+
+    def write(
+        self, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None = None
+    ) -> list[list[int]]:
+        """See `Writer.write`."""
+        return write(self.model, prompts, pad_id, max_new_tokens, ended)
+
+    @property
+    def halvings(self) -> int:
+        """Those of the model."""
+        return self.model.halvings
+
+    @torch.no_grad()
+    def losses(
+        self,
+        batch: Batch,
+        branches: Branches = EVALUATION,
+        mu: float = 0.0,
+        directions: Mapping[str, Tensor] | None = None,
+    ) -> Losses:
+        """Losses of every branch on `batch`; `directions` as in `BranchState`."""
+        made = batch_tensors(batch)
+        return self.guard(lambda: self._pass(made, branches, mu, directions or {}))
+
+    def _pass(self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Losses:
+        try:
+            return self._losses(batch, branches, mu, directions)
+        except ReadAgain:
+            self.model.reads_again = True
+        return self._losses(batch, branches, mu, directions)
+
+    def _losses(
+        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
+    ) -> Losses:
+        with self._branches(branches, mu, directions):
+            inputs, state = self._fold(batch, branches.count), self.model.state
+            state.sent(batch.input_ids, inputs["input_ids"])
+            if "attention_mask" in inputs and self.model.leaves_out_padding:
+                state.pad(batch.attention_mask)
+            lengths = batch.attention_mask.sum(1).tolist()
+            with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
+                if self.model.kind == "classifier":
+                    logits = self.model.module(**inputs).logits
+                    wide = logits.view(branches.count, batch.examples, -1)
+                    return _class_losses(wide, batch.gold, branches)
+                trunk = self.model.module.get_submodule(self.model.trunk_name)
+                output = trunk(**inputs, **self._no_cache())
+            hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
+            output = with_hidden(output, hidden)  # what else it has need not live on
+            found = self._scored_log_probabilities(output, hidden, batch, branches)
+            scored, divergences = brought(found, torch.device("cpu"))  # in one copy: the host waits once
+        return _slot_losses(scored, divergences, batch, branches)
+
+    @contextmanager
+    def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
+        self.model.state.set(branches, mu, directions)
+        self.model.overwrites = not self.model.reads_again
+        try:
+            yield
+        finally:
+            self.model.overwrites = False
+            self.model.state.set(EVALUATION, 0.0, {})
+
+    def _fold(self, batch: Batch, count: int) -> dict[str, Tensor]:
+        device = self.model.device
+        inputs = {"input_ids": batch.input_ids}
+        if not bool(batch.attention_mask.all()):  # asked here, on the host: the model would ask the device
+            inputs["attention_mask"] = batch.attention_mask
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        return {name: t.to(device, non_blocking=True).repeat(count, 1) for name, t in inputs.items()}
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if self.model.kind == "causal" else {}
+
+    def _scored_log_probabilities(
+        self, output: Any, hidden: Tensor, batch: Batch, branches: Branches
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of every scored token, (branches, scored) float64, on the model's device.
+
+        And the divergence along each direction over the vocabulary at every site, (directions, sites)
+        float64, where the loss is of that; no direction otherwise.
+        """
+        device = hidden.device
+        directions = branches.directions if batch.loss == "answer" else 0
+        divergences = torch.empty(directions, len(batch.site_row), dtype=torch.float64, device=device)
+        rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
+        order = torch.argsort(batch.token_site)
+        sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
+        out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
+        model, vocabulary = self.model, self.model.config.vocab_size
+        limits = LOGITS_BYTES >> model.halvings, self._away_head(), HELD_BYTES[like(device)] >> model.halvings
+        for part, logits in logits_at(
+            model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, *limits
+        ):
+            first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
+            at = _sent(sites[first:last] - part.start, device)
+            wide = logits.double()
+            normalizer = torch.logsumexp(wide, dim=-1)
+            out[:, first:last] = wide[:, at, ids[first:last]] - normalizer[:, at]
+            if directions:
+                wide -= normalizer[..., None]
+                _divergences_into(divergences[:, part], wide, branches)
+            if self.model.observer is not None:
+                self.model.observer.reached("head")
+        unsorted = torch.empty_like(out)
+        unsorted[:, _sent(order, device)] = out
+        return unsorted, divergences
+
+    def _away_head(self) -> BranchLinear | None:
+        """The head, where its matrix is not on the device."""
+        head = head_of(self.model.linears, self.model.trunk_name, self.model.config.vocab_size)
+        return head if head is not None and isinstance(head.weight, AwayWeight) else None
+
+
+def _once(work: Callable[[], Losses]) -> Losses:
+    return work()
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for it."""
+    return tensor.to(device, non_blocking=True)
+
+
+def _compared(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+    """Of values by branch, those on one side and those on the other of each direction.
+
+    Of a pair these are theta + mu d and theta - mu d, of a one-sided point itself and the base. Views, where
+    all are pairs or all one-sided.
+    """
+    first = int(branches.base)
+    paired, one_sided = values[first : first + 2 * branches.pairs], values[first + 2 * branches.pairs :]
+    if branches.one_sided == 0:
+        return paired[0::2], paired[1::2]
+    base = values[:1].expand_as(one_sided)
+    if branches.pairs == 0:
+        return one_sided, base
+    return torch.cat([paired[0::2], one_sided]), torch.cat([paired[1::2], base])
+
+
+def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
+    """Along each direction, a few sites at a time: terms of a whole chunk are as much as its logits again.
+
+    out: (directions, sites). log_p: (branches, sites, vocabulary), both float64.
+    """
+    plus, minus = _compared(log_p, branches)
+    step = max(1, TERMS_BYTES[like(out.device)] // (8 * max(1, len(plus)) * log_p.shape[-1]))
+    for first in range(0, out.shape[1], step):
+        part = slice(first, first + step)
+        out[:, part] = divergence_terms(plus[:, part], minus[:, part]).sum(-1)
+
+
+def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
+    wide = logits.cpu().double()
+    log_p = F.log_softmax(wide, dim=-1)
+    losses = -log_p[:, torch.arange(len(gold)), gold]
+    return Losses(losses, wide, divergence_terms(*_compared(log_p, branches)).sum(-1))
+
+
+def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
+    """On the host. scored: (branches, scored tokens). divergences: (directions, sites) of answers' losses."""
+    scores = _slot_means(scored, batch)
+    if batch.loss == "answer":
+        by_token = divergences[:, batch.token_site]
+        return Losses(-scores[:, batch.gold], scores, _slot_means(by_token, batch)[:, batch.gold])
+    index = batch.slot_example.expand_as(scores)
+    peak = torch.full((scores.shape[0], batch.examples), -torch.inf, dtype=torch.float64)
+    peak = peak.scatter_reduce(1, index, scores, "amax")
+    total = torch.zeros_like(peak).scatter_add_(1, index, (scores - peak[:, batch.slot_example]).exp())
+    normalizer = peak + total.log()
+    terms = divergence_terms(*_compared(scores - normalizer[:, batch.slot_example], branches))
+    sums = torch.zeros(len(terms), batch.examples, dtype=torch.float64)
+    sums.scatter_add_(1, batch.slot_example.expand_as(terms), terms)
+    return Losses(normalizer - scores[:, batch.gold], scores, sums)
+
+
+def _slot_means(by_token: Tensor, batch: Batch) -> Tensor:
+    """(..., scored tokens) float64 on the host -> their mean over every slot, (..., slots)."""
+    slots = batch.slot_example.shape[0]
+    counts = torch.bincount(batch.token_slot, minlength=slots)
+    sums = torch.zeros(by_token.shape[0], slots, dtype=torch.float64)
+    return sums.index_add_(1, batch.token_slot, by_token) / counts

@@ -1,0 +1,1 @@
+"""Rules that turn an estimate into a step."""

@@ -1,0 +1,170 @@
+"""Every byte of a run has an owner: predicted by the planner, and counted on live objects here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hizoo_lite.device import like
+from hizoo_lite.engine.residency import Streamed
+from hizoo_lite.engine.storage import DiskSource, HostSource
+
+if TYPE_CHECKING:
+    from hizoo_lite.model.model import Model
+    from hizoo_lite.train.setup import Setup
+
+#: Who owns memory, and what that is.
+OWNERS: Mapping[str, str] = {
+    "framework": "interpreter and libraries; on a GPU its context",
+    "embeddings_and_head": "embeddings, heads, poolers",
+    "block_slots": "two buffers that streamed blocks pass through",
+    "resident_blocks": "packed linears of the blocks that stay",
+    "small_parameters": "norms, biases, code tables, buffers",
+    "adapters": "trainable tensors in memory",
+    "curvature": "state of Sigma",
+    "noise": "z of two steps, directions of one",
+    "scratch": "reused buffers: weight tile, operands, product",
+    "between_blocks": "embeddings, inputs and outputs of blocks, masks",
+    "attention": "inside of attention",
+    "mlp": "inside of the MLP",
+    "logits": "hidden states at labels, logits, log-probabilities",
+    "update": "temporaries of an update of weights",
+    "loading": "buffers of checksums and of one tensor while loading",
+    "cache": "keys and values, while an evaluation writes",
+    "heap": "freed memory that the allocator keeps",
+    "prefetch_buffers": "page-locked buffers between disk and device",
+    "pinned_host": "blocks and large matrices in host memory",
+    "changed_blocks": "file of changed blocks",
+}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by owner. On a CPU there is one memory, called device; `host` is empty."""
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, int] = field(default_factory=dict)
+    disk: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all owners."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all owners."""
+        return sum(self.host.values())
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Owners that hold something."""
+        return {
+            place: {k: v for k, v in getattr(self, place).items() if v}
+            for place in ("device", "host", "disk")
+        }
+
+
+def measure(setup: Setup) -> Ledger:
+    """What the live objects of a run hold now: the bytes of their tensors, shared memory counted once.
+
+    What lives only inside of a step (activations, noise of one) and what no tensor holds (framework, heap)
+    is not there to be counted.
+    """
+    model, space, stepper = setup.model, setup.space, setup.stepper
+    count = _Count()
+    found = dict.fromkeys(OWNERS, 0)
+    found["adapters"] = count.tensors([*space.parameters.values(), *space.frozen.values()])
+    if isinstance(model.residency, Streamed):
+        found["block_slots"] = count.tensors(model.residency._slots)
+        found["resident_blocks"] = count.tensors(model.residency._kept.values())
+        found["pinned_host"] = _in_host_memory(model, count)
+        found["prefetch_buffers"] = count.tensors(getattr(model.residency._fetcher, "_staging", ()))
+        found["changed_blocks"] = _changed_bytes(model)
+    stored = [
+        s.tensor for n, x in model.linears.items() if model.block_of(n) is not None for s in x.weight.stored()
+    ]
+    found["resident_blocks"] += count.tensors(stored)
+    found["embeddings_and_head"] = count.tensors(_outside(model))
+    rest = [*model.module.parameters(), *model.module.buffers()]
+    found["small_parameters"] = count.tensors(rest)
+    found["scratch"] = count.tensors(model.scratch._buffers.values())
+    found["curvature"] = count.tensors(_tensors_of(_state(stepper.curvature)))
+    return _placed(found, like(model.device))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers, shared memory counted once."""
+    return _Count().tensors(_tensors_of(value))
+
+
+def _placed(found: dict[str, int], device_type: str) -> Ledger:
+    disk = {"changed_blocks": found.pop("changed_blocks")}
+    if device_type == "cpu":
+        return Ledger(found, {}, disk)
+    on_host = {name: found.pop(name) for name in ("curvature", "prefetch_buffers", "pinned_host")}
+    return Ledger(found, on_host, disk)
+
+
+class _Count:
+    """Counts each storage once."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def tensors(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the storages that were not counted before."""
+        total = 0
+        for tensor in tensors:
+            if tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+
+def _outside(model: Model) -> list[Tensor]:
+    """Embeddings and the matrices of linears outside of the blocks."""
+    found = [m.weight for m in model.module.modules() if isinstance(m, nn.Embedding)]
+    heads = [x.weight for name, x in model.linears.items() if model.block_of(name) is None]
+    return found + [buffer for weight in heads for buffer in weight.buffers()]
+
+
+def _in_host_memory(model: Model, count: _Count) -> int:
+    """Blocks that a host source keeps, and large matrices that stay with it."""
+    assert isinstance(model.residency, Streamed)
+    fetcher = model.residency._fetcher
+    blocks = 0
+    if fetcher is not None and isinstance(fetcher.source, HostSource):
+        blocks = count.tensors(fetcher.source._blocks.values())
+    away = sum(model.checkpoint.nbytes(name) for name in model.away) if model.residency.name == "host" else 0
+    return blocks + away
+
+
+def _state(curvature: Any) -> dict[str, Any]:
+    """Without the Sigma of the last step, which is dropped as the next one begins."""
+    return {name: value for name, value in vars(curvature).items() if name != "_drawn"}
+
+
+def _changed_bytes(model: Model) -> int:
+    assert isinstance(model.residency, Streamed)
+    fetcher = model.residency._fetcher
+    if fetcher is None or not isinstance(fetcher.source, DiskSource):
+        return 0
+    return fetcher.source._stride * len(fetcher.source._changed)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors_of(item)]
+    return []

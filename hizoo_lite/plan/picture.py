@@ -1,0 +1,78 @@
+"""The picture of a plan: one stacked bar for each residency, and the budget as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hizoo_lite.errors import UserError
+from hizoo_lite.plan.plan import Plan
+from hizoo_lite.units import format_bytes
+
+#: What is drawn as one piece, from the bottom up, with its colour (safe for the colour-blind).
+_PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("framework", ("framework",), "#999999"),
+    ("embeddings and head", ("embeddings_and_head",), "#0072B2"),
+    ("blocks", ("resident_blocks", "block_slots", "prefetch_buffers", "pinned_host"), "#56B4E9"),
+    ("norms, biases", ("small_parameters",), "#CC79A7"),
+    ("adapters, Sigma, noise", ("adapters", "curvature", "noise"), "#F0E442"),
+    ("scratch", ("scratch",), "#009E73"),
+    (
+        "activations",
+        ("between_blocks", "attention", "mlp", "logits", "cache", "update", "loading", "heap"),
+        "#E69F00",
+    ),
+)
+_BUDGET_COLOUR = "#D55E00"
+
+
+def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
+    """Write a PNG (or what the file's ending says). `UserError` where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--out: needs matplotlib; install hizoo-lite[plot]") from error
+    figure = Figure(figsize=(8.0, 1.9 + 0.75 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    unit, divisor = _unit(max(one.peak_bytes for one in bars.values()))
+    names = list(bars)
+    for label, owners, colour in _PIECES:
+        sizes = [sum(bars[name].ledger.device.get(owner, 0) for owner in owners) / divisor for name in names]
+        below = [_below(bars[name], label) / divisor for name in names]
+        axes.barh(
+            names, sizes, left=below, color=colour, label=label, height=0.6, edgecolor="white", linewidth=0.5
+        )
+    widest = max(one.peak_bytes for one in bars.values()) / divisor
+    budget = plan.device_budget_bytes
+    near = budget is not None and budget / divisor < 2.5 * widest
+    right = max(widest, budget / divisor if near and budget else 0) * 1.16
+    for row, name in enumerate(names):
+        size = bars[name].peak_bytes / divisor
+        axes.text(size + right * 0.008, row, f"{size:.2f} {unit}", va="center", fontsize=9)
+    if near and budget is not None:
+        axes.axvline(budget / divisor, color=_BUDGET_COLOUR, linewidth=1.5, linestyle="--", label="budget")
+    axes.set_xlim(0, right)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"peak memory of the device, {unit}")
+    beyond = "" if near or budget is None else f"; budget {format_bytes(budget)}, outside of the picture"
+    axes.set_title(f"{Path(model).name}: {plan.settings()}{beyond}", fontsize=10, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _below(plan: Plan, label: str) -> int:
+    """Bytes of the pieces under this one."""
+    total = 0
+    for name, owners, _ in _PIECES:
+        if name == label:
+            break
+        total += sum(plan.ledger.device.get(owner, 0) for owner in owners)
+    return total
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)

@@ -1,0 +1,437 @@
+"""Predict the memory of a run from headers alone, and choose the fastest configuration that fits.
+
+    plan_run(config, Checkpoint.open(folder), kind)
+
+What is held (weights, adapters, Sigma, noise) is added up from shapes; what a pass makes is found by
+rehearsing it on the meta device (`rehearsal.py`). The framework is this process's own anonymous memory
+after the imports where a run is planned for this machine, a constant for another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from hizoo_lite import philox
+from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.device import CONTEXT_BYTES
+from hizoo_lite.engine.choose import Place
+from hizoo_lite.engine.chunks import MOST_SLICES, plan_chunks
+from hizoo_lite.plan.hardware import Hardware
+from hizoo_lite.plan.ledger import Ledger
+from hizoo_lite.plan.outline import Outline
+from hizoo_lite.plan.plan import Plan
+from hizoo_lite.plan.subject import Option, Subject, Unknown
+from hizoo_lite.plan.workload import ONE_ROW, Workload
+from hizoo_lite.units import format_bytes
+
+#: CUDA's libraries on the host. Not measured by this project yet; typical of CUDA 12.
+CUDA_HOST_BYTES = 1200 << 20
+#: The two buffers of `Checkpoint.verify`, on the host.
+LOADING_BYTES = 16_000_000
+#: Share of what a pass makes that glibc holds beside it where it keeps freed memory; measured: 0.2 to 0.6.
+HEAP_SHARE = 0.5
+#: Largest batch that is chosen where none is asked for.
+LARGEST_BATCH = 16
+#: What is tried where a batch is chosen.
+_BATCHES = (16, 8, 4, 2, 1)
+
+
+def plan_run(
+    config: TrainConfig,
+    checkpoint: Checkpoint | Outline,
+    kind: ModelKind,
+    workload: Workload = ONE_ROW,
+    *,
+    hardware: Hardware | None = None,
+    choose_batch: bool = False,
+    framework: int | None = None,
+) -> Plan:
+    """Plan a run. Without a budget everything fits and the blocks are resident.
+
+    workload: what the examples make, and the longest of them, in place of the configuration's `max_length`.
+    hardware: the machine, with its budgets and rates; None is this one, without rates. choose_batch: take the
+    largest batch that fits, up to 16, in place of the configuration's. framework: bytes of the imported
+    libraries, measured where it is None.
+
+    Raises `UserError` for bits, targets and residencies that contradict the checkpoint. An architecture that
+    is not known gives a plan that does not fit, with what is not accounted for.
+    """
+    outline = checkpoint if isinstance(checkpoint, Outline) else Outline.of(checkpoint)
+    try:
+        subject = Subject(config, outline, kind, workload, hardware, framework)
+    except Unknown as error:
+        return _unknown(config, outline, str(error))
+    return _choose(subject, choose_batch)
+
+
+# ---------------------------------------------------------------------------------------- one option
+
+
+def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
+    """The ledger of one configuration, with as many blocks on the device as fit."""
+    training, evaluation = subject.passes(option)
+    worst = max(training, evaluation, key=lambda one: one.peak_bytes)
+    scratch = {k: max(training.scratch.get(k, 0), evaluation.scratch.get(k, 0)) for k in training.scratch}
+    activations = _owned(worst.worst)
+    made = sum(activations.values()) + sum(scratch.values())
+    if subject.device == "cpu" and made < LOADING_BYTES:
+        activations = {"loading": LOADING_BYTES - sum(scratch.values())}
+    streamed = option.place != "resident"
+    sizes = subject.block_bytes(streamed)
+    outside = sum(subject.anatomy.outside.values())
+    away = sum(subject.anatomy.away.values()) if streamed else 0
+    noise = subject.trained_bytes() * subject.branches().directions
+    device = {
+        "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
+        "embeddings_and_head": outside - away,
+        "small_parameters": subject.anatomy.small_bytes,
+        "adapters": subject.adapter_bytes(),
+        "noise": noise + subject.weight_noise_bytes(),
+        "scratch": sum(scratch.values()),
+        **activations,
+    }
+    copies = 2 if subject.device == "cpu" else 3  # a GPU: and page-locked, times Sigma
+    host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
+    if subject.device == "cpu" and not gives_back:
+        device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
+    kept = len(sizes)
+    slots = 0
+    if streamed:
+        kept, slots = _kept(
+            subject, sizes, sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
+        )
+        away_blocks = sorted(sizes, reverse=True)[: len(sizes) - kept]
+        device["block_slots"] = slots
+        device["resident_blocks"] = sum(sizes) - sum(away_blocks)
+        if option.place == "host":
+            host["pinned_host"] = sum(away_blocks) + away
+        elif subject.device == "cuda":
+            host["prefetch_buffers"] = slots
+    else:
+        device["resident_blocks"] = sum(sizes)
+    moved = sum(sorted(sizes, reverse=True)[: len(sizes) - kept]) if streamed else 0
+    disk = {"changed_blocks": moved} if option.place == "disk" and subject.in_weights else {}
+    ledger = _ledger(subject, device, host, disk)
+    host_budget = subject.budgets.host_bytes if subject.device == "cuda" else None
+    on_device = _within(ledger.device_bytes, subject.budgets.device_bytes)
+    return Plan(
+        fits=on_device and _within(ledger.host_bytes, host_budget),
+        ledger=ledger,
+        residency=option.place,
+        blocks=len(sizes),
+        blocks_on_device=kept,
+        batch_size=option.batch,
+        eval_batch_size=subject.eval_batch(option.batch),
+        max_length=option.length,
+        branch_chunk=subject.config.branch_chunk,
+        halvings=option.halvings,
+        device_type=subject.device,
+        device_budget_bytes=subject.budgets.device_bytes,
+        host_budget_bytes=host_budget,
+        gives_back=gives_back,
+        moments=training.moments,
+        moved_bytes=moved,
+        bounds=_bounds(subject, option, moved),
+        unaccounted=_unaccounted(subject),
+    )
+
+
+def _within(size: int, budget: int | None) -> bool:
+    return budget is None or size <= budget
+
+
+def _owned(worst: Mapping[str, int]) -> dict[str, int]:
+    names = {"between": "between_blocks"}
+    return {names.get(owner, owner): size for owner, size in worst.items() if size}
+
+
+def _ledger(subject: Subject, device: dict[str, int], host: dict[str, int], disk: dict[str, int]) -> Ledger:
+    """On a CPU everything is in one memory."""
+    if subject.device == "cuda":
+        host["framework"] = CUDA_HOST_BYTES
+        return Ledger(device, host, disk)
+    for owner, size in host.items():
+        device[owner] = device.get(owner, 0) + size
+    return Ledger(device, {}, disk)
+
+
+def _kept(subject: Subject, sizes: Sequence[int], taken: int) -> tuple[int, int]:
+    """(blocks that may stay on the device, bytes of the slots), as `engine/residency.py` decides it."""
+    largest = max(sizes, default=0)
+    budget = subject.budgets.device_bytes
+    slots = min(2, len(sizes)) * largest
+    if budget is None or subject.config.residency != "auto":
+        return 0, slots
+    free = budget - taken
+    if sum(sizes) <= free:
+        return len(sizes), 0
+    return max(0, min(len(sizes) - 2, (free - slots) // max(largest, 1))), slots
+
+
+def _unaccounted(subject: Subject) -> tuple[str, ...]:
+    found = list(subject.anatomy.unaccounted)
+    found.append("the task's data and the tokenizer")
+    if subject.device == "cuda":
+        found.append("fragmentation of the device allocator; the context is a typical value, not measured")
+    if subject.config.task not in ("lm", "chat") and subject.workload.length is None:
+        found.append("logits of answers with more than one token, and what an evaluation that writes keeps")
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------------------- speed
+
+
+def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
+    """Least seconds of a step, by what takes them; empty where no rates are known."""
+    machine = subject.hardware
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(subject.compute, "float32")
+    # a dtype that the machine has no products in takes at least the time of those that it has
+    rate = (machine.rate(name) or machine.rate(machine.compute)) if machine else None
+    if machine is None or rate is None:
+        return {}
+    branches, rows = subject.branches(), subject.rows(option.batch)
+    sites = subject.sites(option.batch, subject.workload.training, option.length)
+    tokens = rows * option.length
+    elements, shared = subject.anatomy.parameters, subject.shared_elements()
+    heads = sum(math.prod(x.shape) for x in subject.anatomy.linears if x.block is None)
+    operations = 2 * tokens * (branches.count * (elements - shared) + shared)
+    operations += 2 * branches.count * sites * heads
+    if subject.in_weights:
+        trained = sum(shape.numel() for shape in subject.shapes.values())
+        operations += 2 * 2 * branches.pairs * tokens * trained
+    chunks = -(-rows // _together(subject, option))
+    packed = sum(subject.block_bytes(False))
+    unpacked = elements * subject.compute.itemsize
+    bounds = {
+        "products": operations / rate,
+        "unpacking": chunks * (packed + 2 * unpacked) / machine.device_bandwidth,
+    }
+    if subject.in_weights:  # drawn in every chunk and for the update: written and read once, in float32
+        drawing = 8 if subject.device == "cpu" else 8 + philox.MOVED_BYTES
+        bounds["noise"] = (chunks + 1) * drawing * elements / machine.device_bandwidth
+    if moved:
+        both = 2 if subject.in_weights else 1
+        if subject.device == "cuda":
+            bounds["host_to_device"] = both * moved / machine.host_to_device
+        if option.place == "disk":
+            bounds["disk"] = both * moved / machine.disk
+    return bounds
+
+
+def _together(subject: Subject, option: Option) -> int:
+    """Rows that go through a block together."""
+    rows = subject.rows(option.batch)
+    count = subject.branches().count
+    return plan_chunks(
+        subject.config.branch_chunk,
+        rows,
+        option.length,
+        count,
+        subject.device,
+        subject.in_weights,
+        option.halvings,
+    ).rows
+
+
+# -------------------------------------------------------------------------------------------- choice
+
+
+def _choose(subject: Subject, choose_batch: bool) -> Plan:
+    most = subject.hardware.batch_size if subject.hardware else None
+    batches = [batch for batch in _BATCHES if batch <= (most or LARGEST_BATCH)]
+    if not choose_batch:
+        batches = [subject.config.batch_size]
+    tried: list[Plan] = []
+    for batch in batches:
+        plans = [_best(subject, Option(place, batch, subject.length)) for place in _places(subject)]
+        tried += plans
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            best = min(fitting, key=_slowness)
+            return replace(best, why=_reasons(subject, best, plans, choose_batch))
+    closest = min(tried, key=lambda plan: (_excess(plan), plan.peak_bytes))
+    nearest = _nearest(subject, closest)
+    return replace(closest, nearest=nearest, why=_refusal(subject, closest, nearest))
+
+
+def _best(subject: Subject, option: Option) -> Plan:
+    """The configuration with the largest chunks that fit; the smallest where none do."""
+    has_budget = subject.budgets.device_bytes is not None
+
+    def halved(times: int) -> Plan:
+        return _evaluate(subject, option._replace(halvings=times), gives_back=has_budget)
+
+    too_few, enough = 0, _together(subject, option).bit_length() + MOST_SLICES.bit_length()
+    if has_budget and not _may_fit(subject, option):
+        return halved(enough)
+    plan = halved(0)
+    if plan.fits or not has_budget:
+        return plan
+    plan = halved(enough)
+    if plan.fits:
+        while enough - too_few > 1:
+            between = (too_few + enough) // 2
+            tried = halved(between)
+            if tried.fits:
+                plan, enough = tried, between
+            else:
+                too_few = between
+    return plan
+
+
+def _may_fit(subject: Subject, option: Option) -> bool:
+    """Whether the weights leave room for a pass: else smaller chunks and batches need not be looked at."""
+    budget = subject.budgets.device_bytes or 0
+    sizes = subject.block_bytes(option.place != "resident")
+    if option.place == "host" and sum(sizes) > budget + (subject.budgets.host_bytes or math.inf):
+        return False
+    held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
+    outside = sum(subject.anatomy.outside.values()) if option.place == "resident" else 0
+    return held + outside + (subject.framework if subject.device == "cpu" else CONTEXT_BYTES) < budget
+
+
+def _places(subject: Subject) -> Iterator[Place]:
+    """Residencies that are possible, the fastest first."""
+    wanted = subject.config.residency
+    if wanted == "auto" and subject.hardware is not None:
+        wanted = subject.hardware.residency
+    if wanted == "disk" and not subject.can_stream:
+        raise UserError(
+            f"--residency: got disk, but its blocks cannot be streamed as they are stored; {_remedy(subject)}"
+        )
+    if wanted != "auto":
+        yield wanted
+        return
+    yield "resident"
+    if subject.budgets.device_bytes is None:
+        return
+    if subject.device == "cuda":
+        yield "host"
+    if subject.can_stream:
+        yield "disk"
+
+
+def _slowness(plan: Plan) -> tuple[float, int, int]:
+    """What decides between plans that fit: time, then bytes moved, then small chunks."""
+    order = ("resident", "host", "disk").index(plan.residency)
+    return (plan.seconds_lower_bound or 0.0, plan.moved_bytes, order)
+
+
+def _excess(plan: Plan) -> int:
+    over = max(0, plan.peak_bytes - (plan.device_budget_bytes or plan.peak_bytes))
+    host = plan.ledger.host_bytes
+    return over + max(0, host - (plan.host_budget_bytes or host))
+
+
+def _reasons(subject: Subject, best: Plan, plans: Sequence[Plan], choose_batch: bool) -> str:
+    """Why this one."""
+    if best.device_budget_bytes is None:
+        return "no budget was given: all blocks stay on the device"
+    parts = []
+    for plan in plans:
+        if plan.residency == best.residency:
+            break
+        if not plan.fits:
+            parts.append(f"{plan.residency} needs {_needs(plan)}")
+    parts.append(
+        f"{best.settings()}: {format_bytes(best.peak_bytes)} of {format_bytes(best.device_budget_bytes)}"
+    )
+    if best.halvings:
+        parts.append("smaller chunks than usual, so that it fits: every weight is unpacked more often")
+    most = (subject.hardware.batch_size if subject.hardware else None) or LARGEST_BATCH
+    if choose_batch and best.batch_size < most:
+        parts.append(f"batch {2 * best.batch_size} does not fit")
+    return "; ".join(parts)
+
+
+def _needs(plan: Plan) -> str:
+    """The budget that is exceeded."""
+    if _within(plan.peak_bytes, plan.device_budget_bytes):
+        return (
+            f"{format_bytes(plan.ledger.host_bytes)} of the host, of {format_bytes(plan.host_budget_bytes)}"
+        )
+    return f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.device_budget_bytes)}"
+
+
+def _nearest(subject: Subject, plan: Plan) -> Plan | None:
+    """The first change that makes it fit: residency, batch, length; None where none does."""
+    places = [plan.residency]
+    if subject.config.residency != "auto":
+        places += [
+            place for place in ("host", "disk") if place != plan.residency and _is_possible(subject, place)
+        ]
+    batch, length = plan.batch_size, plan.max_length
+    places = [place for place in places if _may_fit(subject, Option(place, 1, length))]
+    while places:
+        for place in places:
+            found = _best(subject, Option(place, batch, length))
+            if found.fits:
+                return replace(found, why=f"fits with {found.settings()}")
+        if batch > 1:
+            batch //= 2
+        elif length > 32:
+            length //= 2
+        else:
+            break
+    return None
+
+
+def _is_possible(subject: Subject, place: str) -> bool:
+    return subject.can_stream if place == "disk" else subject.device == "cuda"
+
+
+def _refusal(subject: Subject, plan: Plan, nearest: Plan | None) -> str:
+    """What is missing, and what would make it fit."""
+    parts = [f"{plan.settings()} needs {_needs(plan)}"]
+    if nearest is not None:
+        parts.append(f"{nearest.settings()} fits, with {format_bytes(nearest.peak_bytes)}")
+    else:
+        parts.append("not even one short row fits")
+    if not subject.can_stream:
+        parts.append(_remedy(subject))
+    parts.append(f"as it is, a budget of {format_bytes(plan.peak_bytes)} is needed")
+    return "; ".join(parts)
+
+
+def _remedy(subject: Subject) -> str:
+    """What makes a checkpoint streamable."""
+    if subject.needs_own_scales and subject.outline.bits is not None:
+        return (
+            "to train the weights of a streamed model they must be quantized with --no-double-quant, "
+            "or use --dense-update residual"
+        )
+    bits = "nf4" if subject.bits == "none" else subject.bits
+    more = " --no-double-quant" if subject.needs_own_scales else ""
+    return (
+        "quantize it once, its blocks can then be streamed from disk: hizoo-lite quantize --model "
+        f"{subject.config.model} --bits {bits}{more} --out DIR"
+    )
+
+
+def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
+    """What can be said about an architecture that transformers does not know: the size of its files."""
+    weights = sum(form.nbytes for form in outline.forms.values())
+    return Plan(
+        fits=False,
+        ledger=Ledger({"resident_blocks": weights}),
+        residency="resident",
+        blocks=0,
+        blocks_on_device=0,
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
+        max_length=config.max_length,
+        branch_chunk=config.branch_chunk,
+        halvings=0,
+        device_type=config.device,
+        device_budget_bytes=None,
+        host_budget_bytes=None,
+        gives_back=False,
+        why=f"it cannot be planned: {reason}",
+        unaccounted=(f"{reason}: everything but the bytes of its tensors", *outline.unaccounted),
+    )

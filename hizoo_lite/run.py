@@ -1,0 +1,435 @@
+"""`fit`: a run from its configuration to its folder.
+
+    run = fit(TrainConfig(model="path", task="sst2", data="data/sst2", out="run"))
+    run = fit(model, task="sst2", data="data/sst2", space=LoRA(rank=8), estimator=HiZOO(), steps=1000)
+
+One process a device; those that a launcher started share the batches (`ranks.py`). Process state and
+trackers are accelerate's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
+from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.config import TrainConfig, refuse
+from hizoo_lite.curvature import Diagonal, Grouped
+from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
+from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
+from hizoo_lite.engine.choose import Budgets
+from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.estimators import HiZOO
+from hizoo_lite.memory.allocator import map_large
+from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
+from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.model.build import compute_name
+from hizoo_lite.model.model import Model
+from hizoo_lite.report.report import write_report
+from hizoo_lite.spaces import Dense
+from hizoo_lite.tensors import threads
+from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
+from hizoo_lite.train.checkpoint import Position
+from hizoo_lite.train.evaluate import Evaluation
+from hizoo_lite.train.events import Listener
+from hizoo_lite.train.folder import RunFolder, next_free
+from hizoo_lite.train.interrupt import Interrupt, Interrupted
+from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.ranks import Ranks
+from hizoo_lite.train.setup import Setup, build
+from hizoo_lite.train.summary import summarize
+
+if TYPE_CHECKING:
+    from hizoo_lite.edge.folder import Export
+    from hizoo_lite.export.merged import Dtype
+    from hizoo_lite.export.onnx.linear import Format
+
+
+_Part = TypeVar("_Part", Space, Estimator, Curvature)
+#: Of objects that stand in for a name.
+_EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished or interrupted run. Its space is still attached to `setup.model`."""
+
+    folder: Path
+    summary: dict[str, Any]  # as in summary.json
+    setup: Setup
+    before: Evaluation | None  # with predictions on setup.splits.test; None where this process made none
+    after: Evaluation | None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended it before its last step."""
+        return bool(self.summary["interrupted"])
+
+    def report(self, out: Path | str | None = None) -> Path:
+        """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""
+        return write_report([self.folder], out).html
+
+    def export_onnx(
+        self, out: Path | str, *, name: str | None = None, format: Format | None = None, merge: bool = False
+    ) -> Export:
+        """Base and adapter for onnxruntime, checked against the model; see `export.onnx.export.export_onnx`.
+
+        The base is read from its files again, beside the model that is still loaded.
+        """
+        from hizoo_lite.export.onnx.export import export_onnx
+
+        return export_onnx(self.folder, out, name=name, format=format, merge=merge)
+
+    def export_peft(self, out: Path | str) -> Path:
+        """The adapter as a folder for PEFT; see `export.peft.export`."""
+        from hizoo_lite.export import peft
+
+        return peft.export(self.folder, out)
+
+    def export_merged(
+        self, out: Path | str, *, dtype: Dtype = "bf16", bits: Bits = "none", double_quant: bool = True
+    ) -> Path:
+        """The tuned model as a plain Hugging Face folder; see `export.merged.prepare`."""
+        from hizoo_lite.export import merged
+
+        merged.prepare(self.folder, out, dtype=dtype, bits=bits, double_quant=double_quant).run()
+        return Path(out)
+
+
+def fit(
+    model: TrainConfig | Model | str,
+    *,
+    space: Space | str | None = None,
+    estimator: Estimator | str | None = None,
+    curvature: Curvature | str | None = None,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Run:
+    """Tune `model` and write the run folder.
+
+    Args:
+        model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
+            with unless `options` has others), or its folder or hub id.
+        space, estimator, curvature: names as in the configuration, or objects in their place.
+        listener: is told how it goes.
+        options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
+
+    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
+    StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
+    can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
+    """
+    listener = listener or Listener()
+    parts = {"space": space, "estimator": estimator, "curvature": curvature}
+    options |= {key: part for key, part in parts.items() if isinstance(part, str)}
+    space, estimator = _object("space", space), _object("estimator", estimator)
+    curvature = _object("curvature", curvature)
+    config, loaded = _configured(model, space, estimator, curvature, options)
+    wanted = config.device if loaded is None else loaded.device.type
+    ranks = distributed.join(choose_type(wanted)[0])
+    device = choose_device(wanted)  # of this rank, which has its own
+    if loaded is not None:
+        device = _same_device(loaded, device, ranks)
+    if not ranks.is_main:
+        listener = Listener()
+    path = str(config.out if config.out is not None else next_free("hizoo-run"))
+    folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+    config = replace(_checked(config, folder), out=str(folder.path))
+    ranks.wait()  # until the main one has found the folder to be free
+    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    if loaded is not None and limits.device_bytes is not None:
+        map_large()  # which `load` does where it is told the budget
+    with threads(config.threads), enforced(limits.device_bytes, device) as cap:
+        with loading():
+            setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
+        setup.stepper.ranks = ranks
+        _announce(setup, listener)
+        try:
+            return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
+        finally:
+            setup.stepper.close()
+
+
+def _object(field: str, given: _Part | str | None) -> _Part | None:
+    """What was given in place of a name; None for a name. UserError for a class and for what has no name."""
+    if given is None or isinstance(given, str):
+        return None
+    if isinstance(given, type) or not isinstance(getattr(given, "name", None), str):
+        raise UserError(
+            f"{field}: got {given!r:.80}, allowed: a name, or an object such as {_EXAMPLES[field]}"
+        )
+    return given
+
+
+def _configured(
+    model: TrainConfig | Model | str,
+    space: Space | None,
+    estimator: Estimator | None,
+    curvature: Curvature | None,
+    options: dict[str, Any],
+) -> tuple[TrainConfig, Model | None]:
+    """The configuration, with what the given objects say about themselves."""
+    own = ("rank", "alpha", "rslora", "train_a", "targets", "blocks")
+    known = {name: getattr(space, name, None) for name in own}
+    named = {key: value for key, value in known.items() if value is not None}
+    if isinstance(named.get("targets"), list | tuple):
+        named["targets"] = ",".join(named["targets"])
+    for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
+        if part is not None:
+            named[key] = part.name
+    if isinstance(space, Dense):
+        named["dense_update"] = space.update
+    if isinstance(estimator, HiZOO):
+        named |= {"curvature_every": estimator.every, "curvature_from": estimator.curvature_from}
+        named["directions"] = estimator.directions
+    if isinstance(curvature, Diagonal):
+        named["curvature_mode"] = curvature.mode
+    if isinstance(curvature, Grouped):
+        named["curvature_per"] = curvature.per
+    refuse(
+        [
+            f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"
+            for name, value in named.items()
+            if options.get(name, value) != value
+        ]
+    )
+    options = {name: value for name, value in options.items() if name not in named}
+    if isinstance(model, TrainConfig):
+        return _with_budgets(replace(model, **options, **named)), None
+    if isinstance(model, Model):
+        named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
+        named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
+        named["residency"] = _residency(model, options.pop("residency", "auto"))
+        options = {**model.limits.settings(), **config_file.with_profile(options)}
+        return TrainConfig(**{**options, **named}), model
+    return TrainConfig(**{"model": str(model), **config_file.with_profile(options), **named}), None
+
+
+def _device_name(device: torch.device) -> str:
+    """As a setting: without its index where that is the one that is chosen without."""
+    return device.type if choose_device(device.type) == device else str(device)
+
+
+def _with_budgets(config: TrainConfig) -> TrainConfig:
+    """A configuration made in Python says nothing but None for what is not given: the budgets."""
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return TrainConfig(**config_file.with_profile(given))
+
+
+def _residency(model: Model, wanted: str) -> str:
+    """Of a loaded model: as it was loaded. UserError where another is asked for."""
+    if wanted not in ("auto", model.residency.name):
+        raise UserError(
+            f"residency: got {wanted!r}, but the model was loaded with its blocks {model.residency.name}; "
+            f"allowed: {model.residency.name}, auto, or load(..., residency={wanted!r})"
+        )
+    return model.limits.residency
+
+
+def _same_device(model: Model, device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of a loaded model. UserError where it is that of another rank."""
+    if ranks.count > 1 and is_gpu(device) and model.device != device:
+        raise UserError(
+            f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "
+            f"allowed: load(..., device={device.type!r}), which takes it"
+        )
+    return model.device
+
+
+def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """Refuse an impossible folder, tracker or launch; a resumed run keeps what it left open (kind, bits)."""
+    if config.tracker != "none" and config.tracker not in [str(t) for t in get_available_trackers()]:
+        raise UserError(f"--tracker: {config.tracker} is not installed here; install it, or use none")
+    if not config.resume:
+        folder.check_new()
+        return config
+    old = folder.config()
+    if config.kind == "auto":
+        config = replace(config, kind=old.kind)
+    if config.bits is None:
+        config = replace(config, bits=old.bits)
+    if config.compute_dtype == "auto":
+        config = replace(config, compute_dtype=old.compute_dtype)
+    config_file.check_same_run(old, config)
+    return config
+
+
+def _announce(setup: Setup, listener: Listener) -> None:
+    model, splits, compute = setup.model, setup.splits, str(setup.model.compute).removeprefix("torch.")
+    count = sum(math.prod(shape) for shape in trainable(setup.space).values())
+    listener.message(
+        f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
+        f"on {model.device}, products in {compute}, {count:,} trainable parameters"
+    )
+    listener.message(
+        f"{setup.task.name}: {len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test"
+    )
+
+
+def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) -> Run:
+    setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
+    accelerator = _accelerator(setup, folder)
+    with ExitStack() as open_things:
+        enter = open_things.enter_context
+        enter(folder.locked())
+        if not setup.config.resume:
+            folder.check_new()  # another run may have begun here since
+        earlier = folder.read_summary() if setup.config.resume else {}
+        position = _begin(setup, folder, listener)
+        ranks.wait()  # until every one has read the journal
+        journal = enter(resume.open_journal(folder, setup.stepper, position)) if ranks.is_main else None
+        _start_tracker(accelerator, setup.config)
+        meter = PeakMeter(setup.model.device)
+        interrupt, profiler = enter(Interrupt()), enter(_profiled(setup, meter, budget))
+        loop = Loop(
+            setup,
+            folder,
+            position,
+            journal,
+            log=accelerator.log,
+            listener=listener,
+            interrupt=interrupt,
+            meter=meter,
+            profiler=profiler,
+            memory=lambda: profiler.record(owner_list(predicted_owners(folder.plan), measured_owners(setup))),
+        )
+        failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
+        try:
+            loop.run()
+        except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
+            failure = error
+        except (RuntimeError, MemoryError) as error:
+            failure = _refused(error)
+        listener.finish()
+        if not ranks.is_main:
+            return _of_other_rank(setup, folder, loop, failure)
+        summary: dict[str, Any] = {}
+        try:
+            if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
+                setup.model.halvings = loop.halvings
+            if loop.is_whole:
+                loop.save()
+                checkpoint.save_adapter(setup.stepper.space, folder.adapter)
+            peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+            summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
+            summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
+            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
+            summary |= {**profiler.figures(), "adapter_step": adapter_step, "ranks": ranks.count}
+            folder.write_summary(summary)
+            _report(folder, listener)
+        except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
+            again = error if isinstance(error, StorageError | BudgetError) else _refused(error)
+            failure = failure if isinstance(failure, StorageError | BudgetError) else again
+        if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
+            ranks.wait()
+        accelerator.end_training()
+    if isinstance(failure, StorageError | BudgetError):
+        raise type(failure)(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
+    if isinstance(failure, TooManyBadSteps):
+        raise failure
+    return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _refused(error: RuntimeError | MemoryError) -> BudgetError:
+    """Memory that was refused, as an error of ours; any other error is raised."""
+    if not is_out_of_memory(error):
+        raise error
+    said = str(error)
+    return BudgetError(f"memory ran out: {said}" if said else "memory ran out")
+
+
+def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
+    """The end of a rank that writes nothing: the result is the main one's."""
+    if isinstance(failure, StorageError | BudgetError):
+        raise failure
+    setup.stepper.ranks.wait()
+    if failure is not None and not isinstance(failure, Interrupted):
+        raise failure
+    return Run(folder.path, folder.read_summary(), setup, loop.before, loop.after)
+
+
+@contextmanager
+def _profiled(setup: Setup, meter: PeakMeter, budget: Budget) -> Iterator[Profiler]:
+    """A profiler that the model's blocks report to while this is open, and that tells the budget of peaks."""
+    profiler = Profiler(setup.model.device, meter)
+    profiler.on_peak = budget.check
+    setup.model.observer = profiler
+    try:
+        yield profiler
+    finally:
+        setup.model.observer = None
+        profiler.close()
+
+
+def _report(folder: RunFolder, listener: Listener) -> None:
+    """report.html and report.json; the run is saved by now, so that a full disk costs only them."""
+    try:
+        written = write_report([folder.path], with_png=False)
+    except (UserError, StorageError, OSError) as error:
+        listener.message(f"no report: {error}")
+    else:
+        listener.message(f"report: {written.html}")
+
+
+def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
+    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
+    start = resume.Start(Position())
+    model = setup.model
+    made_of = identity.of_run(
+        setup.splits, setup.task, fingerprint(model.folder), model.folder, setup.stepper.library
+    )
+    made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
+    if setup.config.resume:
+        identity.check(folder.identity, made_of)
+        for words in identity.changes(folder.identity, made_of):
+            listener.message(f"{words}: steps from here on may round otherwise than the ones before")
+        start = resume.resume(folder, setup.stepper, setup.config.steps, listener.message)
+        setup.model.halvings = max(setup.model.halvings, start.halvings)
+        listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
+    compute = compute_name(setup.model.compute)
+    resolved = replace(
+        setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
+    )
+    folder.create(replace(resolved, out=str(folder.path)))
+    folder.write_identity(made_of)
+    _write_plan(folder, setup)
+    return start.position
+
+
+def _write_plan(folder: RunFolder, setup: Setup) -> None:
+    plan = setup.plan
+    if plan is None:
+        return
+    owners = {**plan.ledger.device, **plan.ledger.host}
+    folder.write_plan(
+        {
+            **plan.to_json(),
+            "owners": owners,
+            "predicted_peak_bytes": plan.peak_bytes,
+            "budget_bytes": plan.device_budget_bytes,
+            "profile": setup.config.profile,
+        }
+    )
+
+
+def _accelerator(setup: Setup, folder: RunFolder) -> Accelerator:
+    """accelerate's process state and trackers."""
+    tracker = setup.config.tracker
+    log_with = None if tracker == "none" else tracker
+    accelerator = Accelerator(log_with=log_with, project_dir=str(folder.path))
+    kind_of(setup.model.device).prepare()  # its configuration may have allowed TF32
+    return accelerator
+
+
+def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
+    if config.tracker != "none":
+        settings = {name: "" if value is None else value for name, value in vars(config).items()}
+        accelerator.init_trackers("hizoo_lite", config=settings)
