@@ -1,8 +1,8 @@
-"""The few operations of a step whose spelling differs between torch and numpy.
+"""Array operations of a step that numpy and torch name differently.
 
 Formulas are written once, over `Arrays.xp` (the library's namespace: what `numpy` and `torch` both have under
 one name with one meaning) and the methods here. `NumpyArrays` is what runs beside onnxruntime; `TorchArrays`
-(`tensors.py`) is loaded when it is first asked for, so that nothing else needs torch.
+is in `tensors.py`, so that nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hizoo_lite.base import Array
+#: A tensor of torch or an array of numpy: of whichever library the run computes with.
+Array = Any
+Shape = Sequence[int]
 
 
 class Arrays(ABC):
@@ -167,10 +169,3 @@ class NumpyArrays(Arrays):
     def without_gradients(self) -> AbstractContextManager[Any]:
         """Nothing to switch off."""
         return nullcontext()
-
-
-def host_arrays() -> Arrays:
-    """torch's, on the host: what a run computes with unless it says otherwise."""
-    from hizoo_lite.tensors import TorchArrays
-
-    return TorchArrays()

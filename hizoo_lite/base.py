@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from hizoo_lite.arrays import Array, Shape
 from hizoo_lite.errors import TooManyBadSteps as TooManyBadSteps
 from hizoo_lite.errors import UserError as UserError
 
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
     from hizoo_lite.arrays import Arrays
 
-#: A tensor of torch or an array of numpy: of whichever library the run computes with.
-Array = Any
-Shape = Sequence[int]
 
 Bits = Literal["nf4", "fp4", "int8", "none"]
 ModelKind = Literal["causal", "masked", "classifier"]
@@ -176,8 +174,8 @@ class Curvature(ABC):
     updates_with_new_scale: bool = False
 
     @abstractmethod
-    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
-        """Lay out the state for the trainable tensors, by name, in arrays of that library; torch if None."""
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
+        """Lay out the state for the trainable tensors, by name, in arrays of that library."""
 
     @abstractmethod
     def scale(self, name: str) -> Array:

@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hizoo_lite.errors import UserError
@@ -32,6 +33,8 @@ TrackerName = Literal[
 
 #: What `--model`, `--task` and `--data` call the tiny model and the task inside the package.
 EMBEDDED = "embedded"
+#: The folder of all three.
+DEMO = Path(__file__).resolve().parent / "demo"
 
 
 def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:

@@ -21,8 +21,7 @@ import psutil
 import torch
 
 from hizoo_lite.errors import BudgetError, UserError
-from hizoo_lite.memory.allocator import trim
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.process import resident, trim
 from hizoo_lite.units import format_bytes
 
 #: What a process has of a GPU beside its tensors: CUDA's context and the kernels of libraries. Not measured

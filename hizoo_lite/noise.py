@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array, Uniform
+from hizoo_lite.arrays import Array, Arrays
+from hizoo_lite.base import Uniform
 
 if TYPE_CHECKING:
     import torch
@@ -144,12 +144,12 @@ class StepNoise:
         self,
         seed: int,
         shapes: Mapping[str, Sequence[int]],
-        arrays: Arrays | None = None,
+        arrays: Arrays,
         directions: int = 1,
     ) -> None:
         self.seed, self.directions = seed, directions
         self.shapes = dict(shapes)
-        self._arrays = arrays or host_arrays()
+        self._arrays = arrays
         # Half of the cores, since a CPU may compute meanwhile; one is slower than a GPU's step.
         threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")

@@ -23,19 +23,18 @@ from accelerate.tracking import get_available_trackers
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig, refuse
-from hizoo_lite.curvature import Diagonal, Grouped
 from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.errors import BudgetError, StorageError
-from hizoo_lite.estimators import HiZOO
-from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.memory.profiler import Profiler, measured_owners, owner_list, predicted_owners
-from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.memory.limits import Budgets
+from hizoo_lite.memory.peak import PeakMeter
+from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
+from hizoo_lite.plan import ledger
+from hizoo_lite.process import map_large
+from hizoo_lite.registry import settings_of
 from hizoo_lite.report.report import write_report
-from hizoo_lite.spaces import Dense
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
 from hizoo_lite.train.checkpoint import Position
@@ -177,23 +176,12 @@ def _configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
-    own = ("rank", "alpha", "rslora", "train_a", "targets", "blocks")
-    known = {name: getattr(space, name, None) for name in own}
-    named = {key: value for key, value in known.items() if value is not None}
+    named = {**settings_of(space), **settings_of(estimator), **settings_of(curvature)}
     if isinstance(named.get("targets"), list | tuple):
         named["targets"] = ",".join(named["targets"])
     for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
         if part is not None:
             named[key] = part.name
-    if isinstance(space, Dense):
-        named["dense_update"] = space.update
-    if isinstance(estimator, HiZOO):
-        named |= {"curvature_every": estimator.every, "curvature_from": estimator.curvature_from}
-        named["directions"] = estimator.directions
-    if isinstance(curvature, Diagonal):
-        named["curvature_mode"] = curvature.mode
-    if isinstance(curvature, Grouped):
-        named["curvature_per"] = curvature.per
     refuse(
         [
             f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"
@@ -299,7 +287,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
             interrupt=interrupt,
             meter=meter,
             profiler=profiler,
-            memory=lambda: profiler.record(owner_list(predicted_owners(folder.plan), measured_owners(setup))),
+            memory=lambda: profiler.record(owners(setup)),
         )
         failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
@@ -379,6 +367,13 @@ def _report(folder: RunFolder, listener: Listener) -> None:
         listener.message(f"report: {written.html}")
 
 
+def owners(setup: Setup) -> list[dict[str, Any]]:
+    """What the plan says of each owner of memory, and what its live objects hold."""
+    predicted = setup.plan.owners if setup.plan is not None else {}
+    found = ledger.measure(setup.model, setup.space, setup.stepper.curvature)
+    return ledger.owner_list(predicted, {**found.device, **found.host})
+
+
 def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = resume.Start(Position())
@@ -408,11 +403,10 @@ def _write_plan(folder: RunFolder, setup: Setup) -> None:
     plan = setup.plan
     if plan is None:
         return
-    owners = {**plan.ledger.device, **plan.ledger.host}
     folder.write_plan(
         {
             **plan.to_json(),
-            "owners": owners,
+            "owners": plan.owners,
             "predicted_peak_bytes": plan.peak_bytes,
             "budget_bytes": plan.device_budget_bytes,
             "profile": setup.config.profile,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import Batch
 from hizoo_lite.device import Event, gpu_of, is_gpu
-from hizoo_lite.memory.pinned import page_lock
+
+_log = logging.getLogger(__name__)
 
 #: Terms of a sum that a GPU takes in float32; sums of those are in float64.
 BLOCK = 1024
@@ -188,3 +191,19 @@ def batch_tensors(batch: Batch) -> Batch:
         and value is not None
     }  # fmt: skip
     return batch._replace(**made)
+
+
+def page_lock(data: Tensor, device: torch.device) -> bool:
+    """For copies to and from `device`, a GPU.
+
+    Exactly these bytes, where torch's pinned allocator rounds up to a power of two. They are unlocked when
+    `data` itself is gone. Where it is refused, copies are slower; False then.
+    """
+    pointer = data.data_ptr()
+    gpu = gpu_of(device)
+    status = gpu.page_lock(pointer, data.numel() * data.itemsize, device)
+    if status != 0:
+        _log.warning("host memory could not be page-locked (CUDA error %d); copies are slower", status)
+        return False
+    weakref.finalize(data, gpu.page_unlock, pointer, device)
+    return True

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hizoo_lite
-from hizoo_lite import peft_format
 from hizoo_lite.base import Batch
+from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.folder import _FIELDS, describe
@@ -174,7 +174,7 @@ def export_classifier(folder: Path, table: Tensor, weight: Tensor) -> Path:
     dynamic = (*({0: any_size, 1: any_size} for _ in range(3)), *({0: any_size} for _ in range(3)))
     names = ["input_ids", "attention_mask", "token_type_ids", "gold", COMPARED, "score.weight"]
     _export(Graph().eval(), arguments, dynamic, names, OUTPUTS, folder / "train.onnx")
-    path = folder / "adapter" / peft_format.TENSOR_FILE
+    path = folder / "adapter" / PEFT_WEIGHTS
     save_file({"base_model.model.score.weight": weight}, path)
     record = {
         "format": FORMAT,

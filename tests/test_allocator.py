@@ -9,31 +9,31 @@ import sys
 
 import pytest
 
-from hizoo_lite.memory import allocator
-from hizoo_lite.memory.rss import resident
+from hizoo_lite import process
+from hizoo_lite.process import resident
 
 
 def test_glibc_takes_the_thresholds_and_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIZOO_LITE_KEEP_HEAP", "0")
-    assert allocator.keep_heap.__wrapped__() is False
+    assert process.keep_heap.__wrapped__() is False
     monkeypatch.delenv("HIZOO_LITE_KEEP_HEAP")
-    assert allocator.keep_heap.__wrapped__() is (platform.libc_ver()[0] == "glibc")
+    assert process.keep_heap.__wrapped__() is (platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert allocator.keep_heap.__wrapped__() is False
+    assert process.keep_heap.__wrapped__() is False
 
 
 #: In a process of its own: which thresholds this one has depends on the tests before.
 _TRIM = """
 import torch
-from hizoo_lite.memory import allocator
-from hizoo_lite.memory.rss import resident
-from hizoo_lite.memory.rss import resident
+from hizoo_lite import process
+from hizoo_lite.process import resident
+from hizoo_lite.process import resident
 
-assert allocator.keep_heap()
+assert process.keep_heap()
 block = torch.ones(64 << 20, dtype=torch.uint8)
 del block
 before = resident().anon_bytes
-allocator.trim()
+process.trim()
 print(before - resident().anon_bytes)
 """
 

@@ -13,11 +13,11 @@ import torch
 
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import MOST_HALVINGS, Budget, Cap, enforced, is_out_of_memory
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.limits import Budgets
+from hizoo_lite.process import resident
 from hizoo_lite.run import fit
 from hizoo_lite.train.events import Listener
 from tests.architectures import save_tiny
@@ -117,7 +117,7 @@ def test_the_system_refuses_anonymous_memory_beyond_the_budget() -> None:
     code = """
 import torch
 from hizoo_lite.engine.budget import enforced, is_out_of_memory
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.peak import resident
 limit = resident().anon_bytes + (200 << 20)
 with enforced(limit, torch.device("cpu")):
     held = torch.ones(100 << 20, dtype=torch.uint8)
@@ -142,7 +142,7 @@ def test_stacks_that_nobody_touches_do_not_count() -> None:
 import threading
 import torch
 from hizoo_lite.engine.budget import enforced
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.peak import resident
 limit = resident().anon_bytes + (100 << 20)
 with enforced(limit, torch.device("cpu")) as cap:
     assert not cap.renew()

@@ -19,9 +19,10 @@ from hizoo_lite.base import UserError
 from hizoo_lite.config import TrainConfig, choices, kinds, problems, settings
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import ESTIMATORS
+from hizoo_lite.plan.hardware import profiles_folder
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.train import config_file
-from hizoo_lite.train.config_file import check_same_run, find, profiles_folder, resolve, write
+from hizoo_lite.train.config_file import check_same_run, find, resolve, write
 from hizoo_lite.units import format_bytes, parse_bytes
 
 PROFILES = sorted((Path(__file__).parents[1] / "profiles").glob("*.toml"))
@@ -208,14 +209,13 @@ def test_a_configuration_is_resolved_without_importing_torch() -> None:
 
 
 def test_curvature_settings_reach_the_curvature() -> None:
-    from hizoo_lite.curvature import Diagonal, Grouped
-    from hizoo_lite.train.setup import make_curvature
+    from hizoo_lite.curvature import CURVATURES, Diagonal, Grouped
 
     common = {"model": "m", "task": "sst2", "data": "d"}
-    diagonal = make_curvature(TrainConfig(**common, curvature="diagonal", curvature_mode="reference"))
+    diagonal = CURVATURES.configured(TrainConfig(**common, curvature="diagonal", curvature_mode="reference"))
     assert isinstance(diagonal, Diagonal)
     assert diagonal.mode == "reference"
-    grouped = make_curvature(TrainConfig(**common, curvature_per="row"))
+    grouped = CURVATURES.configured(TrainConfig(**common, curvature_per="row"))
     assert isinstance(grouped, Grouped)
     assert grouped.per == "row"
     with pytest.raises(UserError, match=r"curvature_mode: got 'published'.*allowed: paper, reference"):

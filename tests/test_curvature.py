@@ -55,7 +55,7 @@ def draw(step: int, shapes: dict[str, torch.Size] = SHAPES) -> dict[str, Tensor]
 def started(member: Callable[[], Curvature], shapes: dict[str, torch.Size] = SHAPES) -> Curvature:
     """A member, laid out for `shapes`."""
     curvature = member()
-    curvature.start(shapes)
+    curvature.start(shapes, TorchArrays())
     return curvature
 
 

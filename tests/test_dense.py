@@ -24,6 +24,7 @@ from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.spaces import Dense, LoRA, Scales
 from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.spaces.weights import TILE_ELEMENTS, tiles
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train.step import Stepper
 from tests import reference
 from tests.architectures import save_tiny
@@ -99,7 +100,7 @@ def make_stepper(
 def learnt(make: Callable[[], Curvature], shapes: dict[str, torch.Size]) -> Curvature:
     """A curvature whose Sigma is far from the identity everywhere."""
     curvature = make()
-    curvature.start(shapes)
+    curvature.start(shapes, TorchArrays())
     generator = torch.Generator().manual_seed(3)
     saved = {k: v.clone() for k, v in curvature.state_dict().items()}
     for name, value in saved.items():
@@ -294,7 +295,7 @@ def test_an_update_is_applied_once_before_whatever_comes_next(kind: str, tmp_pat
         model, space = attached(tmp_path / "model", kind)
         assert space.weights is not None
         curvature = NoCurvature()
-        curvature.start(trainable(space))
+        curvature.start(trainable(space), TorchArrays())
         space.weights.begin(SEED, 0, curvature, measured=False)
         start = {n: decoded(linear.weight) for n, linear in model.linears.items()}
         space.weights.update(1e-2, 0.0)

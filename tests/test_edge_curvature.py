@@ -12,6 +12,7 @@ from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature import Diagonal, Factored, Grouped, NoCurvature
 from hizoo_lite.noise import StepNoise, drawn
+from hizoo_lite.tensors import TorchArrays
 
 SHAPES = {"a": (6, 40), "b": (30, 6), "bias": (7,), "one": ()}
 MEMBERS: dict[str, Callable[[], Curvature]] = {
@@ -49,7 +50,7 @@ def observe(curvature: Curvature, steps: int, first: int = 0) -> None:
 def test_numpy_and_torch_learn_the_same_sigma(member: Callable[[], Curvature]) -> None:
     over_numpy, over_torch = member(), member()
     over_numpy.start(SHAPES, NumpyArrays())
-    over_torch.start(SHAPES)
+    over_torch.start(SHAPES, TorchArrays())
     observe(over_numpy, 60)
     observe(over_torch, 60)
     for name in SHAPES:
@@ -67,7 +68,7 @@ def test_numpy_and_torch_learn_the_same_sigma(member: Callable[[], Curvature]) -
 @members
 def test_a_state_goes_from_one_library_to_the_other(member: Callable[[], Curvature]) -> None:
     over_torch, over_numpy, resumed = member(), member(), member()
-    over_torch.start(SHAPES)
+    over_torch.start(SHAPES, TorchArrays())
     observe(over_torch, 30)
     over_numpy.start(SHAPES, NumpyArrays())
     over_numpy.load_state_dict({name: value.numpy() for name, value in over_torch.state_dict().items()})
@@ -90,7 +91,7 @@ def test_a_state_of_other_shapes_is_refused() -> None:
 
 
 def test_noise_is_the_same_in_both_libraries() -> None:
-    over_numpy, over_torch = StepNoise(5, SHAPES, NumpyArrays()), StepNoise(5, SHAPES)
+    over_numpy, over_torch = StepNoise(5, SHAPES, NumpyArrays()), StepNoise(5, SHAPES, TorchArrays())
     for step in (0, 1, 7):
         got, want = over_numpy(step), over_torch(step)
         assert all(np.array_equal(got[name], want[name].numpy()) for name in SHAPES)

@@ -19,9 +19,9 @@ from hizoo_lite.edge.folder import Export
 from hizoo_lite.engine.load import load
 from hizoo_lite.export import merged
 from hizoo_lite.export.onnx.compare import LIMIT
+from hizoo_lite.model.kinds import model_path
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import saved
-from hizoo_lite.train.setup import model_path
 from tests.run_fixtures import short_run
 from tests.test_cli import call
 from tests.test_export_merged import FLOAT32, logits, theirs

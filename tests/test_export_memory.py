@@ -34,7 +34,7 @@ CODE = """
 import resource, sys
 import onnxscript, torch.onnx
 import hizoo_lite.export.onnx.export as exporting
-from hizoo_lite.memory.rss import private_bytes
+from hizoo_lite.memory.peak import private_bytes
 exporting._references = lambda *_: []
 exporting._check = lambda *_: None
 limit = private_bytes() + int(sys.argv[3])
@@ -75,7 +75,7 @@ WHOLE = """
 import sys
 import onnxscript, torch.onnx
 from hizoo_lite.export.onnx.export import export_onnx
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.peak import resident
 print(resident().anon_bytes, flush=True)
 export_onnx(sys.argv[1], sys.argv[2])
 """

@@ -20,6 +20,7 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.export import merged
 from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.run import fit
@@ -234,7 +235,7 @@ def test_a_bare_trunk_gets_its_head(tmp_path):
 
 
 def test_a_classifier_of_a_decoder_knows_what_it_is_padded_with(tmp_path):
-    source = Path(setup.model_path("embedded"))
+    source = Path(kinds.model_path("embedded"))
     base = Path(shutil.copytree(source, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     del config["pad_token_id"]
@@ -249,7 +250,7 @@ def test_a_classifier_of_a_decoder_knows_what_it_is_padded_with(tmp_path):
 
 
 def test_rows_of_a_classifier_are_padded_with_what_it_takes_for_padding():
-    model = load(setup.model_path("embedded"), kind="classifier", bits="none", device="cpu")
+    model = load(kinds.model_path("embedded"), kind="classifier", bits="none", device="cpu")
     padding = model.config.pad_token_id
     model.tokenizer.pad_token = None
     assert pad_id(model.tokenizer) != padding

@@ -14,6 +14,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.noise import GENERATORS, tile_normal
 from hizoo_lite.philox import PhiloxUniform, fill_normal
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
+from hizoo_lite.tensors import TorchArrays
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.test_dense import KINDS, MU, make_stepper
@@ -59,7 +60,7 @@ def test_short_products_on_cuda_keep_the_projected_gradient(kind: str, compute: 
     for dtype in ("float32", compute):
         model, space = attached(tmp_path, kind, dtype)
         curvature = NoCurvature()
-        curvature.start(trainable(space))
+        curvature.start(trainable(space), TorchArrays())
         assert space.weights is not None
         grads = []
         for step in range(7):

@@ -29,6 +29,7 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.plan.tally import FusedAttention, Tally
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.spaces import SPACES
 from hizoo_lite.train import setup
 from tests.architectures import TINY_CONFIGS, save_tiny
 
@@ -60,7 +61,7 @@ def live(config: TrainConfig, kind: Any) -> Any:
         config.model, kind=kind, bits=config.bits, device="cpu", compute_dtype="float32",
         double_quant=config.double_quant and config.space == "lora", residency=config.residency,
     )  # fmt: skip
-    space = setup.make_space(config)
+    space = SPACES.configured(config)
     space.attach(model, seed=0)
     stepper = setup.make_stepper(config, Traversal(model), space, None, None)
     batch = answer_batch(model.config.vocab_size, rows=4, length=16)
@@ -114,7 +115,7 @@ def test_every_space_curvature_and_residency_is_counted(changes: dict[str, Any],
 
 
 def check_owners(plan: Plan, parts: Any) -> None:
-    measured = ledger.measure(parts)
+    measured = ledger.measure(parts.model, parts.space, parts.stepper.curvature)
     found = {owner: measured.device.get(owner, 0) for owner in EXACT}
     assert {owner: plan.ledger.device.get(owner, 0) for owner in EXACT} == found
     parts.model.residency.close()
@@ -134,7 +135,7 @@ def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branc
     model = load(tmp_path, bits="nf4", device="cpu", compute_dtype="bf16")
     directions = {}
     if trained is not None:
-        space = setup.make_space(config_of(tmp_path, targets="all-linear"))
+        space = SPACES.configured(config_of(tmp_path, targets="all-linear"))
         space.attach(model, seed=0)
         along = (branches.directions,)
         directions = {key: torch.zeros(along + value.shape) for key, value in space.parameters.items()}

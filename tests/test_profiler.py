@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from hizoo_lite import process
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.memory import profiler as profiler_module
-from hizoo_lite.memory import rss, sampling
-from hizoo_lite.memory.profiler import FIRST_STEPS, MOST_SHARE, Profiler, owner_list, predicted_owners
+from hizoo_lite.memory import sampling
+from hizoo_lite.memory.peak import PeakMeter
+from hizoo_lite.memory.profiler import FIRST_STEPS, MOST_SHARE, Profiler
 from hizoo_lite.memory.sampling import Watcher, host_bytes, make_reader
 from hizoo_lite.memory.timeline import FIRST_KEPT, Peaks, Sample, Timeline
+from hizoo_lite.plan.ledger import owner_list
 from hizoo_lite.run import Run, fit
 from tests.run_fixtures import short_run
 
@@ -38,7 +41,7 @@ class Clock:
         self.now += seconds
 
 
-class FixedMeter(rss.PeakMeter):
+class FixedMeter(PeakMeter):
     """A peak that is always the same; a reading of it takes `seconds`."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
@@ -155,7 +158,7 @@ def test_merged_peaks_keep_the_highest() -> None:
 
 
 def test_a_sample_says_what_proc_status_says() -> None:
-    now = rss.resident()
+    now = process.resident()
     if now.anon_bytes is None or now.file_bytes is None:
         pytest.skip("there is no /proc/self/status here")
     held = make_reader(CPU)()
@@ -184,14 +187,14 @@ def test_on_cuda_a_sample_has_the_allocator_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_laps_end_at_the_next_one_and_stay_in_the_phase() -> None:
-    if not rss.reset_peak():
+    if not process.reset_peak():
         pytest.skip("/proc/self/clear_refs cannot be written here")
-    meter = rss.PeakMeter()
+    meter = PeakMeter()
     meter.restart()
     block = torch.ones(50_000_000)  # 200 MB, touched
     high = meter.lap_bytes()
     del block
-    rss.trim()
+    process.trim()
     meter.lap_bytes()
     assert high - meter.lap_bytes() > 100_000_000
     assert meter.phase_bytes() >= high - SLACK_BYTES
@@ -200,7 +203,7 @@ def test_laps_end_at_the_next_one_and_stay_in_the_phase() -> None:
 def test_where_the_peak_cannot_be_reset_a_thread_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler_module, "reset_peak", lambda: False)
     held = {"anon_bytes": 100, "file_bytes": 0}
-    profiler = Profiler(CPU, rss.PeakMeter(), read=lambda: dict(held))
+    profiler = Profiler(CPU, PeakMeter(), read=lambda: dict(held))
     try:
         with profiler.phase("train", 0):
             held["anon_bytes"] = 5000
@@ -234,15 +237,9 @@ def test_training_is_held_against_one_forward_of_the_same_batch() -> None:
     assert profiler.figures()["training_over_inference"] == 1.0
 
 
-def test_owners_are_predicted_and_measured_side_by_side(tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
-    assert predicted_owners(plan) == {}
-    plan.write_text('{"owners": ')
-    assert predicted_owners(plan) == {}
-    plan.write_text(json.dumps({"owners": {"weights": None, "head": 3}}))
-    assert predicted_owners(plan) == {"head": 3}
-    plan.write_text(json.dumps({"owners": {"weights": 10, "libraries": 20}}))
-    assert owner_list(predicted_owners(plan), {"weights": 11, "slack": 1}) == [
+def test_owners_are_predicted_and_measured_side_by_side() -> None:
+    predicted, measured = {"weights": 10, "libraries": 20}, {"weights": 11, "slack": 1, "nothing": 0}
+    assert owner_list(predicted, measured) == [
         {"owner": "weights", "predicted_bytes": 10, "measured_bytes": 11},
         {"owner": "libraries", "predicted_bytes": 20, "measured_bytes": None},
         {"owner": "slack", "predicted_bytes": None, "measured_bytes": 1},

@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import safetensors
 from hizoo_lite.cli import app
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.journal import record_bytes
-from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.replay import replay
 from tests.run_fixtures import short_run, stories
 

@@ -17,7 +17,7 @@ from hizoo_lite import tasks
 from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import safetensors
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.curvature import Grouped
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError
@@ -30,7 +30,6 @@ from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.loop import Loop
-from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.replay import replay
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import short_run, write_task

@@ -16,16 +16,17 @@ import transformers
 from safetensors.torch import load_file
 
 import hizoo_lite as hz
+from hizoo_lite import process
 from hizoo_lite.base import TooManyBadSteps, UserError
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.memory import rss
+from hizoo_lite.memory.peak import PeakMeter
+from hizoo_lite.model.kinds import find_kind
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.saved import attach_adapter, find_adapter
-from hizoo_lite.train.setup import find_kind
 from hizoo_lite.train.step import Stepper, StepRecord
 from tests.run_fixtures import nan_head, short_run, stories, write_task
 
@@ -419,9 +420,9 @@ def test_a_run_that_skipped_every_step_fails(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_peak_of_a_phase_is_its_own() -> None:
-    if not rss.reset_peak():
+    if not process.reset_peak():
         pytest.skip("/proc/self/clear_refs cannot be written here")
-    meter = rss.PeakMeter()
+    meter = PeakMeter()
     block = torch.ones(50_000_000)  # 200 MB, touched
     slack = 8_000_000  # the kernel counts pages in batches, a reading is off by up to a few MB
     high = meter.phase_bytes()
@@ -432,14 +433,14 @@ def test_the_peak_of_a_phase_is_its_own() -> None:
 
 
 def test_without_proc_the_resident_size_is_psutils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = rss.resident()
-    monkeypatch.setattr(rss, "_STATUS", tmp_path / "missing")
-    monkeypatch.setattr(rss, "_CLEAR_REFS", tmp_path / "missing/too")
-    fallback = rss.resident()
+    known = process.resident()
+    monkeypatch.setattr(process, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(process, "_CLEAR_REFS", tmp_path / "missing/too")
+    fallback = process.resident()
     assert fallback.peak_bytes is None
     assert fallback.total_bytes == pytest.approx(known.total_bytes, rel=0.05)  # other threads may allocate
-    assert not rss.reset_peak()
-    assert rss.PeakMeter().overall_bytes() > 0
+    assert not process.reset_peak()
+    assert PeakMeter().overall_bytes() > 0
 
 
 def test_a_classifiers_head_is_trained_and_put_back(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from hizoo_lite.base import Batch, UserError
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.export.quantize import Quantization
-from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.memory.limits import Budgets
+from hizoo_lite.memory.peak import PeakMeter
+from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import hardware, planner
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
@@ -217,7 +218,7 @@ def test_fit_takes_a_profile(machine: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_has_the_budgets_of_load_unless_it_gets_its_own(tmp_path: Path) -> None:
-    model = hz.load(setup.model_path("embedded"), device="cpu", device_budget="3GiB", host_budget=2 * GIB)
+    model = hz.load(kinds.model_path("embedded"), device="cpu", device_budget="3GiB", host_budget=2 * GIB)
     settings = without(short_run(tmp_path, steps=1), "model", "device")
     run = fit(model, **settings)
     plan = json.loads((run.folder / "plan.json").read_text())
@@ -232,7 +233,7 @@ def test_a_run_has_the_budgets_of_load_unless_it_gets_its_own(tmp_path: Path) ->
 
 
 def test_a_loaded_model_keeps_its_residency(tmp_path: Path) -> None:
-    Quantization(setup.model_path("embedded"), tmp_path / "nf4", kind="causal", bits="nf4").run()
+    Quantization(kinds.model_path("embedded"), tmp_path / "nf4", kind="causal", bits="nf4").run()
     model = hz.load(tmp_path / "nf4", device="cpu", residency="disk")
     settings = without(short_run(tmp_path, steps=1), "model", "device")
     with pytest.raises(UserError, match=r"residency: got 'resident', but the model was loaded.* disk"):
@@ -243,7 +244,7 @@ def test_a_loaded_model_keeps_its_residency(tmp_path: Path) -> None:
 
 
 def test_a_resident_model_is_planned_as_one(tmp_path: Path) -> None:
-    model = hz.load(setup.model_path("embedded"), device="cpu")
+    model = hz.load(kinds.model_path("embedded"), device="cpu")
     run = fit(model, **without(short_run(tmp_path, steps=1), "model", "device"), device_budget="3GiB")
     plan = json.loads((run.folder / "plan.json").read_text())
     assert plan["residency"] == run.summary["residency"] == "resident"
@@ -320,7 +321,7 @@ def test_rows_and_a_cache_of_evaluations_are_planned() -> None:
         batch_size=4,
         eval_batch_size=512,
     )
-    checkpoint = Checkpoint.open(setup.model_path("embedded"))
+    checkpoint = Checkpoint.open(kinds.model_path("embedded"))
 
     def planned(workload: Workload) -> Any:
         return planner.plan_run(config, checkpoint, "causal", workload, framework=1 << 20)
@@ -336,11 +337,11 @@ def test_rows_and_a_cache_of_evaluations_are_planned() -> None:
 
 
 def planner_config() -> Any:
-    return hz.load(setup.model_path("embedded"), device="cpu").config
+    return hz.load(kinds.model_path("embedded"), device="cpu").config
 
 
 def test_a_cache_holds_what_transformers_holds() -> None:
-    model = hz.load(setup.model_path("embedded"), device="cpu")
+    model = hz.load(kinds.model_path("embedded"), device="cpu")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model.module(input_ids=torch.ones(2, 7, dtype=torch.int64), past_key_values=cache)
@@ -355,7 +356,7 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     config = TrainConfig(**written_task(tmp_path, "choice", loss="choice", max_length=64))
     task = setup.find_task(config.task)
     splits = setup.make_splits(config, task)
-    encoder = planning.find_encoder(config, Checkpoint.open(setup.model_path("embedded")), "causal", task)
+    encoder = planning.find_encoder(config, Checkpoint.open(kinds.model_path("embedded")), "causal", task)
     assert encoder is not None
     whole = planning.workload(encoder, splits, dev=False)
     assert whole.length is not None
@@ -376,7 +377,7 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
 
 
 def test_a_host_peak_over_its_budget_makes_chunks_smaller() -> None:
-    model = hz.load(setup.model_path("embedded"), device="cpu")
+    model = hz.load(kinds.model_path("embedded"), device="cpu")
     told: list[str] = []
     budget = Budget(Budgets(1000, 100), model, told.append)
     budget.check(900)

@@ -12,6 +12,7 @@ from hizoo_lite.curvature import NoCurvature
 from hizoo_lite.quant import FourBitWeight, Int8Weight
 from hizoo_lite.spaces import SPACES, Scales, get
 from hizoo_lite.spaces.scales import LEAST
+from hizoo_lite.tensors import TorchArrays
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.test_dense import make_stepper
@@ -49,7 +50,7 @@ def test_no_scale_becomes_smaller_than_the_least(bits: str, tmp_path: Path) -> N
     space.attach(model, seed=0)
     assert space.weights is not None
     curvature = NoCurvature()
-    curvature.start(trainable(space))
+    curvature.start(trainable(space), TorchArrays())
     space.weights.begin(0, 0, curvature, measured=False)
     space.weights.update(100.0, 0.0)
     space.weights.flush()

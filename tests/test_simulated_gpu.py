@@ -29,13 +29,13 @@ from hizoo_lite.curvature.grouped import Grouped
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.engine.budget import Budget, enforced
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.engine.layout import layouts
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed, _settle
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn, drawn_along
 from hizoo_lite.quant import ResidualWeight, native, pack

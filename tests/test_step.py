@@ -14,6 +14,7 @@ from hizoo_lite.engine.traversal import Losses, Traversal
 from hizoo_lite.noise import StepNoise, drawn_along, normal
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train.step import Stepper
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
@@ -167,13 +168,13 @@ def test_weight_decay_skips_biases_and_norms(tmp_path: Path) -> None:
 
 def test_noise_is_a_pure_function_of_seed_step_and_name() -> None:
     shapes = {"a": torch.Size([3, 5]), "b": torch.Size([7])}
-    noise = StepNoise(11, shapes)
+    noise = StepNoise(11, shapes, TorchArrays())
     drawn = [noise(step) for step in (0, 1, 5, 1)]  # ahead, out of order, and again
     noise.close()
     for step, z in zip((0, 1, 5, 1), drawn, strict=True):
         assert all(torch.equal(z[name][0], normal(11, step, name, shape)) for name, shape in shapes.items())
     assert not torch.equal(drawn[0]["a"], drawn[1]["a"])
-    several = StepNoise(11, shapes, directions=2)
+    several = StepNoise(11, shapes, TorchArrays(), directions=2)
     [(first, second), again] = several(3)["a"], several(3)["a"]
     several.close()
     assert torch.equal(first, normal(11, 3, "a", [3, 5]))  # as where there is one

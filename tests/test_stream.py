@@ -27,6 +27,7 @@ from hizoo_lite.engine.residency import Streamed, spread
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.model.kinds import model_path
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import AwayWeight
 from hizoo_lite.noise import normal
@@ -35,7 +36,6 @@ from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.saved import attach_adapter
-from hizoo_lite.train.setup import model_path
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import ALIBI_CONFIGS, RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch

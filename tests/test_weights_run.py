@@ -124,7 +124,7 @@ def test_what_a_run_saved_is_put_back_bit_for_bit(name: str, tmp_path: Path) -> 
 
 
 def _demo() -> str:
-    from hizoo_lite.train.setup import model_path
+    from hizoo_lite.model.kinds import model_path
 
     return model_path("embedded")
 

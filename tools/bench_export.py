@@ -61,7 +61,7 @@ import json, statistics, sys, time
 from pathlib import Path
 import numpy as np
 from hizoo_lite.edge.model import OnnxModel
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.memory.peak import resident
 
 folder, adapter, length = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 model = OnnxModel(folder, adapter, threads=1)

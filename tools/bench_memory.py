@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 _STEPS = 2
 _MIB = 1 << 20
-#: More than any of the cases takes: a run with a budget gives large buffers back (memory/allocator.py).
+#: More than any of the cases takes: a run with a budget gives large buffers back (process.py).
 AMPLE = 64 << 30
 #: Of inference: what training is held to.
 HELD = 1.05
@@ -128,12 +128,13 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
 
     import hizoo_lite.run  # noqa: F401 - what a run imports
     from hizoo_lite.engine.budget import Budget, enforced
-    from hizoo_lite.engine.choose import Budgets
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.traversal import Traversal
-    from hizoo_lite.memory.allocator import trim
+    from hizoo_lite.memory.limits import Budgets
     from hizoo_lite.plan import planner
+    from hizoo_lite.process import trim
     from hizoo_lite.quant import Checkpoint
+    from hizoo_lite.spaces import SPACES
     from hizoo_lite.train import setup
 
     found: dict[str, Any] = {"framework": sampler.now()}
@@ -153,7 +154,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         traversal, batch = Traversal(model), make_batch(case.rows, case.length)
         budget = Budget(Budgets(limit, limit), model, cap=cap)
         traversal.guard = budget.fitting
-        space = setup.make_space(config)
+        space = SPACES.configured(config)
         if training or case.space != "lora":
             space.attach(model, seed=0)
         stepper = setup.make_stepper(config, traversal, space, None, None) if training else None

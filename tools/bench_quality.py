@@ -40,12 +40,12 @@ from torch import Tensor
 
 from hizoo_lite.base import Batch
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.estimators import make_estimator
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
 from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.parts import make_estimator
 from hizoo_lite.train.setup import find_task, make_splits
 
 DATA = Path(__file__).parents[1] / "../shared/data"

@@ -55,7 +55,7 @@ def serve(arguments: Any) -> None:
 
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.residency import Streamed
-    from hizoo_lite.memory.rss import private_bytes
+    from hizoo_lite.process import private_bytes
 
     cuda = arguments.device == "cuda"
     if cuda and arguments.cap_gib:

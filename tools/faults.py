@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from forked import MODE, STEPS, Bench, Ended, await_steps, contents, difference
 
+from hizoo_lite.config import DEMO
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.parts import DEMO
 from hizoo_lite.train.step import Stepper
 
 

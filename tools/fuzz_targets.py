@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hizoo_lite import peft_format, spaces, tasks
+from hizoo_lite import spaces, tasks
 from hizoo_lite.checkpoints import adapter, safetensors
 from hizoo_lite.checkpoints import fingerprint as export_files
+from hizoo_lite.checkpoints.adapter import peft_weights
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.graph import Record as TrainRecord
@@ -319,7 +320,7 @@ _ADAPTER = {
 def _read_adapter(folder: Path) -> None:
     found = adapter.find_adapter(folder)
     adapter.scaling(adapter.read_peft_config(found))
-    path = peft_format.tensor_file(found)
+    path = peft_weights(found)
     safetensors.load(path)
     export_files.read_floats(path)
 

@@ -39,10 +39,10 @@ from faults import FAULTS, QUICK, faults
 from forked import MODE, MODES, Bench, await_bytes, contents, difference, over
 from reporting import make_parser, publish
 
+from hizoo_lite.config import DEMO
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.train import journal
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.parts import DEMO
 
 _FRESH_PART = 0.05  # of the kills, of processes started from nothing
 

@@ -29,6 +29,7 @@ from hizoo_lite.base import Curvature, Estimator, StepSize
 from hizoo_lite.curvature import Diagonal, Grouped, NoCurvature
 from hizoo_lite.estimators import HiZOO, MeZO
 from hizoo_lite.optimizers.step_size import FROM_LOSSES, AutoRate, FixedRate, Schedule
+from hizoo_lite.tensors import TorchArrays
 
 MU = 1e-3
 SMOOTHING = 0.01
@@ -96,7 +97,7 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
     """One run of at most `budget` forwards, ended when close unless `go_on`. x and y are a tensor each."""
     generator = np.random.default_rng(seed)
     estimator, curvature, step_size = method.estimator(), method.curvature(), method.step_size()
-    curvature.start({"x": torch.Size([1]), "y": torch.Size([1])})
+    curvature.start({"x": torch.Size([1]), "y": torch.Size([1])}, TorchArrays())
     point, minimum = np.array(function.start), np.array(function.minimum)
     far = math.dist(function.start, function.minimum)
     points, spent, step, reached = [point], 0, 0, None
@@ -161,7 +162,7 @@ def recover(curvature: Curvature, size: int, steps: int, seed: int = 0, groups: 
     generator = torch.Generator().manual_seed(seed)
     truth = torch.logspace(0, 3, groups, dtype=torch.float64)[torch.randperm(groups, generator=generator)]
     shapes = {f"group{i:02d}": torch.Size([size // groups]) for i in range(groups)}
-    curvature.start(shapes)
+    curvature.start(shapes, TorchArrays())
     for _ in range(steps):
         z = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         squares = torch.stack([(curvature.scale(k) * z[k]).double().square().sum() for k in z])

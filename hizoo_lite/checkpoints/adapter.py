@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite.arrays import Shape
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
@@ -17,6 +18,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 SPACE_FILE = "hizoo_space.json"
 #: In front of every name in PEFT's file of weights.
 PEFT_PREFIX = "base_model.model."
+#: Of that file.
+PEFT_METADATA = {"format": "pt"}
 
 _MOST_RANK = 1 << 31
 
@@ -116,3 +119,22 @@ def scaling(config: dict[str, Any]) -> float:
     """The factor of a LoRA product: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
     rank = config["r"]
     return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def peft_weights(folder: Path | str) -> Path:
+    """The adapter's tensors. UserError where the folder has none."""
+    path = Path(folder) / PEFT_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a PEFT adapter folder holds {PEFT_WEIGHTS}")
+    return path
+
+
+def check_fits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    """UserError unless a file has the wanted names (without PEFT_PREFIX) and shapes."""
+    wrong = sorted(set(found) ^ set(wanted))
+    if wrong:
+        raise UserError(f"{path}: does not fit this model and space; first of {len(wrong)}: {wrong[0]!r}")
+    for name, shape in wanted.items():
+        if tuple(found[name]) != tuple(shape):
+            got, want = tuple(found[name]), tuple(shape)
+            raise UserError(f"{path}: {name} has shape {got}, the model wants {want}")

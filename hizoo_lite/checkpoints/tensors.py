@@ -10,14 +10,18 @@ The header is not trusted, see `tensorfile.read_header`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.safetensors import read_header, unreadable
+from hizoo_lite.errors import StorageError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -91,3 +95,19 @@ class TensorFile:
         except OSError as error:
             raise unreadable(self.path, error) from error
         return tensor
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of the tensors, from whatever device. `StorageError` where it cannot be written."""
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:  # the library's word for what the system says
+        raise StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. `UserError` naming it where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import Example
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.engine.budget import Cap
-    from hizoo_lite.engine.choose import Budgets
+    from hizoo_lite.memory.limits import Budgets
     from hizoo_lite.tasks import Task
     from hizoo_lite.train.events import Listener
 
@@ -120,7 +120,7 @@ def _evaluate(
     """The result as it is printed: scores by name, the loss first."""
     from hizoo_lite.device import choose_device
     from hizoo_lite.engine.budget import enforced
-    from hizoo_lite.engine.choose import Budgets
+    from hizoo_lite.memory.limits import Budgets
     from hizoo_lite.train import parts
 
     task = parts.find_task(config.task)

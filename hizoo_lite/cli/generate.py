@@ -82,9 +82,10 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.residency import Streamed
     from hizoo_lite.errors import UserError
+    from hizoo_lite.model import kinds
     from hizoo_lite.plan.estimate import pass_bytes
     from hizoo_lite.plan.workload import cache_bytes
-    from hizoo_lite.train import saved, setup
+    from hizoo_lite.train import saved
 
     run = saved.saved_config(adapter)
     if run is not None:
@@ -104,7 +105,7 @@ def _load(source: str | None, adapter: str | None, flags: dict[str, Any], length
         source = saved.base_model(adapter)
     if not source:
         raise UserError("--model: missing; give a folder or hub id, or an --adapter that names one")
-    loaded = load(setup.model_path(source), kind="causal", **flags)
+    loaded = load(kinds.model_path(source), kind="causal", **flags)
     if isinstance(loaded.residency, Streamed):
         tokens = min(length, loaded.positions or length)
         cache = cache_bytes(loaded.config, 1, tokens)

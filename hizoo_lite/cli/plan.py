@@ -135,12 +135,11 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     from hizoo_lite.checkpoints import hub
     from hizoo_lite.errors import UserError
     from hizoo_lite.files import parse_json
-    from hizoo_lite.model import build
+    from hizoo_lite.model import build, kinds
     from hizoo_lite.plan.outline import Outline
     from hizoo_lite.quant import Checkpoint
-    from hizoo_lite.train import setup
 
-    source = setup.model_path(config.model)
+    source = kinds.model_path(config.model)
     folder = Path(source).expanduser()
     if not folder.exists():
         folder = hub.resolve_small(source, config.revision)
@@ -162,7 +161,7 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
 
 def _kind(config: TrainConfig, content: Any) -> ModelKind:
     from hizoo_lite.errors import UserError
-    from hizoo_lite.train.setup import _KINDS
+    from hizoo_lite.model.kinds import _KINDS
 
     if config.kind != "auto":
         return config.kind

@@ -32,11 +32,11 @@ def command(
     """
     from hizoo_lite.cli import output, writing
     from hizoo_lite.export.quantize import Quantization
-    from hizoo_lite.train import setup
+    from hizoo_lite.model import kinds
     from hizoo_lite.units import format_bytes
 
-    source = setup.model_path(model)
-    found = setup.find_kind(source, revision, None) if kind == "auto" else kind
+    source = kinds.model_path(model)
+    found = kinds.find_kind(source, revision, None) if kind == "auto" else kind
     began = time.perf_counter()
     chosen: Any = bits  # checked there
     work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)

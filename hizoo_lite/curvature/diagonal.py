@@ -17,10 +17,10 @@ scalar a step (tools/trajectories.py prints how far it gets); `grouped` is the d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array, Curvature, Shape, UserError
+from hizoo_lite.arrays import Array, Arrays, Shape
+from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 
@@ -28,6 +28,7 @@ class Diagonal(Curvature):
     """Sigma^-1 as one float32 tensor per parameter, 4 bytes a trainable value (twice that inside a step)."""
 
     name = "diagonal"
+    settings: ClassVar[Mapping[str, str]] = {"mode": "curvature_mode"}
     sees_tiles = False
 
     def __init__(
@@ -49,9 +50,9 @@ class Diagonal(Curvature):
         self._drawn: dict[str, Array] = {}  # the h behind the last `scale`; freed at the next one
         self._z: dict[str, Array] = {}
 
-    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Sigma = I."""
-        self._arrays = arrays or host_arrays()
+        self._arrays = arrays
         xp = self._arrays.xp
         self._h = {name: xp.ones(tuple(shape), dtype=xp.float32) for name, shape in shapes.items()}
         self._drawn, self._z = {}, {}

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array, Curvature, Shape, UserError
+from hizoo_lite.arrays import Array, Arrays, Shape
+from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: (row means, column means) of a matrix, or (all values,) of any other tensor; float32.
@@ -46,9 +46,9 @@ class Factored(Curvature):
         self._seen: dict[str, tuple[Factors, Factors]] = {}  # factors, and sums of |H'| / c; float64
         self._sent: dict[str, dict[str, Factors]] = {}  # this step's factors of Sigma^-1, by place and name
 
-    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Sigma = I."""
-        self._arrays = arrays or host_arrays()
+        self._arrays = arrays
         self._factors = {name: self._ones(tuple(shape)) for name, shape in shapes.items()}
         self._drawn, self._seen, self._sent = {}, {}, {}
 

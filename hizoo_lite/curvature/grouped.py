@@ -41,10 +41,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array, Curvature, Shape, UserError
+from hizoo_lite.arrays import Array, Arrays, Shape
+from hizoo_lite.base import Curvature, UserError
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
 
 #: Residuals beyond this many standard deviations are cut to it.
@@ -61,6 +61,7 @@ class Grouped(Curvature):
     """Sigma with one value per tensor or per row. State: groups * (groups + 1) float64 values."""
 
     name = "grouped"
+    settings: ClassVar[Mapping[str, str]] = {"per": "curvature_per"}
 
     def __init__(
         self,
@@ -90,9 +91,9 @@ class Grouped(Curvature):
         self._sigma: Array = None  # by group, once started
         self._drawn_sigma: Array = None  # that of the last `scale`: all directions of a step have it
 
-    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Sigma = I."""
-        self._arrays = arrays or host_arrays()
+        self._arrays = arrays
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._bundle = self._rows_per_group()
         self._slices: dict[str, slice] = {}

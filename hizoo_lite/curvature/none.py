@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hizoo_lite.arrays import Arrays, host_arrays
-from hizoo_lite.base import Array, Curvature, Shape
+from hizoo_lite.arrays import Array, Arrays, Shape
+from hizoo_lite.base import Curvature
 from hizoo_lite.curvature.state import check_smoothing, check_state
 
 
@@ -17,9 +17,9 @@ class NoCurvature(Curvature):
 
     name = "none"
 
-    def start(self, shapes: Mapping[str, Shape], arrays: Arrays | None = None) -> None:
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Nothing to lay out; the names are kept to answer for them alone."""
-        self._names, self._arrays = frozenset(shapes), arrays or host_arrays()
+        self._names, self._arrays = frozenset(shapes), arrays
 
     def scale(self, name: str) -> Array:
         """One, as a 0-dim float32 tensor; `KeyError` for a name that was not given to `start`."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from hizoo_lite.arrays import Arrays
-from hizoo_lite.base import Array, UserError
+from hizoo_lite.arrays import Array, Arrays
+from hizoo_lite.base import UserError
 
 #: Largest size taken in. float32 losses at mu = 1e-3 cannot exceed 1e45; squares of more would overflow.
 LARGEST = 1e100

@@ -17,10 +17,17 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 
-from hizoo_lite import peft_format
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
 from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints.adapter import (
+    PEFT_FILE,
+    PEFT_METADATA,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    check_fits,
+    peft_weights,
+)
 from hizoo_lite.edge.folder import Base
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.edge.session import Graph
@@ -167,9 +174,9 @@ class GraphSpace:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self.graph.record.peft_config, indent=2, sort_keys=True)
-        (folder / peft_format.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        tensors = {peft_format.PREFIX + name: value for name, value in self._tensors().items()}
-        safetensors.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+        (folder / PEFT_FILE).write_text(config + "\n", encoding="utf-8")
+        tensors = {PEFT_PREFIX + name: value for name, value in self._tensors().items()}
+        safetensors.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` (or PEFT) wrote into the parameters."""
@@ -193,7 +200,7 @@ class GraphSpace:
 
 def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The parameters of a PEFT folder, float32, in the order of `shapes`."""
-    path = peft_format.tensor_file(folder)
-    found = {name.removeprefix(peft_format.PREFIX): value for name, value in safetensors.load(path).items()}
-    peft_format.check_fits(path, {name: value.shape for name, value in found.items()}, shapes)
+    path = peft_weights(folder)
+    found = {name.removeprefix(PEFT_PREFIX): value for name, value in safetensors.load(path).items()}
+    check_fits(path, {name: value.shape for name, value in found.items()}, shapes)
     return {name: np.array(found[name], dtype=np.float32) for name in shapes}

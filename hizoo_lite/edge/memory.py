@@ -7,7 +7,7 @@
     training_peak_bytes   of the steps; training_over_inference is their ratio
     resident              anon_bytes, file_bytes, total_bytes and peak_bytes (VmHWM) as they are now
 
-Peaks are the kernel's high-water mark of anonymous memory (see `memory/rss.py`).
+Peaks are the kernel's high-water mark of anonymous memory (see `memory/peak.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from hizoo_lite.memory.rss import PeakMeter, resident
+from hizoo_lite.memory.peak import PeakMeter
+from hizoo_lite.process import resident
 
 Phase = Literal["evaluate", "inference", "train", "save"]
 

@@ -20,7 +20,7 @@ from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import StorageError
-from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hizoo_lite.engine.chunks import has_cache, in_chunks, slice_mlp
+from hizoo_lite.engine.chunks import has_cache, in_chunks, plan_chunks, slice_mlp
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -47,7 +47,15 @@ class PresentBlock(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         branches = model.state.branches.count
         rows = hidden.shape[0] // branches
-        chunks = model.chunks(rows, hidden.shape[1], branches)
+        chunks = plan_chunks(
+            model.branch_chunk,
+            rows,
+            hidden.shape[1],
+            branches,
+            model.device.type,
+            redrawn=model.pending is not None,
+            halvings=model.halvings,
+        )
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
         with present(model, self.index), model.state.keeping():

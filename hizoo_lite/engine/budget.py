@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 
 from hizoo_lite.device import gpu_of, is_gpu, kind_of
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.memory.rss import private_bytes, resident, thread_count
+from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model.model import Model
+from hizoo_lite.process import private_bytes, resident, thread_count
 from hizoo_lite.units import format_bytes
 
 Result = TypeVar("Result")

@@ -20,7 +20,7 @@ from torch import Tensor
 from hizoo_lite.device import Event, gpu_of, is_gpu
 from hizoo_lite.engine.layout import Layout
 from hizoo_lite.engine.storage import HostSource, Source
-from hizoo_lite.memory.pinned import page_lock
+from hizoo_lite.tensors import page_lock
 
 
 class Fetcher(ABC):

@@ -10,18 +10,24 @@ zeroth-order step lives off small differences of losses.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
-from hizoo_lite.base import Bits, ComputeDtype, ModelKind
+import psutil
+import torch
+
+from hizoo_lite.base import Bits, ComputeDtype, ModelKind, UserError
 from hizoo_lite.device import choose_device, is_gpu, kind_of
 from hizoo_lite.engine.block import install
-from hizoo_lite.engine.choose import Budgets, Limits, ResidencyName, choose
-from hizoo_lite.engine.residency import Streamed
-from hizoo_lite.memory.allocator import keep_heap, map_large
+from hizoo_lite.engine.residency import Resident, Streamed
+from hizoo_lite.errors import BudgetError
+from hizoo_lite.memory.limits import Budgets, Limits, Place, ResidencyName
 from hizoo_lite.model import attention, build, fused
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.weights import Filler
+from hizoo_lite.process import keep_heap, map_large
 from hizoo_lite.quant import Checkpoint, native
+from hizoo_lite.units import format_bytes
 
 
 def load(
@@ -93,6 +99,7 @@ def load(
         checkpoint=checkpoint,
         stored_names=filler.stored_names,
         row_positions=RowPositions(module, filler.state),
+        residency=Resident(),
         away=set(filler.away),
         new_parameters=filler.new,
         limits=Limits(residency, device_budget, host_budget),
@@ -101,3 +108,45 @@ def load(
         model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)
     install(model)
     return model
+
+
+#: Share of the host's free memory that blocks may take where no budget says so.
+_HOST_SHARE = 0.8
+
+
+_BYTES_AN_ELEMENT: dict[Bits, float] = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "none": 2.0}
+
+
+def choose(
+    wanted: ResidencyName, device: torch.device, checkpoint: Checkpoint, bits: Bits, budgets: Budgets
+) -> Place:
+    """The residency to load for. Raises `UserError` for an unknown name."""
+    if wanted not in get_args(ResidencyName):
+        raise UserError(f"residency: got {wanted!r}, allowed are {', '.join(get_args(ResidencyName))}")
+    if wanted != "auto":
+        return wanted
+    if budgets.device_bytes is None:
+        return "resident"
+    is_stored = bits == (checkpoint.quantized_bits or "none")
+    if device.type == "cpu":
+        return "disk" if is_stored else _refuse_too_large(checkpoint, bits, budgets.device_bytes)
+    if not is_stored:
+        return "host"
+    weights_bytes = sum(checkpoint.nbytes(name) for name in checkpoint)
+    host_bytes = budgets.host_bytes
+    if host_bytes is None:
+        host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE)
+    return "host" if weights_bytes <= host_bytes else "disk"
+
+
+def _refuse_too_large(checkpoint: Checkpoint, bits: Bits, budget_bytes: int) -> Place:
+    """On CPU weights that are quantized while they are loaded must fit as a whole."""
+    elements = sum(checkpoint.nbytes(name) // checkpoint.dtype(name).itemsize for name in checkpoint)
+    packed_bytes = int(elements * _BYTES_AN_ELEMENT[bits])
+    if packed_bytes > budget_bytes:
+        raise BudgetError(
+            f"--device-budget: got {format_bytes(budget_bytes)}, but the weights take about "
+            f"{format_bytes(packed_bytes)} in {bits}; quantize them once, they can then be streamed from "
+            f"disk: hizoo-lite quantize --model {checkpoint.folder} --bits {bits} --out DIR"
+        )
+    return "resident"

@@ -21,7 +21,7 @@ from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.device import is_gpu
 from hizoo_lite.engine.layout import Layout
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.memory.pinned import page_lock
+from hizoo_lite.tensors import page_lock
 
 #: Buffers that one preadv call takes; Linux allows 1024.
 _MOST_BUFFERS = 512

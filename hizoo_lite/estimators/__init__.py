@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from hizoo_lite.base import Estimator, UserError
+from hizoo_lite.base import Estimator
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.estimators.hizoo import HiZOO
 from hizoo_lite.estimators.mezo import MeZO
+from hizoo_lite.registry import Registry
 
-__all__ = ["ESTIMATORS", "HiZOO", "MeZO", "get"]
+__all__ = ["ESTIMATORS", "HiZOO", "MeZO", "get", "make_estimator"]
 
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {"hizoo": HiZOO, "mezo": MeZO}
+ESTIMATORS: Registry[Estimator] = Registry("estimator", {"hizoo": HiZOO, "mezo": MeZO})
+
+#: See `Registry.make`.
+get = ESTIMATORS.make
 
 
-def get(name: str, **options: Any) -> Estimator:
-    """The estimator called `name`, made with `options`; `UserError` for an unknown name or option."""
-    if name not in ESTIMATORS:
-        raise UserError(f"--estimator: unknown name {name!r}, allowed are {', '.join(sorted(ESTIMATORS))}")
-    try:
-        return ESTIMATORS[name](**options)
-    except TypeError as error:
-        raise UserError(f"--estimator {name}: {error}") from error
+def make_estimator(config: TrainConfig) -> Estimator:
+    """The estimator that a configuration names, with its own options.
+
+    If it leaves the directions of a step open: 2 for parameters in memory, with curvature from predictions
+    (`hizoo.py`); 1 otherwise.
+    """
+    several = config.space == "lora" and config.curvature_from == "predictions"
+    if several and config.directions == "auto" and config.estimator == "hizoo":
+        return ESTIMATORS.configured(config, directions=2)
+    return ESTIMATORS.configured(config)

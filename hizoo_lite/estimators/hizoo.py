@@ -32,7 +32,8 @@ costs 2 + 1/every forwards on average.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -46,6 +47,11 @@ class HiZOO:
     """Projected gradients every step, directional curvatures every `every` steps."""
 
     name = "hizoo"
+    settings: ClassVar[Mapping[str, str]] = {
+        "every": "curvature_every",
+        "curvature_from": "curvature_from",
+        "directions": "directions",
+    }
 
     def __init__(
         self, every: int = 1, curvature_from: CurvatureSource = "predictions", directions: int = 1

@@ -25,15 +25,15 @@ from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter
 from hizoo_lite.export.changes import Changes, check_head, read_changes
 from hizoo_lite.export.quantize import Quantization
-from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.model import build
+from hizoo_lite.model import build, kinds
 from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.names import Names
+from hizoo_lite.process import map_large
 from hizoo_lite.quant import Checkpoint, from_checkpoint, pack_rows
 from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import saved, setup
+from hizoo_lite.train import saved
 
 Dtype = Literal["bf16", "fp16", "float32"]
 
@@ -68,11 +68,11 @@ def prepare(
     source = model or (settings.model if settings else saved.base_model(run))
     if not source:
         raise UserError(f"--model: missing; {folder} does not say which model it was made for")
-    path = setup.model_path(source)
+    path = kinds.model_path(source)
     checkpoint = Checkpoint.open(path, revision=settings.revision if settings else None)
     checkpoint.verify()
     changes = read_changes(folder)
-    kind = saved.saved_kind(run) or setup.find_kind(str(checkpoint.folder), None, None)
+    kind = saved.saved_kind(run) or kinds.find_kind(str(checkpoint.folder), None, None)
     wanted = base_bits or (settings.bits if settings else None) or _recorded_bits(folder)
     if wanted is None and settings is None and checkpoint.quantized_bits is None:
         raise UserError(

@@ -24,8 +24,8 @@ from hizoo_lite.export.changes import LoRAChanges
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files
-from hizoo_lite.model import build
-from hizoo_lite.train import saved, setup
+from hizoo_lite.model import build, kinds
+from hizoo_lite.train import saved
 from hizoo_lite.train.folder import RunFolder
 
 _CLASSES: dict[ModelKind, str] = {
@@ -71,13 +71,13 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     source = model or (settings.model if settings else str(config.get("base_model_name_or_path") or ""))
     if not source:
         raise UserError(f"--model: missing; {folder / PEFT_FILE} does not name the base")
-    path = setup.model_path(source)
+    path = kinds.model_path(source)
     base = hub.resolve(path, settings.revision if settings else None)
     name = str(base.resolve()) if Path(path).expanduser().is_dir() else path
     config = {**config, "base_model_name_or_path": name, "inference_mode": True}
     if settings is not None and settings.revision is not None:
         config["revision"] = settings.revision
-    kind = saved.saved_kind(run) or setup.find_kind(str(base), None, None)
+    kind = saved.saved_kind(run) or kinds.find_kind(str(base), None, None)
     labels = _labels(kind, changes)
     module = build.build(build.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base, kind)

@@ -24,21 +24,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 
 from hizoo_lite.device import is_gpu
-from hizoo_lite.files import parse_json
 from hizoo_lite.memory import machine
-from hizoo_lite.memory.rss import PeakMeter, reset_peak
+from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.sampling import Reader, Watcher, make_reader
 from hizoo_lite.memory.timeline import MOST_SAMPLES, Peaks, Sample, Timeline
-from hizoo_lite.report.record import number, table
+from hizoo_lite.process import reset_peak
 
 Phase = Literal["evaluate", "inference", "train", "save"]
 #: Steps and evaluation batches whose blocks are always sampled, as long as that is cheap.
@@ -214,32 +212,3 @@ class Profiler:
         if self._watcher is not None:
             return "samples"
         return "allocator" if is_gpu(self.device) else "kernel"
-
-
-def owner_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Both sides by owner, the planner's order first."""
-    names = [*predicted, *(name for name in measured if name not in predicted)]
-    return [
-        {"owner": name, "predicted_bytes": predicted.get(name), "measured_bytes": measured.get(name)}
-        for name in names
-    ]
-
-
-def predicted_owners(plan: Path) -> dict[str, int]:
-    """Bytes by owner of a plan.json; empty where there is none. A damaged one must not end a run."""
-    if not plan.is_file():
-        return {}
-    try:
-        value = parse_json(plan.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # the report names the file
-    owners = table(table(value).get("owners"))
-    return {str(name): int(size) for name, size in owners.items() if number(size) is not None}
-
-
-def measured_owners(setup: Any) -> dict[str, int]:
-    """What the ledger finds in the parts of a run."""
-    from hizoo_lite.plan.ledger import measure
-
-    measured = measure(setup)
-    return {owner: size for owner, size in {**measured.device, **measured.host}.items() if size}

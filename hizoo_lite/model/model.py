@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
-from hizoo_lite.engine.choose import Limits
-from hizoo_lite.engine.chunks import Chunks, plan_chunks
-from hizoo_lite.engine.residency import Resident
+from hizoo_lite.memory.limits import Limits
 from hizoo_lite.model.build import vocabulary_of
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.rope import RowPositions
@@ -44,9 +42,9 @@ class Model:
     checkpoint: Checkpoint
     stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
     row_positions: RowPositions  # of codes that depend on a row's length
+    residency: Residency  # where the blocks are while they do not run
     away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
-    residency: Residency = field(default_factory=Resident)  # where the blocks are while they do not run
     originals: dict[str, Tensor] = field(default_factory=dict)  # of parameters that an adapter has replaced
     limits: Limits = field(default_factory=Limits)  # what `load` was told
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
@@ -89,12 +87,6 @@ class Model:
         """The index of the block that a linear layer is in; None outside of the blocks."""
         inside = linear.removeprefix(self.block_prefix + ".")
         return None if inside == linear else int(inside.split(".", 1)[0])
-
-    def chunks(self, rows: int, length: int, branches: int) -> Chunks:
-        """How a batch of `rows` sequences of `length` tokens is cut up inside the blocks."""
-        redrawn = self.pending is not None
-        device = self.device.type
-        return plan_chunks(self.branch_chunk, rows, length, branches, device, redrawn, self.halvings)
 
     def nbytes(self) -> int:
         """Bytes of all parameters and buffers, wherever they are; shared memory is counted once."""

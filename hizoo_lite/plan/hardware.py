@@ -86,7 +86,6 @@ class Hardware:
 
 def folder() -> Path:
     """Where the shipped ones are."""
-    from hizoo_lite.train.config_file import profiles_folder
 
     return profiles_folder() / "hardware"
 
@@ -193,3 +192,10 @@ def _is_size(text: Any) -> bool:
     except (ValueError, TypeError):
         return False
     return True
+
+
+def profiles_folder() -> Path:
+    """Where the shipped profiles are: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "profiles"
+    return installed if installed.is_dir() else package.parent / "profiles"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hizoo_lite.base import Curvature, Space
 from hizoo_lite.device import like
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.storage import DiskSource, HostSource
-
-if TYPE_CHECKING:
-    from hizoo_lite.model.model import Model
-    from hizoo_lite.train.setup import Setup
+from hizoo_lite.model.model import Model
 
 #: Who owns memory, and what that is.
 OWNERS: Mapping[str, str] = {
@@ -68,13 +66,12 @@ class Ledger:
         }
 
 
-def measure(setup: Setup) -> Ledger:
+def measure(model: Model, space: Space, curvature: Curvature) -> Ledger:
     """What the live objects of a run hold now: the bytes of their tensors, shared memory counted once.
 
     What lives only inside of a step (activations, noise of one) and what no tensor holds (framework, heap)
     is not there to be counted.
     """
-    model, space, stepper = setup.model, setup.space, setup.stepper
     count = _Count()
     found = dict.fromkeys(OWNERS, 0)
     found["adapters"] = count.tensors([*space.parameters.values(), *space.frozen.values()])
@@ -92,7 +89,7 @@ def measure(setup: Setup) -> Ledger:
     rest = [*model.module.parameters(), *model.module.buffers()]
     found["small_parameters"] = count.tensors(rest)
     found["scratch"] = count.tensors(model.scratch._buffers.values())
-    found["curvature"] = count.tensors(_tensors_of(_state(stepper.curvature)))
+    found["curvature"] = count.tensors(_tensors_of(_state(curvature)))
     return _placed(found, like(model.device))
 
 
@@ -168,3 +165,13 @@ def _tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors_of(item)]
     return []
+
+
+def owner_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Both sides by owner, the planner's order first."""
+    measured = {owner: size for owner, size in measured.items() if size}
+    names = [*predicted, *(name for name in measured if name not in predicted)]
+    return [
+        {"owner": name, "predicted_bytes": predicted.get(name), "measured_bytes": measured.get(name)}
+        for name in names
+    ]

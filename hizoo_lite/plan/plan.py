@@ -27,13 +27,18 @@ class Plan:
     device_type: str
     device_budget_bytes: int | None
     host_budget_bytes: int | None
-    gives_back: bool  # the allocator gives large buffers back: see allocator.map_large
+    gives_back: bool  # the allocator gives large buffers back: see process.map_large
     moments: Mapping[str, int] = field(default_factory=dict)  # activations while each part runs, at most
     moved_bytes: int = 0  # to the device, each step
     bounds: Mapping[str, float] = field(default_factory=dict)  # least seconds of a step, by what takes them
     why: str = ""
     nearest: Plan | None = None  # where this does not fit: what would
     unaccounted: tuple[str, ...] = ()
+
+    @property
+    def owners(self) -> dict[str, int]:
+        """Bytes by owner, of device and host."""
+        return {**self.ledger.device, **self.ledger.host}
 
     @property
     def peak_bytes(self) -> int:

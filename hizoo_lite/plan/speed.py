@@ -14,7 +14,7 @@ import torch
 
 from hizoo_lite.device import is_gpu, kind_of, like
 from hizoo_lite.errors import UserError
-from hizoo_lite.memory.pinned import page_lock
+from hizoo_lite.tensors import page_lock
 
 #: Seconds that one figure may take.
 _PATIENCE = 1.0

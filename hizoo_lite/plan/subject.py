@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hizoo_lite import curvature as curvatures
 from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.device import choose_device, like
-from hizoo_lite.engine.choose import Budgets, Place
-from hizoo_lite.memory.rss import resident
+from hizoo_lite.estimators import make_estimator
+from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.ledger import tensor_bytes
 from hizoo_lite.plan.outline import Outline, dissect
 from hizoo_lite.plan.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
+from hizoo_lite.process import resident
 from hizoo_lite.spaces.targets import resolve_targets
-from hizoo_lite.train.parts import make_estimator
+from hizoo_lite.tensors import TorchArrays
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
 #: bitsandbytes 0.50, Python 3.13; 305 MiB, measured. For machines other than this one.
@@ -40,9 +41,7 @@ DRAWING_BYTES = 8 << 20
 
 @functools.cache
 def framework_bytes() -> int:
-    """Anonymous memory of this process with a run's libraries imported, at the first call."""
-    import hizoo_lite.run  # noqa: F401 - what a run imports
-
+    """Anonymous memory of this process at the first call; `hizoo_lite.run` has been imported by then."""
     return resident().anon_bytes or FRAMEWORK_BYTES
 
 
@@ -192,9 +191,8 @@ class Subject:
             return 0
         if self.config.curvature == "diagonal":
             return 4 * sum(shape.numel() for shape in self.shapes.values())
-        options = {"per": self.config.curvature_per} if self.config.curvature == "grouped" else {}
-        state = curvatures.get(self.config.curvature, **options)
-        state.start(self.shapes)
+        state = CURVATURES.configured(self.config)
+        state.start(self.shapes, TorchArrays())
         return tensor_bytes(vars(state))
 
     def weight_noise_bytes(self) -> int:

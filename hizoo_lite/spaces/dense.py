@@ -11,8 +11,8 @@ about lr |gradient|^2: both are proportional to lr. On a 4-bit grid the noise wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +90,11 @@ class Dense(InPlaceSpace):
     """
 
     name = "dense"
+    settings: ClassVar[Mapping[str, str]] = {
+        "update": "dense_update",
+        "targets": "targets",
+        "blocks": "blocks",
+    }
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hizoo_lite.base import Stored, UserError
 from hizoo_lite.checkpoints.adapter import SPACE_FILE
+from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.files import parse_json
@@ -24,7 +25,6 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.heads import attach_head
-from hizoo_lite.spaces.storage import load_tensors, save_tensors
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 

@@ -11,19 +11,20 @@ the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from hizoo_lite import peft_format
 from hizoo_lite.base import BranchState, LinearDelta, UserError
+from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, check_fits, peft_weights
+from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
 from hizoo_lite.spaces.heads import attach_head, beside_heads, branch_values, saved_modules
-from hizoo_lite.spaces.storage import load_tensors, save_tensors
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
@@ -67,6 +68,9 @@ class LoRA:
     """
 
     name = "lora"
+    settings: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("rank", "alpha", "rslora", "train_a", "targets", "blocks")
+    }
     weights = None  # nothing inside the blocks is changed
 
     def __init__(
@@ -139,20 +143,20 @@ class LoRA:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_config().save_pretrained(folder)
-        tensors = {peft_format.PREFIX + name: p for name, p in self._tensors().items()}
-        save_tensors(tensors, folder / peft_format.TENSOR_FILE, peft_format.METADATA)
+        tensors = {PEFT_PREFIX + name: p for name, p in self._tensors().items()}
+        save_tensors(tensors, folder / PEFT_WEIGHTS, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read `adapter_model.safetensors` into the attached parameters.
 
         Raises `UserError`, before any is changed, where the file is damaged or does not fit.
         """
-        path = peft_format.tensor_file(folder)
-        tensors = {name.removeprefix(peft_format.PREFIX): t for name, t in load_tensors(path).items()}
+        path = peft_weights(folder)
+        tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(path).items()}
         found = {name: value.shape for name, value in tensors.items()}
         beside = {n: p for n, p in beside_heads(self.model, self.head_names).items() if n in tensors}
         own = {**self._tensors(), **beside}
-        peft_format.check_fits(path, found, {name: value.shape for name, value in own.items()})
+        check_fits(path, found, {name: value.shape for name, value in own.items()})
         for name, value in tensors.items():
             if not value.is_floating_point():
                 raise UserError(f"{path}: {name} is {value.dtype}, allowed are floats")

@@ -8,6 +8,9 @@ the paper. We add what it leaves out: double quantization is undone, and Sigma i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -66,6 +69,7 @@ class Scales(InPlaceSpace):
     """The scales of the quantized weights of chosen linear layers of the blocks."""
 
     name = "scales"
+    settings: ClassVar[Mapping[str, str]] = {"targets": "targets", "blocks": "blocks"}
 
     def part(self, model: Model, linear: BranchLinear) -> ScalesPart:
         """The weight's scales, in float32. `UserError` where it has none."""

@@ -28,6 +28,7 @@ from hizoo_lite.config import (
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_toml, read_json
 from hizoo_lite.plan import hardware
+from hizoo_lite.plan.hardware import profiles_folder
 
 #: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it was.
 OLDER: dict[str, Any] = {
@@ -42,13 +43,6 @@ OLDER: dict[str, Any] = {
 def flag(name: str) -> str:
     """The flag of a field: `--batch-size`."""
     return "--" + name.replace("_", "-")
-
-
-def profiles_folder() -> Path:
-    """Where the shipped profiles are: inside the installed package, or beside it in a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "profiles"
-    return installed if installed.is_dir() else package.parent / "profiles"
 
 
 def find(path_or_name: str) -> Path:

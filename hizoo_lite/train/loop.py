@@ -22,7 +22,7 @@ import numpy as np
 from hizoo_lite.base import Batch, Example, TooManyBadSteps
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import BudgetError, StorageError, UserError
-from hizoo_lite.memory.rss import PeakMeter
+from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.train import checkpoint

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite import curvature as curvatures
-from hizoo_lite import estimators, tasks
+from hizoo_lite import tasks
 from hizoo_lite.base import BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
-from hizoo_lite.config import EMBEDDED, TrainConfig
+from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
+from hizoo_lite.curvature import CURVATURES
+from hizoo_lite.estimators import make_estimator
 from hizoo_lite.optimizers import step_size
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.task import where
@@ -19,8 +20,6 @@ from hizoo_lite.train.step import Stepper
 
 _log = logging.getLogger(__name__)
 
-#: The embedded model, task and data.
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 #: The largest projected gradient, by space, where the configuration names none (QZO, arXiv 2505.13430).
 _CLIPS = {"scales": 100.0}
 
@@ -111,37 +110,6 @@ def task_encoder(
     return Encoder(tokenizer, kind, task, most, loss=chosen, order=order, vocabulary=vocabulary)
 
 
-def directions(config: TrainConfig) -> int:
-    """Of a step: where the configuration leaves it open, 2 for parameters in memory, with curvature from
-
-    predictions (`estimators/hizoo.py`); 1 otherwise.
-    """
-    if config.directions != "auto":
-        return config.directions
-    return 2 if config.space == "lora" and config.curvature_from == "predictions" else 1
-
-
-def make_estimator(config: TrainConfig) -> Estimator:
-    """The estimator that a configuration names, with its own options."""
-    options: dict[str, dict[str, Any]] = {
-        "hizoo": {
-            "every": config.curvature_every,
-            "curvature_from": config.curvature_from,
-            "directions": directions(config),
-        },
-    }
-    return estimators.get(config.estimator, **options.get(config.estimator, {}))
-
-
-def make_curvature(config: TrainConfig) -> Curvature:
-    """The curvature that a configuration names, with its own options."""
-    options: dict[str, dict[str, Any]] = {
-        "diagonal": {"mode": config.curvature_mode},
-        "grouped": {"per": config.curvature_per},
-    }
-    return curvatures.get(config.curvature, **options.get(config.curvature, {}))
-
-
 def make_stepper(
     config: TrainConfig,
     traversal: BranchLosses,
@@ -153,7 +121,7 @@ def make_stepper(
     estimator = make_estimator(config) if estimator is None else estimator
     measures = any(estimator.measures(step) for step in range(config.steps))
     if curvature is None:
-        curvature = make_curvature(config) if measures else curvatures.get("none")
+        curvature = CURVATURES.configured(config) if measures else CURVATURES.make("none")
     course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
     clip = _CLIPS.get(space.name) if config.clip is None else config.clip
     smoothing = step_size.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from hizoo_lite import peft_format
 from hizoo_lite.arrays import Arrays, NumpyArrays
 from hizoo_lite.base import Space, UserError
 from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.train import checkpoint, identity, parts
 from hizoo_lite.train.checkpoint import ADAPTER, Position
@@ -63,10 +63,10 @@ class StoredSpace:
         """Write the parameters beside the settings that they were read with."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.folder / peft_format.CONFIG_FILE, folder / peft_format.CONFIG_FILE)
+        shutil.copyfile(self.folder / PEFT_FILE, folder / PEFT_FILE)
         moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self.parameters.items()}
-        tensors = {peft_format.PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
-        safetensors.save(folder / peft_format.TENSOR_FILE, tensors, peft_format.METADATA)
+        tensors = {PEFT_PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
+        safetensors.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read another adapter of the same shapes."""
@@ -75,8 +75,8 @@ class StoredSpace:
             value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
-        found = safetensors.load(peft_format.tensor_file(folder))
-        return {name.removeprefix(peft_format.PREFIX): value for name, value in found.items()}
+        found = safetensors.load(peft_weights(folder))
+        return {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
 
 
 class _NoModel:
@@ -188,10 +188,11 @@ def _arrays(library: str, where: Path) -> Arrays:
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
     from hizoo_lite.engine.traversal import Traversal
+    from hizoo_lite.spaces import SPACES
     from hizoo_lite.train import setup
 
     model = setup.load_model(config, parts.find_task(config.task))
-    space = setup.make_space(config)
+    space = SPACES.configured(config)
     space.attach(model, config.seed)
     stepper = parts.make_stepper(config, Traversal(model), space, None, None)
     found = {**identity.of_model(model.folder), "library": stepper.library}

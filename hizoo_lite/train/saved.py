@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hizoo_lite import peft_format, spaces
+from hizoo_lite import spaces
 from hizoo_lite.base import ModelKind, Space, UserError
-from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter, read_peft_config
+from hizoo_lite.checkpoints.adapter import (
+    PEFT_PREFIX,
+    SPACE_FILE,
+    check_heads,
+    find_adapter,
+    peft_weights,
+    read_peft_config,
+)
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.model.model import Model
@@ -87,14 +94,14 @@ def _tuned(path: Path) -> tuple[list[str], list[str]]:
 
     The file says so, not `target_modules`, which may be a pattern with exceptions (`exclude_modules`).
     """
-    names = [name.removeprefix(peft_format.PREFIX) for name in TensorFile(path).entries]
+    names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
     pairs = [name.partition(".lora_")[0] for name in names if ".lora_" in name]
     return list(dict.fromkeys(pairs)), [name for name in names if ".lora_" not in name]
 
 
 def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
     config = read_peft_config(folder)
-    path = peft_format.tensor_file(folder)
+    path = peft_weights(folder)
     layers, heads = _tuned(path)
     check_heads(path, heads, model.kind, model.trunk_name)
     unknown = [layer for layer in layers if layer not in model.linears or model.block_of(layer) is None]

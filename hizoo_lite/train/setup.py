@@ -5,55 +5,32 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
-
-from hizoo_lite import spaces
-from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, ModelKind, Space, UserError
-from hizoo_lite.config import EMBEDDED, TrainConfig
+from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, Space, UserError
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, is_gpu
-from hizoo_lite.engine.choose import Budgets
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Resident, Streamed
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.memory.limits import Budgets
+from hizoo_lite.model.kinds import find_kind, model_path
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan.estimate import pass_bytes
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.quant import Checkpoint
+from hizoo_lite.spaces import SPACES
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import planning
-from hizoo_lite.train.parts import DEMO, learnable_splits, run_splits, task_encoder
 from hizoo_lite.train.parts import data_path as data_path
 from hizoo_lite.train.parts import find_task as find_task
-from hizoo_lite.train.parts import make_curvature as make_curvature
+from hizoo_lite.train.parts import learnable_splits, run_splits, task_encoder
 from hizoo_lite.train.parts import make_splits as make_splits
 from hizoo_lite.train.parts import make_stepper as make_stepper
 from hizoo_lite.train.step import Stepper
-
-#: Endings of an architecture's name in config.json, and the kind of model they say.
-_KINDS: dict[str, ModelKind] = {
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "masked",
-    "ForSequenceClassification": "classifier",
-}
-#: Where no ending says it (BertGenerationDecoder): transformers' own lists, model type -> class.
-_CLASSES: dict[ModelKind, Mapping[str, Any]] = {
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "classifier": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +68,7 @@ def build(
     model = model or load_model(_as_planned(config, plan), task)
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
-    space = space or make_space(config)
+    space = space or SPACES.configured(config)
     space.attach(model, config.seed)
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, space, estimator, curvature)
@@ -173,11 +150,6 @@ def budgets(config: TrainConfig, model: Model) -> Budgets:
     return Budgets.parse(config.device_budget, config.host_budget, model.device)
 
 
-def model_path(source: str) -> str:
-    """The folder or hub id of a model; the package's own for the embedded one."""
-    return str(DEMO) if source == EMBEDDED else source
-
-
 def load_model(config: TrainConfig, task: Task) -> Model:
     """The model of a configuration, for a task."""
     source = model_path(config.model)
@@ -198,23 +170,6 @@ def load_model(config: TrainConfig, task: Task) -> Model:
     )
 
 
-def find_kind(source: str, revision: str | None, task: Task | None) -> ModelKind:
-    """The kind of a model by its architecture's name; a bare trunk becomes a classifier."""
-    names = Checkpoint.open(source, revision=revision).config.get("architectures") or ["(none)"]
-    for ending, kind in _KINDS.items():
-        if names[0].endswith(ending):
-            return kind
-    for kind, classes in _CLASSES.items():
-        if names[0] in classes.values():
-            return kind
-    if names[0].endswith("Model") and task is not None and task.num_labels is not None:
-        return "classifier"
-    raise UserError(
-        f"--kind: the architecture {names[0]!r} of {source} does not tell; "
-        "allowed: causal, masked, classifier"
-    )
-
-
 def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") -> Encoder:
     """The task's encoder for the model's tokenizer. UserError where the model has none."""
     if model.tokenizer is None:
@@ -231,21 +186,3 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
         elif encoder.pad_id != model.tokenizer.pad_token_id:  # the tokenizer has none that the model knows
             encoder.pad_id = model.config.pad_token_id
     return encoder
-
-
-def make_space(config: TrainConfig) -> Space:
-    """The space that a configuration names."""
-    options: dict[str, dict[str, Any]] = {
-        "lora": {
-            "rank": config.rank,
-            "alpha": config.alpha,
-            "rslora": config.rslora,
-            "train_a": config.train_a,
-        },
-        "dense": {"update": config.dense_update},
-    }
-    if config.targets != "auto":
-        options.setdefault(config.space, {})["targets"] = config.targets
-    if config.blocks != "auto":
-        options.setdefault(config.space, {})["blocks"] = config.blocks
-    return spaces.get(config.space, **options.get(config.space, {}))

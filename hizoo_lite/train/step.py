@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hizoo_lite.arrays import Array
 from hizoo_lite.base import (
-    Array,
     Batch,
     Branches,
     BranchLosses,

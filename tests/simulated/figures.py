@@ -16,8 +16,8 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.export.quantize import Quantization
+from hizoo_lite.model.kinds import model_path
 from hizoo_lite.run import fit
-from hizoo_lite.train.setup import model_path
 from tests.run_fixtures import short_run
 from tests.simulated.gpu import installed
 from tests.test_stream import StopAfter as StopAfter

@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 
 from hizoo_lite.base import Branches, BranchState
 from hizoo_lite.engine.block import install
+from hizoo_lite.engine.residency import Resident
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model import build
 from hizoo_lite.model.blocks import find_blocks
@@ -171,6 +172,7 @@ def _model(shape: dict[str, int]) -> Model:
         checkpoint=nothing,
         stored_names={},
         row_positions=RowPositions(module, state),
+        residency=Resident(),
     )
     install(model)
     return model

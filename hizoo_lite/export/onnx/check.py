@@ -19,7 +19,6 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-import hizoo_lite
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.errors import ExportError
 from hizoo_lite.export.onnx.compare import PREFILL, Case, Reference, Tokens, write_request
@@ -71,7 +70,7 @@ def run_check(
     the architecture.
     """
     write_request(work, export.path, references, sparing)
-    beside = [str(Path(hizoo_lite.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    beside = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "hizoo_lite.export.onnx.compare", str(work)],
         capture_output=True,

@@ -19,7 +19,7 @@ import numpy as np
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
 from hizoo_lite.errors import ExportError, UserError
-from hizoo_lite.memory.allocator import map_large
+from hizoo_lite.process import map_large
 
 #: The largest difference of a logit that float32 sums in another order may make, where no logit is above 1;
 #: times the largest one otherwise, as rounding is relative.

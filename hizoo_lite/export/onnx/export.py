@@ -46,8 +46,8 @@ from hizoo_lite.export.onnx.source import (
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import write_tokenizer
-from hizoo_lite.memory.allocator import trim
 from hizoo_lite.model.model import Model
+from hizoo_lite.process import trim
 from hizoo_lite.train import saved
 from hizoo_lite.train.events import Listener
 

@@ -20,9 +20,9 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.export.changes import Changes, read_changes
 from hizoo_lite.export.quantize import Quantization
-from hizoo_lite.memory.allocator import map_large
-from hizoo_lite.model import build
+from hizoo_lite.model import build, kinds
 from hizoo_lite.model.model import Model
+from hizoo_lite.process import map_large
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
@@ -58,7 +58,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
     if base_bits is not None and tuned not in (None, base_bits):
         raise UserError(f"--base-bits: got {base_bits!r}, but {run} was tuned with bits {tuned!r}")
     name = saved.base_model(run)
-    where = setup.model_path(model or (name if config is None else config.model))
+    where = kinds.model_path(model or (name if config is None else config.model))
     if not where:
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
     checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
@@ -67,7 +67,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
     return Source(
         name or where,
         checkpoint,
-        saved.saved_kind(run) or setup.find_kind(str(checkpoint.folder), None, None),
+        saved.saved_kind(run) or kinds.find_kind(str(checkpoint.folder), None, None),
         build.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
         # as `setup.load_model`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,

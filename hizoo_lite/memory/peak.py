@@ -1,70 +1,18 @@
-"""What this process holds and held at most, as the kernel counts it.
+"""The peak of memory of each phase of a run, and of the whole.
 
-`ru_maxrss` is inherited across fork and exec, so the peak is read as VmHWM of /proc/self/status; writing
-5 to /proc/self/clear_refs sets it back to what is resident now. Where /proc is missing (macOS, Windows)
-psutil gives the resident size and the peak is the largest of the readings. On CUDA the allocator's own
-peak counts instead.
+Of the host: as the kernel counts it (process.py), or the largest of the readings if it does not. Of a GPU:
+the peak of torch's allocator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hizoo_lite.memory.allocator import trim
+from hizoo_lite.process import reset_peak, resident, trim
 
 if TYPE_CHECKING:
     import torch
-
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
-
-
-class Resident(NamedTuple):
-    """Resident memory in bytes. None where the system does not tell."""
-
-    total_bytes: int
-    peak_bytes: int | None  # VmHWM: the most since the start, or since `reset_peak`
-    anon_bytes: int | None  # RssAnon: what was allocated
-    file_bytes: int | None  # RssFile: mapped files, clean and reclaimable
-
-
-def resident() -> Resident:
-    """The memory of this process now."""
-    if not _STATUS.is_file():
-        import psutil
-
-        return Resident(psutil.Process().memory_info().rss, None, None, None)
-    fields: dict[str, int] = {}
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in ("VmRSS", "VmHWM", "RssAnon", "RssFile"):
-            fields[name] = int(value.split()[0]) * 1024
-    return Resident(fields["VmRSS"], fields.get("VmHWM"), fields.get("RssAnon"), fields.get("RssFile"))
-
-
-def private_bytes() -> int | None:
-    """VmData: private writable memory that is mapped, touched or not; what RLIMIT_DATA limits. Linux only."""
-    if not _STATUS.is_file():
-        return None
-    lines = _STATUS.read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), None)
-
-
-def thread_count() -> int:
-    """The threads of this process, those of libraries as well. Linux only."""
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
-def reset_peak() -> bool:
-    """Set VmHWM back to the resident size; False where the system does not permit it."""
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
 
 
 class _GpuPeak(NamedTuple):

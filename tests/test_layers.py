@@ -1,0 +1,89 @@
+"""A file imports only from lower layers: no circle, no arrow up; also of imports inside of functions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hizoo_lite
+
+PACKAGE = Path(hizoo_lite.__file__).parent
+#: From the ground up. What is in one line does not know of each other; a folder's files may.
+LAYERS = (
+    "errors",
+    "units arrays",
+    "process files locks base",
+    "config device",
+    "registry tensors philox",
+    "noise",
+    "memory checkpoints tasks curvature estimators report",
+    "quant optimizers",
+    "model",
+    "engine",
+    "spaces",
+    "plan",
+    "train",
+    "edge",
+    "export",
+    "run",
+    "integrations",
+    "cli __init__",
+)
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(path: Path) -> str:
+    """Dotted name inside the package, without `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def imported(source: str) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= {name if name.partition(".")[2] in MODULES else str(node.module) for name in names}
+    return {name.partition(".")[2] or "__init__" for name in found if name.split(".")[0] == "hizoo_lite"}
+
+
+def in_the_way(graph: dict[str, set[str]]) -> set[str]:
+    """What is left of imports, by module, after what needs nothing that is left was taken out again and again."""
+    left = dict(graph)
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    return set(left)
+
+
+GRAPH = {module(path): imported(path.read_text(encoding="utf-8")) - {module(path)} for path in FILES}
+
+
+def test_every_file_is_in_a_layer() -> None:
+    assert {name.split(".")[0] for name in MODULES} == set(HEIGHT) - {"integrations"}
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_a_file_imports_from_lower_layers_only(name: str) -> None:
+    own = name.split(".")[0]
+    tops = {needed.split(".")[0] for needed in GRAPH[name]} - {own}
+    assert {top for top in tops if HEIGHT[top] >= HEIGHT[own]} == set()
+
+
+def test_no_files_import_each_other() -> None:
+    assert in_the_way(GRAPH) == set()
+
+
+def test_circles_and_imports_inside_of_functions_are_found() -> None:
+    assert in_the_way({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c", "d"}
+    source = "def f():\n    from hizoo_lite.cli import main\n    from hizoo_lite import run\n    import os\n"
+    assert imported(source) == {"cli", "run"}
