@@ -58,7 +58,7 @@ def imported(source: str) -> set[str]:
 
 
 def in_the_way(graph: dict[str, set[str]]) -> set[str]:
-    """What is left of imports, by module, once what needs nothing that is left was taken out, over and over."""
+    """What is left of imports, by module, once what needs nothing that is left is out, again and again."""
     left = dict(graph)
     while free := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in free}
