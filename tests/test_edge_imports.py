@@ -18,7 +18,7 @@ MODULES = [
     "hizoo_lite.edge.session",
     "hizoo_lite.noise",
     "hizoo_lite.tasks",
-    "hizoo_lite.checkpoints.safetensors",
+    "hizoo_lite.checkpoints.tensorfile",
     "hizoo_lite.train.checkpoint",
     "hizoo_lite.train.config_file",
     "hizoo_lite.train.evaluate",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hizoo_lite
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import read_peft_config
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.edge.folder import Export
@@ -38,7 +38,7 @@ _OUT = ("../x.safetensors", "a/../../x.safetensors", "{outside}/x.safetensors", 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An empty folder beside a sound tensor file x.safetensors."""
-    safetensors.save(tmp_path / "x.safetensors", {"w": np.zeros(2, dtype=np.float32)})
+    tensorfile.save(tmp_path / "x.safetensors", {"w": np.zeros(2, dtype=np.float32)})
     (tmp_path / "folder" / "a").mkdir(parents=True)
     return tmp_path / "folder"
 
@@ -138,7 +138,7 @@ def test_shapes_that_no_array_has_are_refused(tmp_path: Path, shape: list[int]) 
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="tensor w"):
-        safetensors.load(path)
+        tensorfile.load(path)
 
 
 def test_sizes_and_names_beyond_all_use_are_refused() -> None:

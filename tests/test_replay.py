@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hizoo_lite.base import UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.cli import app
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.engine.traversal import Traversal
@@ -91,7 +91,7 @@ def test_a_step_between_checkpoints_is_that_of_a_shorter_run(tmp_path: Path) -> 
     assert found.folder == run.folder / "replayed/step-000005"
     theirs = shorter.folder / "checkpoints/step-000005"
     for name in ("curvature.safetensors", "adapter/adapter_model.safetensors"):
-        assert safetensors.equal(found.folder / name, theirs / name)
+        assert tensorfile.equal(found.folder / name, theirs / name)
     assert checkpoint.numbers(found.folder) == checkpoint.numbers(theirs)
 
 
@@ -111,7 +111,7 @@ class tensorfile_of:
         self.path = folder / "adapter/adapter_model.safetensors"
 
     def __enter__(self) -> list[str]:
-        return list(safetensors.load(self.path))
+        return list(tensorfile.load(self.path))
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -144,9 +144,9 @@ def test_the_best_state_is_compared_with_the_adapter(tmp_path: Path) -> None:
 def test_what_differs_is_named_with_exit_code_1(tmp_path: Path) -> None:
     run = run_of(tmp_path, lr=1e-2)
     path = run.folder / "adapter/adapter_model.safetensors"
-    tensors = safetensors.load(path)
+    tensors = tensorfile.load(path)
     next(iter(tensors.values()))[0] += 1
-    safetensors.save(path, tensors)
+    tensorfile.save(path, tensors)
     result = CliRunner().invoke(app, ["replay", str(run.folder)])
     assert result.exit_code == 1
     assert result.stdout.startswith(f"{STEPS} steps replayed into {run.folder / 'replayed'}")
@@ -227,7 +227,7 @@ def test_a_damaged_journal_is_replayed_up_to_the_damage(tmp_path: Path) -> None:
     found = replay(run.folder, 3)
     assert (found.differs, len(found.same)) == ([], 3)
     theirs = shorter.folder / "checkpoints/step-000003/curvature.safetensors"
-    assert safetensors.equal(found.folder / "curvature.safetensors", theirs)
+    assert tensorfile.equal(found.folder / "curvature.safetensors", theirs)
 
 
 def test_weights_are_replayed_on_the_model_they_were_trained_on(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from hizoo_lite import tasks
 from hizoo_lite.base import UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.curvature import Grouped
@@ -829,16 +829,16 @@ def test_weights_are_told_apart_by_samples_of_every_tensor(
     monkeypatch.setattr(identity, "_WHOLE_BYTES", 1 << 20)
     monkeypatch.setattr(identity, "_TENSOR_SAMPLES", 8)
     values = {name: np.zeros(1 << 20, np.uint8) for name in ("a", "b")}
-    safetensors.save(tmp_path / "model.safetensors", values)
+    tensorfile.save(tmp_path / "model.safetensors", values)
     first = identity.of_model(tmp_path)["weights"]
     step = ((1 << 20) - 4096) // 3
     for place, seen in ((0, True), (step, True), (step - 1, False), ((1 << 20) - 1, True)):
         changed = values["b"].copy()
         changed[place] = 1
-        safetensors.save(tmp_path / "model.safetensors", {**values, "b": changed})
+        tensorfile.save(tmp_path / "model.safetensors", {**values, "b": changed})
         assert (identity.of_model(tmp_path)["weights"] != first) == seen
     for name, value in values.items():  # the same tensors in two files
-        safetensors.save(tmp_path / f"{name}.safetensors", {name: value})
+        tensorfile.save(tmp_path / f"{name}.safetensors", {name: value})
     index = {"weight_map": {name: f"{name}.safetensors" for name in values}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()  # it would be read in their place

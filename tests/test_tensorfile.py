@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 from safetensors.torch import save_file
 
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.errors import UserError
 
 TENSORS = {
@@ -26,7 +26,7 @@ TENSORS = {
 
 
 def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
-    safetensors.save(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    tensorfile.save(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
     found = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     assert set(found) == set(TENSORS)
     for name, value in TENSORS.items():
@@ -40,7 +40,7 @@ def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     values = {name: np.ascontiguousarray(value) for name, value in TENSORS.items()}
     safetensors.numpy.save_file(values, tmp_path / "x.safetensors")
-    found = safetensors.load(tmp_path / "x.safetensors")
+    found = tensorfile.load(tmp_path / "x.safetensors")
     for name, value in values.items():
         assert np.array_equal(found[name], value)
         assert found[name].dtype == value.dtype
@@ -50,7 +50,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 def test_a_dtype_that_numpy_lacks_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="tensor x: dtype 'BF16'; allowed are F64, F32"):
-        safetensors.load(tmp_path / "x.safetensors")
+        tensorfile.load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_a_header_that_lies_is_refused(header: object, message: str, tmp_path: P
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
     with pytest.raises(UserError, match=message):
-        safetensors.load(path)
+        tensorfile.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.safetensors: cannot be read: No such file"):
-        safetensors.load(tmp_path / "x.safetensors")
+        tensorfile.load(tmp_path / "x.safetensors")

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hizoo_lite import spaces, tasks
-from hizoo_lite.checkpoints import adapter, safetensors
+from hizoo_lite.checkpoints import adapter, tensorfile
 from hizoo_lite.checkpoints import fingerprint as export_files
 from hizoo_lite.checkpoints.adapter import peft_weights
 from hizoo_lite.checkpoints.tensors import TensorFile
@@ -238,7 +238,7 @@ def _read_checkpoint(folder: Path) -> None:
         checkpoint.numbers(path)
         checkpoint.parameters(path)
         assert checkpoint.halvings(path) >= 0
-        safetensors.load(path / "curvature.safetensors")
+        tensorfile.load(path / "curvature.safetensors")
     checkpoint.sound(folder)
 
 
@@ -298,8 +298,8 @@ def _read_tensors(folder: Path) -> None:
         file.read(name)
         if entry.shape:
             file.read_rows(name, 0, entry.shape[0])
-    safetensors.equal(path, path)
-    safetensors.load(path)
+    tensorfile.equal(path, path)
+    tensorfile.load(path)
 
 
 _ADAPTER = {
@@ -321,7 +321,7 @@ def _read_adapter(folder: Path) -> None:
     found = adapter.find_adapter(folder)
     adapter.scaling(adapter.read_peft_config(found))
     path = peft_weights(found)
-    safetensors.load(path)
+    tensorfile.load(path)
     export_files.read_floats(path)
 
 

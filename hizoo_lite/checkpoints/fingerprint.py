@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_inside, parse_json
 
@@ -71,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _samples(path: Path) -> dict[str, bytes]:
     found = {}
-    entries = safetensors.read_header(path, safetensors.SIZES)
+    entries = tensorfile.read_header(path, tensorfile.SIZES)
     try:
         with path.open("rb") as file:
             for name, entry in entries.items():
@@ -79,5 +79,5 @@ def _samples(path: Path) -> dict[str, bytes]:
                 form = json.dumps([entry.dtype, entry.shape]).encode()
                 found[name] = form + file.read(min(_SAMPLE_BYTES, entry.nbytes))
     except OSError as error:
-        raise safetensors.unreadable(path, error) from error
+        raise tensorfile.unreadable(path, error) from error
     return found

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hizoo_lite.base import UserError
-from hizoo_lite.checkpoints.safetensors import read_header, unreadable
+from hizoo_lite.checkpoints.tensorfile import read_header, unreadable
 from hizoo_lite.errors import StorageError
 
 _DTYPES = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
     PEFT_METADATA,
@@ -176,7 +176,7 @@ class GraphSpace:
         config = json.dumps(self.graph.record.peft_config, indent=2, sort_keys=True)
         (folder / PEFT_FILE).write_text(config + "\n", encoding="utf-8")
         tensors = {PEFT_PREFIX + name: value for name, value in self._tensors().items()}
-        safetensors.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
+        tensorfile.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` (or PEFT) wrote into the parameters."""
@@ -201,6 +201,6 @@ class GraphSpace:
 def read_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The parameters of a PEFT folder, float32, in the order of `shapes`."""
     path = peft_weights(folder)
-    found = {name.removeprefix(PEFT_PREFIX): value for name, value in safetensors.load(path).items()}
+    found = {name.removeprefix(PEFT_PREFIX): value for name, value in tensorfile.load(path).items()}
     check_fits(path, {name: value.shape for name, value in found.items()}, shapes)
     return {name: np.array(found[name], dtype=np.float32) for name in shapes}

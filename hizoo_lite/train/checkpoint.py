@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hizoo_lite.base import Space, UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.files import is_inside, parse_json, sha256_of, storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
@@ -126,7 +126,7 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
     """The files of a checkpoint, forced to the disk."""
     stepper.space.save(aside / ADAPTER)
     state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
-    safetensors.save(aside / _CURVATURE, state)
+    tensorfile.save(aside / _CURVATURE, state)
     written = sorted(file for file in aside.rglob("*") if file.is_file())
     record: dict[str, Any] = {
         "format": _FORMAT,
@@ -189,7 +189,7 @@ def set_aside(path: Path) -> None:
 def load(path: Path, stepper: Stepper) -> Position:
     """Bring `stepper` to the state of a checkpoint. UserError where files are missing or do not fit."""
     record = _state(path)
-    curvature = safetensors.load(path / _CURVATURE)
+    curvature = tensorfile.load(path / _CURVATURE)
     stepper.space.load(path / ADAPTER)
     stepper.curvature.load_state_dict(curvature)
     stepper.step_size.load_state_dict(record["step_size"])

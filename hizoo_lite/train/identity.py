@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hizoo_lite.base import Example, UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.fingerprint import weight_files
 from hizoo_lite.files import parse_json
 from hizoo_lite.noise import GENERATORS
@@ -112,7 +112,7 @@ def of_model(folder: Path) -> dict[str, str]:
 
 def _of_weights(files: Sequence[Path]) -> str:
     """Of every tensor's name, dtype, shape and bytes; how they lie in files does not count."""
-    headers = {path: safetensors.read_header(path, safetensors.SIZES) for path in files}
+    headers = {path: tensorfile.read_header(path, tensorfile.SIZES) for path in files}
     entries = [entry for header in headers.values() for entry in header.values()]
     whole = sum(entry.nbytes for entry in entries) <= _WHOLE_BYTES
     count = max(_FEWEST_SAMPLES, _TENSOR_SAMPLES // max(1, len(entries)))
@@ -127,7 +127,7 @@ def _of_weights(files: Sequence[Path]) -> str:
                         digest.update(piece)
                     hashes[name] = digest.hexdigest()
         except OSError as error:
-            raise safetensors.unreadable(path, error) from error
+            raise tensorfile.unreadable(path, error) from error
     return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hizoo_lite.arrays import Arrays, NumpyArrays
 from hizoo_lite.base import Space, UserError
-from hizoo_lite.checkpoints import safetensors
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.train import checkpoint, identity, parts
@@ -66,7 +66,7 @@ class StoredSpace:
         shutil.copyfile(self.folder / PEFT_FILE, folder / PEFT_FILE)
         moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self.parameters.items()}
         tensors = {PEFT_PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
-        safetensors.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
+        tensorfile.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read another adapter of the same shapes."""
@@ -75,7 +75,7 @@ class StoredSpace:
             value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
-        found = safetensors.load(peft_weights(folder))
+        found = tensorfile.load(peft_weights(folder))
         return {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
 
 
@@ -223,6 +223,6 @@ def _same_tensors(ours: Path, theirs: Path) -> dict[str, bool]:
     names = {file.relative_to(folder) for folder in (ours, theirs) for file in folder.rglob("*.safetensors")}
     return {
         str(theirs / name): all((folder / name).is_file() for folder in (ours, theirs))
-        and safetensors.equal(ours / name, theirs / name)
+        and tensorfile.equal(ours / name, theirs / name)
         for name in sorted(names)
     }
