@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.run import Run, fit
