@@ -10,22 +10,25 @@ trackers are accelerate's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import tomli_w
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from hizoo_lite import tasks
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig, refuse
 from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.files import write_text
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
@@ -35,6 +38,7 @@ from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large
 from hizoo_lite.registry import settings_of
 from hizoo_lite.report.report import write_report
+from hizoo_lite.tasks import Records, Task
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
 from hizoo_lite.train.checkpoint import Position
@@ -53,9 +57,25 @@ if TYPE_CHECKING:
     from hizoo_lite.export.onnx.linear import Format
 
 
+#: What the data of a run is called until its folder is known.
+IN_MEMORY = "in memory"
 _Part = TypeVar("_Part", Space, Estimator, Curvature)
 #: Of objects that stand in for a name.
 _EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
+
+
+class _Given(NamedTuple):
+    """What was given in memory and is to be in the run folder, so that the run can be resumed from there."""
+
+    task: Mapping[str, Any] | None
+    data: Records | None
+
+    def write(self, folder: RunFolder) -> None:
+        """task.toml and data/."""
+        if self.task is not None:
+            write_text(folder.task, tomli_w.dumps(self.task))
+        if self.data is not None:
+            self.data.write(folder.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +127,8 @@ class Run:
 def fit(
     model: TrainConfig | Model | str,
     *,
+    task: str | Path | Mapping[str, Any] | Callable[..., Any] | Task | None = None,
+    data: Any = None,
     space: Space | str | None = None,
     estimator: Estimator | str | None = None,
     curvature: Curvature | str | None = None,
@@ -118,6 +140,11 @@ def fit(
     Args:
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
             with unless `options` has others), or its folder or hub id.
+        task: a name or file, as in the configuration; or the keys of a task's file, a function from a row to
+            (prompt, completion), a `Task`. Of a function the run folder has the name alone: to resume it,
+            give it again.
+        data: a file or folder; or rows in memory, or rows by part: dicts, a `datasets.Dataset` or
+            `DatasetDict`, a DataFrame. Those in memory are written to the run folder, as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
         listener: is told how it goes.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
@@ -131,6 +158,11 @@ def fit(
     options |= {key: part for key, part in parts.items() if isinstance(part, str)}
     space, estimator = _object("space", space), _object("estimator", estimator)
     curvature = _object("curvature", curvature)
+    found = None if task is None or isinstance(task, str | Path) else tasks.get(task)
+    records = None if data is None or isinstance(data, str | Path) else Records(data)
+    for name, given, made in (("task", task, found), ("data", data, records)):
+        if given is not None:
+            options[name] = str(given) if made is None else getattr(made, "name", IN_MEMORY)
     config, loaded = _configured(model, space, estimator, curvature, options)
     wanted = config.device if loaded is None else loaded.device.type
     ranks = distributed.join(choose_type(wanted)[0])
@@ -141,6 +173,11 @@ def fit(
         listener = Listener()
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
     folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+    keys = task if isinstance(task, Mapping) else None
+    if records is not None:
+        config = replace(config, data=str(folder.data))
+    if keys is not None:
+        config = replace(config, task=str(folder.task))
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
     limits = Budgets.parse(config.device_budget, config.host_budget, device)
@@ -148,11 +185,13 @@ def fit(
         map_large()  # which `load` does where it is told the budget
     with threads(config.threads), enforced(limits.device_bytes, device) as cap:
         with loading():
-            setup = build(config, model=loaded, space=space, estimator=estimator, curvature=curvature)
+            objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
+            setup = build(config, model=loaded, **objects, task=found, data=records)
         setup.stepper.ranks = ranks
         _announce(setup, listener)
+        budget = Budget(limits, setup.model, listener.message, cap)
         try:
-            return _run(setup, folder, listener, Budget(limits, setup.model, listener.message, cap))
+            return _run(setup, folder, listener, budget, _Given(keys, records))
         finally:
             setup.stepper.close()
 
@@ -262,7 +301,7 @@ def _announce(setup: Setup, listener: Listener) -> None:
     )
 
 
-def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) -> Run:
+def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, given: _Given) -> Run:
     setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
     with ExitStack() as open_things:
@@ -271,7 +310,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget) ->
         if not setup.config.resume:
             folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if setup.config.resume else {}
-        position = _begin(setup, folder, listener)
+        position = _begin(setup, folder, listener, given)
         ranks.wait()  # until every one has read the journal
         journal = enter(resume.open_journal(folder, setup.stepper, position)) if ranks.is_main else None
         _start_tracker(accelerator, setup.config)
@@ -374,7 +413,7 @@ def owners(setup: Setup) -> list[dict[str, Any]]:
     return ledger.owner_list(predicted, {**found.device, **found.host})
 
 
-def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
+def _begin(setup: Setup, folder: RunFolder, listener: Listener, given: _Given) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = resume.Start(Position())
     model = setup.model
@@ -394,6 +433,8 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener) -> Position:
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
     )
     folder.create(replace(resolved, out=str(folder.path)))
+    if folder.writes:
+        given.write(folder)
     folder.write_identity(made_of)
     _write_plan(folder, setup)
     return start.position

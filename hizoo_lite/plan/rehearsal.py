@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from hizoo_lite.base import Bits, Branches, BranchState, ModelKind
 from hizoo_lite.device import is_gpu, like
 from hizoo_lite.engine.block import PresentBlock
-from hizoo_lite.engine.chunks import Chunks, plan_chunks
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.engine.overwritten import ReadAgain
 from hizoo_lite.engine.residency import Resident
@@ -208,23 +207,18 @@ class Rehearsal:
         self.tally.__init__()  # type: ignore[misc]
         self.buffers.sizes = {}
         directions = self._attach(trained) if trained is not None else {}
+        moves = SimpleNamespace(apply=lambda block: False)  # of a space in the weights: none here
         stand_in = SimpleNamespace(
             blocks=self.blocks,
             state=self.state,
             device=torch.device(self.device_type),
-            pending=None,
+            pending=moves if trained is not None and trained.space != "lora" else None,
+            branch_chunk=wanted.chunk,
+            halvings=wanted.halvings,
             residency=Resident(),
             observer=None,
             overwrites=self.overwrites,
         )
-        redrawn = trained is not None and trained.space != "lora"
-
-        def chunks(rows: int, length: int, branches: int) -> Chunks:
-            return plan_chunks(
-                wanted.chunk, rows, length, branches, self.device_type, redrawn, wanted.halvings
-            )
-
-        stand_in.chunks = chunks
         layers: Any = self.module.get_submodule(self.anatomy.prefix)
         for index, block in enumerate(self.blocks):
             present = PresentBlock(stand_in, index)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ batch = encoder.collate([encoder.encode(example, training=True) for example in s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hizoo_lite.base import UserError
 from hizoo_lite.tasks import (
@@ -20,12 +22,14 @@ from hizoo_lite.tasks import (
     text,
 )
 from hizoo_lite.tasks.encoder import Encoded, Encoder
+from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.splits import Splits, batch_indices, batches, make_splits
 from hizoo_lite.tasks.task import Task
 
 __all__ = [
     "Encoded",
     "Encoder",
+    "Records",
     "Splits",
     "Task",
     "batch_indices",
@@ -44,12 +48,22 @@ def names() -> list[str]:
     return list(_BUILT_IN)
 
 
-def get(name_or_path: str | Path) -> Task:
-    """A built-in task by name, or a user's own by the path of its `.toml` file.
+def get(task: str | Path | Mapping[str, Any] | Callable[..., Any] | Task) -> Task:
+    """A task by its name, as a user's own file or keys, by a function, or as it is.
 
-    Raises UserError for an unknown name (it lists the known ones) and for a file that is not a valid task.
+    Args:
+        task: a built-in task's name; the path of a `.toml` file, or the keys of one; a function from a row of
+            the data to (prompt, completion); or a task.
+
+    Raises UserError for an unknown name (it lists the known ones) and for what is not a valid task.
     """
-    name = str(name_or_path)
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, Mapping):
+        return custom.from_keys(task)
+    if callable(task):
+        return custom.from_function(task)
+    name = str(task)
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     if name.endswith(".toml"):

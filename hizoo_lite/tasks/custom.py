@@ -18,7 +18,7 @@ is reported at once; unknown keys are problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,31 @@ def load(path: Path) -> Task:
         raise UserError(f"task: cannot read {path} ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
+    return from_keys(keys, str(path))
+
+
+def from_keys(keys: Mapping[str, Any], where: str = "task") -> Task:
+    """The task that the keys of such a file make. UserError, naming `where`, lists every problem."""
     problems = _problems(keys)
     if problems:
-        raise UserError(f"{path}: " + "; ".join(problems))
+        raise UserError(f"{where}: " + "; ".join(problems))
     return _task(keys)
+
+
+def from_function(function: Callable[[Mapping[str, Any]], Any]) -> Task:
+    """The task of a function from a row to (prompt, completion): what is trained is the completion."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return Task(
+        name=name,
+        kind="completion",
+        build=_Pairs(function),
+        scorers=_METRICS["completion"],
+        causal="{prompt}",
+        cut="prompt",
+        max_new_tokens=64,
+        dev_from="dev",
+        test_from="test",
+    )
 
 
 def _problems(keys: Mapping[str, Any]) -> list[str]:
@@ -169,6 +190,25 @@ def _task(keys: Mapping[str, Any]) -> Task:
         dev_from="dev",
         test_from="test",
     )
+
+
+class _Pairs:
+    """The example of a row by a function that gives a prompt and its completion."""
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], Any]) -> None:
+        self.function = function
+
+    def __call__(self, row: Row) -> Iterator[Example]:
+        try:
+            prompt, answer = self.function(row.values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{row.where}: task {getattr(self.function, '__name__', 'function')}: "
+                f"{type(error).__name__}: {error}; wanted: a function from a row to (prompt, completion)"
+            ) from error
+        if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
+            raise UserError(f"{row.where}: got {(prompt, answer)!r:.80}, wanted: (prompt, completion), texts")
+        yield Example({"prompt": prompt}, (answer,), 0, (answer.strip(),))
 
 
 class _Build:

@@ -20,6 +20,7 @@ import numpy as np
 
 from hizoo_lite.base import Example, UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
+from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.task import WHERE, Task
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class _Wanted(NamedTuple):
 
 def make_splits(
     task: Task,
-    data: Path | str | None,
+    data: Path | str | Records | None,
     *,
     train_examples: int | None = 1000,
     dev_examples: int | None = 500,
@@ -90,15 +91,15 @@ def make_splits(
     return Splits(train, carved_dev if dev is None else dev, carved_test if test is None else test)
 
 
-def _name_the_rest(data: Path | str | None) -> None:
+def _name_the_rest(data: Path | str | Records | None) -> None:
     """Say which data files of a folder are not taken because their names tell no part."""
-    rest = [] if data is None else nameless(Path(data))
+    rest = [] if data is None or isinstance(data, Records) else nameless(Path(data))
     if rest:
         words = ", ".join(word for part in SPLIT_WORDS.values() for word in part)
         _log.warning("data: %s: not taken: %s; names that tell their part: %s", data, ", ".join(rest), words)
 
 
-def _official(task: Task, data: Path | str | None) -> tuple[Split | None, Split | None]:
+def _official(task: Task, data: Path | str | Records | None) -> tuple[Split | None, Split | None]:
     """The official files of the dev and of the test part; None where it comes out of the train file."""
     order: tuple[Split, Split] = ("test", "dev") if task.test_from == "test" else ("dev", "test")
     test = next((split for split in order if task.has(data, split)), None)

@@ -12,6 +12,7 @@ from hizoo_lite.base import Example, Metric, UserError
 from hizoo_lite.tasks import files, hub
 from hizoo_lite.tasks.files import Row, Split
 from hizoo_lite.tasks.metrics import Prediction, Scorer
+from hizoo_lite.tasks.records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ class Task:
         """The name of the main metric; "loss" where there is nothing to predict."""
         return next(iter(self.scorers), "loss")
 
-    def has(self, data: Path | str | None, split: Split) -> bool:
+    def has(self, data: Path | str | Records | None, split: Split) -> bool:
         """Whether `load` would find a file (or a hub split) for this split. A single file is train only."""
+        if isinstance(data, Records):
+            return data.has(split)
         if data is None:
             return self.hub is not None and self.hub.split(split) is not None
         path = Path(data)
@@ -88,11 +91,11 @@ class Task:
             return split == "train"
         return files.find_split(path, split) is not None
 
-    def load(self, data: Path | str | None, split: Split) -> list[Example]:
+    def load(self, data: Path | str | Records | None, split: Split) -> list[Example]:
         """Every example of a split, in file order.
 
         Args:
-            data: a folder of official files, one file (whatever the split), or None for the hub.
+            data: a folder of official files, one file (whatever the split), rows in memory, or None: the hub.
             split: which file of the folder; nothing is carved out here (see `splits.make_splits`).
 
         Raises UserError naming file, line and field for anything that is not as the task expects.
@@ -113,8 +116,10 @@ class Task:
             raise UserError(f"task {self.name}: {source} holds no examples")
         return examples
 
-    def _rows(self, data: Path | str | None, split: Split) -> tuple[Iterator[Row], str]:
+    def _rows(self, data: Path | str | Records | None, split: Split) -> tuple[Iterator[Row], str]:
         """The rows of a split, and the name of where they come from."""
+        if isinstance(data, Records):
+            return data.rows(split), "data"
         if data is None:
             if self.hub is None:
                 raise UserError(f"task {self.name}: a data file or folder is needed (--data)")

@@ -7,12 +7,13 @@ to the current directory, as flags are. A key that is absent has the default.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from hizoo_lite.config import (
     LARGEST,
@@ -183,15 +184,7 @@ def write(config: TrainConfig) -> str:
 
 
 def _line(name: str, value: Any) -> str:
-    return f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
-
-
-def _toml(value: str | bool | int | float) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):  # a JSON string is a TOML one, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
+    return f"# {name} is not set" if value is None else tomli_w.dumps({name: value}).rstrip("\n")
 
 
 #: What the settings are called in run.json.

@@ -13,7 +13,7 @@ from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import make_estimator
 from hizoo_lite.optimizers import step_size
-from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 _CLIPS = {"scales": 100.0}
 
 
-def make_splits(config: TrainConfig, task: Task) -> Splits:
-    """The examples of a configuration: a function of its data, its limits and its seed."""
+def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
+    """The examples of a configuration: a function of its data (`data` in their place), limits and seed."""
     return tasks.make_splits(
         task,
-        data_path(config.data),
+        data_path(config.data) if data is None else data,
         train_examples=config.train_examples,
         dev_examples=config.dev_examples,
         test_examples=config.test_examples,
@@ -49,9 +49,9 @@ def data_path(data: str | None) -> Path | None:
     return DEMO if data == EMBEDDED else Path(data)
 
 
-def run_splits(config: TrainConfig, task: Task) -> Splits:
+def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
     """`make_splits`, with what a run needs: test examples, and dev ones where they are asked for."""
-    splits = make_splits(config, task)
+    splits = make_splits(config, task, data)
     if config.eval_every and not splits.dev:
         raise UserError("--eval-every: there are no dev examples; allowed: 0, or --dev-examples above 0")
     if not splits.test:

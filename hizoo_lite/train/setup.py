@@ -22,7 +22,7 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
-from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import planning
 from hizoo_lite.train.parts import data_path as data_path
@@ -60,10 +60,12 @@ def build(
     space: Space | None = None,
     estimator: Estimator | None = None,
     curvature: Curvature | None = None,
+    task: Task | None = None,
+    data: Records | None = None,
 ) -> Setup:
     """Read the data, load the model, attach the space. The objects given stand in for what `config` says."""
-    task = find_task(config.task)
-    splits = run_splits(config, task)
+    task = find_task(config.task) if task is None else task
+    splits = run_splits(config, task, data)
     plan, workload = planned(config, task, splits, model)
     model = model or load_model(_as_planned(config, plan), task)
     encoder = make_encoder(model, task, config.max_length, config.loss)

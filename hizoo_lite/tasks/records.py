@@ -1,0 +1,69 @@
+"""Data that is in memory: a list of dicts, a `datasets.Dataset`, a pandas DataFrame, any iterable of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.base import UserError
+from hizoo_lite.files import write_text
+from hizoo_lite.tasks.files import SPLIT_WORDS, Row, Split
+
+_ALLOWED = "rows (dicts of column name -> value), or rows by the name of their part (train, dev, test)"
+
+
+class Records:
+    """The rows of each part, as they would be read from a JSONL file: what is written is what was used."""
+
+    def __init__(self, data: Any) -> None:
+        """`data`: rows, which are the train part, or a mapping of parts (`datasets.DatasetDict`) to rows.
+
+        UserError naming the row for what is no row and for what JSON cannot hold.
+        """
+        parts = data if isinstance(data, Mapping) else {"train": data}
+        self._rows: dict[Split, list[dict[str, Any]]] = {}
+        for name, rows in parts.items():
+            split = next((split for split, words in SPLIT_WORDS.items() if name in words), None)
+            if split is None or split in self._rows:
+                raise UserError(f"data: got a part called {name!r}, allowed: {_ALLOWED}")
+            self._rows[split] = list(_read(rows, str(name)))
+
+    def has(self, split: Split) -> bool:
+        """Whether there is such a part."""
+        return split in self._rows
+
+    def rows(self, split: Split) -> Iterator[Row]:
+        """The rows of a part, in order. UserError if there is none."""
+        if split not in self._rows:
+            raise UserError(f"data: has no {split} part; the parts here are: {', '.join(self._rows)}")
+        return (Row(f"data, {split} row {number}", row) for number, row in enumerate(self._rows[split]))
+
+    def write(self, folder: Path) -> None:
+        """A JSONL file for each part."""
+        folder.mkdir(exist_ok=True)
+        for split, rows in self._rows.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_text(folder / f"{split}.jsonl", "".join(lines))
+
+
+def _read(rows: Any, part: str) -> Iterator[dict[str, Any]]:
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a DataFrame
+        rows = rows.to_dict(orient="records")
+    if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+        raise UserError(f"data: got {rows!r:.80}, allowed: a file or folder, {_ALLOWED}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise UserError(f"data, {part} row {number}: got {row!r:.80}, allowed: {_ALLOWED}")
+        try:
+            yield json.loads(json.dumps(dict(row), default=_plain))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data, {part} row {number}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar or array as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} cannot be put into a JSONL file: {value!r:.80}")

@@ -1,0 +1,100 @@
+"""`fit` with data and tasks that are in memory; the run folder then has both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hizoo_lite as hz
+from hizoo_lite import tasks
+from hizoo_lite.base import UserError
+from hizoo_lite.run import Run
+from hizoo_lite.tasks import Records
+
+ROWS = [{"text": f"row {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(24)]
+KEYS = {
+    "name": "own",
+    "kind": "choice",
+    "prompt": "{text} It was",
+    "label_field": "label",
+    "answers": {"0": " terrible", "1": " great"},
+}
+
+
+def fitted(out: Path, **options: Any) -> Run:
+    limits = {"train_examples": 16, "dev_examples": 0, "test_examples": 8}
+    return hz.fit("embedded", steps=2, batch_size=4, device="cpu", out=str(out), **{**limits, **options})
+
+
+def test_a_run_of_rows_in_memory_is_that_of_the_file_it_leaves(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "memory", task=KEYS, data=ROWS)
+    folder = tmp_path / "memory"
+    assert (folder / "data/train.jsonl").is_file()
+    again = fitted(tmp_path / "files", task=folder / "task.toml", data=folder / "data")
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "files" / weights).read_bytes()
+    resumed = hz.fit(run.setup.config, out=str(folder), resume=True, task=KEYS, data=ROWS)
+    assert resumed.summary["steps"] == 2
+
+
+def test_a_function_makes_prompt_and_completion(tmp_path: Path) -> None:
+    def sentiment(row: dict[str, Any]) -> tuple[str, str]:
+        return f"{row['text']} It was", " great" if row["label"] else " terrible"
+
+    run = fitted(tmp_path / "run", task=sentiment, data={"train": ROWS, "validation": ROWS[:4]})
+    assert run.setup.task.name == "sentiment"
+    assert run.summary["steps"] == 2
+
+
+class Frame:
+    """What a DataFrame is known by."""
+
+    columns = ("text", "label")
+
+    def to_dict(self, orient: str) -> list[dict[str, Any]]:
+        assert orient == "records"
+        return [{"text": "a b", "label": np.int64(1)}]
+
+
+@pytest.mark.parametrize("data", [Frame(), iter([{"text": "a b", "label": 1}])], ids=["frame", "iterator"])
+def test_rows_are_read_from_what_holds_them(data: Any) -> None:
+    found = list(Records(data).rows("train"))
+    assert [row.values for row in found] == [{"text": "a b", "label": 1}]
+    assert found[0].where == "data, train row 0"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text", "data: got 'text', allowed: a file or folder, rows"),
+        ([{"a": 1}, 3], "data, train row 1: got 3, allowed: rows"),
+        ([{"a": object()}], "data, train row 0: a object cannot be put into a JSONL file"),
+        ({"other": []}, "data: got a part called 'other'"),
+        ({"dev": [], "validation": []}, "data: got a part called 'validation'"),
+    ],
+)
+def test_what_is_no_row_is_named(data: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Records(data)
+
+
+def test_a_function_that_fails_is_named_with_its_row() -> None:
+    task = tasks.get(lambda row: row["none"])
+    with pytest.raises(UserError, match=r"data, train row 0: task <lambda>: KeyError: 'none'; wanted"):
+        task.load(Records([{"a": 1}]), "train")
+    task = tasks.get(lambda row: ("prompt", " "))
+    with pytest.raises(UserError, match=r"data, train row 0: got \('prompt', ' '\), wanted"):
+        task.load(Records([{"a": 1}]), "train")
+
+
+def test_a_task_of_keys_reports_all_of_its_problems() -> None:
+    with pytest.raises(UserError, match=r"task: prompt: missing; answers: missing; label_field: missing"):
+        tasks.get({"name": "x", "kind": "choice"})
+
+
+def test_a_task_object_is_taken_as_it_is() -> None:
+    task = tasks.get("sst2")
+    assert tasks.get(task) is task
