@@ -35,6 +35,7 @@ OLDER: dict[str, Any] = {
     "train_a": True,
     "curvature_from": "losses",
     "balanced": "off",
+    "by_length": "off",
     "directions": 1,
 }
 
