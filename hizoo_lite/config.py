@@ -172,6 +172,12 @@ class TrainConfig:
         "the examples of another, and the proportions of the whole otherwise",
         group="Run",
     )
+    by_length: Literal["auto", "off"] = _setting(
+        "auto",
+        "auto sorts examples by length among every 8 batches, fewer where an epoch has few, "
+        "so that a batch is padded less",
+        group="Run",
+    )
     accumulate: int = _setting(
         1, "parts in which a batch goes through, one after the other, to save memory", group="Run", minimum=1
     )

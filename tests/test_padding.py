@@ -1,7 +1,8 @@
-"""Padding costs nothing: products take the tokens that exist, evaluations batches of like length."""
+"""Padding costs little: products take tokens that exist, evaluations and steps examples of like length."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks import get as get_task
+from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
+from hizoo_lite.train.fit import fit
+from hizoo_lite.train.step import Stepper, StepRecord
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
+from tests.run_fixtures import short_run
 from tests.tasks_fixtures import word_piece
 
 MU = 1e-3
@@ -141,3 +146,24 @@ def test_an_evaluation_takes_like_lengths_together_and_keeps_the_order_of_predic
     found = evaluate(model, encoder, examples, 2)
     assert [n for part in model.seen for n in part] == sorted(lengths, reverse=True)
     assert found.predictions == [length % 2 for length in lengths]
+
+
+def test_steps_take_like_lengths_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = short_run(tmp_path, batch_size=2, steps=5, train_examples=40, dev_examples=0, test_examples=2)
+    rows = [{"text": "good " * (1 + k % 20), "label": ("good", "bad")[k // 20]} for k in range(40)]
+    (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[tuple[int, int]] = []
+    whole = Stepper.step
+
+    def noted(stepper: Stepper, step: int, *batches: Batch) -> StepRecord:
+        seen.extend((int(b.attention_mask.sum()), b.attention_mask.size) for b in batches)
+        return whole(stepper, step, *batches)
+
+    monkeypatch.setattr(Stepper, "step", noted)
+    found = {}
+    for by_length in ("auto", "off"):
+        fit(TrainConfig(**{**settings, "by_length": by_length, "out": str(tmp_path / by_length)}))
+        found[by_length] = [sum(column) for column in zip(*seen, strict=True)]
+        seen.clear()
+    assert found["auto"][0] == found["off"][0]  # the same examples
+    assert found["auto"][1] < found["off"][1]

@@ -164,8 +164,10 @@ def test_the_host_waits_for_the_device_once_a_step(packed: Path, tmp_path: Path)
 # ---------------------------------------------------------------------------------------- interrupted
 
 
-def test_an_interrupted_run_resumes_bitwise(packed: Path, tmp_path: Path) -> None:
-    assert figures.resumes(packed, tmp_path)
+@pytest.mark.parametrize("space", ["dense", "scales"])
+def test_an_interrupted_run_resumes_bitwise(space: str, packed: Path, tmp_path: Path) -> None:
+    assert figures.resumes(packed, tmp_path, space)
+    assert any(name.endswith(".safetensors") for name in trained(tmp_path / "whole"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

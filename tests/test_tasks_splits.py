@@ -236,3 +236,46 @@ def test_examples_of_a_class_come_in_another_order_each_epoch():
 
 def test_labels_that_are_all_alike_change_nothing_that_matters():
     assert sorted(batch_indices(9, 9, 3, 0, [4] * 9)) == list(range(9))
+
+
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(5, 100, 640)]
+
+
+def by_length(step, seed=0, labels=None):
+    return batch_indices(len(LENGTHS), 16, seed, step, labels, LENGTHS.__getitem__)
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1] * 320, [0, 0, 0, 1] * 160])
+def test_batches_of_like_length_have_the_same_examples_and_classes_among_eight(labels):
+    for first in range(0, 80, 8):  # two epochs
+        plain = [batch_indices(640, 16, 0, step, labels) for step in range(first, first + 8)]
+        found = [by_length(step, labels=labels) for step in range(first, first + 8)]
+        assert sorted(itertools.chain(*plain)) == sorted(itertools.chain(*found))
+        if labels is not None:
+            counts = [
+                sorted(sum(labels[index] for index in batch) for batch in part) for part in (plain, found)
+            ]
+            assert counts[0] == counts[1]
+
+
+def test_batches_of_like_length_are_padded_less_and_come_in_any_order():
+    def padded(batch):
+        return len(batch) * max(LENGTHS[index] for index in batch)
+
+    plain = sum(padded(batch_indices(640, 16, 0, step)) for step in range(40))
+    found = [by_length(step) for step in range(40)]
+    assert sum(map(padded, found)) - sum(LENGTHS) < (plain - sum(LENGTHS)) / 4
+    orders = {tuple(np.argsort([padded(batch) for batch in found[k : k + 8]])) for k in range(0, 40, 8)}
+    assert len(orders) == 5
+    assert found != [by_length(step, seed=1) for step in range(40)]
+
+
+def test_an_example_of_two_epochs_does_not_lie_beside_itself():
+    lengths = [10] * 60 + [20] * 67  # of 127 examples the second window begins an epoch
+    for step in range(8):
+        batch = batch_indices(127, 4, 3, step + 28, None, lengths.__getitem__)
+        assert len(batch) == len(set(batch))
+
+
+def test_few_examples_stay_as_they_come():
+    assert batch_indices(100, 16, 0, 3, None, LENGTHS.__getitem__) == batch_indices(100, 16, 0, 3)

@@ -90,15 +90,23 @@ _BEFORE = {
     "curvature_from": "losses",
     "train_a": True,
     "balanced": "off",
+    "by_length": "off",
     "lr_schedule": "constant",
 }
-_MEZO = {"blocks": "all", "estimator": "mezo", "lr_schedule": "constant", "balanced": "off"}
+_MEZO = {
+    "blocks": "all",
+    "estimator": "mezo",
+    "lr_schedule": "constant",
+    "balanced": "off",
+    "by_length": "off",
+}
 METHODS = {
     "hizoo": Method(),
     "hizoo, all blocks": Method({"blocks": "all"}),
     "hizoo, A trained": Method({"train_a": True}),
     "hizoo, Sigma = I": Method({"curvature": "none"}),
     "hizoo, unbalanced": Method({"balanced": "off"}),
+    "hizoo, any lengths": Method({"by_length": "off"}),
     "hizoo, constant kappa": Method({"lr_schedule": "constant"}),
     "hizoo, one direction": Method({"directions": 1}),
     "hizoo, from losses": Method({"curvature_from": "losses"}),
@@ -202,6 +210,7 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     encoder = Encoder(tokenizer, config.kind, task, config.max_length)
     encoded = [encoder.encode(example, training=True) for example in splits.train]
     labels = [example.gold for example in splits.train]
+    lengths = [max(map(len, example.rows)) for example in encoded]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     steps = forwards // 3
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -209,7 +218,9 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     curve, seconds = [], 0.0
     for step in range(steps):
         began = time.perf_counter()
-        picked = batch_indices(len(encoded), config.batch_size, config.seed, step, labels)
+        picked = batch_indices(
+            len(encoded), config.batch_size, config.seed, step, labels, lengths.__getitem__
+        )
         losses, _ = losses_and_scores(model, batch_tensors(encoder.collate([encoded[i] for i in picked])))
         losses.mean().backward()
         optimizer.step()

@@ -47,7 +47,7 @@ SETTINGS = (
         "warmup_steps",
         "clip",
     ),
-    *("weight_decay", "steps", "batch_size", "balanced", "accumulate", "max_length", "seed"),
+    *("weight_decay", "steps", "batch_size", "balanced", "by_length", "accumulate", "max_length", "seed"),
     *("train_examples", "dev_examples", "test_examples", "k_shot", "eval_every", "eval_batch_size"),
     *("save_every", "save_total_limit", "keep", "threads", "resume"),
 )

@@ -11,8 +11,10 @@ wanted, so 167 + 83).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,8 @@ class Splits:
 
 #: Classes of which none has more than this many times another's examples count as equally frequent.
 EVEN = 1.5
+#: Batches among which examples are sorted by length.
+WINDOW = 8
 
 
 class _Wanted(NamedTuple):
@@ -168,7 +172,12 @@ def _key(example: Example) -> tuple[tuple[str, str], ...]:
 
 
 def batch_indices(
-    count: int, batch_size: int, seed: int, step: int, labels: Sequence[int] | None = None
+    count: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    labels: Sequence[int] | None = None,
+    length: Callable[[int], int] | None = None,
 ) -> list[int]:
     """The examples of one training step: a pure function of its arguments.
 
@@ -178,7 +187,47 @@ def batch_indices(
 
     labels: the class of each example, (count,), to balance the batches: the same number of each class where
         classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
+    length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a quarter
+        of an epoch where that is less, change places (see `_alike`).
     """
+    window = min(WINDOW, count // (4 * max(1, batch_size)))
+    if length is None or window < 2:
+        return _as_they_come(count, batch_size, seed, step, labels)
+    number, place = divmod(step, window)
+    steps = range(number * window, (number + 1) * window)
+    found = _alike([_as_they_come(count, batch_size, seed, s, labels) for s in steps], labels, length)
+    # a counter that no permutation of an epoch reaches
+    draw = np.random.Generator(np.random.Philox(counter=1 << 192, key=[seed, number]))
+    return found[draw.permutation(window)[place]]
+
+
+def _alike(
+    window: Sequence[Sequence[int]], labels: Sequence[int] | None, length: Callable[[int], int]
+) -> list[list[int]]:
+    """The examples of some batches by length: the shortest of each class in the first batch, and so on.
+
+    A batch has as many of a class as it had. What comes a second time, in the next epoch, is sorted on its
+    own, or it would lie beside itself.
+    """
+    found: list[list[int]] = [[] for _ in window]
+    seen: Counter[int] = Counter()
+    of_class: dict[int, list[tuple[int, int, int]]] = {}
+    for index in chain.from_iterable(window):
+        label = 0 if labels is None else labels[index]
+        of_class.setdefault(label, []).append((seen[index], length(index), index))
+        seen[index] += 1
+    left = {label: iter(sorted(members)) for label, members in of_class.items()}
+    for batch, taken in zip(window, found, strict=True):
+        labels_of_batch = [0 if labels is None else labels[index] for index in batch]
+        taken += [next(left[label])[2] for label in labels_of_batch]
+        taken.sort(key=length)
+    return found
+
+
+def _as_they_come(
+    count: int, batch_size: int, seed: int, step: int, labels: Sequence[int] | None
+) -> list[int]:
+    """The examples of a step in the order of the stream."""
     if count < 1 or batch_size < 1 or seed < 0 or step < 0:
         raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
     position = step * batch_size

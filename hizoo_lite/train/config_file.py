@@ -37,6 +37,7 @@ OLDER: dict[str, Any] = {
     "train_a": True,
     "curvature_from": "losses",
     "balanced": "off",
+    "by_length": "off",
     "directions": 1,
 }
 

@@ -106,6 +106,7 @@ class Loop:
         self._encoded: dict[int, Encoded] = {}
         balanced = setup.config.balanced == "auto" and setup.encoder.task.kind == "choice"
         self._labels = [example.gold for example in setup.splits.train] if balanced else None
+        self._length = self._tokens if setup.config.by_length == "auto" else None
 
     def run(self) -> None:
         """To the end.
@@ -268,15 +269,23 @@ class Loop:
 
     def _batches(self, number: int) -> list[Batch]:
         """This rank's share of a step's examples, in the parts that are asked for; none that is empty."""
-        config, train, encoder = self.setup.config, self.setup.splits.train, self.setup.encoder
-        indices = batch_indices(len(train), config.batch_size, config.seed, number, self._labels)
-        mine = self.ranks.share(indices)
-        for index in mine:
-            if index not in self._encoded:
-                self._encoded[index] = encoder.encode(train[index], training=True)
+        config, count = self.setup.config, len(self.setup.splits.train)
+        mine = self.ranks.share(
+            batch_indices(count, config.batch_size, config.seed, number, self._labels, self._length)
+        )
         bounds = [len(mine) * part // config.accumulate for part in range(config.accumulate + 1)]
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
-        return [encoder.collate([self._encoded[index] for index in part]) for part in parts]
+        return [self.setup.encoder.collate(list(map(self._example, part))) for part in parts]
+
+    def _example(self, index: int) -> Encoded:
+        """A training example as tokens."""
+        if index not in self._encoded:
+            self._encoded[index] = self.setup.encoder.encode(self.setup.splits.train[index], training=True)
+        return self._encoded[index]
+
+    def _tokens(self, index: int) -> int:
+        """Those of the longest row of a training example."""
+        return max(map(len, self._example(index).rows))
 
     def _record(self, record: StepRecord, seconds: float) -> None:
         line = {"kind": "step", **record.metrics(), "seconds": seconds}

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import threading
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -205,10 +205,13 @@ def _is_locked(tensor: Tensor) -> bool:
 
 
 def _line() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        if "/hizoo_lite/" in frame.filename or "/transformers/" in frame.filename:
-            place = frame.filename.split("site-packages/")[-1].split("/hizoo_lite/")[-1]
-            return f"{place}:{frame.lineno}"
+    frame: FrameType | None = sys._getframe(1)  # `traceback` reads the source of every frame
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/hizoo_lite/" in name or "/transformers/" in name:
+            place = name.split("site-packages/")[-1].split("/hizoo_lite/")[-1]
+            return f"{place}:{frame.f_lineno}"
+        frame = frame.f_back
     return "?"
 
 
