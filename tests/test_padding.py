@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hizoo_lite.train.fit import fit
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, ModelKind
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.linear import BranchLinear
@@ -18,9 +20,7 @@ from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks import get as get_task
-from hizoo_lite.train.config import TrainConfig
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.fit import fit
 from hizoo_lite.train.step import Stepper, StepRecord
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch

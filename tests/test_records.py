@@ -33,7 +33,7 @@ def test_a_run_of_rows_in_memory_is_that_of_the_file_it_leaves(tmp_path: Path) -
     run = fitted(tmp_path / "memory", task=KEYS, data=ROWS)
     folder = tmp_path / "memory"
     assert (folder / "data/train.jsonl").is_file()
-    again = fitted(tmp_path / "files", task=folder / "task.toml", data=folder / "data")
+    fitted(tmp_path / "files", task=folder / "task.toml", data=folder / "data")
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "files" / weights).read_bytes()
     resumed = hz.fit(run.setup.config, out=str(folder), resume=True, task=KEYS, data=ROWS)
