@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hizoo_lite.train.fit import fit
+from hizoo_lite.run import fit
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, ModelKind
