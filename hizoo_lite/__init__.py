@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hizoo_lite import curvature, estimators, spaces, tasks
     from hizoo_lite.base import TooManyBadSteps, UserError
     from hizoo_lite.config import TrainConfig
+    from hizoo_lite.engine.generate import generate
     from hizoo_lite.engine.load import load
     from hizoo_lite.model.model import Model
     from hizoo_lite.run import Run, fit
@@ -33,6 +34,7 @@ __all__ = [
     "estimators",
     "evaluate",
     "fit",
+    "generate",
     "load",
     "spaces",
     "tasks",
@@ -46,6 +48,7 @@ _HOMES = {
     "UserError": "base",
     "evaluate": "train.evaluate",
     "fit": "run",
+    "generate": "engine.generate",
     "load": "engine.load",
 }
 _SUBPACKAGES = ("curvature", "estimators", "spaces", "tasks")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import tomli_w
 import torch
@@ -27,6 +27,7 @@ from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig, refuse
 from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
+from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.files import write_text
 from hizoo_lite.memory.limits import Budgets
@@ -42,7 +43,7 @@ from hizoo_lite.tasks import Records, Task
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.evaluate import Evaluation
+from hizoo_lite.train.evaluate import Evaluation, evaluate
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
@@ -92,6 +93,17 @@ class Run:
     def interrupted(self) -> bool:
         """Whether a signal ended it before its last step."""
         return bool(self.summary["interrupted"])
+
+    def evaluate(self, split: Literal["train", "dev", "test"] = "test") -> Evaluation:
+        """Loss, metric and predictions of the tuned model on a part of the run's data."""
+        examples = getattr(self.setup.splits, split)
+        if not examples:
+            raise UserError(f"split: the {split} part of the run is empty; allowed: another part")
+        return evaluate(self.setup.traversal, self.setup.encoder, examples, self.setup.config.eval_batch_size)
+
+    def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
+        """What the tuned causal model writes after `prompt`; `sampling` as for `hizoo_lite.generate`."""
+        return generate(self.setup.model, prompt, max_new_tokens, **sampling)
 
     def report(self, out: Path | str | None = None) -> Path:
         """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""

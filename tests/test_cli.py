@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import hizoo_lite as hz
 from hizoo_lite.base import UserError
 from hizoo_lite.cli import app, doctor
-from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.cli.progress import Bars, Lines
 from hizoo_lite.config import TrainConfig, settings
+from hizoo_lite.engine.generate import generate
 from hizoo_lite.plan import hardware
 from hizoo_lite.train import config_file
 from hizoo_lite.train.step import StepRecord
@@ -276,14 +276,14 @@ def test_generate_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_sampling_is_a_function_of_its_seed() -> None:
     model = hz.load(stories(), bits="none", device="cpu")
-    texts = [continue_text(model, "Once", 12, temperature=1.0, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
+    texts = [generate(model, "Once", 12, temperature=1.0, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
-    greedy = continue_text(model, "Once", 12)
-    assert greedy == continue_text(model, "Once", 12, temperature=1e-6, seed=3)
+    greedy = generate(model, "Once", 12)
+    assert greedy == generate(model, "Once", 12, temperature=1e-6, seed=3)
     model.tokenizer = None
     with pytest.raises(UserError, match="has no tokenizer files"):
-        continue_text(model, "Once", 12)
+        generate(model, "Once", 12)
 
 
 def test_doctor_reports_this_machine() -> None:

@@ -16,7 +16,6 @@ import hizoo_lite
 from hizoo_lite import tasks
 from hizoo_lite.base import Example, UserError
 from hizoo_lite.cli import app
-from hizoo_lite.cli import generate as in_torch
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
@@ -24,6 +23,7 @@ from hizoo_lite.edge.model import OnnxModel, positions_of
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.edge.session import Graph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.engine import generate as in_torch
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.spaces import LoRA
@@ -137,7 +137,7 @@ def test_greedy_text_equals_that_of_torch(
     prompt: str, adapter: str | None, exported: Path, space: LoRA
 ) -> None:
     model = base() if adapter is None else space.model
-    want = in_torch.continue_text(model, prompt, 24)
+    want = in_torch.generate(model, prompt, 24)
     assert continue_text(OnnxModel(exported, adapter), prompt, 24) == want
     assert want
 
@@ -151,7 +151,7 @@ def test_greedy_text_takes_the_most_likely_tokens_whatever_the_model_asks_for(
     path.write_text(json.dumps({**json.loads(path.read_text()), **asks}))
     model = load(tmp_path / "model", kind="causal", bits="none", compute_dtype="float32", device="cpu")
     for prompt in PROMPTS:
-        assert in_torch.continue_text(model, prompt, 24) == continue_text(OnnxModel(exported), prompt, 24)
+        assert in_torch.generate(model, prompt, 24) == continue_text(OnnxModel(exported), prompt, 24)
     path.write_text("[")
     with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
         load(tmp_path / "model", kind="causal", bits="none")
@@ -464,7 +464,7 @@ def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):
         continue_text(model, "", 2)
     with pytest.raises(UserError, match="--prompt: got no token to begin with"):
-        in_torch.continue_text(in_torch_too, "", 2)
+        in_torch.generate(in_torch_too, "", 2)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hizoo_lite.cli.generate import continue_text
 from hizoo_lite.edge import answer
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.model import OnnxModel
+from hizoo_lite.engine.generate import generate
 from hizoo_lite.engine.load import load
 from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.quantize import Quantization
@@ -80,7 +80,7 @@ def test_genai_writes_what_we_write_with_every_adapter(genai: Any, exported: Pat
             attach_adapter(tuned, exported.parent / adapter)
         for prompt in PROMPTS:
             texts[adapter, prompt] = text = written(genai, model, adapters, prompt, adapter)
-            assert text == prompt + continue_text(tuned, prompt, NEW_TOKENS)
+            assert text == prompt + generate(tuned, prompt, NEW_TOKENS)
             assert text == prompt + answer.continue_text(OnnxModel(exported, adapter), prompt, NEW_TOKENS)
     told = {tuple(texts[adapter, prompt] for prompt in PROMPTS) for adapter in (None, "first", "second")}
     assert len(told) == 3  # the adapters are strong enough to be seen

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hizoo_lite.run import fit
 from torch import Tensor
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, ModelKind
@@ -17,6 +16,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn_along
+from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks import get as get_task

@@ -98,3 +98,13 @@ def test_a_task_of_keys_reports_all_of_its_problems() -> None:
 def test_a_task_object_is_taken_as_it_is() -> None:
     task = tasks.get("sst2")
     assert tasks.get(task) is task
+
+
+def test_a_run_evaluates_and_writes(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "run", task=KEYS, data=ROWS)
+    assert run.after is not None
+    assert run.evaluate().loss == run.after.loss
+    assert run.evaluate().predictions == run.after.predictions
+    with pytest.raises(UserError, match="split: the dev part of the run is empty"):
+        run.evaluate("dev")
+    assert run.generate("The soup was", 4) == hz.generate(run.setup.model, "The soup was", 4)

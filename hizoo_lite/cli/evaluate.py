@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
 
 if TYPE_CHECKING:
-    from hizoo_lite.base import Example
     from hizoo_lite.config import TrainConfig
-    from hizoo_lite.engine.budget import Cap
-    from hizoo_lite.memory.limits import Budgets
-    from hizoo_lite.tasks import Task
-    from hizoo_lite.train.events import Listener
 
 
 def command(
@@ -86,7 +81,9 @@ def command(
         result = evaluate_export(folder, adapter, config, split, examples, progress.listener(quiet))
     else:
         config = _config(adapter, of_profile(profile, given) | given)
-        result = _evaluate(config, adapter, split, examples, progress.listener(quiet))
+        from hizoo_lite.train import saved
+
+        result = saved.evaluated(config, adapter, split, examples, progress.listener(quiet))
     if json:
         output.print_json(result)
     else:
@@ -112,58 +109,3 @@ def _config(adapter: str | None, given: dict[str, str | int]) -> TrainConfig:
     if kind is not None:
         given = {"kind": kind, **given}
     return TrainConfig(**given)  # type: ignore[arg-type]
-
-
-def _evaluate(
-    config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
-) -> dict[str, Any]:
-    """The result as it is printed: scores by name, the loss first."""
-    from hizoo_lite.device import choose_device
-    from hizoo_lite.engine.budget import enforced
-    from hizoo_lite.memory.limits import Budgets
-    from hizoo_lite.train import parts
-
-    task = parts.find_task(config.task)
-    part = parts.split_part(config, task, split, limit)
-    device = choose_device(config.device)
-    limits = Budgets.parse(config.device_budget, config.host_budget, device)
-    with enforced(limits.device_bytes, device) as cap:
-        return _measured(config, limits, cap, task, part, adapter, split, listener)
-
-
-def _measured(
-    config: TrainConfig,
-    limits: Budgets,
-    cap: Cap,
-    task: Task,
-    part: list[Example],
-    adapter: str | None,
-    split: str,
-    listener: Listener,
-) -> dict[str, Any]:
-    """The same, of the examples `part`."""
-    from hizoo_lite.base import EVALUATION
-    from hizoo_lite.engine.budget import Budget, loading
-    from hizoo_lite.engine.traversal import Traversal
-    from hizoo_lite.train import parts, planning, saved, setup
-    from hizoo_lite.train.evaluate import evaluate, report
-
-    with loading():
-        model = setup.load_model(config, task)
-    encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-    part = parts.learnable(encoder, part)
-    workload = planning.evaluated(encoder, part)
-
-    def prepare() -> None:
-        setup.prepare_blocks(model, config, workload, EVALUATION)
-
-    if adapter is not None:
-        saved.attach_adapter(model, adapter, prepare)
-    prepare()
-    traversal = Traversal(model)
-    traversal.guard = Budget(limits, model, listener.message, cap).fitting
-    listener.phase("evaluate", len(part))
-    found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
-    listener.finish()
-    about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
-    return report(found, config, adapter, split) | about

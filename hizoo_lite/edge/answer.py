@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +10,16 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.base import UserError
-from hizoo_lite.config import TrainConfig, refuse
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
-from hizoo_lite.files import is_unicode
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.order import output_order
-from hizoo_lite.tasks.tokens import Tokenizer, check_known, open_ids, pad_id
+from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 from hizoo_lite.train import parts
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
-
-_MOST_SEED = (1 << 63) - 1  # torch's generators take no larger one
 
 
 def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
@@ -86,47 +82,6 @@ def continue_text(
     [written] = model.write([ids], pad_id(tokenizer, model.vocabulary), max_new_tokens, pick=pick)
     whole = tokenizer.decode([*ids, *written], skip_special_tokens=True)
     return whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """UserError naming the flags of the numbers that no text can be written with."""
-    refuse(
-        [
-            f"{flag}: got {got}, allowed: {allowed}"
-            for flag, got, sound, allowed in (
-                ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of 1 or more"),
-                ("--temperature", temperature, 0 <= temperature < math.inf, "a finite number of 0 or more"),
-                ("--top-p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
-                ("--seed", seed, 0 <= seed <= _MOST_SEED, f"a whole number from 0 to {_MOST_SEED}"),
-            )
-            if not sound
-        ]
-    )
-
-
-def prompt_ids(
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    positions: int | None = None,
-    vocabulary: int | None = None,
-) -> list[int]:
-    """The tokens of a prompt.
-
-    UserError where there are none, more than the model has positions for, or others than it knows.
-    """
-    if not is_unicode(prompt):
-        raise UserError(f"--prompt: got {prompt!r:.80}, which has half of a character; allowed: UTF-8 text")
-    ids = open_ids(tokenizer, prompt)
-    if not ids:
-        raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
-    check_known(tokenizer, ids, vocabulary, "--prompt")
-    if positions is not None and len(ids) + max_new_tokens > positions:
-        raise UserError(
-            f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "
-            f"allowed: {positions} tokens in all, the model's positions"
-        )
-    return ids
 
 
 def sampler(temperature: float, top_p: float, seed: int) -> Pick:

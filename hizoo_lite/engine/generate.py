@@ -1,4 +1,8 @@
-"""Continuation of prompts by a causal model, through transformers' own `generate`."""
+"""Continuation of prompts by a causal model, through transformers' own `generate`.
+
+Sampling draws from a generator of its own (Gumbel noise on the logits, then the largest), because
+transformers samples from torch's global one.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from hizoo_lite.base import Branches
+from hizoo_lite.base import Branches, UserError
 from hizoo_lite.device import is_gpu
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
+from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 
 #: Whether each row is done, from the tokens that were written into each.
 Ended = Callable[[Sequence[Sequence[int]]], list[bool]]
@@ -107,3 +119,56 @@ def _product(linear: BranchLinear, x: Tensor, branches: Branches, *sources: Tens
             y = found.float().view(*x.shape[:-1], linear.out_features)
             return y if linear.bias is None else y.add_(linear.bias)
     return BranchLinear.shared_product(linear, x, branches, *sources)
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The text that a causal model writes after `prompt`; a pure function of the arguments.
+
+    Args:
+        model: made by `load`, with or without an adapter.
+        prompt: at least one token.
+        max_new_tokens: at most so many.
+        temperature: 0 takes the most likely token each time.
+        top_p: otherwise, tokens are drawn from the most likely ones that hold this share of the probability.
+        seed: of the draws.
+
+    Raises UserError for a prompt that the model cannot continue, and for a number out of its range.
+    """
+
+    check_sampling(max_new_tokens, temperature, top_p, seed)
+    if model.tokenizer is None:
+        raise UserError(f"--model: {model.source} has no tokenizer files")
+    known = prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
+    ids = torch.tensor([known])
+    processors = LogitsProcessorList(_sampling(model, temperature, top_p, seed) if temperature > 0 else [])
+    pad = pad_id(model.tokenizer, model.vocabulary)
+    written = generated(model, ids, torch.ones_like(ids), pad, max_new_tokens, logits_processor=processors)
+    whole = model.tokenizer.decode(written[0], skip_special_tokens=True)
+    return whole[len(model.tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+
+
+def _sampling(model: Model, temperature: float, top_p: float, seed: int) -> list[LogitsProcessor]:
+    """Processors whose argmax is a sample."""
+
+    class Gumbel(LogitsProcessor):
+        """Adds -log(-log(u)), which turns the argmax into a draw from the softmax."""
+
+        def __init__(self) -> None:
+            self.generator = torch.Generator(device=model.device).manual_seed(seed)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            uniform = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+            return scores - torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
+
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return [*warpers, Gumbel()]

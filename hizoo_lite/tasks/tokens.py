@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from hizoo_lite.base import Example, UserError
+from hizoo_lite.config import refuse
+from hizoo_lite.files import is_unicode
 from hizoo_lite.tasks.task import where
 
 Fields = Mapping[str, Any]
@@ -166,3 +169,47 @@ def _kept(text: str, pieces: Sequence[tuple[int, int]], keep: int, side: Literal
     if keep == 0:
         return ""
     return text[: pieces[keep - 1][1]].rstrip() if side == "end" else text[pieces[-keep][0] :].lstrip()
+
+
+_MOST_SEED = (1 << 63) - 1  # torch's generators take no larger one
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """UserError naming the flags of the numbers that no text can be written with."""
+    refuse(
+        [
+            f"{flag}: got {got}, allowed: {allowed}"
+            for flag, got, sound, allowed in (
+                ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of 1 or more"),
+                ("--temperature", temperature, 0 <= temperature < math.inf, "a finite number of 0 or more"),
+                ("--top-p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
+                ("--seed", seed, 0 <= seed <= _MOST_SEED, f"a whole number from 0 to {_MOST_SEED}"),
+            )
+            if not sound
+        ]
+    )
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    positions: int | None = None,
+    vocabulary: int | None = None,
+) -> list[int]:
+    """The tokens of a prompt.
+
+    UserError where there are none, more than the model has positions for, or others than it knows.
+    """
+    if not is_unicode(prompt):
+        raise UserError(f"--prompt: got {prompt!r:.80}, which has half of a character; allowed: UTF-8 text")
+    ids = open_ids(tokenizer, prompt)
+    if not ids:
+        raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
+    check_known(tokenizer, ids, vocabulary, "--prompt")
+    if positions is not None and len(ids) + max_new_tokens > positions:
+        raise UserError(
+            f"--max-new-tokens: got {max_new_tokens} after a prompt of {len(ids)} tokens; "
+            f"allowed: {positions} tokens in all, the model's positions"
+        )
+    return ids

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hizoo_lite import spaces
-from hizoo_lite.base import ModelKind, Space, UserError
+from hizoo_lite.base import EVALUATION, Example, ModelKind, Space, UserError
 from hizoo_lite.checkpoints.adapter import (
     PEFT_PREFIX,
     SPACE_FILE,
@@ -18,11 +19,29 @@ from hizoo_lite.checkpoints.adapter import (
 )
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.device import choose_device
+from hizoo_lite.engine.budget import Budget, Cap, enforced, loading
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.residency import Streamed
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.memory.limits import Budgets
+from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
+from hizoo_lite.plan.estimate import pass_bytes
+from hizoo_lite.plan.workload import cache_bytes
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.tasks import Task
+from hizoo_lite.train import parts, planning, setup
+from hizoo_lite.train.evaluate import evaluate, report
+from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 
+#: Settings of a run that are arguments of `load`, too.
+_OF_LOADING = (
+    *("bits", "compute_dtype", "device", "double_quant", "revision"),
+    *("residency", "device_budget", "host_budget"),
+)
 #: By PEFT's task type.
 _KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
 
@@ -119,3 +138,75 @@ def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
     space.attach(model, seed=0)
     space.load(folder)
     return space
+
+
+def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any], length: int) -> Model:
+    """A causal model that will write, with its adapter.
+
+    Args:
+        source: folder or hub id; None: the one that the adapter was made for.
+        adapter: a run folder, or a folder that PEFT made; None for none.
+        flags: arguments of `load`, in place of the run's.
+        length: characters or tokens of the text with what is written; a streamed model has room for it.
+    """
+    run = saved_config(adapter)
+    if run is not None:
+        flags = {**{name: asdict(run)[name] for name in _OF_LOADING}, **flags}
+        source = source or run.model
+    if source is None and adapter is not None:
+        source = base_model(adapter)
+    if not source:
+        raise UserError("--model: missing; give a folder or hub id, or an --adapter that names one")
+    loaded = load(kinds.model_path(source), kind="causal", **flags)
+    if isinstance(loaded.residency, Streamed):
+        tokens = min(length, loaded.positions or length)
+        cache = cache_bytes(loaded.config, 1, tokens)
+        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, EVALUATION) + cache
+        loaded.residency.scratch = None if adapter is None else find_adapter(adapter)
+    if adapter is not None:
+        attach_adapter(loaded, adapter)
+    return loaded
+
+
+def evaluated(
+    config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
+) -> dict[str, Any]:
+    """The result as it is printed: scores by name, the loss first."""
+    task = parts.find_task(config.task)
+    part = parts.split_part(config, task, split, limit)
+    device = choose_device(config.device)
+    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    with enforced(limits.device_bytes, device) as cap:
+        return _measured(config, limits, cap, task, part, adapter, split, listener)
+
+
+def _measured(
+    config: TrainConfig,
+    limits: Budgets,
+    cap: Cap,
+    task: Task,
+    part: list[Example],
+    adapter: str | None,
+    split: str,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The same, of the examples `part`."""
+    with loading():
+        model = setup.load_model(config, task)
+    encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+    part = parts.learnable(encoder, part)
+    workload = planning.evaluated(encoder, part)
+
+    def prepare() -> None:
+        setup.prepare_blocks(model, config, workload, EVALUATION)
+
+    if adapter is not None:
+        attach_adapter(model, adapter, prepare)
+    prepare()
+    traversal = Traversal(model)
+    traversal.guard = Budget(limits, model, listener.message, cap).fitting
+    listener.phase("evaluate", len(part))
+    found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
+    listener.finish()
+    about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
+    return report(found, config, adapter, split) | about
