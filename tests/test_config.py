@@ -19,9 +19,9 @@ from hizoo_lite.base import UserError
 from hizoo_lite.config import TrainConfig, choices, kinds, problems, settings
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import ESTIMATORS
+from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import profiles_folder
 from hizoo_lite.spaces import SPACES
-from hizoo_lite.train import config_file
 from hizoo_lite.train.config_file import check_same_run, find, resolve, write
 from hizoo_lite.units import format_bytes, parse_bytes
 
@@ -97,7 +97,7 @@ def test_profiles_are_found_inside_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hizoo_lite/profiles").mkdir(parents=True)
-    monkeypatch.setattr(config_file, "__file__", str(tmp_path / "hizoo_lite/train/config_file.py"))
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hizoo_lite/plan/hardware.py"))
     assert profiles_folder() == tmp_path.resolve() / "hizoo_lite/profiles"
 
 
