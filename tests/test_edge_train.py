@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file
 
 from hizoo_lite.base import Branches, Example
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import GraphSpace, Record, TrainGraph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -145,7 +145,7 @@ def test_the_adapter_goes_back_to_torch_and_to_onnxruntime(
     from hizoo_lite.train.saved import attach_adapter
 
     folder, _ = train(exported, replace(config, out=str(tmp_path / "run"), steps=4))
-    model = load(str(Path(str(fit.__code__.co_filename)).parents[1] / "demo"), kind="causal", bits="none")
+    model = load(DEMO, kind="causal", bits="none")
     space = attach_adapter(model, folder)
     kept = onnxruntime.AdapterFormat.read_adapter(str(folder / "adapter.onnx_adapter")).get_parameters()
     names = Record.read(exported).onnx_names

@@ -384,7 +384,7 @@ def test_fused_experts_are_refused(tmp_path):
 
 def test_an_unsound_progress_file_is_refused(llama, tmp_path):
     (tmp_path / PROGRESS_FILE).write_text("[]")
-    with pytest.raises(UserError, match="not written by hizoo-lite quantize"):
+    with pytest.raises(UserError, match="got a list, allowed: what hizoo-lite quantize writes"):
         quantize(llama, tmp_path)
 
 

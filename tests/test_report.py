@@ -318,7 +318,7 @@ ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "summary": (lambda f: (f / "summary.json").write_text("{,"), r"summary\.json: not sound JSON"),
     "memory": (lambda f: (f / "memory.json").write_text('"x"'), r"memory\.json: got a str, allowed: a JSON"),
-    "plan": (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"), r"plan\.json: cannot be read"),
+    "plan": (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"), r"plan\.json: not sound JSON"),
     "config": (lambda f: (f / "config.toml").write_text("steps = "), r"config\.toml: not sound TOML"),
     "no run": (shutil.rmtree, r"RUN: got '.*', allowed: a run folder"),
 }

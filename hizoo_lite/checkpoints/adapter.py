@@ -11,7 +11,7 @@ from typing import Any
 from hizoo_lite.arrays import Shape
 from hizoo_lite.base import ModelKind
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_json
+from hizoo_lite.files import read_json
 
 PEFT_FILE = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -70,12 +70,7 @@ def find_adapter(path: Path | str) -> Path:
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a LoRA adapter. UserError, naming the field, where it is of another form."""
     path = folder / PEFT_FILE
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: a JSON object wanted, got {type(config).__name__}")
+    config = read_json(path, "the settings of a LoRA adapter of PEFT, a JSON object")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{path}: no {missing[0]!r}; a LoRA adapter of PEFT has it")

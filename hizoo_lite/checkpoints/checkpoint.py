@@ -21,7 +21,7 @@ from hizoo_lite.base import Bits, UserError
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.tensors import Entry, TensorFile
 from hizoo_lite.checkpoints.writer import HASHED_CHUNK_BYTES, sha256_of
-from hizoo_lite.files import is_inside, parse_json
+from hizoo_lite.files import is_inside, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -237,15 +237,7 @@ def _damaged(path: Path, folder: Path, recorded: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; a Hugging Face model folder is wanted") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not sound JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object wanted, got {type(content).__name__}")
-    return content
+    return read_json(path, "a JSON object, in the folder of a Hugging Face model")
 
 
 def _indexed_files(folder: Path, content: Mapping[str, Any]) -> dict[str, TensorFile]:

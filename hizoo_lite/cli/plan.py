@@ -134,7 +134,7 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
     from hizoo_lite.checkpoints import hub
     from hizoo_lite.errors import UserError
-    from hizoo_lite.files import parse_json
+    from hizoo_lite.files import read_json
     from hizoo_lite.model import build, kinds
     from hizoo_lite.plan.outline import Outline
     from hizoo_lite.quant import Checkpoint
@@ -147,10 +147,7 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     if has_weights and Path(source).expanduser().exists():
         checkpoint = Checkpoint.open(folder)
         return Outline.of(checkpoint), _kind(config, checkpoint.config)
-    try:
-        content = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {folder / 'config.json'} cannot be read: {error}") from error
+    content = read_json(folder / "config.json", "a JSON object, in the folder of a Hugging Face model")
     kind = _kind(config, content)
     try:
         module = build.build(build.read_config(folder, kind, 2), kind)

@@ -32,7 +32,7 @@ from hizoo_lite.checkpoints.writer import (
     write_json,
 )
 from hizoo_lite.export import shards
-from hizoo_lite.files import aside, check_space, parse_json
+from hizoo_lite.files import aside, check_space, read_json
 from hizoo_lite.model import build
 from hizoo_lite.quant.fourbit import BLOCKSIZE
 from hizoo_lite.quant.packing import pack_rows
@@ -156,7 +156,7 @@ class Quantization:
     def _is_complete(self) -> bool:
         if not (self.out / hub.INDEX_FILE).is_file():
             return False
-        there = _read_json(self.out / hub.INDEX_FILE).get("metadata")
+        there = read_json(self.out / hub.INDEX_FILE, "an index of weights").get("metadata")
         job = there.get("quantize") if isinstance(there, dict) else None
         if not isinstance(job, dict):
             raise UserError(f"--out: {self.out} holds another checkpoint; allowed: a new or empty folder")
@@ -176,7 +176,7 @@ class Quantization:
             if any(path != aside(note) for path in self.out.iterdir()):
                 raise UserError(f"--out: {self.out} is not empty; allowed: a new or empty folder")
             return {}
-        content = _read_json(note)
+        content = read_json(note, "what hizoo-lite quantize writes")
         job, finished = content.get("job"), content.get("shards")
         if not isinstance(job, dict) or not isinstance(finished, dict):
             raise UserError(f"{note}: not written by hizoo-lite quantize; remove {self.out} to begin anew")
@@ -375,16 +375,6 @@ def _sample(path: Path) -> str:
             file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
             found.update(file.read(_SAMPLE_BYTES))
     return found.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not sound JSON: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _ignore(_: int) -> None:

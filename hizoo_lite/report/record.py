@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_json, parse_toml
+from hizoo_lite.files import parse_json, parse_toml, read_json
 
 _CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 _PLAN, _MEMORY = "plan.json", "memory.json"
@@ -100,13 +100,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    value = read_json(path, "a JSON object")
     try:
-        value = _shallow(parse_json(_read_text(path)))
+        return _shallow(value)
     except ValueError as error:
         raise UserError(f"{path}: not sound JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: got a {type(value).__name__}, allowed: a JSON object")
-    return value
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from hizoo_lite.checkpoints.adapter import SPACE_FILE
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.engine.residency import Streamed
-from hizoo_lite.files import parse_json
+from hizoo_lite.files import read_json
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
@@ -156,11 +156,8 @@ def with_own_scales(linear: BranchLinear) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """hizoo_space.json of a folder; `UserError` where it is missing, not sound or of another version."""
     path = folder / SPACE_FILE
-    try:
-        record = parse_json(path.read_text(encoding="utf-8"))
-        missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    record = read_json(path, "what a run writes of the weights that it tuned, a JSON object")
+    missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
     if record["format"] != FORMAT:
