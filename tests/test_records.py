@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import hizoo_lite as hz
 from hizoo_lite import tasks
 from hizoo_lite.base import UserError
+from hizoo_lite.config import DEMO
 from hizoo_lite.run import Run
 from hizoo_lite.tasks import Records
 
@@ -108,3 +111,27 @@ def test_a_run_evaluates_and_writes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="split: the dev part of the run is empty"):
         run.evaluate("dev")
     assert run.generate("The soup was", 4) == hz.generate(run.setup.model, "The soup was", 4)
+
+
+def test_a_model_that_transformers_has_loaded_is_tuned(tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    model = hz.load(theirs, tokenizer, folder=tmp_path / "model", bits="none", device="cpu")
+    assert (model.kind, model.source) == ("causal", str(tmp_path / "model"))
+    options: dict[str, Any] = {"task": KEYS, "data": ROWS, "train_examples": 16, "dev_examples": 0}
+    run = hz.fit(model, steps=2, batch_size=4, out=str(tmp_path / "run"), **options)
+    assert run.summary["steps"] == 2
+    with pytest.raises(UserError, match=r"folder: .* is not empty"):
+        hz.load(theirs, tokenizer, folder=tmp_path / "model")
+    with pytest.raises(UserError, match="load: got a dict, allowed: a path"):
+        hz.load({}, tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="load: got a tokenizer or a folder beside the path"):
+        hz.load(DEMO, tokenizer)
+
+
+def test_a_loaded_model_says_its_kind_and_has_no_tokenizer_of_its_own() -> None:
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = hz.load(BertForSequenceClassification(config), bits="none", device="cpu")
+    assert model.kind == "classifier"
+    assert model.tokenizer is None
+    assert Path(model.source).is_dir()

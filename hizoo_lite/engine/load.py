@@ -9,8 +9,10 @@ zeroth-order step lives off small differences of losses.
 
 from __future__ import annotations
 
+import atexit
+import tempfile
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import psutil
 import torch
@@ -22,6 +24,7 @@ from hizoo_lite.engine.residency import Resident, Streamed
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.limits import Budgets, Limits, Place, ResidencyName
 from hizoo_lite.model import attention, build, fused
+from hizoo_lite.model.kinds import find_kind
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.weights import Filler
@@ -29,11 +32,16 @@ from hizoo_lite.process import keep_heap, map_large
 from hizoo_lite.quant import Checkpoint, native
 from hizoo_lite.units import format_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def load(
-    source: str | Path,
+    source: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    kind: ModelKind = "causal",
+    folder: str | Path | None = None,
+    kind: ModelKind | None = None,
     bits: Bits | None = None,
     compute_dtype: ComputeDtype = "auto",
     device: str = "auto",
@@ -45,20 +53,39 @@ def load(
     device_budget: str | int | None = None,
     host_budget: str | int | None = None,
 ) -> Model:
-    """Load a model folder or Hub id, quantizing the linears of its blocks on the way.
+    """Load a model, quantizing the linears of its blocks on the way.
 
-    bits: of those linears; None takes what the checkpoint is quantized to, else nf4. compute_dtype: of
-    their products; auto is described at `build.choose_compute`. device: auto, cpu, cuda or cuda:N.
-    double_quant: of 4-bit weights that are quantized here. num_labels: of a classifier. seed: of a
-    classifier head that the checkpoint lacks. revision: of a Hub id.
-    residency: where the blocks are while they do not run: resident (on the device), host, disk; auto is
-    resident without a budget, else as many blocks as `device_budget` ("24GiB", or bytes) allows stay on the
-    device and the others stream from host memory, within `host_budget`, or from disk.
+    Args:
+        source: a model folder, a hub id, or a model that transformers has loaded. The last one is saved first
+            (`save_pretrained`), because blocks, fingerprints and exports are of files.
+        tokenizer: of a model that transformers has loaded, saved with it.
+        folder: where that is saved, new or empty; None: in a temporary folder that goes with the process, so
+            that a run of it cannot be resumed by another one.
+        kind: causal, masked or classifier; None: causal, of a loaded model what its class says.
+        bits: of those linears; None takes what the checkpoint is quantized to, else nf4.
+        compute_dtype: of their products; auto is described at `build.choose_compute`.
+        device: auto, cpu, cuda or cuda:N.
+        double_quant: of 4-bit weights that are quantized here: their scales in 8 bits.
+        num_labels: of a classifier.
+        seed: of a classifier head that the checkpoint lacks.
+        revision: of a hub id.
+        residency: where the blocks are while they do not run: resident (on the device), host, disk; auto is
+            resident without a budget, else as many blocks as `device_budget` allows stay on the device and
+            the others stream from host memory, within `host_budget`, or from disk.
+        device_budget, host_budget: such as "24GiB", or bytes.
 
-    Raises `UserError`, naming file, tensor or argument, where something is missing, contradictory,
-    malformed, damaged (its checksum differs) or not supported, or where the environment would round
-    the products of a GPU.
+    Raises:
+        UserError: naming file, tensor or argument, if something is missing, contradictory, malformed, damaged
+            (its checksum differs) or not supported, or if the environment would round the products of a GPU.
     """
+    if not isinstance(source, str | Path):
+        source = _saved(source, tokenizer, folder)
+        kind = find_kind(source, None, None) if kind is None else kind
+    elif tokenizer is not None or folder is not None:
+        raise UserError(
+            "load: got a tokenizer or a folder beside the path of a model, allowed: beside a loaded model"
+        )
+    kind = kind or "causal"
     if device_budget is None and host_budget is None:
         keep_heap()
     else:
@@ -150,3 +177,25 @@ def _refuse_too_large(checkpoint: Checkpoint, bits: Bits, budget_bytes: int) -> 
             f"disk: hizoo-lite quantize --model {checkpoint.folder} --bits {bits} --out DIR"
         )
     return "resident"
+
+
+def _saved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path | None
+) -> str:
+    """The folder of a model that transformers has loaded, written here."""
+    if not hasattr(model, "save_pretrained"):
+        raise UserError(
+            f"load: got a {type(model).__name__}, allowed: a path, a hub id or a model of transformers"
+        )
+    if folder is None:
+        temporary = tempfile.TemporaryDirectory(prefix="hizoo-lite-")
+        atexit.register(temporary.cleanup)
+        path = Path(temporary.name)
+    else:
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"folder: {path} is not empty; allowed: a new or empty folder")
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return str(path)
