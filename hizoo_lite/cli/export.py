@@ -99,7 +99,7 @@ def _merged(
     double_quant: bool = True,
 ) -> Exported:
     """A plain Hugging Face folder."""
-    from hizoo_lite.cli import writing
+    from hizoo_lite.cli import progress
     from hizoo_lite.export import merged
     from hizoo_lite.units import format_bytes
 
@@ -116,7 +116,7 @@ def _merged(
     )
     was_complete, files = work.complete, len(work.layout.shards)
     if not was_complete:
-        writing.write(work, "merge", quiet)
+        progress.write_checkpoint(work, "merge", quiet)
     figures = {
         "kind": work.kind,
         "dtype": dtype,

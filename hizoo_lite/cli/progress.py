@@ -6,7 +6,10 @@ Lines are used where stderr is no terminal, and with --quiet.
 from __future__ import annotations
 
 import sys
+import time
+from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +23,14 @@ from rich.progress import (
 
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.step import StepRecord
-from hizoo_lite.train.watch import Lines, Watch
+from hizoo_lite.train.watch import LINE_SECONDS, Lines, Watch
+
+if TYPE_CHECKING:
+    from hizoo_lite.export.quantize import Quantization
+
+#: Exit code of a command that was interrupted.
+INTERRUPTED = 130
+_MIB = 1 << 20
 
 
 def listener(quiet: bool = False) -> Listener:
@@ -73,3 +83,54 @@ class Bars(Watch):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class _Written(Lines):
+    """A line every ten seconds, and at the end."""
+
+    printed = time.perf_counter()
+
+    def advanced(self, units: int) -> None:
+        super().advanced(units)
+        now = time.perf_counter()
+        if now - self.printed >= LINE_SECONDS:
+            self.printed = now
+            self.message(f"{self.label} {self.done}/{self.total}")
+
+    def finish(self) -> None:
+        self.message(f"{self.label} {self.done}/{self.total}")
+
+
+def write_checkpoint(work: Quantization, verb: str, quiet: bool) -> None:
+    """Do the work, watched in MiB: what `quantize` and `export --to merged` share.
+
+    `verb` says on the bar what it is. An interrupt ends the command with exit code 130.
+    """
+    watching = listener(quiet)
+    if not isinstance(watching, Bars):
+        watching = _Written()
+    if work.bits != "none" and work.layout.unconverted:
+        typer.echo(
+            f"{work.out}: hizoo-lite will load it, transformers will not: that has no quantized form of "
+            f"{', '.join(work.layout.unconverted)}, a class of this model's own",
+            err=True,
+        )
+    written = work.done_bytes
+    if written:
+        watching.message(
+            f"{work.out}: {work.files_done} of {len(work.layout.shards)} files are there already"
+        )
+    watching.phase(f"{verb}, MiB", work.total_bytes // _MIB, written // _MIB)
+
+    def advanced(more_bytes: int) -> None:
+        nonlocal written
+        watching.advanced((written + more_bytes) // _MIB - written // _MIB)
+        written += more_bytes
+
+    try:
+        work.run(advanced)
+    except KeyboardInterrupt as error:
+        typer.echo(f"{verb}: interrupted; the same call goes on behind the files that are finished", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    finally:
+        watching.finish()

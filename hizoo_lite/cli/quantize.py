@@ -30,7 +30,7 @@ def command(
 
     hizoo-lite quantize --model models/opt-13b --bits int8 --out models/opt-13b-int8
     """
-    from hizoo_lite.cli import output, writing
+    from hizoo_lite.cli import output, progress
     from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.model import kinds
     from hizoo_lite.units import format_bytes
@@ -42,7 +42,7 @@ def command(
     work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)
     was_complete = work.complete
     if not was_complete:
-        writing.write(work, "quantize", quiet)
+        progress.write_checkpoint(work, "quantize", quiet)
     if json:
         result = {
             "model": model,
