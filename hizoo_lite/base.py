@@ -3,8 +3,8 @@
 Every other module imports this one; it imports none of them but `errors`, and torch not at all: what runs
 beside onnxruntime, with numpy alone, shares the records and the axes that are not about modules. A step is
 
-    Batch -> Branches (folded into the batch axis) -> per-branch, per-example losses
-          -> Estimate (projected gradient, curvature) -> Curvature.observe -> update
+    Estimator.points -> Branches (folded into the batch axis) -> per-branch, per-example losses
+          -> Estimator.reduce, estimate -> coefficients, curvatures -> Curvature.observe -> update
 
 Weights that live inside the blocks are updated later, when their block is next present.
 
@@ -21,7 +21,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -45,56 +45,89 @@ ComputeDtype = Literal["auto", "bf16", "fp16", "float32"]
 # --------------------------------------------------------------------------------------- branches
 
 
+class Point(NamedTuple):
+    """The parameters theta + offset * mu * d, with d the direction of that number."""
+
+    direction: int
+    offset: float
+
+
 @dataclass(frozen=True)
 class Branches:
-    """Which parameter points one traversal evaluates, in the order of the folded batch axis.
+    """The parameter points that one traversal evaluates, in the order of the folded batch axis.
 
-    The order is: theta itself (where `base`), theta + mu*d and theta - mu*d for every pair, and theta + mu*d
-    for every one-sided point, which is compared with the base. Every pair and every one-sided point has a
-    direction d of its own.
+    The order is: theta itself (offset 0), if at all; then pairs, two points with opposite offsets along one
+    direction; then one-sided points, which are compared with theta. A step evaluates what its estimator's
+    `points` say, an evaluation theta alone. Directions are numbered from 0.
+
+    Attributes:
+        base: whether the first point is theta itself.
+        pairs, one_sided: how many there are of each.
+        directions: how many directions the points lie along; none in an evaluation.
     """
 
-    base: bool = True
-    pairs: int = 1
-    one_sided: int = 0
+    points: tuple[Point, ...]
+    base: bool = field(init=False, repr=False, compare=False)
+    pairs: int = field(init=False, repr=False, compare=False)
+    one_sided: int = field(init=False, repr=False, compare=False)
+    directions: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if min(self.pairs, self.one_sided) < 0 or self.count == 0:
-            raise ValueError(f"branches: at least one point is needed, got {self}")
-        if self.one_sided and not self.base:
+        if not self.points:
+            raise ValueError("branches: at least one point is needed, got none")
+        base = self.points[0].offset == 0.0
+        moved = self.points[int(base) :]
+        pairs = 0
+        while _are_pair(*moved[2 * pairs : 2 * pairs + 2]):
+            pairs += 1
+        one_sided, used = len(moved) - 2 * pairs, {point.direction for point in moved}
+        if one_sided and not base:
             raise ValueError(f"branches: one-sided points need a base to be compared with, got {self}")
+        if used != set(range(len(used))):
+            raise ValueError(f"branches: directions must be numbered from 0 without gaps, got {self}")
+        found = {"base": base, "pairs": pairs, "one_sided": one_sided, "directions": len(used)}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, base: bool = True, pairs: int = 1, one_sided: int = 0) -> Branches:
+        """Points with the offsets 0, +-1 and 1, each pair and one-sided point along its own direction."""
+        paired = (Point(k, offset) for k in range(pairs) for offset in (1.0, -1.0))
+        single = (Point(k, 1.0) for k in range(pairs, pairs + one_sided))
+        return cls((*(THETA,) * base, *paired, *single))
 
     @property
     def count(self) -> int:
         """How many branches share the traversal."""
-        return int(self.base) + 2 * self.pairs + self.one_sided
+        return len(self.points)
 
     @property
-    def directions(self) -> int:
-        """How many directions they lie along; none in an evaluation."""
-        return self.pairs + self.one_sided
-
-    @property
-    def points(self) -> tuple[tuple[int, int], ...]:
-        """Where each branch is: its direction, and the multiple of mu*d, which is 0, +1 or -1."""
-        base = ((0, 0),) * self.base
-        paired = tuple((k, sign) for k in range(self.pairs) for sign in (1, -1))
-        return (*base, *paired, *((k, 1) for k in range(self.pairs, self.directions)))
-
-    @property
-    def signs(self) -> tuple[int, ...]:
-        """The multiple of mu*d at each branch."""
-        return tuple(sign for _, sign in self.points)
+    def reach(self) -> float:
+        """The largest offset by size."""
+        return max(abs(point.offset) for point in self.points)
 
     @property
     def compared(self) -> tuple[tuple[int, int], ...]:
-        """Of each direction, the two branches whose losses and predictions are compared."""
+        """Of each direction, the two branches whose losses and predictions are compared.
+
+        Its first pair; a direction without one compares its first one-sided point with the base.
+        """
         first = int(self.base)
-        paired = tuple((first + 2 * k, first + 2 * k + 1) for k in range(self.pairs))
-        return (*paired, *((branch, 0) for branch in range(first + 2 * self.pairs, self.count)))
+        paired = [(first + 2 * k, first + 2 * k + 1) for k in range(self.pairs)]
+        found: dict[int, tuple[int, int]] = {}
+        for one, other in [*paired, *((branch, 0) for branch in range(first + 2 * self.pairs, self.count))]:
+            found.setdefault(self.points[one].direction, (one, other))
+        return tuple(found[direction] for direction in range(self.directions))
 
 
-EVALUATION = Branches(base=True, pairs=0)
+def _are_pair(*points: Point) -> bool:
+    """Whether these are two points with opposite offsets along one direction."""
+    return len(points) == 2 and points[0] == (points[1].direction, -points[1].offset)
+
+
+#: The point of the parameters as they are.
+THETA = Point(0, 0.0)
+EVALUATION = Branches((THETA,))
 
 
 class Estimate(NamedTuple):
@@ -124,33 +157,50 @@ def mean_or_none(values: Sequence[float] | None) -> float | None:
     return None if values is None else sum(values) / len(values)
 
 
-class Estimator(Protocol):
-    """Which branches a step evaluates, and from what they gave to an `Estimate`."""
+class Estimator(ABC):
+    """Which points a step evaluates, and from what they gave to an `Estimate`."""
 
     name: str
 
-    def branches(self, step: int) -> Branches:
-        """The branches of step `step` (counted from 0)."""
-        ...
+    @abstractmethod
+    def points(self, step: int) -> tuple[Point, ...]:
+        """The points of step `step` (counted from 0), in the order that `Branches` asks for.
+
+        A pure function of `step`. Every step has as many directions as step 0, and no step more points.
+        """
 
     @property
     def predicts(self) -> bool:
         """Whether its curvature is from predictions, in place of losses."""
-        ...
+        return False
 
     def measures(self, step: int) -> bool:
         """Whether `estimate` gives a curvature at step `step`."""
-        ...
+        return False
 
-    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
-        """The scalars of the step, from the means over its examples.
+    def reduce(self, losses: np.ndarray) -> np.ndarray:
+        """Sums over examples, which are added over the parts of a batch and over ranks.
+
+        A step's record holds their means. What is done to each example's own losses, such as clipping them,
+        is done here.
 
         Args:
-            losses: of each branch, (branches,) float64.
+            losses: of each point and example, (points, examples) float64.
+
+        Returns:
+            (n,) float64, the same n in every step, at most the points of step 0; by default each point's sum.
+        """
+        return np.asarray(losses.sum(axis=1))
+
+    @abstractmethod
+    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """The scalars of the step, from means over its examples.
+
+        Args:
+            losses: what `reduce` summed, by default the loss of each point, (points,) float64.
             divergences: of the predictions along each direction, (directions,) float64, see `Losses`.
             mu: perturbation scale, above 0.
         """
-        ...
 
 
 # -------------------------------------------------------------------------------------- curvature

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, Branches
+from hizoo_lite.base import EVALUATION, THETA, Branches, Point
 from hizoo_lite.model.basis import gains, rebuild, split
 
 LAYOUTS = [
-    *(Branches(True, 1), Branches(False, 1), Branches(True, 2), Branches(False, 3)),
-    *(Branches(True, 0, 2), Branches(True, 1, 1), EVALUATION),
+    *(Branches.of(True, 1), Branches.of(False, 1), Branches.of(True, 2), Branches.of(False, 3)),
+    *(Branches.of(True, 0, 2), Branches.of(True, 1, 1), EVALUATION),
 ]
 
 
@@ -48,7 +48,9 @@ def test_rebuild_inverts_split_in_float32(branches: Branches) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "branches", [Branches(True, 1), Branches(False, 1), Branches(True, 2), Branches(True, 0, 2)], ids=str
+    "branches",
+    [Branches.of(True, 1), Branches.of(False, 1), Branches.of(True, 2), Branches.of(True, 0, 2)],
+    ids=str,
 )
 def test_differences_survive_short_products(branches: Branches, dtype: torch.dtype) -> None:
     x = branched(branches)
@@ -73,16 +75,33 @@ def test_gains_are_powers_of_two_and_only_for_fp16() -> None:
     assert gains(torch.float16, 1e-5) == lift
 
 
-def test_signs_follow_the_folded_order() -> None:
-    assert Branches(True, 2).signs == (0, 1, -1, 1, -1)
-    assert Branches(False, 1).signs == (1, -1)
-    assert EVALUATION.signs == (0,)
-    assert Branches(True, 1, 2).points == ((0, 0), (0, 1), (0, -1), (1, 1), (2, 1))
-    assert Branches(True, 1, 2).compared == ((1, 2), (3, 0), (4, 0))
+def test_points_are_in_the_folded_order() -> None:
+    assert Branches.of(True, 2).points == ((0, 0), (0, 1), (0, -1), (1, 1), (1, -1))
+    assert Branches.of(False, 1).points == ((0, 1), (0, -1))
+    assert EVALUATION.points == ((0, 0),)
+    assert Branches.of(True, 1, 2).points == ((0, 0), (0, 1), (0, -1), (1, 1), (2, 1))
+    assert Branches.of(True, 1, 2).compared == ((1, 2), (3, 0), (4, 0))
 
 
-def test_no_branch_at_all_is_refused() -> None:
+def test_opposite_offsets_along_one_direction_are_a_pair() -> None:
+    found = Branches((Point(0, -0.3), Point(0, 0.3), Point(1, 2.0), Point(1, -2.0)))
+    assert (found.base, found.pairs, found.one_sided, found.directions) == (False, 2, 0, 2)
+    assert found.compared == ((0, 1), (2, 3))
+    found = Branches((THETA, Point(0, 0.5), Point(1, -0.5), Point(0, 2.0)))
+    assert (found.base, found.pairs, found.one_sided, found.directions) == (True, 0, 3, 2)
+    assert found.compared == ((1, 0), (2, 0))
+    assert found.reach == 2.0
+
+
+def test_a_second_pair_along_a_direction_is_not_what_is_compared() -> None:
+    found = Branches((Point(0, 1.0), Point(0, -1.0), Point(0, 2.0), Point(0, -2.0)))
+    assert (found.pairs, found.directions, found.compared) == (2, 1, ((0, 1),))
+
+
+def test_branches_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one point"):
-        Branches(base=False, pairs=0)
+        Branches.of(base=False, pairs=0)
     with pytest.raises(ValueError, match="need a base"):
-        Branches(base=False, pairs=1, one_sided=1)
+        Branches.of(base=False, pairs=1, one_sided=1)
+    with pytest.raises(ValueError, match="without gaps"):
+        Branches((THETA, Point(1, 1.0)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hizoo_lite.model.linear as linear
 import hizoo_lite.spaces.lora as lora
-from hizoo_lite.base import EVALUATION, Branches, BranchState, UserError
+from hizoo_lite.base import EVALUATION, THETA, Branches, BranchState, Point, UserError
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Resident
 from hizoo_lite.engine.traversal import Traversal
@@ -29,6 +29,12 @@ MU = 1e-3
 #: float32 products of folded and separate batches are summed in other orders: a few units in the last
 #: place (6e-8) of activations of order 10, over two layers, in a loss of order 5.
 FLOAT32_ROUNDING = 2e-5
+#: Pairs, one-sided points and both; and with offsets of their own.
+LAYOUTS = [
+    *(Branches.of(True, 1), Branches.of(False, 1), Branches.of(True, 0, 2), Branches.of(True, 1, 1)),
+    Branches((Point(0, 0.5), Point(0, -0.5), Point(1, -2.0), Point(1, 2.0))),
+    Branches((THETA, Point(0, 0.5), Point(0, -1.5), Point(1, 2.0))),
+]
 
 
 def tuned(
@@ -50,9 +56,9 @@ def separate_losses(
     """Every branch evaluated on its own, with the parameters really moved."""
     clean = {name: p.clone() for name, p in space.parameters.items()}
     rows = []
-    for direction, sign in branches.points:
+    for direction, offset in branches.points:
         for name, p in space.parameters.items():
-            p.copy_(clean[name] + sign * MU * directions[name][direction])
+            p.copy_(clean[name] + offset * MU * directions[name][direction])
         rows.append(traversal.losses(batch).per_example[0])
     for name, p in space.parameters.items():
         p.copy_(clean[name])
@@ -75,7 +81,7 @@ def test_folded_losses_equal_separate_losses(name: str, bits: str, tmp_path: Pat
     model = load(tmp_path, kind=kind, bits=bits, compute_dtype="float32", device="cpu")
     space, directions = tuned(model)
     traversal, batch = Traversal(model), tiny_task_batch(kind)
-    for branches in (Branches(True, 1), Branches(False, 1), Branches(True, 0, 2), Branches(True, 1, 1)):
+    for branches in LAYOUTS:
         folded = traversal.losses(batch, branches, MU, directions).per_example
         separate = separate_losses(traversal, space, batch, directions, branches)
         torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
@@ -94,7 +100,7 @@ def test_layers_that_codes_of_relative_positions_share_differ_between_branches(
     attention = [n for n in model.linears if n.rpartition(".")[2].endswith(("proj", "in_proj"))]
     space, directions = tuned(model, targets=attention)
     traversal, batch = Traversal(model), tiny_task_batch("masked")
-    for branches in (Branches(True, 1), Branches(False, 1)):
+    for branches in (Branches.of(True, 1), Branches.of(False, 1)):
         folded = traversal.losses(batch, branches, MU, directions).per_example
         separate = separate_losses(traversal, space, batch, directions, branches)
         torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
@@ -106,8 +112,8 @@ def test_a_layer_of_relative_positions_alone_makes_what_follows_differ(tmp_path:
     model = load(tmp_path, kind="masked", bits="none", compute_dtype="float32", device="cpu")
     space, directions = tuned(model, targets=["pos_key_proj"])
     traversal, batch = Traversal(model), tiny_task_batch("masked")
-    folded = traversal.losses(batch, Branches(), MU, directions).per_example
-    separate = separate_losses(traversal, space, batch, directions, Branches())
+    folded = traversal.losses(batch, Branches.of(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch, directions, Branches.of())
     torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
     assert (folded[-1] - folded[-2]).abs().max() > 0
 
@@ -123,7 +129,7 @@ def test_a_layer_whose_rows_are_not_first_is_refused(tmp_path: Path) -> None:
     batch = tiny_task_batch("classifier")
     Traversal(model).losses(batch)
     with pytest.raises(UserError, match=r"query is given \(12, 9, 32\), whose first axis is not that of"):
-        Traversal(model).losses(batch, Branches(), MU, {})
+        Traversal(model).losses(batch, Branches.of(), MU, {})
 
 
 @pytest.mark.parametrize("name", ASKING_CONFIGS)
@@ -138,8 +144,8 @@ def test_heads_that_ask_for_more_than_hidden_states_are_answered(name: str, tmp_
     got = traversal.losses(batch).per_example[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=FLOAT32_ROUNDING)
     space, directions = tuned(model)
-    folded = traversal.losses(batch, Branches(), MU, directions).per_example
-    separate = separate_losses(traversal, space, batch, directions, Branches())
+    folded = traversal.losses(batch, Branches.of(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch, directions, Branches.of())
     torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
 
 
@@ -168,8 +174,8 @@ def test_classifier_losses_equal_plain_ones_and_its_head_is_trained(name: str, t
     space, directions = tuned(model)
     assert space.head_names
     assert any(name in key for name in space.head_names for key in space.parameters)
-    folded = traversal.losses(batch, Branches(), MU, directions).per_example
-    separate = separate_losses(traversal, space, batch, directions, Branches())
+    folded = traversal.losses(batch, Branches.of(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch, directions, Branches.of())
     torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
 
 
@@ -179,7 +185,7 @@ def test_a_layer_with_weights_of_each_branch_is_bit_equal_to_separate_forwards(t
     space, directions = tuned(model)
     layer, state = model.linears["score"], model.state
     x = normal(1, 1, "x", (3 * 7, layer.in_features))
-    state.set(Branches(), MU, directions)
+    state.set(Branches.of(), MU, directions)
     folded = layer(x).view(3, 7, -1)
     state.set(EVALUATION, 0.0, {})
     clean = {name: p.clone() for name, p in space.parameters.items()}
@@ -196,7 +202,7 @@ def test_packed_bytes_never_change(bits: str, tmp_path: Path) -> None:
     _, directions = tuned(model)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     traversal, batch = Traversal(model), tiny_task_batch("causal")
-    traversal.losses(batch, Branches(), MU, directions)
+    traversal.losses(batch, Branches.of(), MU, directions)
     traversal.losses(batch)
     model.module.generate(batch.input_ids[:1], max_new_tokens=3, do_sample=False)
     after = model.module.state_dict()
@@ -228,7 +234,7 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
         value.add_(normal(3, 0, name, value.shape), alpha=0.05)
     directions = {name: normal(5, 0, name, p.shape)[None] for name, p in space.parameters.items()}
     traversal, batch = Traversal(model), tiny_task_batch("causal")
-    separate = separate_losses(traversal, space, batch, directions, Branches())
+    separate = separate_losses(traversal, space, batch, directions, Branches.of())
     rows: dict[str, int] = {}
     plain = BranchLinear.shared_product
 
@@ -237,7 +243,7 @@ def test_layers_before_the_first_trainable_one_are_computed_for_one_branch(
         return plain(layer, x, branches, *sources)
 
     monkeypatch.setattr(BranchLinear, "shared_product", counted)
-    folded = traversal.losses(batch, Branches(), MU, directions).per_example
+    folded = traversal.losses(batch, Branches.of(), MU, directions).per_example
     torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
     before = [
         name for name in rows if ".layers.0." in name or ".1.self_attn.v" in name or ".1.self_attn.q" in name
@@ -265,13 +271,13 @@ def test_layers_with_the_same_input_split_it_once(
         split(*given)
 
     monkeypatch.setattr(linear, "split", counted)
-    shared = Traversal(model).losses(batch, Branches(), MU, directions)
+    shared = Traversal(model).losses(batch, Branches.of(), MU, directions)
     blocks, chunks = len(model.blocks), 2
     # q, k and v; o; gate and up; down. The first of all has an input that is the same in all branches
     assert calls[0] <= chunks * (4 * blocks + 1) + 1
     monkeypatch.setattr(_Made, "is_of", lambda *_: False)
     calls[0] = 0
-    each = Traversal(model).losses(batch, Branches(), MU, directions)
+    each = Traversal(model).losses(batch, Branches.of(), MU, directions)
     assert calls[0] >= chunks * 7 * blocks
     assert all(torch.equal(one, other) for one, other in zip(shared, each, strict=True))
 
@@ -290,10 +296,10 @@ def test_adapters_are_made_once_for_all_chunks(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(lora, "branch_values", counted)
     traversal, batch = Traversal(model), tiny_task_batch("causal", rows=4)
-    once = traversal.losses(batch, Branches(True, 2), MU, directions)
+    once = traversal.losses(batch, Branches.of(True, 2), MU, directions)
     assert sorted(made) == sorted(directions)
     monkeypatch.setattr(BranchState, "once", lambda self, name, make: make())
-    often = traversal.losses(batch, Branches(True, 2), MU, directions)
+    often = traversal.losses(batch, Branches.of(True, 2), MU, directions)
     assert len(made) == 5 * len(directions)
     assert all(torch.equal(one, other) for one, other in zip(once, often, strict=True))
 
@@ -330,11 +336,11 @@ def test_int8_branches_cannot_influence_each_other(tmp_path: Path) -> None:
     model = load(tmp_path, bits="int8", compute_dtype="float32", device="cpu")
     layer = model.linears["model.layers.0.self_attn.q_proj"]
     x = normal(1, 1, "x", (3, 5, layer.in_features))
-    model.state.set(Branches(), MU, {})
-    alone = layer.shared_product(x, Branches())
+    model.state.set(Branches.of(), MU, {})
+    alone = layer.shared_product(x, Branches.of())
     outlier = x.clone()
     outlier[1:] = 1000 * normal(1, 2, "outlier", x[1:].shape)  # LLM.int8 would pick other columns for x0
-    assert torch.equal(layer.shared_product(outlier, Branches())[0], alone[0])
+    assert torch.equal(layer.shared_product(outlier, Branches.of())[0], alone[0])
 
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
@@ -344,8 +350,8 @@ def test_fp16_products_survive_large_activations(bits: str, tmp_path: Path) -> N
     layer = model.linears["model.layers.0.mlp.down_proj"]
     x = normal(1, 1, "x", (3, 5, layer.in_features))
     x[:, :, 0] = torch.tensor([1500.0, 1512.0, 1495.0])[:, None]  # an outlier channel, even part 7
-    model.state.set(Branches(), MU, {})
-    y = layer.shared_product(x, Branches())
+    model.state.set(Branches.of(), MU, {})
+    y = layer.shared_product(x, Branches.of())
     weight = layer.weight.unpack(torch.empty(layer.weight.shape))
     weight = weight if layer.weight.row_scale is None else weight * layer.weight.row_scale[:, None]
     # fp16 keeps 11 bits of operands and result; the result is of order 300

@@ -71,10 +71,10 @@ def descend(curvature: Curvature, estimator: Estimator, point: dict[str, Tensor]
         d = {name: curvature.scale(name) * z[name] for name in z}
         losses = [
             sum(
-                float(10.0**i / 20 * (point[name] + sign * 1e-3 * d[name]).double().square().sum())
+                float(10.0**i / 20 * (point[name] + offset * 1e-3 * d[name]).double().square().sum())
                 for i, name in enumerate(z)
             )
-            for sign in estimator.branches(step).signs
+            for _, offset in estimator.points(step)
         ]
         bend = sum(float(10.0**i / 10 * d[name].double().square().sum()) for i, name in enumerate(z))
         estimate = estimator.estimate(np.array(losses), np.array([2e-3**2 * bend]), 1e-3)

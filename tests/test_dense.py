@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators
-from hizoo_lite.base import Branches, Curvature, UserError, trainable
+from hizoo_lite.base import Branches, Curvature, Point, UserError, trainable
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
 from hizoo_lite.engine.traversal import Losses, Traversal
 from hizoo_lite.model.model import Model
@@ -133,13 +133,14 @@ def test_losses_equal_those_of_plain_models_with_perturbed_weights(
     curvature = learnt(SIGMAS[sigma], trainable(space))
     along = changes(space, SEED, 4, curvature)
     mu = 1e-2
-    expected = {sign: loss(moved(plain, along, sign * mu), batch) for sign in (0, 1, -1)}
+    expected = {sign: loss(moved(plain, along, sign * mu), batch) for sign in (0, 1, -1, 0.5, -0.5, 2, -2)}
     assert max(abs(expected[sign] - expected[0]) for sign in (1, -1)) > 20 * FLOAT32_ROUNDING
     assert space.weights is not None
-    for branches in (Branches(True, 1), Branches(False, 1), Branches(True, 2)):
+    own = Branches((Point(0, 0.5), Point(0, -0.5), Point(0, -2.0), Point(0, 2.0)))
+    for branches in (Branches.of(True, 1), Branches.of(False, 1), Branches.of(True, 2), own):
         space.weights.begin(SEED, 4, curvature, measured=False)
         got = Traversal(model).losses(batch, branches, mu).mean()
-        wanted = torch.tensor([expected[sign] for sign in branches.signs], dtype=torch.float64)
+        wanted = torch.tensor([expected[point.offset] for point in branches.points], dtype=torch.float64)
         torch.testing.assert_close(got, wanted, rtol=0, atol=FLOAT32_ROUNDING)
     assert Traversal(model).losses(batch).mean().item() == pytest.approx(expected[0], abs=FLOAT32_ROUNDING)
 
@@ -158,7 +159,7 @@ def test_sixteen_bit_products_keep_the_projected_gradient_and_the_curvature(
         curvature = stepper.curvature
         assert space.weights is not None
         space.weights.begin(seed, 0, curvature, measured=False)
-        losses = Traversal(model).losses(batch, Branches(), MU).mean().numpy()
+        losses = Traversal(model).losses(batch, Branches.of(), MU).mean().numpy()
         estimate = stepper.estimator.estimate(losses, np.zeros(1), MU)
         slope, bend = slope_and_bend(twin(tmp_path, model), batch, changes(space, seed, 0, curvature))
         assert estimate.curvature is not None
@@ -207,7 +208,7 @@ def test_a_weight_of_many_tiles_is_perturbed_like_one_of_few(
     batch, plain = tiny_task_batch("causal"), twin(tmp_path, model)
     along = changes(space, SEED, 0, curvature)
     space.weights.begin(SEED, 0, curvature, measured=False)
-    got = Traversal(model).losses(batch, Branches(), 1e-2).mean()
+    got = Traversal(model).losses(batch, Branches.of(), 1e-2).mean()
     wanted = [loss(moved(plain, along, sign * 1e-2), batch) for sign in (0, 1, -1)]
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=FLOAT32_ROUNDING)
 
@@ -382,7 +383,7 @@ def test_curvature_sees_every_z_once_and_only_where_it_is_measured(
         starts = [first for first, _ in curvature.seen[part.name]]
         assert starts == [part.rows(tile).start for tile in part.tiles]
     curvature.seen.clear()
-    Traversal(model).losses(tiny_task_batch("causal"), Branches(), MU)  # a second chunk of the same step
+    Traversal(model).losses(tiny_task_batch("causal"), Branches.of(), MU)  # a second chunk of the same step
     assert not curvature.seen
     stepper.close()
     stepper = make_stepper(model, space, curvature, estimator="mezo")

@@ -221,7 +221,7 @@ def test_a_classifiers_graph_gets_what_it_asks_for(tmp_path: Path) -> None:
         Encoded([[4, 8]], [[0, 1]], [], [], 0, 0, "class"),
     ]
     mu = 0.1
-    found = graph.losses(collate(encoded, 0), Branches(), mu, {"score.weight": direction[None]})
+    found = graph.losses(collate(encoded, 0), Branches.of(), mu, {"score.weight": direction[None]})
     means = [(table[1] + table[2] + 2 * table[3]) / 3, (table[4] + 2 * table[8]) / 2]
     for branch, sign in enumerate((0, 1, -1)):
         scores = np.array(means) @ (weight + sign * mu * direction).T

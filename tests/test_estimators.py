@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import UserError
+from hizoo_lite.base import Estimator, UserError
 from hizoo_lite.engine.divergence import divergence_terms
 from hizoo_lite.estimators import ESTIMATORS, HiZOO, MeZO, get
 from hizoo_lite.estimators.hizoo import directional_curvature
@@ -26,6 +26,11 @@ NO_PAIR = np.zeros(0)
 def published(every: int = 1) -> HiZOO:
     """HiZOO with the second difference of losses."""
     return HiZOO(every, curvature_from="losses")
+
+
+def offsets(estimator: Estimator, step: int = 0) -> tuple[float, ...]:
+    """Of a step's points, in order."""
+    return tuple(point.offset for point in estimator.points(step))
 
 
 def test_hizoo_scalars_equal_the_float64_formula():
@@ -51,22 +56,22 @@ def test_hizoo_without_base_branch_equals_mezo():
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_hizoo_costs_two_forwards_and_one_over_every(every):
     estimator = published(every)
-    counts = [estimator.branches(step).count for step in range(10 * every)]
+    counts = [len(estimator.points(step)) for step in range(10 * every)]
     assert sum(counts) / len(counts) == 2 + 1 / every
     assert counts[0] == 3
 
 
 def test_mezo_costs_two_forwards():
-    assert {MeZO().branches(step).signs for step in range(5)} == {(1, -1)}
+    assert {offsets(MeZO(), step) for step in range(5)} == {(1, -1)}
 
 
 def test_branch_order_is_base_plus_minus():
-    assert published().branches(0).signs == (0, 1, -1)
+    assert offsets(published()) == (0, 1, -1)
 
 
 def test_predictions_cost_two_forwards_and_measure_every_step():
     estimator = HiZOO()
-    assert {estimator.branches(step).signs for step in range(5)} == {(1, -1)}
+    assert {offsets(estimator, step) for step in range(5)} == {(1, -1)}
     assert all(estimator.measures(step) for step in range(5))
 
 
@@ -78,7 +83,7 @@ def test_curvature_from_predictions_is_their_divergence_over_the_distance_square
 
 def test_several_directions_share_one_base():
     estimator = HiZOO(directions=3)
-    assert {estimator.branches(step).signs for step in range(5)} == {(0, 1, 1, 1)}
+    assert {offsets(estimator, step) for step in range(5)} == {(0, 1, 1, 1)}
     losses, divergences = np.array([2.5, 2.75, 2.5625, 2.25]), np.array([1e-6, 2e-6, 3e-6])
     estimate = estimator.estimate(losses, divergences, MU)
     assert estimate.projected_grads == pytest.approx((losses[1:] - losses[0]) / MU, rel=1e-12)
@@ -210,7 +215,7 @@ def step_errors(seed: int) -> tuple[float, float]:
                 [w + sign * MU * d for w, d in zip(weights, z, strict=True)], inputs, classes
             ).mean()
         )
-        for sign in published().branches(0).signs
+        for sign in offsets(published())
     ]
     estimate = published().estimate(np.array(losses), NO_PAIR, MU)
 

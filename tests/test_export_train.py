@@ -111,7 +111,12 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
     directions = {path: torch.from_numpy(drawn_along(2, 0, path, value.shape, 2)) for path, value in tensors}
     for rows, length in ((3, 12), (4, 20)):
         batch = grouped(tiny_task_batch(kind, rows, length), loss)
-        for branches in (EVALUATION, Branches(), Branches(base=False), Branches(pairs=0, one_sided=2)):
+        for branches in (
+            EVALUATION,
+            Branches.of(),
+            Branches.of(base=False),
+            Branches.of(pairs=0, one_sided=2),
+        ):
             want = traversal.losses(batch, branches, mu, directions)
             feeds = {key: value.numpy() for key, value in batch._asdict().items() if key in names}
             for path, value in tensors:

@@ -21,8 +21,14 @@ from hizoo_lite.model import basis
 from hizoo_lite.model.basis import Gains
 
 FORMS = [
-    *(Branches(True, 0), Branches(True, 1), Branches(False, 1), Branches(True, 3), Branches(False, 3)),
-    *(Branches(True, 0, 1), Branches(True, 0, 3), Branches(True, 2, 2)),
+    *(
+        Branches.of(True, 0),
+        Branches.of(True, 1),
+        Branches.of(False, 1),
+        Branches.of(True, 3),
+        Branches.of(False, 3),
+    ),
+    *(Branches.of(True, 0, 1), Branches.of(True, 0, 3), Branches.of(True, 2, 2)),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GAINS = (Gains(), Gains(64.0, 256.0))

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from hizoo_lite import curvature, estimators
-from hizoo_lite.base import Batch, Curvature
+from hizoo_lite.base import Batch, Branches, Curvature
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.optimizers.step_size import AutoRate, FixedRate, Schedule
@@ -154,7 +154,7 @@ def directions_of(stepper: Stepper, step: int) -> dict[str, Tensor]:
 
 def measured(stepper: Stepper, batch: Batch, directions: dict[str, Tensor]) -> float:
     """The curvature that a step would take in."""
-    branches = stepper.estimator.branches(0)
+    branches = Branches(stepper.estimator.points(0))
     found = stepper.traversal.losses(batch, branches, MU, directions)
     means = found.per_example.mean(1).numpy(), found.divergences.mean(1).numpy()
     estimate = stepper.estimator.estimate(*means, MU)

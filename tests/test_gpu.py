@@ -34,7 +34,7 @@ def losses(folder: Path, name: str, bits: str, compute: str, device: str) -> tor
     for key, value in space.parameters.items():
         value.add_(normal(3, 0, key, value.shape).to(model.device), alpha=0.05)
     directions = {k: normal(5, 0, k, p.shape)[None].to(model.device) for k, p in space.parameters.items()}
-    return Traversal(model).losses(tiny_task_batch(kind), Branches(), MU, directions).per_example
+    return Traversal(model).losses(tiny_task_batch(kind), Branches.of(), MU, directions).per_example
 
 
 @pytest.mark.parametrize("bits", ["nf4", "fp4", "int8", "none"])
@@ -69,8 +69,8 @@ def test_the_trunk_of_an_unpadded_batch_never_waits_for_the_device(tmp_path: Pat
     traversal = Traversal(model)
     batch = tiny_task_batch("causal", rows=1)  # one row has no padding, so no mask is built
     directions = {k: normal(5, 0, k, p.shape)[None].to("cuda") for k, p in space.parameters.items()}
-    traversal.losses(batch, Branches(), MU, directions)
-    with traversal._branches(Branches(), MU, directions):
+    traversal.losses(batch, Branches.of(), MU, directions)
+    with traversal._branches(Branches.of(), MU, directions):
         inputs = traversal._fold(batch, 3)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -65,7 +65,7 @@ def test_short_products_on_cuda_keep_the_projected_gradient(kind: str, compute: 
         grads = []
         for step in range(7):
             space.weights.begin(0, step, curvature, measured=False)
-            _, plus, minus = Traversal(model).losses(tiny_task_batch("causal"), Branches(), MU).mean()
+            _, plus, minus = Traversal(model).losses(tiny_task_batch("causal"), Branches.of(), MU).mean()
             grads.append((plus - minus) / (2 * MU))
         found[dtype] = torch.stack(grads)
     errors = (found[compute] / found["float32"] - 1).abs()

@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_padded_batch(name: str, chunk: str | int, tmp_p
         pytest.skip("its padding reaches its tokens, or may")
     batch = half_empty(kind)
     assert batch.attention_mask.float().mean() < 7 / 8
-    for branches in (EVALUATION, Branches(base=False), Branches(pairs=0, one_sided=2)):
+    for branches in (EVALUATION, Branches.of(base=False), Branches.of(pairs=0, one_sided=2)):
         whole, found = (losses(model, batch, branches, leave_out) for leave_out in (False, True))
         torch.testing.assert_close(found.per_example, whole.per_example, rtol=0, atol=ROUNDING)
         torch.testing.assert_close(found.scores, whole.scores, rtol=0, atol=ROUNDING)
@@ -84,7 +84,7 @@ def test_a_chunk_of_rows_without_a_token_goes_through_as_it_is(tmp_path: Path) -
     model = load(tmp_path, kind="classifier", bits="nf4", compute_dtype="float32", device="cpu")
     batch = tiny_task_batch("classifier", rows=4, length=24, ends=(24, 9, 0, 5))
     model.branch_chunk = 1
-    branches = Branches(pairs=0, one_sided=2)
+    branches = Branches.of(pairs=0, one_sided=2)
     whole, found = (losses(model, batch, branches, leave_out) for leave_out in (False, True))
     existing = [0, 1, 3]
     torch.testing.assert_close(

@@ -125,7 +125,9 @@ def check_owners(plan: Plan, parts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "branches", [Branches(), Branches(base=False), Branches(pairs=0, one_sided=2), EVALUATION], ids=str
+    "branches",
+    [Branches.of(), Branches.of(base=False), Branches.of(pairs=0, one_sided=2), EVALUATION],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
 def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
@@ -175,10 +177,10 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
         pass_bytes(model, rows, length, branches)
         for rows, length, branches in (
             (2, 16, EVALUATION),
-            (2, 16, Branches(base=False)),
-            (2, 16, Branches()),
-            (4, 16, Branches()),
-            (4, 64, Branches()),
+            (2, 16, Branches.of(base=False)),
+            (2, 16, Branches.of()),
+            (4, 16, Branches.of()),
+            (4, 64, Branches.of()),
         )
     ]
     assert sizes == sorted(sizes)

@@ -78,8 +78,8 @@ def test_a_row_has_the_loss_that_it_has_alone(
     short = traversal.losses(batch_of((16, 9))).per_example[0]
     torch.testing.assert_close(short, torch.stack([alone[2], alone[0]]), rtol=0, atol=FLOAT32_ROUNDING)
     space, directions = tuned(model)
-    folded = traversal.losses(batch_of(LENGTHS), Branches(), MU, directions).per_example
-    separate = separate_losses(traversal, space, batch_of(LENGTHS), directions, Branches())
+    folded = traversal.losses(batch_of(LENGTHS), Branches.of(), MU, directions).per_example
+    separate = separate_losses(traversal, space, batch_of(LENGTHS), directions, Branches.of())
     torch.testing.assert_close(folded, separate, rtol=0, atol=FLOAT32_ROUNDING)
 
 

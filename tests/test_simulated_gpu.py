@@ -240,7 +240,7 @@ def test_passes_keep_to_a_budget_under_which_blocks_travel(deep: Path, memory: M
     residency.prepare()
     held = memory.peak_bytes = memory.live_bytes
     batch = tiny_task_batch("causal", rows=8, length=32)
-    wanted = Traversal(model).losses(batch, Branches(), 1e-3, {}).per_example
+    wanted = Traversal(model).losses(batch, Branches.of(), 1e-3, {}).per_example
     needed = memory.peak_bytes - held
     block = layouts(load(deep, device="cpu"))[0].nbytes
     residency.close()
@@ -254,7 +254,7 @@ def test_passes_keep_to_a_budget_under_which_blocks_travel(deep: Path, memory: M
         traversal = Traversal(model)
         traversal.guard = Budget(Budgets(limit, None), model, told.append).fitting
         for _ in range(3):
-            assert torch.equal(traversal.losses(batch, Branches(), 1e-3, {}).per_example, wanted)
+            assert torch.equal(traversal.losses(batch, Branches.of(), 1e-3, {}).per_example, wanted)
     assert len(residency.kept_blocks) == 4
     assert (told, memory.refusals) == ([], 0)
 
@@ -284,12 +284,12 @@ def test_refused_memory_halves_the_chunks(share: float, most: int, tmp_path: Pat
     gc.collect()
     held = memory.live_bytes
     memory.peak_bytes = held
-    wanted = traversal.losses(batch, Branches(), 1e-3, {}).per_example
+    wanted = traversal.losses(batch, Branches.of(), 1e-3, {}).per_example
     needed, told = memory.peak_bytes - held, []
     model.scratch.clear()
     traversal.guard = Budget(Budgets(None, None), model, told.append).fitting
     memory.cap_bytes = memory.live_bytes + int(share * needed)
-    got = traversal.losses(batch, Branches(), 1e-3, {}).per_example
+    got = traversal.losses(batch, Branches.of(), 1e-3, {}).per_example
     assert 1 <= len(told) == model.halvings <= most
     assert memory.refusals == len(told)
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)  # products with fewer rows round otherwise

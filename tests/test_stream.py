@@ -71,7 +71,7 @@ def step_losses(model: Model, name: str, rows: int = 3, length: int = 12) -> tor
         value.add_(normal(3, 0, key, value.shape).to(value.device), alpha=0.05)
     directions = {k: normal(5, 0, k, p.shape)[None].to(p.device) for k, p in space.parameters.items()}
     batch = tiny_task_batch(KINDS[name], rows, length)
-    return Traversal(model).losses(batch, Branches(), MU, directions).per_example
+    return Traversal(model).losses(batch, Branches.of(), MU, directions).per_example
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def measure(
         truth = scalars(reference_losses(model, twin, space, ids, directions))
 
         def record(kind: str) -> None:
-            losses = traversal.losses(batch, Branches(), MU, directions).mean().tolist()  # noqa: B023
+            losses = traversal.losses(batch, Branches.of(), MU, directions).mean().tolist()  # noqa: B023
             pairs = zip(scalars(losses), truth, strict=True)  # noqa: B023
             errors.setdefault(kind, []).append(tuple(abs(got - want) / abs(want) for got, want in pairs))
 

@@ -152,7 +152,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
     """A run of the product itself, in a folder that is thrown away."""
     settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
-    branches = make_estimator(replace(config, **settings)).branches(0).count
+    branches = len(make_estimator(replace(config, **settings)).points(0))
     steps = forwards // branches
     every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:

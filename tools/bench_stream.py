@@ -133,7 +133,7 @@ def cold_passes(model: Any, stepper: Any, batch: Any, folder: Path, contender: s
         drop_cache(folder)
         start = time.perf_counter()
         if contender == "folded":
-            stepper.traversal.losses(batch, Branches(), 1e-3, directions)
+            stepper.traversal.losses(batch, Branches.of(), 1e-3, directions)
         else:
             stepper.traversal.losses(batch, EVALUATION)
         total += time.perf_counter() - start
@@ -299,7 +299,7 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     attention = [x.shape for x in anatomy.inside() if x.name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
     adapters = 4 * rank * sum(sum(pair) for pair in attention)
     rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cuda", away=True)
-    wanted = Pass(rows, length, Branches(base=branches % 2 == 1, pairs=branches // 2), rows)
+    wanted = Pass(rows, length, Branches.of(base=branches % 2 == 1, pairs=branches // 2), rows)
     made = rehearsal.run(wanted, Trained("lora", rank=rank)).peak_bytes
     slots = 2 * max(anatomy.travel_bytes())
     return slots + outside + anatomy.small_bytes + 2 * adapters + made

@@ -104,8 +104,8 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
     while spent < budget and (go_on or reached is None):
         drawn = generator.standard_normal(2)
         direction = drawn * np.array([float(curvature.scale(name)) for name in ("x", "y")])
-        branches = estimator.branches(step)
-        losses = [function.value(*(point + sign * MU * direction)) for sign in branches.signs]
+        evaluated = estimator.points(step)
+        losses = [function.value(*(point + offset * MU * direction)) for _, offset in evaluated]
         estimate = estimator.estimate(np.array(losses), np.zeros(1), MU)
         if estimate.curvature is not None:
             noise = {"x": torch.tensor(drawn[:1]), "y": torch.tensor(drawn[1:])}
@@ -114,7 +114,7 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
             curvature.observe(estimate.curvature, SMOOTHING)
         point = point - step_size.rate(step, estimate) * estimate.projected_grad * direction
         points.append(point)
-        spent, step = spent + branches.count, step + 1
+        spent, step = spent + len(evaluated), step + 1
         distance = float(np.hypot(*(point - minimum)))
         if not distance < 10 * far:
             return Run(np.array(points), None, True)

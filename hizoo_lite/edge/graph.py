@@ -138,10 +138,11 @@ class TrainGraph:
         for name, value in {**self.frozen, **self.parameters}.items():
             feeds[name] = np.repeat(value[None], branches.count, axis=0)
         for name in self.parameters:
-            for branch, (direction, sign) in enumerate(branches.points):
-                if sign:
+            for branch, (direction, offset) in enumerate(branches.points):
+                if offset:
                     assert directions is not None
-                    self._arrays.add_scaled(feeds[name][branch, ...], directions[name][direction], sign * mu)
+                    along = directions[name][direction]
+                    self._arrays.add_scaled(feeds[name][branch, ...], along, offset * mu)
         feeds[COMPARED] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
         losses, scores, divergences = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
         return Losses(losses, scores, divergences)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -168,19 +169,20 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _compared(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-    """Of values by branch, those on one side and those on the other of each direction.
+    """Of values by branch, both sides of each direction, see `Branches.compared`."""
+    compared = branches.compared
+    return _picked(values, [one for one, _ in compared]), _picked(values, [other for _, other in compared])
 
-    Of a pair these are theta + mu d and theta - mu d, of a one-sided point itself and the base. Views, where
-    all are pairs or all one-sided.
-    """
-    first = int(branches.base)
-    paired, one_sided = values[first : first + 2 * branches.pairs], values[first + 2 * branches.pairs :]
-    if branches.one_sided == 0:
-        return paired[0::2], paired[1::2]
-    base = values[:1].expand_as(one_sided)
-    if branches.pairs == 0:
-        return one_sided, base
-    return torch.cat([paired[0::2], one_sided]), torch.cat([paired[1::2], base])
+
+def _picked(values: Tensor, branches: Sequence[int]) -> Tensor:
+    """The values of some branches; a view, unless a step has both pairs and one-sided points."""
+    apart = {later - earlier for earlier, later in pairwise(branches)} or {1}
+    if len(apart) > 1 or min(apart) < 0:
+        return values[list(branches)]
+    [step], count = apart, len(branches)
+    if step == 0:
+        return values[branches[0]].expand(count, *values.shape[1:])
+    return values[branches[0] : branches[-1] + 1 : step] if count else values[:0]
 
 
 def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:

@@ -37,13 +37,13 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from hizoo_lite.base import Branches, Estimate, UserError
+from hizoo_lite.base import Branches, Estimate, Estimator, Point, UserError
 from hizoo_lite.estimators.mezo import as_losses, central_difference
 
 CurvatureSource = Literal["predictions", "losses"]
 
 
-class HiZOO:
+class HiZOO(Estimator):
     """Projected gradients every step, directional curvatures every `every` steps."""
 
     name = "hizoo"
@@ -82,11 +82,11 @@ class HiZOO:
             )
         self.every, self.curvature_from, self.directions = every, curvature_from, directions
 
-    def branches(self, step: int) -> Branches:
+    def points(self, step: int) -> tuple[Point, ...]:
         """A pair, with the base where this step's curvature is from losses; or base and one-sided points."""
         if self.directions > 1:
-            return Branches(base=True, pairs=0, one_sided=self.directions)
-        return Branches(base=not self.predicts and self.measures(step), pairs=1)
+            return Branches.of(base=True, pairs=0, one_sided=self.directions).points
+        return Branches.of(base=not self.predicts and self.measures(step), pairs=1).points
 
     @property
     def predicts(self) -> bool:

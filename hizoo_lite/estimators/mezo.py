@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from hizoo_lite.base import Branches, Estimate, UserError
+from hizoo_lite.base import Branches, Estimate, Estimator, Point, UserError
 
 
-class MeZO:
+class MeZO(Estimator):
     """Projected gradient from one antithetic pair."""
 
     name = "mezo"
-    predicts = False
 
-    def branches(self, step: int) -> Branches:
+    def points(self, step: int) -> tuple[Point, ...]:
         """The pair, at every step."""
-        return Branches(base=False, pairs=1)
-
-    def measures(self, step: int) -> bool:
-        """Never."""
-        return False
+        return Branches.of(base=False, pairs=1).points
 
     def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
         """See `Estimator.estimate`; losses are l+, l-. What is not finite passes through."""

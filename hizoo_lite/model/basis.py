@@ -12,7 +12,8 @@ product is linear; the rounding of W common is the same for every branch and can
 and even parts is relative to them. Same number of rows, same cost. A first pair without base has
 even = 0 by construction and leaves it out: rows are 2 a pair, or 1 + 2 a pair with a base.
 
-One-sided points, which have a base, are given as x_k - x0: y_k = W common + W (x_k - x0).
+One-sided points, which have a base, are given as x_k - x0: y_k = W common + W (x_k - x0). Offsets do not
+matter: a pair at +-r mu d is split like one at +-mu d.
 
 The factors of two are kept out of the operands (halving is exact and is done at the rebuild). For
 fp16, whose smallest steps are near 1e-7, odd and even parts are scaled up by powers of two before they
@@ -40,7 +41,7 @@ class Gains(NamedTuple):
 def gains(dtype: torch.dtype, mu: float) -> Gains:
     """fp16 has five exponent bits: lift parts of size mu and mu^2 above its smallest steps. Others need none.
 
-    At most 512: a part that outliers make large must not overflow.
+    mu: times the largest offset of a point. At most 512: a part that outliers make large must not overflow.
     """
     if dtype != torch.float16 or mu <= 0:
         return Gains()

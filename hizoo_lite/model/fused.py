@@ -66,7 +66,7 @@ def launch_all(device: torch.device, compute: torch.dtype) -> None:
     """Launch both once on a GPU, for the branches of a step, while there is memory for their kernels."""
     if not is_gpu(device):
         return
-    branches, gain = Branches(), Gains()
+    branches, gain = Branches.of(), Gains()
     x = torch.zeros(branches.count, 1, 16, device=device)
     operands = torch.empty(x.shape, dtype=compute, device=device)
     split(x, operands, branches, gain)
@@ -77,11 +77,11 @@ def launch_all(device: torch.device, compute: torch.dtype) -> None:
 
 
 def _split_plainly(x: Tensor, out: Tensor, *form: Any) -> None:
-    basis.split(x, out, Branches(*form[:3]), Gains(*form[3:]))
+    basis.split(x, out, Branches.of(*form[:3]), Gains(*form[3:]))
 
 
 def _rebuild_plainly(product: Tensor, out: Tensor, *form: Any) -> None:
-    basis.rebuild(product, out, Branches(*form[:3]), Gains(*form[3:5]), *form[5:])
+    basis.rebuild(product, out, Branches.of(*form[:3]), Gains(*form[3:5]), *form[5:])
 
 
 def _split_on_cuda(x: Tensor, *more: Any) -> None:

@@ -218,7 +218,7 @@ class Subject:
 
     def branches(self) -> Branches:
         """The most branches of a step."""
-        return make_estimator(self.config).branches(0)
+        return Branches(make_estimator(self.config).points(0))
 
     def shared_elements(self) -> int:
         """Of the weights below the first trained block: their products are the same in all branches."""

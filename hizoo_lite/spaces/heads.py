@@ -18,10 +18,10 @@ def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
     """
     points = state.branches.points
     out = value.expand(len(points), *value.shape).clone()
-    for branch, (direction, sign) in enumerate(points):
-        if sign:
+    for branch, (direction, offset) in enumerate(points):
+        if offset:
             along = state.directions[name].view(-1, *value.shape)[direction]
-            out[branch].add_(along, alpha=sign * state.mu)
+            out[branch].add_(along, alpha=offset * state.mu)
     return out
 
 

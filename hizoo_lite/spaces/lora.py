@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2106.09685) with PEFT semantics, plus fully trainable classification heads.
 
-A branch uses B + k*mu*dB, k in {0, +1, -1}, in float32 beside the shared base product; the adapter products
-are batched over the branches. Saved in PEFT's own format, under PEFT's own names.
+A branch uses B + k*mu*dB, with k its point's offset, in float32 beside the shared base product; the adapter
+products are batched over the branches. Saved in PEFT's own format, under PEFT's own names.
 
 A stays at its random start (as in LoRA-FA, 2308.03303) unless `train_a`. With B alone trained the adapter is
 linear in its parameters, and the curvature along them keeps its size. Trained together, A grows with B and

@@ -1,9 +1,10 @@
 """QZO (arXiv 2505.13430): only the scales of a quantized model are trained; its codes stay.
 
 The scales are absmax: one a block of 4-bit weights, one a row of 8-bit weights. A branch uses
-absmax + k*mu*d; the matrix of its perturbation is the same codes decoded with d in place of absmax. Scales
-stay at 1e-7 or above, and the projected gradient is clipped to 100 by default (the stepper does that), as in
-the paper. We add what it leaves out: double quantization is undone, and Sigma is learnt.
+absmax + k*mu*d, with k its point's offset; the matrix of its perturbation is the same codes decoded with d in
+place of absmax. Scales stay at 1e-7 or above, and the projected gradient is clipped to 100 by default (the
+stepper does that), as in the paper. We add what it leaves out: double quantization is undone, and Sigma is
+learnt.
 """
 
 from __future__ import annotations

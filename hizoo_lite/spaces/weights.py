@@ -1,10 +1,10 @@
 """Training weights where they are, inside the blocks: directions drawn by tile, updates that wait.
 
-A branch uses W + k*mu*D, k in {0, +1, -1}. D is as large as the weights and is never stored: it is drawn
-again, a tile of rows at a time, whenever it is needed (MeZO 2305.17333, section 2.1, by tile instead of by
-tensor). The base product is that of every linear layer. The perturbation is a product of its own, because
+A branch uses W + k*mu*D, with k its point's offset. D is as large as the weights and is never stored: it is
+drawn again, a tile of rows at a time, whenever it is needed (MeZO 2305.17333, section 2.1, by tile instead of
+by tensor). The base product is that of every linear layer. The perturbation is a product of its own, because
 mu*D added to a bf16 weight would be rounded away, and it is taken in the even/odd basis: with
-m = (x+ + x-)/2 and o = x+ - x-,
+m = (x+ + x-)/2 and o = x+ - x-, here for k = +-1,
 
     y+ +=  mu D x+ =  mu (D m + D o/2)        y- += -mu D x- = mu (-D m + D o/2)
 
@@ -237,12 +237,14 @@ class WeightDelta(LinearDelta):
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
         assert y is not None
-        linear, scratch, pairs = self.part.linear, self.weights.model.scratch, state.branches.pairs
+        linear, scratch, branches = self.part.linear, self.weights.model.scratch, state.branches
+        pairs = branches.pairs
         if pairs == 0:
             return y
-        assert state.branches.one_sided == 0  # the step refuses them
-        compute, first, tokens = linear.compute, int(state.branches.base), x.shape[1]
-        gain = gains(compute, state.mu).odd
+        assert branches.one_sided == 0  # the step refuses them
+        compute, first, tokens = linear.compute, int(branches.base), x.shape[1]
+        steps = [state.mu * point.offset for point in branches.points[first::2]]
+        gain = gains(compute, state.mu * branches.reach).odd
         operands = None
         for tile in self.part.tiles:
             z, factors = self.weights.direction(self.part, tile)
@@ -255,7 +257,7 @@ class WeightDelta(LinearDelta):
             product = scratch.take("weights.product", (len(rows), tile.rows), compute, x.device)
             torch.mm(rows, matrix.t(), out=product)
             columns = y[first:, :, tile.first : tile.first + tile.rows]
-            _add(product.view(pairs, 2, tokens, tile.rows), columns, scale * state.mu, gain)
+            _add(product.view(pairs, 2, tokens, tile.rows), columns, [scale * step for step in steps], gain)
         return y
 
 
@@ -270,9 +272,12 @@ def _split(x: Tensor, out: Tensor, columns: Tensor | None, gain: float) -> None:
         odd.copy_(difference if gain == 1.0 else difference.mul_(gain))
 
 
-def _add(product: Tensor, y: Tensor, scale: Tensor, gain: float) -> None:
-    """Add to both branches of every pair. product: (pairs, 2, tokens, rows); y: (2 * pairs, tokens, rows)."""
-    for pair, (middle, odd) in enumerate(product):
+def _add(product: Tensor, y: Tensor, scales: Sequence[Tensor], gain: float) -> None:
+    """Add to both branches of every pair, which has its scale.
+
+    product: (pairs, 2, tokens, rows); y: (2 * pairs, tokens, rows).
+    """
+    for pair, ((middle, odd), scale) in enumerate(zip(product, scales, strict=True)):
         half = odd.float().mul_(0.5 / gain)
         y[2 * pair].addcmul_(half + middle, scale)
         y[2 * pair + 1].addcmul_(half.sub_(middle), scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import tasks
-from hizoo_lite.base import BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
+from hizoo_lite.base import Branches, BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
 from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import make_estimator
@@ -131,7 +131,7 @@ def make_stepper(
         estimator,
         curvature,
         step_size.step_size(
-            config.lr, course, measures, estimator.predicts, estimator.branches(0).directions
+            config.lr, course, measures, estimator.predicts, Branches(estimator.points(0)).directions
         ),
         seed=config.seed,
         mu=config.mu,

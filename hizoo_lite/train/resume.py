@@ -29,7 +29,7 @@ class Start(NamedTuple):
 
 def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Journal:
     """The journal of a run that stands at `position`. The folder must be there."""
-    branches = stepper.estimator.branches(0)
+    branches = Branches(stepper.estimator.points(0))
     opened = Journal(folder.journal, branches.count, branches.directions)
     opened.truncate(position.step)
     return opened
@@ -52,7 +52,7 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     taken = position.step + len(later)
     if taken > steps:
         raise UserError(f"--steps: got {steps}, the run has taken {taken} already; allowed: {taken} or more")
-    for line in _lost(folder, held, position.step, taken, stepper.estimator.branches(0)):
+    for line in _lost(folder, held, position.step, taken, Branches(stepper.estimator.points(0))):
         tell(line)
     if found is not None:
         position = checkpoint.load(found, stepper)

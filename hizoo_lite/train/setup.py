@@ -76,7 +76,7 @@ def build(
     stepper = make_stepper(config, traversal, space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
-    prepare_blocks(model, config, workload, stepper.estimator.branches(0), space)
+    prepare_blocks(model, config, workload, Branches(stepper.estimator.points(0)), space)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
 
 

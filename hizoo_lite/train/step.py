@@ -106,11 +106,17 @@ class Stepper:
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
                 f"--space {space.name}; allowed: grouped, factored, none"
             )
-        directions = estimator.branches(0).directions
+        branches = Branches(estimator.points(0))
+        directions = branches.directions
         if space.weights is not None and directions > 1:
             raise UserError(
                 f"--directions: got {directions}, but --space {space.name} trains weights inside the blocks, "
                 "along one direction; allowed: 1"
+            )
+        if space.weights is not None and branches.one_sided:
+            raise UserError(
+                f"--estimator: {estimator.name} has one-sided points, but --space {space.name} trains "
+                "weights inside the blocks, which need pairs; allowed: hizoo, mezo"
             )
         shapes = {name: p.shape for name, p in space.parameters.items()}
         self.noise = StepNoise(seed, shapes, self._arrays, directions)
@@ -127,7 +133,7 @@ class Stepper:
             return self._step(step, batches)
 
     def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
-        z, branches = self.noise(step), self.estimator.branches(step)
+        z, branches = self.noise(step), Branches(self.estimator.points(step))
         directions = self._begin(step, z, measured=self.estimator.measures(step))
         losses, divergences, tokens = self._mean_losses(batches, branches, directions)
         estimate = self.estimator.estimate(losses, divergences, self.mu)

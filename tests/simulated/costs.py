@@ -155,7 +155,7 @@ def of_pass(shape: dict[str, int], rows: int, length: int, rank: int = 8) -> Cos
     two, three = (_counted({**shape, "num_hidden_layers": layers}, rows, length, rank) for layers in (2, 3))
     block = three.plus(two, -1.0)
     whole = two.plus(block, shape["num_hidden_layers"] - 2.0)
-    saved = block.other_bytes - Branches().count * rows * length * _least_bytes(shape)
+    saved = block.other_bytes - Branches.of().count * rows * length * _least_bytes(shape)
     return whole._replace(least_other_bytes=whole.other_bytes - saved * shape["num_hidden_layers"])
 
 
@@ -182,7 +182,7 @@ def _counted(shape: dict[str, int], rows: int, length: int, rank: int) -> Costs:
             for name, value in space.parameters.items()
         }
         with _costing() as costing:
-            Traversal(model).losses(_batch(rows, length), Branches(), 1e-3, directions)
+            Traversal(model).losses(_batch(rows, length), Branches.of(), 1e-3, directions)
     return Costs(**costing.found)
 
 

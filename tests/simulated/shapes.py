@@ -122,7 +122,7 @@ def count(shape: dict[str, int] | None = None, rows: int = 4, length: int = 64) 
             gpu.SYNCS.clear()
             gpu.WATCHERS.append(counted)
             try:
-                Traversal(model).losses(batch, Branches(), 1e-3, directions)
+                Traversal(model).losses(batch, Branches.of(), 1e-3, directions)
             finally:
                 gpu.WATCHERS.remove(counted)
             found.append((counted.launches, sum(counted.moved.values()), sum(gpu.SYNCS.values())))

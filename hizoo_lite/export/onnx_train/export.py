@@ -19,7 +19,7 @@ from typing import Any
 
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from hizoo_lite.base import UserError
+from hizoo_lite.base import Branches, UserError
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, find_adapter, read_peft_config
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.checkpoints.writer import write_json
@@ -82,7 +82,7 @@ def export_train(
         assert isinstance(space, LoRA)
         if fresh:
             space.attach(loaded, config.seed)
-        branches = make_estimator(config).branches(0)
+        branches = Branches(make_estimator(config).points(0))
         batches = cases(loaded, space, encoder, examples, config.seed, branches)
         token_types = batches[0].batch.token_type_ids is not None
         _write_settings(loaded, config, aside)
