@@ -131,15 +131,21 @@ EVALUATION = Branches((THETA,))
 
 
 class Estimate(NamedTuple):
-    """What an estimator makes of the losses of one step."""
+    """What an estimator makes of the losses of one step.
 
-    projected_grads: tuple[float, ...]  # the directional derivative along each direction
-    curvatures: tuple[float, ...] | None  # d' G d or d' H d, see `estimators/hizoo.py`; None: not measured
+    Attributes:
+        coefficients: the gradient is estimated as the sum of coefficient * d over the directions. HiZOO and
+            MeZO have the slope of the loss along each.
+        curvatures: d' G d or d' H d along each, see `estimators/hizoo.py`; None if it was not measured.
+    """
+
+    coefficients: tuple[float, ...]
+    curvatures: tuple[float, ...] | None
 
     @property
     def projected_grad(self) -> float:
-        """That of the direction; of several the root of their mean square, whose signs say nothing."""
-        return one_size(self.projected_grads)
+        """The coefficient; of several the root of their mean square, since their signs say nothing."""
+        return one_size(self.coefficients)
 
     @property
     def curvature(self) -> float | None:
@@ -147,9 +153,11 @@ class Estimate(NamedTuple):
         return mean_or_none(self.curvatures)
 
 
-def one_size(slopes: Sequence[float]) -> float:
-    """A slope as it is; of several the root of their mean square."""
-    return slopes[0] if len(slopes) == 1 else math.sqrt(sum(s * s for s in slopes) / len(slopes))
+def one_size(coefficients: Sequence[float]) -> float:
+    """A coefficient as it is; of several the root of their mean square."""
+    if len(coefficients) == 1:
+        return coefficients[0]
+    return math.sqrt(sum(c * c for c in coefficients) / len(coefficients))
 
 
 def mean_or_none(values: Sequence[float] | None) -> float | None:
@@ -270,6 +278,52 @@ class StepSize(Protocol):
     def state_dict(self) -> dict[str, float]: ...
 
     def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+class Piece(NamedTuple):
+    """A part of the gradient: coefficient * values[name], of each parameter that is named."""
+
+    values: Mapping[str, Array]
+    coefficient: float
+
+
+class Optimizer(Protocol):
+    """How an estimated gradient moves the parameters in memory."""
+
+    name: str
+
+    @property
+    def streams(self) -> bool:
+        """Whether it moves each parameter by -lr times its gradient and nothing else.
+
+        Then it may be used where weights inside the blocks are trained, for which nothing can be kept.
+        """
+        ...
+
+    def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
+        """Lay out the state for the parameters in memory, by name, in arrays of that library."""
+        ...
+
+    def update(
+        self, parameters: Mapping[str, Array], pieces: Sequence[Piece], lr: float, decay: float
+    ) -> None:
+        """Move all parameters in place, called once a step. All at once, so that a GPU takes few launches.
+
+        Args:
+            parameters: float32, by name.
+            pieces: the gradient is their sum; a piece is along one direction.
+            lr: learning rate.
+            decay: decoupled weight decay, already times lr.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Array]:
+        """Every tensor that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """The inverse of `state_dict`."""
+        ...
 
 
 # ------------------------------------------------------------------------------ weights and spaces
@@ -505,7 +559,7 @@ class LinearDelta(ABC):
         """
 
 
-class Space(Protocol):
+class AttachedSpace(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
     `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in
@@ -518,11 +572,7 @@ class Space(Protocol):
 
     @property
     def weights(self) -> TrainedWeights | None:
-        """After `attach`: what is trained inside the blocks; None where nothing is."""
-        ...
-
-    def attach(self, model: Any, seed: int) -> None:
-        """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model."""
+        """What is trained inside the blocks; None where nothing is."""
         ...
 
     def save(self, folder: Any) -> None:
@@ -534,7 +584,15 @@ class Space(Protocol):
         ...
 
 
-def trainable(space: Space) -> dict[str, Shape]:
+class Space(AttachedSpace, Protocol):
+    """A space that makes its own parameters on a model. A step needs no more than an `AttachedSpace`."""
+
+    def attach(self, model: Any, seed: int) -> None:
+        """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model."""
+        ...
+
+
+def trainable(space: AttachedSpace) -> dict[str, Shape]:
     """The shapes of everything that an attached space trains, by name."""
     shapes = {name: value.shape for name, value in space.parameters.items()}
     return shapes if space.weights is None else {**shapes, **space.weights.shapes}
@@ -668,15 +726,6 @@ class Losses(NamedTuple):
 
 class BranchLosses(Protocol):
     """What takes a batch through the model for all branches: the traversal, or a graph of onnxruntime."""
-
-    def arrays(self) -> Arrays:
-        """The library, and the device, of its parameters and directions."""
-        ...
-
-    @property
-    def halvings(self) -> int:
-        """How often the chunks that losses are computed in were halved, so that they fit into memory."""
-        ...
 
     def losses(
         self,

@@ -86,6 +86,7 @@ def make_stepper(
     made = {"curvature_from": "losses"} if estimator == "hizoo" else {}
     return Stepper(
         Traversal(model),
+        TorchArrays(model.device),
         space,
         estimators.get(estimator, **made),
         curvature or NoCurvature(),

@@ -123,8 +123,8 @@ def test_completions_of_a_padded_batch_equal_those_of_torch(
     ours, theirs = models(exported, space, adapter)
     encoder = Encoder(ours.tokenizer, "causal", COMPLETION, 60)
     examples = [Example({"text": text}, (" x.",), 0) for text in PROMPTS]
-    texts = complete(ours, encoder, examples)
-    assert texts == complete(theirs, encoder, examples)
+    texts = complete(ours.write, encoder, examples)
+    assert texts == complete(theirs.write, encoder, examples)
     assert any(texts)
     assert (
         evaluate(ours, encoder, examples, 2).predictions == evaluate(theirs, encoder, examples, 2).predictions

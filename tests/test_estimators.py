@@ -86,7 +86,7 @@ def test_several_directions_share_one_base():
     assert {offsets(estimator, step) for step in range(5)} == {(0, 1, 1, 1)}
     losses, divergences = np.array([2.5, 2.75, 2.5625, 2.25]), np.array([1e-6, 2e-6, 3e-6])
     estimate = estimator.estimate(losses, divergences, MU)
-    assert estimate.projected_grads == pytest.approx((losses[1:] - losses[0]) / MU, rel=1e-12)
+    assert estimate.coefficients == pytest.approx((losses[1:] - losses[0]) / MU, rel=1e-12)
     assert estimate.curvatures == pytest.approx(divergences / MU**2, rel=1e-12)
     assert estimate.projected_grad == pytest.approx(math.sqrt(np.mean((losses[1:] - 2.5) ** 2)) / MU)
     assert estimate.curvature == pytest.approx(2e-6 / MU**2)

@@ -21,6 +21,7 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.optimizers.step_size import AutoRate, FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train.step import Stepper
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
@@ -62,6 +63,7 @@ def make(
     made: Curvature = curvature.get(sigma)
     return Stepper(
         Traversal(model),
+        TorchArrays(model.device),
         space,
         more.get("estimator", estimators.get("hizoo")),
         made,

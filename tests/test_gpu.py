@@ -14,6 +14,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.noise import normal
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train.step import Stepper
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
@@ -92,8 +93,9 @@ def test_steps_on_cuda_follow_those_on_cpu(bits: str, tmp_path: Path) -> None:
         space.attach(model, seed=0)
         constant = Schedule("constant", 1e-3, 0, 100)
         stepper = Stepper(
-            Traversal(model), space, estimators.get("hizoo"), curvature.get("grouped"), FixedRate(constant),
-            seed=0, mu=MU, smoothing=Schedule("constant", 0.01, 0, 100),
+            Traversal(model), TorchArrays(model.device), space, estimators.get("hizoo"),
+            curvature.get("grouped"), FixedRate(constant), seed=0, mu=MU,
+            smoothing=Schedule("constant", 0.01, 0, 100),
         )  # fmt: skip
         for step in range(5):
             assert not stepper.step(step, batch).skipped

@@ -25,7 +25,7 @@ def records(directions: int) -> st.SearchStrategy[Record]:
         seed=st.integers(0, 2**63),
         position=st.integers(0, 2**40),
         losses=st.lists(FLOATS, min_size=1, max_size=3).map(tuple),
-        projected_grads=along,
+        coefficients=along,
         curvatures=st.none() | along,
         smoothing=FLOATS,
         lr=FLOATS,
@@ -34,7 +34,7 @@ def records(directions: int) -> st.SearchStrategy[Record]:
         clipped=st.booleans(),
         halvings=st.integers(0, 10),
         predicted=st.booleans(),
-    ).map(lambda r: r._replace(projected_grads=()) if r.skipped else r)
+    ).map(lambda r: r._replace(coefficients=()) if r.skipped else r)
 
 
 def record(step: int) -> Record:

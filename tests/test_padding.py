@@ -125,7 +125,7 @@ def test_only_models_that_do_not_look_at_padding_leave_it_out(tmp_path: Path) ->
 class Lengths:
     """A model that notes the rows it is given and whose answer is the parity of their tokens."""
 
-    writes = False
+    write = None
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []

@@ -30,6 +30,7 @@ from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
 from hizoo_lite.plan.tally import FusedAttention, Tally
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import setup
 from tests.architectures import TINY_CONFIGS, save_tiny
 
@@ -63,7 +64,7 @@ def live(config: TrainConfig, kind: Any) -> Any:
     )  # fmt: skip
     space = SPACES.configured(config)
     space.attach(model, seed=0)
-    stepper = setup.make_stepper(config, Traversal(model), space, None, None)
+    stepper = setup.make_stepper(config, Traversal(model), TorchArrays(model.device), space)
     batch = answer_batch(model.config.vocab_size, rows=4, length=16)
     for step in range(2):
         stepper.step(step, batch)

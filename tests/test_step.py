@@ -40,6 +40,7 @@ def make_stepper(
     made = {"curvature_from": source, "directions": directions} if estimator == "hizoo" else {}
     return Stepper(
         Traversal(model),
+        TorchArrays(model.device),
         space,
         estimators.get(estimator, **made),
         curvature.get("grouped" if estimator == "hizoo" else "none"),
@@ -77,13 +78,13 @@ def test_several_directions_move_along_each_of_them(tmp_path: Path) -> None:
     record = stepper.step(0, tiny_task_batch("causal"))
     assert record.forwards == 4
     base, *others = record.losses
-    assert record.projected_grads == pytest.approx([(loss - base) / MU for loss in others], rel=1e-12)
+    assert record.coefficients == pytest.approx([(loss - base) / MU for loss in others], rel=1e-12)
     assert record.curvatures is not None
     assert min(record.curvatures) > 0
-    assert record.metrics()["projected_grads"] == record.projected_grads
+    assert record.metrics()["projected_grads"] == record.coefficients
     for name, value in stepper.space.parameters.items():
         expected = before[name]
-        for z, slope in zip(drawn_along(7, 0, name, value.shape, 3), record.projected_grads, strict=True):
+        for z, slope in zip(drawn_along(7, 0, name, value.shape, 3), record.coefficients, strict=True):
             expected = expected.add(torch.from_numpy(z), alpha=-LR * slope)
         assert torch.equal(value, expected)
     stepper.close()
@@ -149,7 +150,7 @@ def test_weight_decay_skips_biases_and_norms(tmp_path: Path) -> None:
         space = LoRA(rank=4)
         space.attach(model, seed=0)
         stepper = Stepper(
-            Traversal(model), space, estimators.get("mezo"), curvature.get("none"),
+            Traversal(model), TorchArrays(model.device), space, estimators.get("mezo"), curvature.get("none"),
             FixedRate(Schedule("constant", LR, 0, 100)), seed=7, mu=MU,
             smoothing=Schedule("constant", 0.01, 0, 100), weight_decay=decay,
         )  # fmt: skip

@@ -135,6 +135,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     from hizoo_lite.process import trim
     from hizoo_lite.quant import Checkpoint
     from hizoo_lite.spaces import SPACES
+    from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train import setup
 
     found: dict[str, Any] = {"framework": sampler.now()}
@@ -157,7 +158,8 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         space = SPACES.configured(config)
         if training or case.space != "lora":
             space.attach(model, seed=0)
-        stepper = setup.make_stepper(config, traversal, space, None, None) if training else None
+        arrays = TorchArrays(model.device)
+        stepper = setup.make_stepper(config, traversal, arrays, space) if training else None
         trim()
         if stepper is not None:
             for step in range(_STEPS):

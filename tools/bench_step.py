@@ -76,6 +76,7 @@ def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[in
     from hizoo_lite.noise import normal
     from hizoo_lite.optimizers.step_size import FixedRate, Schedule
     from hizoo_lite.spaces.lora import LoRA
+    from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train.step import Stepper
 
     dtype = "float32" if contender == "step_float32" else compute
@@ -84,7 +85,8 @@ def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[in
     space.attach(model, seed=0)
     traversal = Traversal(model)
     stepper = Stepper(
-        traversal, space, estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
+        traversal, TorchArrays(model.device), space,
+        estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
         FixedRate(Schedule("constant", 1e-6, 0, 1000)), seed=0, mu=1e-3,
         smoothing=Schedule("constant", 0.01, 0, 1000),
     )  # fmt: skip

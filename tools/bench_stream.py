@@ -97,12 +97,14 @@ def make_stepper(model: Any) -> Any:
     from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.optimizers.step_size import FixedRate, Schedule
     from hizoo_lite.spaces.lora import LoRA
+    from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train.step import Stepper
 
     space = LoRA(rank=8, train_a=True, blocks="all")
     space.attach(model, seed=0)
     return Stepper(
-        Traversal(model), space, estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
+        Traversal(model), TorchArrays(model.device), space,
+        estimators.get("hizoo", curvature_from="losses"), curvature.get("grouped"),
         FixedRate(Schedule("constant", 1e-6, 0, 1000)), seed=0, mu=1e-3,
         smoothing=Schedule("constant", 0.01, 0, 1000),
     )  # fmt: skip

@@ -10,10 +10,10 @@ trained is never changed by a forward.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -102,8 +102,7 @@ def _base(found: Mapping[str, Any]) -> Base | None:
 class TrainGraph:
     """A training graph and the values of its parameters: the model of a run, for steps and evaluations."""
 
-    writes = False
-    halvings = 0  # onnxruntime takes a batch as a whole
+    write = None  # there are no logits to write with
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Open the graph and read the initial parameters. UserError where something does not fit."""
@@ -115,16 +114,12 @@ class TrainGraph:
         tensors = read_parameters(folder / ADAPTER, self.record.shapes)
         self.parameters = {name: value for name, value in tensors.items() if name in self.record.trained}
         self.frozen = {name: value for name, value in tensors.items() if name not in self.record.trained}
-        self._arrays = NumpyArrays()
+        self.arrays = NumpyArrays()
 
     @property
     def token_types(self) -> bool:
         """Whether the model takes token type ids."""
         return "token_type_ids" in self.session.inputs
-
-    def arrays(self) -> NumpyArrays:
-        """numpy's."""
-        return self._arrays
 
     def losses(
         self,
@@ -142,20 +137,10 @@ class TrainGraph:
                 if offset:
                     assert directions is not None
                     along = directions[name][direction]
-                    self._arrays.add_scaled(feeds[name][branch, ...], along, offset * mu)
+                    self.arrays.add_scaled(feeds[name][branch, ...], along, offset * mu)
         feeds[COMPARED] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
         losses, scores, divergences = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
         return Losses(losses, scores, divergences)
-
-    def write(
-        self,
-        prompts: Sequence[list[int]],
-        pad_id: int,
-        max_new_tokens: int,
-        ended: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
-    ) -> NoReturn:
-        """A training graph has no logits to write with."""
-        raise NotImplementedError
 
 
 class GraphSpace:
@@ -166,9 +151,6 @@ class GraphSpace:
     def __init__(self, name: str, graph: TrainGraph) -> None:
         self.name, self.graph = name, graph
         self.parameters, self.frozen = graph.parameters, graph.frozen
-
-    def attach(self, model: Any, seed: int) -> None:
-        """The parameters are inputs of the graph: nothing is left to do."""
 
     def save(self, folder: Path | str) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +35,6 @@ Pick = Callable[[np.ndarray], np.ndarray]
 class OnnxModel:
     """A model of an exported folder. `adapter`: a name in export.json, or a file or run folder with one."""
 
-    writes = True
-    halvings = 0  # onnxruntime takes a batch as a whole
-
     def __init__(self, folder: Path, adapter: str | None = None, threads: int | None = None) -> None:
         """UserError naming what is missing, damaged or unknown."""
         self.folder, self.adapter = folder, adapter
@@ -58,10 +55,6 @@ class OnnxModel:
         ends = settings.get("eos_token_id", self.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self._vocabulary = 1  # of a row of logits; known after the first forward
-
-    def arrays(self) -> NoReturn:
-        """An exported model is not trained."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------------------- losses
 
@@ -112,7 +105,7 @@ class OnnxModel:
         ended: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
         pick: Pick | None = None,
     ) -> list[list[int]]:
-        """See `evaluate.Writer.write`; with `pick` the next tokens are what it says."""
+        """See `evaluate.Write`; with `pick` the next tokens are what it says."""
         if self.kind != "causal":
             raise UserError(f"--onnx: {self.folder} is a {self.kind} model; text is written by a causal one")
         length, count = max(map(len, prompts)), len(prompts)

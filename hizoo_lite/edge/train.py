@@ -65,6 +65,7 @@ class EdgeSetup:
     encoder: Encoder
     traversal: TrainGraph
     stepper: Stepper
+    halvings: int = 0  # onnxruntime takes a batch as a whole
 
 
 def resolve(folder: Path, flags: Mapping[str, str | bool]) -> TrainConfig:
@@ -124,7 +125,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
         )
     if graph.record.kind == "classifier":
         check_classes(task, graph.session, SCORES)
-    stepper = parts.make_stepper(config, graph, GraphSpace(config.space, graph), None, None)
+    stepper = parts.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
     splits = parts.learnable_splits(encoder, splits)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 

@@ -48,7 +48,7 @@ class _Stop(StoppingCriteria):
 def write(
     model: Model, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Writer`.
+    """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Write`.
 
     Prompt by prompt where the codes of positions depend on how long a text is.
     """

@@ -26,7 +26,7 @@ from hizoo_lite.engine.overwritten import ReadAgain
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import AwayWeight
-from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
+from hizoo_lite.tensors import batch_tensors, brought
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -35,26 +35,15 @@ TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 class Traversal:
     """Evaluates branches of a model. Stateless between calls; never changes a weight."""
 
-    writes = True
-
     def __init__(self, model: Model) -> None:
         self.model = model
         self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see engine/budget.py
 
-    def arrays(self) -> TorchArrays:
-        """torch's, with parameters on the model's device."""
-        return TorchArrays(self.model.device)
-
     def write(
         self, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None = None
     ) -> list[list[int]]:
-        """See `Writer.write`."""
+        """See `evaluate.Write`."""
         return write(self.model, prompts, pad_id, max_new_tokens, ended)
-
-    @property
-    def halvings(self) -> int:
-        """Those of the model."""
-        return self.model.halvings
 
     @torch.no_grad()
     def losses(

@@ -169,7 +169,7 @@ class AutoRate:
         if self.schedule is not None:
             rate *= self.schedule(step)
         rate *= self._damping(gradient)
-        square = len(estimate.projected_grads) * max(gradient * gradient, self._state["square"])
+        square = len(estimate.coefficients) * max(gradient * gradient, self._state["square"])
         if self.descent is not None and rate * square > self.descent:
             rate = self.descent / square
         return rate

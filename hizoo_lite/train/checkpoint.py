@@ -1,11 +1,11 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, and `state.json` with the step size's state, a checksum of every other file and one
-of itself. Noise and batches need no state: they are functions of (seed, step). A checkpoint is written aside,
-forced to the disk and renamed: one that has its name is complete. One whose checksums are wrong is passed
-over for an older one, and renamed once the run goes on from there. `step-000000` of a space in memory is
-where `replay` begins.
+`curvature.safetensors`, `optimizer.safetensors` if the optimizer has a state, and `state.json` with the step
+size's state, a checksum of every other file and one of itself. Noise and batches need no state: they are
+functions of (seed, step). A checkpoint is written aside, forced to the disk and renamed: one that has its
+name is complete. One whose checksums are wrong is passed over for an older one, and renamed once the run goes
+on from there. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hizoo_lite.base import Space, UserError
+from hizoo_lite.base import AttachedSpace, UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.files import is_inside, parse_json, sha256_of, storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
@@ -29,6 +29,7 @@ from hizoo_lite.train.step import Stepper
 _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter"
 #: Of state.json: 1, without the entries `format` and `checksum`, was written up to version 0.1.
 _FORMAT = 2
@@ -99,10 +100,11 @@ def check(path: Path) -> dict[str, Any]:
     return state
 
 
-def save(folder: Path, position: Position, stepper: Stepper) -> Path:
+def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) -> Path:
     """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept.
 
-    `StorageError` where it cannot be written; then nothing of it is left.
+    halvings: of the chunks in which the run computes. `StorageError` where it cannot be written; then nothing
+    of it is left.
     """
     path = path_of(folder, position.step)
     if path.exists():
@@ -113,7 +115,7 @@ def save(folder: Path, position: Position, stepper: Stepper) -> Path:
         aside = folder / f".{path.name}.tmp"
         aside.mkdir()
         try:
-            _write(aside, position, stepper)
+            _write(aside, position, stepper, halvings)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
             raise
@@ -122,17 +124,18 @@ def save(folder: Path, position: Position, stepper: Stepper) -> Path:
     return path
 
 
-def _write(aside: Path, position: Position, stepper: Stepper) -> None:
+def _write(aside: Path, position: Position, stepper: Stepper, halvings: int) -> None:
     """The files of a checkpoint, forced to the disk."""
     stepper.space.save(aside / ADAPTER)
-    state = {name: np.asarray(value) for name, value in stepper.curvature.state_dict().items()}
-    tensorfile.save(aside / _CURVATURE, state)
+    _save_state(aside / _CURVATURE, stepper.curvature.state_dict())
+    if state := stepper.optimizer.state_dict():
+        _save_state(aside / _OPTIMIZER, state)
     written = sorted(file for file in aside.rglob("*") if file.is_file())
     record: dict[str, Any] = {
         "format": _FORMAT,
         **position._asdict(),
         "step_size": stepper.step_size.state_dict(),
-        "halvings": stepper.traversal.halvings,
+        "halvings": halvings,
         "library": stepper.library,
         "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(aside).as_posix(): sha256_of(file) for file in written},
@@ -142,12 +145,16 @@ def _write(aside: Path, position: Position, stepper: Stepper) -> None:
     _sync(aside)
 
 
+def _save_state(path: Path, state: Mapping[str, Any]) -> None:
+    tensorfile.save(path, {name: np.asarray(value) for name, value in state.items()})
+
+
 def _checksum(record: Mapping[str, Any]) -> str:
     """SHA-256 of the entries of state.json as JSON in one form, hex digits."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def save_adapter(space: Space, folder: Path) -> None:
+def save_adapter(space: AttachedSpace, folder: Path) -> None:
     """Replace the folder with what the space saves now, as a whole. `StorageError` leaves the old one."""
     aside, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
     with storing(folder):
@@ -190,8 +197,10 @@ def load(path: Path, stepper: Stepper) -> Position:
     """Bring `stepper` to the state of a checkpoint. UserError where files are missing or do not fit."""
     record = _state(path)
     curvature = tensorfile.load(path / _CURVATURE)
+    optimizer = tensorfile.load(path / _OPTIMIZER) if _OPTIMIZER in record["files"] else {}
     stepper.space.load(path / ADAPTER)
     stepper.curvature.load_state_dict(curvature)
+    stepper.optimizer.load_state_dict(optimizer)
     stepper.step_size.load_state_dict(record["step_size"])
     return Position(record["step"], record["bad_steps"])
 

@@ -22,15 +22,10 @@ from hizoo_lite.train.ranks import ONE, Ranks
 Prediction = int | str
 
 
-class Writer(BranchLosses, Protocol):
-    """A model that is evaluated: its losses, and what it writes."""
+class Write(Protocol):
+    """How a model continues prompts."""
 
-    @property
-    def writes(self) -> bool:
-        """Whether `write` is there; a training graph has losses alone, and a completion then no metric."""
-        ...
-
-    def write(
+    def __call__(
         self,
         prompts: Sequence[list[int]],
         pad_id: int,
@@ -42,6 +37,15 @@ class Writer(BranchLosses, Protocol):
         A row ends at its end-of-sequence token (part of the result), or once `ended`, given what all rows
         have written, says so; `pad_id` fills up the shorter rows.
         """
+        ...
+
+
+class Writer(BranchLosses, Protocol):
+    """A model that is evaluated: its losses, and what it writes."""
+
+    @property
+    def write(self) -> Write | None:
+        """None where there are losses alone (a training graph); a completion task then has no metric."""
         ...
 
 
@@ -93,8 +97,9 @@ def evaluate(
             found = chosen(losses, batch)
             picked = map(encoder.class_of, found) if batch.loss == "class" else found
             found_at |= zip(part, picked, strict=True)
-        elif encoder.task.kind == "completion" and model.writes:
-            found_at |= zip(part, complete(model, encoder, [own[index] for index in part]), strict=True)
+        elif encoder.task.kind == "completion" and model.write is not None:
+            written = complete(model.write, encoder, [own[index] for index in part])
+            found_at |= zip(part, written, strict=True)
         advanced(len(part))
     shares = ranks.gather((total, [found_at[index] for index in sorted(found_at)]))
     total = sum(share[0] for share in shares)
@@ -142,7 +147,7 @@ def chosen(losses: Losses, batch: Batch) -> list[int]:
     return [int(part.argmax()) for part in np.split(scores, np.cumsum(counts)[:-1])]
 
 
-def complete(model: Writer, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+def complete(write: Write, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
     """The greedy continuation of every example's prompt, up to its end-of-sequence token or stop text."""
     prompts = [encoder.prompt_ids(example) for example in examples]
     tokenizer, stop = encoder.tokenizer, encoder.stop
@@ -153,5 +158,5 @@ def complete(model: Writer, encoder: Encoder, examples: Sequence[Example]) -> li
         return [str(stop) in text.lstrip("\n") for text in texts]
 
     ended = None if stop is None else stopped
-    written = model.write(prompts, encoder.pad_id, encoder.max_new_tokens, ended)
+    written = write(prompts, encoder.pad_id, encoder.max_new_tokens, ended)
     return tokenizer.batch_decode(written, skip_special_tokens=True)

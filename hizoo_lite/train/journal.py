@@ -32,8 +32,8 @@ VERSIONS = (1, 2, VERSION)
 #: magic, version, branches, bytes of a record, directions (0 before version 3, which had one), nothing,
 #: CRC-32 of what is before it
 _HEADER = struct.Struct("<8sHHIH10sI")
-#: step, seed, data position, losses, halvings, flags, nothing, gradient, curvature, smoothing, lr, decay; the
-#: losses follow, then gradient and curvature along each further direction
+#: step, seed, data position, losses, halvings, flags, nothing, coefficient, curvature, smoothing, lr, decay;
+#: the losses follow, then coefficient and curvature of each further direction
 _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
 #: Losses of a step: a record counts them in a byte.
@@ -51,14 +51,14 @@ class Record(NamedTuple):
     step: int
     seed: int  # of the run
     position: int  # examples that earlier steps have drawn: where in the data's order this step begins
-    losses: tuple[float, ...]  # mean loss of each branch
-    projected_grads: tuple[float, ...]  # along each direction, after clipping; none in a skipped step
+    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.reduce` gives them
+    coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
     curvatures: tuple[float, ...] | None  # along each; None where it was not measured
     smoothing: float  # weight of that observation
     lr: float  # 0.0 in a skipped step
     decay: float  # of the weights, already times lr
     skipped: bool = False  # a loss was not finite: nothing was changed
-    clipped: bool = False  # the projected gradient was cut to the limit
+    clipped: bool = False  # a coefficient was cut to the limit
     halvings: int = 0  # of the chunks that the losses were computed in
     predicted: bool = False  # the curvature is from predictions, not from losses
 
@@ -240,7 +240,7 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
     flags = _SKIPPED * record.skipped | _CLIPPED * record.clipped
     flags |= _CURVED * (record.curvatures is not None) | _PREDICTED * record.predicted
     nothing = (math.nan,) * form.directions
-    slopes, curvatures = record.projected_grads or nothing, record.curvatures or nothing
+    coefficients, curvatures = record.coefficients or nothing, record.curvatures or nothing
     losses = (*record.losses, *[math.nan] * (form.branches - len(record.losses)))
     data = _FIXED.pack(
         record.step,
@@ -250,14 +250,16 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
         record.halvings,
         flags,
         bytes(5),
-        slopes[0],
+        coefficients[0],
         curvatures[0],
         record.smoothing,
         record.lr,
         record.decay,
     )
     data += struct.pack(f"<{form.branches}d", *losses)
-    data += b"".join(struct.pack("<2d", *along) for along in zip(slopes[1:], curvatures[1:], strict=True))
+    data += b"".join(
+        struct.pack("<2d", *along) for along in zip(coefficients[1:], curvatures[1:], strict=True)
+    )
     checksum = zlib.crc32(data, checksum)
     return data + _CHECKSUM.pack(checksum, bytes(4)), checksum
 
@@ -268,8 +270,8 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
     checksum = zlib.crc32(body, checksum)
     if data[-_CHECKSUM.size :] != _CHECKSUM.pack(checksum, bytes(4)):
         return None, checksum
-    step, seed, position, count, halvings, flags, _, grad, curvature, smoothing, lr, decay = _FIXED.unpack(
-        body[: _FIXED.size]
+    step, seed, position, count, halvings, flags, _, coefficient, curvature, smoothing, lr, decay = (
+        _FIXED.unpack(body[: _FIXED.size])
     )
     if count > form.branches:
         return None, checksum
@@ -281,7 +283,7 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
         seed,
         position,
         losses,
-        () if skipped else (grad, *further[::2]),
+        () if skipped else (coefficient, *further[::2]),
         (curvature, *further[1::2]) if flags & _CURVED else None,
         smoothing,
         lr,

@@ -56,6 +56,11 @@ class Parts(Protocol):
     @property
     def stepper(self) -> Stepper: ...
 
+    @property
+    def halvings(self) -> int:
+        """How often the chunks that losses are computed in were halved, so that they fit into memory."""
+        ...
+
 
 class Phases(Protocol):
     """Who looks at memory while the run goes on."""
@@ -102,7 +107,7 @@ class Loop:
         self.after: Evaluation | None = None
         self.is_whole = True
         self.adapter_step = position.step  # after which the parameters in memory are those
-        self.halvings = setup.traversal.halvings  # of the chunks in which the last step was computed
+        self.halvings = setup.halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
         balanced = setup.config.balanced == "auto" and setup.encoder.task.kind == "choice"
         self._labels = [example.gold for example in setup.splits.train] if balanced else None
@@ -166,7 +171,7 @@ class Loop:
         if self.journal is not None:
             self.journal.sync()
             self.folder.sync_metrics()
-            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper)
+            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper, self.setup.halvings)
 
     def _check_interrupt(self) -> None:
         """All ranks end after the same step."""
@@ -215,7 +220,7 @@ class Loop:
         self._record(record, time.perf_counter() - began)
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position, self.is_whole = Position(number + 1, bad), True
-        self.adapter_step, self.halvings = number + 1, self.setup.traversal.halvings
+        self.adapter_step, self.halvings = number + 1, self.setup.halvings
         self.listener.stepped(record)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
@@ -310,14 +315,14 @@ class Loop:
             seed=config.seed,
             position=record.step * config.batch_size,
             losses=record.losses,
-            projected_grads=record.projected_grads,
+            coefficients=record.coefficients,
             curvatures=record.curvatures,
             smoothing=record.smoothing,
             lr=record.lr,
             decay=record.decay,
             skipped=record.skipped,
             clipped=record.clipped,
-            halvings=self.setup.traversal.halvings,
+            halvings=self.setup.halvings,
             predicted=record.predicted,
         )
 

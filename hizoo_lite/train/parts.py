@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Branches, BranchLosses, Curvature, Estimator, Example, ModelKind, Space, UserError
+from hizoo_lite.arrays import Arrays
+from hizoo_lite.base import (
+    AttachedSpace,
+    Branches,
+    BranchLosses,
+    Curvature,
+    Estimator,
+    Example,
+    ModelKind,
+    UserError,
+)
 from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.estimators import make_estimator
@@ -112,12 +122,13 @@ def task_encoder(
 
 def make_stepper(
     config: TrainConfig,
-    traversal: BranchLosses,
-    space: Space,
-    estimator: Estimator | None,
-    curvature: Curvature | None,
+    traversal: BranchLosses | None,
+    arrays: Arrays,
+    space: AttachedSpace,
+    estimator: Estimator | None = None,
+    curvature: Curvature | None = None,
 ) -> Stepper:
-    """The step of a configuration, on an attached space."""
+    """The step of a configuration; `traversal`, `arrays` and `space` as `Stepper` takes them."""
     estimator = make_estimator(config) if estimator is None else estimator
     measures = any(estimator.measures(step) for step in range(config.steps))
     if curvature is None:
@@ -127,6 +138,7 @@ def make_stepper(
     smoothing = step_size.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
     return Stepper(
         traversal,
+        arrays,
         space,
         estimator,
         curvature,

@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
 from hizoo_lite.arrays import Arrays, NumpyArrays
-from hizoo_lite.base import Space, UserError
+from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
@@ -55,10 +55,6 @@ class StoredSpace:
         self.parameters = {name: arrays.on_device(arrays.copied(found[name])) for name in names}
         self.frozen = {name: value for name, value in found.items() if name not in self.parameters}
 
-    def attach(self, model: Any, seed: int) -> NoReturn:
-        """There is no model."""
-        raise NotImplementedError
-
     def save(self, folder: Path | str) -> None:
         """Write the parameters beside the settings that they were read with."""
         folder = Path(folder)
@@ -77,21 +73,6 @@ class StoredSpace:
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
         found = tensorfile.load(peft_weights(folder))
         return {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
-
-
-class _NoModel:
-    """Answers for the library only."""
-
-    halvings = 0
-
-    def __init__(self, arrays: Arrays) -> None:
-        self._arrays = arrays
-
-    def arrays(self) -> Arrays:
-        return self._arrays
-
-    def losses(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError
 
 
 def replay(
@@ -169,8 +150,8 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     first = checkpoint.path_of(folder.checkpoints, 0)
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
-    space: Space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays, config.train_a)
-    return parts.make_stepper(config, _NoModel(arrays), space, None, None)
+    space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays, config.train_a)
+    return parts.make_stepper(config, None, arrays, space)
 
 
 def _arrays(library: str, where: Path) -> Arrays:
@@ -187,14 +168,14 @@ def _arrays(library: str, where: Path) -> Arrays:
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
-    from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.spaces import SPACES
+    from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train import setup
 
     model = setup.load_model(config, parts.find_task(config.task))
     space = SPACES.configured(config)
     space.attach(model, config.seed)
-    stepper = parts.make_stepper(config, Traversal(model), space, None, None)
+    stepper = parts.make_stepper(config, None, TorchArrays(model.device), space)
     found = {**identity.of_model(model.folder), "library": stepper.library}
     identity.check(folder.identity, {**found, **identity.of_device(model.device, drawn=True)})
     return stepper

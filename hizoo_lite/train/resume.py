@@ -57,7 +57,7 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     if found is not None:
         position = checkpoint.load(found, stepper)
     elif later and folder.writes and stepper.space.weights is None:
-        checkpoint.save(folder.checkpoints, position, stepper)  # for `replay`
+        checkpoint.save(folder.checkpoints, position, stepper, later[0].halvings)  # for `replay`
     if later:
         tell(f"taking {len(later)} steps from the journal")
     for record in later:
@@ -67,7 +67,8 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     for path in refused if folder.writes else ():
         checkpoint.set_aside(path)
     folder.keep_metrics(position.step, ended=position.step == steps)
-    _restore_metrics(folder, held.records, position.step, tell)
+    points = stepper.estimator.points
+    _restore_metrics(folder, held.records, position.step, lambda step: len(points(step)), tell)
     return Start(position, halvings)
 
 
@@ -122,14 +123,18 @@ def _lost(folder: RunFolder, held: Found, start: int, taken: int, branches: Bran
 
 
 def _restore_metrics(
-    folder: RunFolder, records: Sequence[Record], step: int, tell: Callable[[str], None]
+    folder: RunFolder,
+    records: Sequence[Record],
+    step: int,
+    forwards: Callable[[int], int],
+    tell: Callable[[str], None],
 ) -> None:
     """Write the lines of earlier steps that metrics.jsonl lacks, as far as the journal has them."""
     there = {line["step"] for line in folder.read_metrics() if line["kind"] == "step"}
     lacks = set(range(step)) - there
     if not lacks or not folder.writes:
         return
-    found = [_line(record) for record in records if record.step in lacks]
+    found = [_line(record, forwards(record.step)) for record in records if record.step in lacks]
     folder.insert_metrics(found)
     tell(
         f"{folder.metrics}: lacks {len(lacks)} of {step} steps; {len(found)} are written again from the "
@@ -137,8 +142,8 @@ def _restore_metrics(
     )
 
 
-def _line(record: Record) -> dict[str, Any]:
+def _line(record: Record, forwards: int) -> dict[str, Any]:
     """The line of a step in metrics.jsonl, as far as its record tells."""
     known = {name: value for name, value in record._asdict().items() if name in StepRecord._fields}
-    step = StepRecord(**known, forwards=len(record.losses))
+    step = StepRecord(**known, forwards=forwards)
     return {"kind": "step", **step.metrics(), "seconds": None, "tokens": None}

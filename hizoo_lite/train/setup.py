@@ -24,6 +24,7 @@ from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
+from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import planning
 from hizoo_lite.train.parts import data_path as data_path
 from hizoo_lite.train.parts import find_task as find_task
@@ -46,6 +47,11 @@ class Setup:
     space: Space
     stepper: Stepper
     plan: Plan | None  # of its memory; None where the model could not be rehearsed
+
+    @property
+    def halvings(self) -> int:
+        """See `Parts.halvings`."""
+        return self.model.halvings
 
     @property
     def budgets(self) -> Budgets:
@@ -73,7 +79,7 @@ def build(
     space = space or SPACES.configured(config)
     space.attach(model, config.seed)
     traversal = Traversal(model)
-    stepper = make_stepper(config, traversal, space, estimator, curvature)
+    stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
     prepare_blocks(model, config, workload, Branches(stepper.estimator.points(0)), space)

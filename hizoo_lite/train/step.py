@@ -1,7 +1,7 @@
 """One step: noise, one traversal for all branches, the scalars of the estimator, the update.
 
-    z -> d = Sigma^(1/2) z -> losses and predictions at theta +- mu d -> projected gradient g, curvature c
-      -> Sigma <- observe(c, z) -> theta <- theta - lr g d, weight decay aside
+    z -> d = Sigma^(1/2) z -> losses and predictions at theta + offset mu d -> coefficient g, curvature c
+      -> Sigma <- observe(c, z) -> the optimizer moves theta along g d
 
 Where an estimator takes several directions a step, each has its own z, d, g and c, and theta moves along all.
 Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hizoo_lite.arrays import Array
+from hizoo_lite.arrays import Array, Arrays
 from hizoo_lite.base import (
+    AttachedSpace,
     Batch,
     Branches,
     BranchLosses,
     Curvature,
     Estimate,
     Estimator,
-    Space,
+    Optimizer,
+    Piece,
     StepSize,
     UserError,
     mean_or_none,
@@ -34,6 +36,7 @@ from hizoo_lite.base import (
     trainable,
 )
 from hizoo_lite.noise import StepNoise
+from hizoo_lite.optimizers import OPTIMIZERS
 from hizoo_lite.optimizers.step_size import Schedule
 from hizoo_lite.train.journal import Record
 from hizoo_lite.train.ranks import ONE
@@ -43,13 +46,15 @@ class StepRecord(NamedTuple):
     """The scalars of one step; with the seed they determine the update."""
 
     step: int
-    losses: tuple[float, ...]  # mean loss of each branch
-    projected_grads: tuple[float, ...]  # along each direction, after clipping; none in a skipped step
+    losses: tuple[
+        float, ...
+    ]  # mean loss of each branch; of what `Estimator.reduce` makes of them, if it does
+    coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
     curvatures: tuple[float, ...] | None
     lr: float  # 0.0 in a skipped step
     forwards: int  # branches evaluated
     skipped: bool  # a loss was not finite: nothing was changed
-    clipped: bool = False  # the projected gradient was cut to the limit
+    clipped: bool = False  # a coefficient was cut to the limit
     smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 where none was measured
     decay: float = 0.0  # of the weights, already times lr
     tokens: int = 0  # of the batch, on all ranks
@@ -58,7 +63,7 @@ class StepRecord(NamedTuple):
     @property
     def projected_grad(self) -> float:
         """One number for a reader, see `Estimate.projected_grad`; NaN in a skipped step."""
-        return one_size(self.projected_grads) if self.projected_grads else math.nan
+        return one_size(self.coefficients) if self.coefficients else math.nan
 
     @property
     def curvature(self) -> float | None:
@@ -69,25 +74,37 @@ class StepRecord(NamedTuple):
         """The line of metrics.jsonl; what each direction gave is there where there are several."""
         found = self._asdict()
         one = {"projected_grad": self.projected_grad, "curvature": self.curvature}
-        if len(self.projected_grads) <= 1:
-            del found["projected_grads"], found["curvatures"]
-        return {"step": self.step, "losses": self.losses, **one, **found}
+        each = {"projected_grads": found.pop("coefficients"), "curvatures": found.pop("curvatures")}
+        several = each if len(self.coefficients) > 1 else {}
+        return {"step": self.step, "losses": self.losses, **one, **several, **found}
 
 
 class Stepper:
     """Everything that a step reads and changes.
 
-    mu: perturbation scale. smoothing: weight of a new curvature observation, per step.
-    weight_decay: decoupled, times lr, not on biases and norms. clip: largest size of the projected gradient.
+    Args:
+        traversal: what losses come from; None for steps that are replayed alone.
+        arrays: the library, and the device, of the space's parameters.
+        space: attached.
+        optimizer: None is SGD.
+        mu: perturbation scale.
+        smoothing: weight of a new curvature observation, per step.
+        weight_decay: decoupled, times lr, not on biases and norms.
+        clip: largest size of a coefficient.
+
+    Raises:
+        UserError: where the parts do not go together.
     """
 
     def __init__(
         self,
-        traversal: BranchLosses,
-        space: Space,
+        traversal: BranchLosses | None,
+        arrays: Arrays,
+        space: AttachedSpace,
         estimator: Estimator,
         curvature: Curvature,
         step_size: StepSize,
+        optimizer: Optimizer | None = None,
         *,
         seed: int,
         mu: float,
@@ -95,9 +112,9 @@ class Stepper:
         weight_decay: float = 0.0,
         clip: float | None = None,
     ) -> None:
-        self._arrays = traversal.arrays()
-        self.traversal, self.space = traversal, space
+        self._arrays, self.traversal, self.space = arrays, traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
+        self.optimizer = OPTIMIZERS.make("sgd") if optimizer is None else optimizer
         self.seed, self.mu, self.smoothing = seed, mu, smoothing
         self.weight_decay, self.clip = weight_decay, clip
         self.ranks = ONE  # the processes among which a batch is divided
@@ -105,6 +122,11 @@ class Stepper:
             raise UserError(
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
                 f"--space {space.name}; allowed: grouped, factored, none"
+            )
+        if space.weights is not None and not self.optimizer.streams:
+            raise UserError(
+                f"--optimizer: {self.optimizer.name} keeps values for every parameter and cannot be used "
+                f"with --space {space.name}; allowed: sgd"
             )
         branches = Branches(estimator.points(0))
         directions = branches.directions
@@ -121,6 +143,7 @@ class Stepper:
         shapes = {name: p.shape for name, p in space.parameters.items()}
         self.noise = StepNoise(seed, shapes, self._arrays, directions)
         curvature.start(trainable(space), self._arrays)
+        self.optimizer.start(shapes, self._arrays)
 
     @property
     def library(self) -> str:
@@ -137,12 +160,12 @@ class Stepper:
         directions = self._begin(step, z, measured=self.estimator.measures(step))
         losses, divergences, tokens = self._mean_losses(batches, branches, directions)
         estimate = self.estimator.estimate(losses, divergences, self.mu)
-        values = tuple(float(loss) for loss in losses)
+        values = tuple(map(float, losses))
         if not all(math.isfinite(value) for value in values):
             return StepRecord(step, values, (), None, 0.0, branches.count, True, tokens=tokens)
-        slopes = tuple(map(self._clipped, estimate.projected_grads))
-        clipped = slopes != estimate.projected_grads
-        estimate = estimate._replace(projected_grads=slopes)
+        coefficients = tuple(map(self._clipped, estimate.coefficients))
+        clipped = coefficients != estimate.coefficients
+        estimate = estimate._replace(coefficients=coefficients)
         smoothing = 0.0 if estimate.curvatures is None else self.smoothing(step)
         lr, decay = self._learn(step, z, directions, estimate, smoothing)
         return StepRecord(
@@ -179,7 +202,7 @@ class Stepper:
             directions = self._begin(record.step, z, measured=record.curvatures is not None)
             if self.space.weights is not None:
                 self.space.weights.see()
-            estimate = Estimate(record.projected_grads, record.curvatures)
+            estimate = Estimate(record.coefficients, record.curvatures)
             found = self._learn(record.step, z, directions, estimate, record.smoothing)
         if found != (record.lr, record.decay):
             raise UserError(
@@ -190,22 +213,24 @@ class Stepper:
     def _mean_losses(
         self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Losses (branches,) and divergences (directions,), float64, over all ranks' examples; their tokens.
+        """Reduced losses and divergences (directions,), float64, over all ranks' examples; their tokens.
 
         All that ranks tell each other in a step. Padding is no token.
         """
-        sums = np.zeros(branches.count + branches.directions + 2)  # losses, divergences, examples, tokens
+        assert self.traversal is not None
+        losses = self.estimator.reduce(np.zeros((branches.count, 0)))
+        others = np.zeros(branches.directions + 2)  # divergences, examples, tokens
         for batch in batches:
             found = self.traversal.losses(batch, branches, self.mu, directions)
-            sums[: branches.count] += np.asarray(found.per_example).sum(axis=1)
-            sums[branches.count : -2] += np.asarray(found.divergences).sum(axis=1)
-            sums[-2:] += batch.examples, int(batch.attention_mask.sum())
+            losses = losses + self.estimator.reduce(np.asarray(found.per_example))
+            others[:-2] += np.asarray(found.divergences).sum(axis=1)
+            others[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
             self.space.weights.see()  # where this rank had no examples
             self.space.weights.flush()  # now, while nothing has been learnt: it can fail
-        sums = self.ranks.sum(sums)
+        sums = self.ranks.sum(np.concatenate([losses, others]))
         means = sums[:-2] / sums[-2]
-        return means[: branches.count], means[branches.count :], int(sums[-1])
+        return means[: len(losses)], means[len(losses) :], int(sums[-1])
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""
@@ -229,32 +254,24 @@ class Stepper:
         lr = self.step_size.rate(step, estimate)
         if self.curvature.updates_with_new_scale:
             directions = self._directions(z, self.curvature.update_scale)
-        self._update(lr, estimate.projected_grads, directions)
+        decay = lr * self.weight_decay
+        pieces = [
+            Piece({name: along[number] for name, along in directions.items()}, coefficient)
+            for number, coefficient in enumerate(estimate.coefficients)
+        ]
+        self.optimizer.update(self.space.parameters, pieces, lr, decay)
         if self.space.weights is not None:
-            self.space.weights.update(lr * estimate.projected_grads[0], lr * self.weight_decay)
-        return lr, lr * self.weight_decay
+            self.space.weights.update(lr * estimate.coefficients[0], decay)
+        return lr, decay
 
-    def _clipped(self, slope: float) -> float:
-        if self.clip is None or abs(slope) <= self.clip:
-            return slope
-        return math.copysign(self.clip, slope)
+    def _clipped(self, coefficient: float) -> float:
+        if self.clip is None or abs(coefficient) <= self.clip:
+            return coefficient
+        return math.copysign(self.clip, coefficient)
 
     def _directions(self, z: Mapping[str, Array], scale: Callable[[str], Array]) -> dict[str, Array]:
         return self._arrays.directions(scale, z)
 
-    def _update(self, lr: float, slopes: Sequence[float], directions: Mapping[str, Array]) -> None:
-        for name, value in self.space.parameters.items():
-            if self.weight_decay and not _is_bias_or_norm(name):
-                value *= 1 - lr * self.weight_decay
-        for number, slope in enumerate(slopes):
-            along = [directions[name][number] for name in self.space.parameters]
-            self._arrays.add_all(list(self.space.parameters.values()), along, -lr * slope)
-
     def close(self) -> None:
         """End the noise thread."""
         self.noise.close()
-
-
-def _is_bias_or_norm(name: str) -> bool:
-    parts = name.lower().split(".")
-    return parts[-1] == "bias" or any("norm" in part or part.startswith("ln_") for part in parts)
