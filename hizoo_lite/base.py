@@ -186,7 +186,7 @@ class Estimator(ABC):
         """Whether `estimate` gives a curvature at step `step`."""
         return False
 
-    def reduce(self, losses: np.ndarray) -> np.ndarray:
+    def reduce(self, step: int, losses: np.ndarray) -> np.ndarray:
         """Sums over examples, which are added over the parts of a batch and over ranks.
 
         A step's record holds their means. What is done to each example's own losses, such as clipping them,
@@ -201,8 +201,8 @@ class Estimator(ABC):
         return np.asarray(losses.sum(axis=1))
 
     @abstractmethod
-    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
-        """The scalars of the step, from means over its examples.
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """The scalars of a step, from means over its examples.
 
         Args:
             losses: what `reduce` summed, by default the loss of each point, (points,) float64.

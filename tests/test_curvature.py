@@ -77,7 +77,7 @@ def descend(curvature: Curvature, estimator: Estimator, point: dict[str, Tensor]
             for _, offset in estimator.points(step)
         ]
         bend = sum(float(10.0**i / 10 * d[name].double().square().sum()) for i, name in enumerate(z))
-        estimate = estimator.estimate(np.array(losses), np.array([2e-3**2 * bend]), 1e-3)
+        estimate = estimator.estimate(step, np.array(losses), np.array([2e-3**2 * bend]), 1e-3)
         if estimate.curvature is not None:
             take_in(curvature, estimate.curvature, z, 0.05)
         for name in z:

@@ -161,7 +161,7 @@ def test_sixteen_bit_products_keep_the_projected_gradient_and_the_curvature(
         assert space.weights is not None
         space.weights.begin(seed, 0, curvature, measured=False)
         losses = Traversal(model).losses(batch, Branches.of(), MU).mean().numpy()
-        estimate = stepper.estimator.estimate(losses, np.zeros(1), MU)
+        estimate = stepper.estimator.estimate(0, losses, np.zeros(1), MU)
         slope, bend = slope_and_bend(twin(tmp_path, model), batch, changes(space, seed, 0, curvature))
         assert estimate.curvature is not None
         errors.append((abs(estimate.projected_grad / slope - 1), abs(estimate.curvature / bend - 1)))

@@ -35,13 +35,13 @@ def offsets(estimator: Estimator, step: int = 0) -> tuple[float, ...]:
 
 def test_hizoo_scalars_equal_the_float64_formula():
     losses = [2.5, 2.75, 2.5625]
-    estimate = published().estimate(np.array(losses), NO_PAIR, MU)
+    estimate = published().estimate(0, np.array(losses), NO_PAIR, MU)
     got = (estimate.projected_grad, estimate.curvature)
     assert got == pytest.approx(reference.hizoo_scalars(losses, MU), rel=1e-12)
 
 
 def test_mezo_scalar_equals_the_float64_formula():
-    estimate = MeZO().estimate(np.array([2.75, 2.5625]), NO_PAIR, MU)
+    estimate = MeZO().estimate(0, np.array([2.75, 2.5625]), NO_PAIR, MU)
     assert estimate.projected_grad == pytest.approx(
         reference.hizoo_scalars([0.0, 2.75, 2.5625], MU)[0], rel=1e-12
     )
@@ -50,7 +50,7 @@ def test_mezo_scalar_equals_the_float64_formula():
 
 def test_hizoo_without_base_branch_equals_mezo():
     losses = np.array([2.75, 2.5625])
-    assert published(every=2).estimate(losses, NO_PAIR, MU) == MeZO().estimate(losses, NO_PAIR, MU)
+    assert published(every=2).estimate(0, losses, NO_PAIR, MU) == MeZO().estimate(0, losses, NO_PAIR, MU)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -76,7 +76,7 @@ def test_predictions_cost_two_forwards_and_measure_every_step():
 
 
 def test_curvature_from_predictions_is_their_divergence_over_the_distance_squared():
-    estimate = HiZOO().estimate(np.array([2.75, 2.5625]), np.array([3e-6]), MU)
+    estimate = HiZOO().estimate(0, np.array([2.75, 2.5625]), np.array([3e-6]), MU)
     assert estimate.curvature == pytest.approx(3e-6 / (4 * MU**2), rel=1e-12)
     assert directional_curvature(3e-6, MU) == pytest.approx(3e-6 / MU**2, rel=1e-12)  # of a one-sided point
 
@@ -85,7 +85,7 @@ def test_several_directions_share_one_base():
     estimator = HiZOO(directions=3)
     assert {offsets(estimator, step) for step in range(5)} == {(0, 1, 1, 1)}
     losses, divergences = np.array([2.5, 2.75, 2.5625, 2.25]), np.array([1e-6, 2e-6, 3e-6])
-    estimate = estimator.estimate(losses, divergences, MU)
+    estimate = estimator.estimate(0, losses, divergences, MU)
     assert estimate.coefficients == pytest.approx((losses[1:] - losses[0]) / MU, rel=1e-12)
     assert estimate.curvatures == pytest.approx(divergences / MU**2, rel=1e-12)
     assert estimate.projected_grad == pytest.approx(math.sqrt(np.mean((losses[1:] - 2.5) ** 2)) / MU)
@@ -126,12 +126,12 @@ def test_an_outcome_that_is_impossible_adds_nothing_to_a_divergence():
 
 def test_curvature_keeps_differences_that_a_plain_sum_would_round_away():
     base, rise = 1e6, 2.0**-33  # l+ + l- of this size is spaced 2^-32: the rise of one branch falls between
-    estimate = published().estimate(np.array([base, base + rise, base]), NO_PAIR, 1.0)
+    estimate = published().estimate(0, np.array([base, base + rise, base]), NO_PAIR, 1.0)
     assert estimate.curvature == rise
 
 
 def test_non_finite_losses_give_non_finite_scalars():
-    estimate = published().estimate(np.array([1.0, math.nan, 1.0]), NO_PAIR, MU)
+    estimate = published().estimate(0, np.array([1.0, math.nan, 1.0]), NO_PAIR, MU)
     assert math.isnan(estimate.projected_grad)
     assert math.isnan(estimate.curvature)
 
@@ -170,14 +170,14 @@ def test_an_unknown_source_of_curvature_is_an_error():
 @pytest.mark.parametrize("mu", [0.0, -1e-3, math.nan, math.inf])
 def test_impossible_mu_is_an_error(mu):
     with pytest.raises(UserError, match="mu must be a positive number"):
-        MeZO().estimate(np.array([1.0, 2.0]), NO_PAIR, mu)
+        MeZO().estimate(0, np.array([1.0, 2.0]), NO_PAIR, mu)
 
 
 def test_wrong_number_of_losses_is_an_error():
     with pytest.raises(ValueError, match=r"losses of shape \(2,\) expected, got \(3,\)"):
-        MeZO().estimate(np.zeros(3), NO_PAIR, MU)
+        MeZO().estimate(0, np.zeros(3), NO_PAIR, MU)
     with pytest.raises(ValueError, match=r"losses of shape \(2,\) or \(3,\) expected, got \(5,\)"):
-        published().estimate(np.zeros(5), NO_PAIR, MU)
+        published().estimate(0, np.zeros(5), NO_PAIR, MU)
 
 
 def network(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -217,7 +217,7 @@ def step_errors(seed: int) -> tuple[float, float]:
         )
         for sign in offsets(published())
     ]
-    estimate = published().estimate(np.array(losses), NO_PAIR, MU)
+    estimate = published().estimate(0, np.array(losses), NO_PAIR, MU)
 
     def along(t: Tensor) -> Tensor:
         point = [w.double() + t * d.double() for w, d in zip(weights, z, strict=True)]

@@ -159,7 +159,7 @@ def measured(stepper: Stepper, batch: Batch, directions: dict[str, Tensor]) -> f
     branches = Branches(stepper.estimator.points(0))
     found = stepper.traversal.losses(batch, branches, MU, directions)
     means = found.per_example.mean(1).numpy(), found.divergences.mean(1).numpy()
-    estimate = stepper.estimator.estimate(*means, MU)
+    estimate = stepper.estimator.estimate(0, *means, MU)
     assert estimate.curvature is not None
     return estimate.curvature
 

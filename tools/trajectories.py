@@ -106,7 +106,7 @@ def descend(function: Function, method: Method, seed: int, budget: int, go_on: b
         direction = drawn * np.array([float(curvature.scale(name)) for name in ("x", "y")])
         evaluated = estimator.points(step)
         losses = [function.value(*(point + offset * MU * direction)) for _, offset in evaluated]
-        estimate = estimator.estimate(np.array(losses), np.zeros(1), MU)
+        estimate = estimator.estimate(step, np.array(losses), np.zeros(1), MU)
         if estimate.curvature is not None:
             noise = {"x": torch.tensor(drawn[:1]), "y": torch.tensor(drawn[1:])}
             for name, value in noise.items():

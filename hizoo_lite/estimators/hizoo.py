@@ -97,7 +97,7 @@ class HiZOO(Estimator):
         """Every `every` steps."""
         return step % self.every == 0
 
-    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
         """See `Estimator.estimate`; losses are (l0,) l+, l- or l0, l1, ...; what is not finite passes."""
         if self.directions > 1:
             zero, *others = as_losses(losses, (1 + self.directions,), self.name)

@@ -21,7 +21,7 @@ class MeZO(Estimator):
         """The pair, at every step."""
         return Branches.of(base=False, pairs=1).points
 
-    def estimate(self, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
         """See `Estimator.estimate`; losses are l+, l-. What is not finite passes through."""
         plus, minus = as_losses(losses, (2,), self.name)
         return Estimate((central_difference(plus, minus, mu),), None)

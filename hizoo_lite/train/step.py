@@ -158,8 +158,8 @@ class Stepper:
     def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
         z, branches = self.noise(step), Branches(self.estimator.points(step))
         directions = self._begin(step, z, measured=self.estimator.measures(step))
-        losses, divergences, tokens = self._mean_losses(batches, branches, directions)
-        estimate = self.estimator.estimate(losses, divergences, self.mu)
+        losses, divergences, tokens = self._mean_losses(step, batches, branches, directions)
+        estimate = self.estimator.estimate(step, losses, divergences, self.mu)
         values = tuple(map(float, losses))
         if not all(math.isfinite(value) for value in values):
             return StepRecord(step, values, (), None, 0.0, branches.count, True, tokens=tokens)
@@ -211,18 +211,18 @@ class Stepper:
             )
 
     def _mean_losses(
-        self, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
+        self, step: int, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """Reduced losses and divergences (directions,), float64, over all ranks' examples; their tokens.
 
         All that ranks tell each other in a step. Padding is no token.
         """
         assert self.traversal is not None
-        losses = self.estimator.reduce(np.zeros((branches.count, 0)))
+        losses = self.estimator.reduce(step, np.zeros((branches.count, 0)))
         others = np.zeros(branches.directions + 2)  # divergences, examples, tokens
         for batch in batches:
             found = self.traversal.losses(batch, branches, self.mu, directions)
-            losses = losses + self.estimator.reduce(np.asarray(found.per_example))
+            losses = losses + self.estimator.reduce(step, np.asarray(found.per_example))
             others[:-2] += np.asarray(found.divergences).sum(axis=1)
             others[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
