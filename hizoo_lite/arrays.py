@@ -77,6 +77,18 @@ class Arrays(ABC):
     def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
         """Add rows' values to the sums of their groups of `bundle` rows, in place, always in one order."""
 
+    @abstractmethod
+    def take(self, values: Array, index: Array) -> Array:
+        """The columns of (rows, n) values: (rows, len(index))."""
+
+    @abstractmethod
+    def group_sums(self, values: Array, group: Array, zeros: Array) -> Array:
+        """Sums over columns of one group, in order. values: (rows, n); group: (n,); zeros: (rows, groups)."""
+
+    @abstractmethod
+    def group_peaks(self, values: Array, group: Array, least: Array) -> Array:
+        """The largest of the columns of one group. values: (rows, n); group: (n,); least: (rows, groups)."""
+
     def excess(self, z: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
         """Of |z^2 - 1|: the sums over each row, weighted by `columns`, and over each column, by `rows`.
 
@@ -161,6 +173,20 @@ class NumpyArrays(Arrays):
     def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
         """See `Arrays.add_by_group`."""
         np.add.at(sums, np.arange(first_row, first_row + len(values)) // bundle, values)
+
+    def take(self, values: Array, index: Array) -> Array:
+        """See `Arrays.take`."""
+        return values[:, index]
+
+    def group_sums(self, values: Array, group: Array, zeros: Array) -> Array:
+        """See `Arrays.group_sums`; into `zeros`."""
+        np.add.at(zeros.T, group, values.T)
+        return zeros
+
+    def group_peaks(self, values: Array, group: Array, least: Array) -> Array:
+        """See `Arrays.group_peaks`; into `least`."""
+        np.maximum.at(least.T, group, values.T)
+        return least
 
     def add_scaled(self, value: Array, direction: Array, factor: float) -> None:
         """See `Arrays.add_scaled`."""

@@ -128,6 +128,18 @@ class TorchArrays(Arrays):
         else:
             add_padded(values, first_row, bundle, sums)
 
+    def take(self, values: Tensor, index: Tensor) -> Tensor:
+        """See `Arrays.take`."""
+        return values.index_select(1, index)
+
+    def group_sums(self, values: Tensor, group: Tensor, zeros: Tensor) -> Tensor:
+        """See `Arrays.group_sums`; on the host, since a GPU has no order."""
+        return zeros.scatter_add(1, group.expand_as(values), values)
+
+    def group_peaks(self, values: Tensor, group: Tensor, least: Tensor) -> Tensor:
+        """See `Arrays.group_peaks`."""
+        return least.scatter_reduce(1, group.expand_as(values), values, "amax")
+
     def add_scaled(self, value: Tensor, direction: Tensor, factor: float) -> None:
         """See `Arrays.add_scaled`."""
         value.add_(direction, alpha=factor)

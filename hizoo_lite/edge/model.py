@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.files import read_json
+from hizoo_lite.tasks.losses import choice_losses, slot_means
 
 _SETTINGS = "genai_config.json"
 #: Architectures that count positions from behind the padding token's id.
@@ -79,7 +81,7 @@ class OnnxModel:
             place[sites] = np.arange(len(sites))
             mine = np.flatnonzero(place[batch.token_site] >= 0)
             scored[mine] = log_probabilities(at)[place[batch.token_site[mine]], batch.token_id[mine]]
-        return slot_losses(scored, batch)
+        return _slot_losses(scored, batch)
 
     def _logits(self, batch: Batch) -> Iterator[tuple[range, np.ndarray]]:
         """Rows of the batch, a few at a time, with their logits."""
@@ -187,14 +189,11 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def slot_losses(scored: np.ndarray, batch: Batch) -> Losses:
+def _slot_losses(scored: np.ndarray, batch: Batch) -> Losses:
     """From the log-probabilities of the scored tokens, (scored,) float64, to the losses of one branch."""
-    slots = len(batch.slot_example)
-    counts = np.bincount(batch.token_slot, minlength=slots)
-    scores = np.bincount(batch.token_slot, weights=scored, minlength=slots) / counts
+    arrays = NumpyArrays()
+    scores = slot_means(arrays, scored[None], batch.token_slot, len(batch.slot_example))
     if batch.loss == "answer":
-        return Losses(-scores[None, batch.gold], scores[None], NO_PAIR)
-    peak = np.full(batch.examples, -np.inf)
-    np.maximum.at(peak, batch.slot_example, scores)
-    total = np.bincount(batch.slot_example, weights=np.exp(scores - peak[batch.slot_example]))
-    return Losses((peak + np.log(total) - scores[batch.gold])[None], scores[None], NO_PAIR)
+        return Losses(-scores[:, batch.gold], scores, NO_PAIR)
+    losses = choice_losses(arrays, scores, batch.slot_example, batch.gold)
+    return Losses(losses.per_example, scores, NO_PAIR)

@@ -26,10 +26,12 @@ from hizoo_lite.engine.overwritten import ReadAgain
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import AwayWeight
-from hizoo_lite.tensors import batch_tensors, brought
+from hizoo_lite.tasks.losses import choice_losses, slot_means
+from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+_HOST = TorchArrays()
 
 
 class Traversal:
@@ -195,24 +197,12 @@ def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
 
 def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
     """On the host. scored: (branches, scored tokens). divergences: (directions, sites) of answers' losses."""
-    scores = _slot_means(scored, batch)
+    slots = len(batch.slot_example)
+    scores = slot_means(_HOST, scored, batch.token_slot, slots)
     if batch.loss == "answer":
-        by_token = divergences[:, batch.token_site]
-        return Losses(-scores[:, batch.gold], scores, _slot_means(by_token, batch)[:, batch.gold])
-    index = batch.slot_example.expand_as(scores)
-    peak = torch.full((scores.shape[0], batch.examples), -torch.inf, dtype=torch.float64)
-    peak = peak.scatter_reduce(1, index, scores, "amax")
-    total = torch.zeros_like(peak).scatter_add_(1, index, (scores - peak[:, batch.slot_example]).exp())
-    normalizer = peak + total.log()
-    terms = divergence_terms(*_compared(scores - normalizer[:, batch.slot_example], branches))
-    sums = torch.zeros(len(terms), batch.examples, dtype=torch.float64)
-    sums.scatter_add_(1, batch.slot_example.expand_as(terms), terms)
-    return Losses(normalizer - scores[:, batch.gold], scores, sums)
-
-
-def _slot_means(by_token: Tensor, batch: Batch) -> Tensor:
-    """(..., scored tokens) float64 on the host -> their mean over every slot, (..., slots)."""
-    slots = batch.slot_example.shape[0]
-    counts = torch.bincount(batch.token_slot, minlength=slots)
-    sums = torch.zeros(by_token.shape[0], slots, dtype=torch.float64)
-    return sums.index_add_(1, batch.token_slot, by_token) / counts
+        between = slot_means(_HOST, divergences[:, batch.token_site], batch.token_slot, slots)
+        return Losses(-scores[:, batch.gold], scores, between[:, batch.gold])
+    losses, log_p = choice_losses(_HOST, scores, batch.slot_example, batch.gold)
+    terms = divergence_terms(*_compared(log_p, branches))
+    zeros = terms.new_zeros(len(terms), batch.examples)
+    return Losses(losses, scores, _HOST.group_sums(terms, batch.slot_example, zeros))

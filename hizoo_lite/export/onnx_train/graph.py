@@ -24,8 +24,11 @@ from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, b
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks.collate import Loss
+from hizoo_lite.tasks.losses import choice_losses, slot_means
+from hizoo_lite.tensors import TorchArrays
 
 OUTPUTS = ("losses", "scores", "divergences")
+_ARRAYS = TorchArrays()
 #: Sizes of the example's dynamic dimensions: above 1, and all different.
 _SIZES = {
     "branches": 3,
@@ -185,23 +188,16 @@ def _log_probabilities(logits: Tensor, normalizer: Tensor, values: Mapping[str, 
 
 def _slot_means(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """The mean over the tokens of every slot: (..., scored) -> (..., slots)."""
-    slot, slots = values["token_slot"], values["slot_example"].shape[0]
-    sums = scored.new_zeros(scored.shape[0], slots).scatter_add(1, slot.expand_as(scored), scored)
-    counts = scored.new_zeros(slots).scatter_add(0, slot, torch.ones_like(slot, dtype=scored.dtype))
-    return sums / counts
+    return slot_means(_ARRAYS, scored, values["token_slot"], values["slot_example"].shape[0])
 
 
 def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(branches, slots) -> (branches, examples); the scores; (directions, examples)."""
-    example, gold = values["slot_example"], values["gold"]
-    chosen = scores.index_select(1, gold)
-    index = example.expand_as(scores)
-    peak = torch.full_like(chosen, -torch.inf).scatter_reduce(1, index, scores, "amax")
-    shares = (scores - peak.index_select(1, example)).exp()
-    normalizer = peak + torch.zeros_like(chosen).scatter_add(1, index, shares).log()
-    terms = divergence_terms(*_compared(scores - normalizer.index_select(1, example), values))
-    sums = terms.new_zeros(terms.shape[0], chosen.shape[1])
-    return normalizer - chosen, scores, sums.scatter_add(1, example.expand_as(terms), terms)
+    example = values["slot_example"]
+    losses, log_p = choice_losses(_ARRAYS, scores, example, values["gold"])
+    terms = divergence_terms(*_compared(log_p, values))
+    zeros = terms.new_zeros(terms.shape[0], losses.shape[1])
+    return losses, scores, _ARRAYS.group_sums(terms, example, zeros)
 
 
 def _integers(name: str, *dimensions: str) -> Input:
