@@ -65,7 +65,7 @@ class Kind(ABC):
     """One kind of device. `device` always has its index where there is one."""
 
     type: ClassVar[str]  # as in torch.device(type)
-    like: ClassVar[Literal["cpu", "cuda"]]  # whose figures hold
+    like: Literal["cpu", "cuda"]  # whose figures hold
 
     # ---------------------------------------------------------------------------------- what there is
 
@@ -170,6 +170,49 @@ class Cpu(Kind):
     def empty_cache(self) -> None:
         """The heap's freed pages."""
         trim()
+
+
+@final
+class Meta(Kind):
+    """Tensors without memory: a model that is only planned. See `meta_as`."""
+
+    type = "meta"
+
+    def __init__(self, stands_for: Literal["cpu", "cuda"]) -> None:
+        self.like = stands_for
+
+    def count(self) -> int:
+        """None: it cannot be chosen."""
+        return 0
+
+    def device(self, index: int | None) -> torch.device:
+        """Without an index."""
+        return torch.device("meta")
+
+    def multiplies_bf16(self) -> bool:
+        """It multiplies nothing."""
+        return False
+
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def synchronize(self, device: torch.device) -> None:
+        """Nothing is under way."""
+
+    def total_bytes(self, device: torch.device) -> int:
+        """None."""
+        return 0
+
+    def free_bytes(self, device: torch.device) -> int:
+        """None."""
+        return 0
+
+    def taken_bytes(self, device: torch.device) -> int:
+        """None."""
+        return 0
+
+    def empty_cache(self) -> None:
+        """Nothing is kept."""
 
 
 class Gpu(Kind):
@@ -392,6 +435,16 @@ _KINDS: dict[str, Kind] = {"cpu": Cpu(), "cuda": Cuda()}
 def register(kind: Kind) -> None:
     """From now on there is a device of this kind, by its type's name."""
     _KINDS[kind.type] = kind
+
+
+@contextmanager
+def meta_as(device: torch.device | str) -> Iterator[torch.device]:
+    """While this is open the meta device, which is given, stands for one like `device`, here or not."""
+    register(Meta(like(device)))
+    try:
+        yield torch.device("meta")
+    finally:
+        del _KINDS["meta"]
 
 
 def has(name: str) -> bool:

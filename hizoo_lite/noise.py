@@ -82,7 +82,7 @@ class TorchUniform:
 
     def fill(self, out: Tensor) -> Tensor:
         """See `Uniform.fill`."""
-        return out.uniform_(generator=self.generator)
+        return out if out.is_meta else out.uniform_(generator=self.generator)
 
 
 def draws_philox(device: torch.device) -> bool:
@@ -103,7 +103,7 @@ def tile_normal(seed: int, step: int, name: str, first_row: int, out: Tensor) ->
         from hizoo_lite.philox import fill_normal
 
         return fill_normal(out, key)
-    return out.normal_(generator=_torch_generator(key))
+    return out if out.is_meta else out.normal_(generator=_torch_generator(key))
 
 
 def tile_rounding(seed: int, step: int, name: str, first_row: int, device: torch.device) -> Uniform:

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model import attention
-from hizoo_lite.plan.tally import FusedAttention, Tally
+from hizoo_lite.plan.tally import KernelMemory, Tally
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
 
@@ -92,7 +92,7 @@ def test_repeated_keys_and_values_are_planned() -> None:
     peaks = []
     for repeats in (False, True):
         tally = Tally()
-        with FusedAttention(repeats), tally:
+        with KernelMemory(repeats), tally:
             nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
         peaks.append(tally.peak_bytes)
     size = query.numel() * query.itemsize

@@ -17,17 +17,18 @@ from hizoo_lite.base import EVALUATION, Batch, Branches, UserError
 from hizoo_lite.checkpoints.writer import Form
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.curvature import CURVATURES
+from hizoo_lite.device import meta_as
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.export.shards import Linear, linear_forms
 from hizoo_lite.model import build
 from hizoo_lite.noise import generator
 from hizoo_lite.plan import ledger, planner
-from hizoo_lite.plan.estimate import pass_bytes
-from hizoo_lite.plan.outline import Outline, dissect
+from hizoo_lite.plan.dry_run import DryRun, Pass, Source, pass_bytes
+from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.plan import Plan
-from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
-from hizoo_lite.plan.tally import FusedAttention, Tally
+from hizoo_lite.plan.tally import KernelMemory, Tally
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
@@ -131,14 +132,15 @@ def check_owners(plan: Plan, parts: Any) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
-def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
+def test_a_dry_run_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
     save_tiny(name, tmp_path, dtype=torch.bfloat16)
-    trained = Trained("lora", "all-linear", 2) if branches.count > 1 else None
+    config = config_of(tmp_path, targets="all-linear", blocks="all")
+    trains = branches.count > 1
     rows, length = 4, 48
     model = load(tmp_path, bits="nf4", device="cpu", compute_dtype="bf16")
     directions = {}
-    if trained is not None:
-        space = SPACES.configured(config_of(tmp_path, targets="all-linear"))
+    if trains:
+        space = SPACES.configured(config)
         space.attach(model, seed=0)
         along = (branches.directions,)
         directions = {key: torch.zeros(along + value.shape) for key, value in space.parameters.items()}
@@ -147,19 +149,21 @@ def test_a_rehearsal_makes_the_tensors_of_a_real_pass(name: str, branches: Branc
     traversal = Traversal(model)
     traversal.losses(batch, branches, 1e-3, directions)  # scratch is there from now on
     scratch = sum(buffer.numel() for buffer in model.scratch._buffers.values())
-    with Tally() as tally, FusedAttention():
+    with Tally() as tally, KernelMemory():
         traversal.losses(batch, branches, 1e-3, directions)
-    rehearsed = rehearse(tmp_path, Pass(rows, length, branches, rows), trained)
-    assert sum(rehearsed.scratch.values()) == scratch
-    assert rehearsed.peak_bytes - scratch == pytest.approx(tally.peak_bytes, rel=0.03)
+    dry = dry_run(tmp_path, SPACES.configured(config) if trains else None)
+    made = dry.run(Pass(rows, length, branches, rows))
+    assert sum(made.scratch.values()) == scratch
+    assert made.peak_bytes - scratch == pytest.approx(tally.peak_bytes, rel=0.03)
 
 
-def rehearse(folder: Path, wanted: Pass, trained: Trained | None) -> Any:
+def dry_run(folder: Path, space: Any, bits: Any = "nf4") -> DryRun:
     config = build.read_config(folder, "causal", 2)
-    module = build.build(config, "causal")
-    anatomy = dissect(Outline.of(Checkpoint.open(folder)), module, "causal", "nf4", True, "cpu")
-    rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cpu", away=False)
-    return rehearsal.run(wanted, trained)
+    outline = Outline.of(Checkpoint.open(folder))
+    source = Source(
+        outline, config, "causal", bits, space is None or space.name == "lora", torch.bfloat16, "cpu"
+    )
+    return DryRun(source, "resident", build.build(config, "causal"), space)
 
 
 @pytest.mark.parametrize("name", [n for n, tiny in TINY_CONFIGS.items() if tiny.kind == "masked"])
@@ -186,6 +190,37 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
     ]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.parametrize("update", ["residual", "requantize"])
+@pytest.mark.parametrize("bits", ["nf4", "fp4", "int8", "none"])
+def test_an_update_is_planned_with_the_bytes_that_it_makes(bits: Any, update: Any, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    config = config_of(tmp_path, space="dense", dense_update=update)
+    model = load(tmp_path, bits=bits, device="cpu", compute_dtype="bf16", double_quant=False)
+    space: Any = SPACES.configured(config)
+    space.attach(model, seed=0)
+    update_bytes(space)  # scratch is there from now on
+    made = update_bytes(space)
+    dry = dry_run(tmp_path, SPACES.configured(config), bits)
+    planned = dry.run(Pass(1, 4, Branches(), 1))
+    scratch = {name: buffer.nbytes for (name, _), buffer in model.scratch._buffers.items()}
+    assert {name: planned.scratch[name] for name in scratch} == scratch
+    assert planned.moments["update"] > made  # it is made while a pass runs
+    with meta_as("cpu"):
+        assert update_bytes(dry.space) == made
+
+
+def update_bytes(space: Any) -> int:
+    """What the update of the first block makes, beside reused buffers."""
+    curvature = CURVATURES.make("none")
+    curvature.start(space.weights.shapes, TorchArrays())
+    space.weights.drop()
+    space.weights.begin(0, 0, curvature, measured=False)
+    space.weights.update(1e-4, 0.1)
+    with torch.no_grad(), Tally() as tally:
+        assert space.weights.apply(0)
+    return tally.peak_bytes
 
 
 # ---------------------------------------------------------------------------------- what fits
@@ -365,7 +400,7 @@ def test_a_wrong_flag_and_a_missing_model_end_with_code_two(tmp_path: Path) -> N
     assert call("--model", str(tmp_path), "--batch-size", "0").exit_code == 2
     missing = call("--model", str(tmp_path))
     assert missing.exit_code == 2
-    assert "config.json cannot be read" in missing.stderr
+    assert "config.json: no such file" in missing.stderr
 
 
 def test_a_folder_with_only_a_configuration_is_planned_from_its_shapes(tmp_path: Path) -> None:

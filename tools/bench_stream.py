@@ -290,21 +290,20 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
 
     from hizoo_lite.base import Branches
     from hizoo_lite.model.build import build
-    from hizoo_lite.plan.outline import Outline, dissect
-    from hizoo_lite.plan.rehearsal import Pass, Rehearsal, Trained
+    from hizoo_lite.plan.dry_run import DryRun, Held, Pass, Source
+    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.spaces import LoRA
 
     config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
     module = build(config, "causal")
     outline = Outline.of_shapes(Path(), {"dtype": "bfloat16"}, module)
-    anatomy = dissect(outline, module, "causal", "nf4", True, "cuda")
-    outside = sum(anatomy.outside.values()) - sum(anatomy.away.values())
-    attention = [x.shape for x in anatomy.inside() if x.name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
-    adapters = 4 * rank * sum(sum(pair) for pair in attention)
-    rehearsal = Rehearsal(module, config, "causal", anatomy, "nf4", torch.bfloat16, "cuda", away=True)
+    source = Source(outline, config, "causal", "nf4", True, torch.bfloat16, "cuda")
+    held = Held(source, "host", module, LoRA(rank=rank, blocks="all"))
     wanted = Pass(rows, length, Branches.of(base=branches % 2 == 1, pairs=branches // 2), rows)
-    made = rehearsal.run(wanted, Trained("lora", rank=rank)).peak_bytes
-    slots = 2 * max(anatomy.travel_bytes())
-    return slots + outside + anatomy.small_bytes + 2 * adapters + made
+    dry = DryRun(source, "host", build(config, "causal"), LoRA(rank=rank, blocks="all"))
+    noise = sum(value.nbytes for value in held.space.parameters.values())
+    weights = sum(size for owner, size in held.owners.items() if owner != "resident_blocks")
+    return 2 * max(held.block_bytes) + weights + noise + dry.run(wanted).peak_bytes
 
 
 def main() -> None:

@@ -40,6 +40,9 @@ class Place(NamedTuple):
 class Checkpoint:
     """Names, shapes and bytes of a model's tensors. Made by `Checkpoint.open`."""
 
+    #: Where what is read lies.
+    device = torch.device("cpu")
+
     def __init__(
         self,
         folder: Path,

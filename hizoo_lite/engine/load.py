@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import psutil
 import torch
@@ -106,35 +106,42 @@ def load(
     native.launch_all(place, compute)
     fused.launch_all(place, compute)
     filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
-    linears = filler.fill()
+    model = assemble(filler, config, str(source), Limits(residency, device_budget, host_budget))
+    filler.warn_of_leftovers()
     build.read_generation_config(checkpoint.folder, module)
-    model = Model(
-        module=module,
-        tokenizer=build.read_tokenizer(checkpoint.folder),
-        kind=kind,
+    model.tokenizer = build.read_tokenizer(checkpoint.folder)
+    if where != "resident":
+        model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)
+    install(model)
+    return model
+
+
+def assemble(filler: Filler, config: Any, source: str, limits: Limits | None = None) -> Model:
+    """Fill the module and make a model of it, without a tokenizer; its blocks are resident."""
+    linears = filler.fill()
+    return Model(
+        module=filler.module,
+        tokenizer=None,
+        kind=filler.kind,
         config=config,
-        bits=chosen,
-        compute=compute,
-        device=place,
+        bits=filler.bits,
+        compute=filler.compute,
+        device=filler.device,
         state=filler.state,
         scratch=filler.scratch,
         linears=linears,
         blocks=filler.blocks.modules,
         block_prefix=filler.blocks.prefix,
-        source=str(source),
-        folder=checkpoint.folder,
-        checkpoint=checkpoint,
+        source=source,
+        folder=filler.checkpoint.folder,
+        checkpoint=filler.checkpoint,
         stored_names=filler.stored_names,
-        row_positions=RowPositions(module, filler.state),
+        row_positions=RowPositions(filler.module, filler.state),
         residency=Resident(),
         away=set(filler.away),
         new_parameters=filler.new,
-        limits=Limits(residency, device_budget, host_budget),
+        limits=limits or Limits(),
     )
-    if where != "resident":
-        model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)
-    install(model)
-    return model
 
 
 #: Share of the host's free memory that blocks may take where no budget says so.

@@ -69,6 +69,20 @@ class Traversal:
     def _losses(
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
     ) -> Losses:
+        found = self.outcome(batch, branches, mu, directions)
+        if self.model.kind == "classifier":
+            return _class_losses(found[0], batch.gold, branches)
+        scored, divergences = brought(found, torch.device("cpu"))  # in one copy: the host waits once
+        return _slot_losses(scored, divergences, batch, branches)
+
+    def outcome(
+        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What losses are made of, on the model's device.
+
+        Of a classifier its logits, (branches, examples, classes); else `_scored_log_probabilities`.
+        Raises `ReadAgain` where that is not known yet.
+        """
         with self._branches(branches, mu, directions):
             inputs, state = self._fold(batch, branches.count), self.model.state
             state.sent(batch.input_ids, inputs["input_ids"])
@@ -78,15 +92,12 @@ class Traversal:
             with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
                 if self.model.kind == "classifier":
                     logits = self.model.module(**inputs).logits
-                    wide = logits.view(branches.count, batch.examples, -1)
-                    return _class_losses(wide, batch.gold, branches)
+                    return (logits.view(branches.count, batch.examples, -1),)
                 trunk = self.model.module.get_submodule(self.model.trunk_name)
                 output = trunk(**inputs, **self._no_cache())
             hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
             output = with_hidden(output, hidden)  # what else it has need not live on
-            found = self._scored_log_probabilities(output, hidden, batch, branches)
-            scored, divergences = brought(found, torch.device("cpu"))  # in one copy: the host waits once
-        return _slot_losses(scored, divergences, batch, branches)
+            return self._scored_log_probabilities(output, hidden, batch, branches)
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:

@@ -21,10 +21,12 @@ from hizoo_lite.quant.rows import RowReader, check_out
 class AwayWeight(Opaque, PackedWeight):
     """(rows, columns) floats that are read whenever they are asked for."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, read: RowReader) -> None:
-        """read(start, stop): rows on CPU, in dtype."""
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, read: RowReader, host: torch.device
+    ) -> None:
+        """read(start, stop): rows on `host`, in dtype."""
         super().__init__()
-        self.bits, self.shape, self.dtype, self.read = "none", shape, dtype, read
+        self.bits, self.shape, self.dtype, self.read, self.host = "none", shape, dtype, read, host
 
     def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:
         """Read rows `first_row` .. into `out` (rows, in_features), cast to its dtype."""
@@ -40,8 +42,8 @@ class AwayWeight(Opaque, PackedWeight):
         return []
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The given rows, (count,) sorted int64, as (count, columns) on CPU in the stored dtype."""
-        out = torch.empty(rows.shape[0], self.shape[1], dtype=self.dtype)
+        """The given rows, (count,) sorted int64, as (count, columns) on the host in the stored dtype."""
+        out = torch.empty(rows.shape[0], self.shape[1], dtype=self.dtype, device=self.host)
         numbers = rows.tolist()
         first = 0
         for last in range(1, len(numbers) + 1):
@@ -61,13 +63,13 @@ def from_disk(checkpoint: Checkpoint, name: str) -> AwayWeight:
             raise StorageError(f"{name}: cannot be read any more: {error}") from error
 
     rows, columns = checkpoint.shape(name)
-    return AwayWeight((rows, columns), checkpoint.dtype(name), read)
+    return AwayWeight((rows, columns), checkpoint.dtype(name), read, checkpoint.device)
 
 
 def from_host(matrix: Tensor) -> AwayWeight:
     """A matrix in host memory."""
     rows, columns = matrix.shape
-    return AwayWeight((rows, columns), matrix.dtype, lambda start, stop: matrix[start:stop])
+    return AwayWeight((rows, columns), matrix.dtype, lambda start, stop: matrix[start:stop], matrix.device)
 
 
 def embed_from_away(layer: nn.Embedding, weight: AwayWeight, state: BranchState) -> None:

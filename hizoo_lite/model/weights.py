@@ -75,7 +75,8 @@ class Filler:
         self._missing: list[str] = []
         self._vocabulary = module.get_input_embeddings()  # type: ignore[operator]
         self.away: dict[str, AwayWeight] = {}  # large matrices outside of streamed blocks, by stored name
-        self._absent: set[str] = set()  # the module's names of embeddings among them
+        self.absent: set[str] = set()  # the module's names of embeddings among them
+        self._embedded: set[str] = set()  # of all embeddings
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
 
     def fill(self) -> dict[str, BranchLinear]:
@@ -130,8 +131,9 @@ class Filler:
         stored = self._find(f"{name}.weight", layer.weight)
         if stored is None:
             return
+        self._embedded.add(f"{name}.weight")
         if self._stays_away(name, stored) and layer is self._vocabulary:
-            self._absent.add(f"{name}.weight")
+            self.absent.add(f"{name}.weight")
             embed_from_away(layer, self._away(stored), self.state)
             layer.register_forward_hook(_output_to_float32)
             return
@@ -164,12 +166,12 @@ class Filler:
         inside = self._in_block(name)
         if inside:
             self.stored_names[name] = stored
-        device = torch.device("cpu") if inside and self.where != "device" else self.device
+        device = self.checkpoint.device if inside and self.where != "device" else self.device
         quantized = self.names.beside(stored)
         if quantized:
             away = _TRAVELLING if inside and self.where == "disk" else frozenset()
             tensors = {
-                short: self._described(full) if short in away else self.checkpoint.read(full).to(device)
+                short: self._described(full) if short in away else self._read(full, device)
                 for short, full in {**quantized, "weight": stored}.items()
             }
             packed = from_checkpoint(tensors, name=stored)
@@ -219,6 +221,11 @@ class Filler:
                 self.away[stored] = from_host(matrix)
         return self.away[stored]
 
+    def _read(self, stored: str, device: torch.device) -> Tensor:
+        """A tensor on a device; of a model that is only planned what is looked at stays where it is."""
+        tensor = self.checkpoint.read(stored)
+        return tensor if device.type == "meta" else tensor.to(device)
+
     def _described(self, stored: str) -> Tensor:
         """A tensor's shape and dtype without its values."""
         return torch.empty(self.checkpoint.shape(stored), dtype=self.checkpoint.dtype(stored), device="meta")
@@ -242,6 +249,8 @@ class Filler:
         if tied is None or tied not in self._embeddings:
             return None
         embedding = self._embeddings[tied]
+        if embedding.is_meta:  # a model that is only planned
+            return embedding
         height = max(1, _COMPARED_ELEMENTS // embedding.shape[1])
         for start in range(0, embedding.shape[0], height):
             rows = self.checkpoint.read_rows(stored, start, min(start + height, embedding.shape[0]))
@@ -253,7 +262,7 @@ class Filler:
     def _fill_small(self) -> None:
         """Norms and other parameters, in float32, and buffers that the checkpoint has values for."""
         for name, parameter in list(self.module.named_parameters(remove_duplicate=False)):
-            if parameter.is_meta and name not in self._absent and not self._is_missing(name):
+            if parameter.is_meta and name not in self._embedded and not self._is_missing(name):
                 tensor = self._small(name, parameter)
                 if tensor is not None:
                     parent, _, leaf = name.rpartition(".")
@@ -333,6 +342,9 @@ class Filler:
                 f"{self.checkpoint.folder}: {len(self._missing)} tensors that {type(self.module).__name__} "
                 f"needs are not in the checkpoint: {', '.join(self._missing[:5])}{more}"
             )
+
+    def warn_of_leftovers(self) -> None:
+        """Log the names of tensors that the model has no use for."""
         rest = self.names.leftovers()
         if rest:
             _log.warning(

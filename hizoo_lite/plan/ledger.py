@@ -74,23 +74,34 @@ def measure(model: Model, space: Space, curvature: Curvature) -> Ledger:
     """
     count = _Count()
     found = dict.fromkeys(OWNERS, 0)
-    found["adapters"] = count.tensors([*space.parameters.values(), *space.frozen.values()])
     if isinstance(model.residency, Streamed):
         found["block_slots"] = count.tensors(model.residency._slots)
         found["resident_blocks"] = count.tensors(model.residency._kept.values())
         found["pinned_host"] = _in_host_memory(model, count)
         found["prefetch_buffers"] = count.tensors(getattr(model.residency._fetcher, "_staging", ()))
         found["changed_blocks"] = _changed_bytes(model)
-    stored = [
-        s.tensor for n, x in model.linears.items() if model.block_of(n) is not None for s in x.weight.stored()
-    ]
-    found["resident_blocks"] += count.tensors(stored)
-    found["embeddings_and_head"] = count.tensors(_outside(model))
-    rest = [*model.module.parameters(), *model.module.buffers()]
-    found["small_parameters"] = count.tensors(rest)
+    for owner, size in _held(model, space, count).items():
+        found[owner] += size
     found["scratch"] = count.tensors(model.scratch._buffers.values())
     found["curvature"] = count.tensors(_tensors_of(_state(curvature)))
     return _placed(found, like(model.device))
+
+
+def held(model: Model, space: Space) -> dict[str, int]:
+    """The same of a model on the meta device, whose tensors have none: what a space and all weights would."""
+    return _held(model, space, _Count(meta=True))
+
+
+def _held(model: Model, space: Space, count: _Count) -> dict[str, int]:
+    stored = [
+        s.tensor for n, x in model.linears.items() if model.block_of(n) is not None for s in x.weight.stored()
+    ]
+    return {
+        "adapters": count.tensors([*space.parameters.values(), *space.frozen.values()]),
+        "resident_blocks": count.tensors(stored),
+        "embeddings_and_head": count.tensors(_outside(model)),
+        "small_parameters": count.tensors([*model.module.parameters(), *model.module.buffers()]),
+    }
 
 
 def tensor_bytes(value: Any) -> int:
@@ -109,18 +120,21 @@ def _placed(found: dict[str, int], device_type: str) -> Ledger:
 class _Count:
     """Counts each storage once."""
 
-    def __init__(self) -> None:
+    def __init__(self, meta: bool = False) -> None:
+        """meta: what is on the meta device counts; else it is away, and does not."""
         self._seen: set[int] = set()
+        self._meta = meta
 
     def tensors(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the storages that were not counted before."""
         total = 0
         for tensor in tensors:
-            if tensor.is_meta:
+            if tensor.is_meta and not self._meta:
                 continue
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
+            key = storage._cdata if self._meta else storage.data_ptr()
+            if key not in self._seen:
+                self._seen.add(key)
                 total += storage.nbytes()
         return total
 

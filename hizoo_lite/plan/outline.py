@@ -1,33 +1,31 @@
-"""What a model is made of, from its configuration and the headers of its files alone: names, shapes, bytes.
+"""A checkpoint of which only the headers are known, which the loader takes for a real one.
 
-Mirrors what `model/weights.py` makes of a checkpoint, without reading a weight: which matrices are packed and
-how large their parts are, what is outside of the blocks, what is small and stays on the device.
+What is read of a `Described` checkpoint has no memory, but for what the loader looks at: code tables and the
+descriptions that bitsandbytes puts beside its weights, which are made here from the shapes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, ModelKind, UserError
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.checkpoints.tensors import Entry
 from hizoo_lite.checkpoints.writer import Form
-from hizoo_lite.engine.layout import ALIGNMENT
-from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.names import Names
-from hizoo_lite.model.weights import SMALL_ELEMENTS
+from hizoo_lite.quant import native
 from hizoo_lite.quant.fourbit import BLOCKSIZE, NESTED_BLOCKSIZE
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_FOUR_BITS = ("nf4", "fp4")
-#: Of a 4-bit weight that is quantized twice: the table of its absmax, and their offset, float32.
-_NESTED_CONSTANTS = 256 * 4 + 4
+_STATE = ".quant_state.bitsandbytes__"
 
 
 class Outline(NamedTuple):
@@ -73,186 +71,89 @@ class Outline(NamedTuple):
         return cls(folder, config, forms, None, unknown)
 
 
-class Linear(NamedTuple):
-    """A linear layer of the model as it will be held."""
+class Described(Checkpoint):
+    """An outline in the place of a checkpoint; what is missing or unknown is replaced, and named."""
 
-    name: str
-    block: int | None  # None outside of the blocks
-    shape: tuple[int, int]  # (out_features, in_features)
-    stored: tuple[int, ...]  # bytes of each buffer that travels with a block
-    constants: int  # bytes of tables that stay, and of a bias in float32
-    dtype: torch.dtype | None  # of a matrix that is not packed
+    device = torch.device("meta")
 
+    def __init__(self, outline: Outline, module: nn.Module, kind: ModelKind) -> None:
+        """module: the empty model."""
+        super().__init__(outline.folder, dict(outline.config), {})
+        self.forms = dict(outline.forms)
+        self.unaccounted = list(outline.unaccounted)
+        self._names = Names(list(self.forms), module)
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of matrices, by stored name
+        self._buffers = {self._names.find(name) for name, _ in module.named_buffers()}
+        for name, parameter in module.named_parameters():
+            self._declare(name, tuple(parameter.shape), kind)
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | Conv1D):
+                first, second = layer.weight.shape
+                shape = (second, first) if isinstance(layer, Conv1D) else (first, second)
+                self._shapes[self._names.find(f"{name}.weight") or ""] = shape
 
-class Anatomy(NamedTuple):
-    """The parts of a model in the form in which a run holds them, in bytes."""
-
-    linears: tuple[Linear, ...]
-    blocks: int
-    prefix: str
-    outside: Mapping[str, int]  # embeddings and heads by stored name; shared ones once
-    away: Mapping[str, int]  # those of them that stay away where the blocks stream
-    small_bytes: int  # norms, biases, constants and buffers, on the device always
-    parameters: int  # elements inside the blocks' linears
-    largest_bytes: int  # of a tensor as it is stored: what loading holds beside the rest
-    unaccounted: tuple[str, ...]
-
-    def block_bytes(self, extra: int = 0) -> list[int]:
-        """Bytes of every block's buffers, `extra` bytes an element beside the packed ones."""
-        sums = [0] * self.blocks
-        for linear in self.inside():
-            sums[linear.block or 0] += sum(linear.stored) + extra * math.prod(linear.shape)
-        return sums
-
-    def travel_bytes(self, extra: int = 0) -> list[int]:
-        """The same as it travels: each buffer begins at a multiple of 256 bytes."""
-        sums = [0] * self.blocks
-        for linear in self.inside():
-            parts = [*linear.stored, *([extra * math.prod(linear.shape)] if extra else [])]
-            sums[linear.block or 0] += sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
-        return sums
-
-    def inside(self) -> Iterator[Linear]:
-        """The linears of the blocks."""
-        return (linear for linear in self.linears if linear.block is not None)
-
-
-def dissect(
-    outline: Outline, module: nn.Module, kind: ModelKind, bits: Bits, double_quant: bool, device: str
-) -> Anatomy:
-    """module: the empty model. bits: of the blocks' linears, quantized on loading if need be."""
-    return _Dissection(outline, module, kind, bits, double_quant, device).result()
-
-
-class _Dissection:
-    def __init__(
-        self,
-        outline: Outline,
-        module: nn.Module,
-        kind: ModelKind,
-        bits: Bits,
-        double_quant: bool,
-        device: str,
-    ) -> None:
-        self.outline, self.module, self.kind = outline, module, kind
-        self.bits, self.double_quant, self.device = bits, double_quant, device
-        self.names = Names(list(outline.forms), module)
-        self.blocks = find_blocks(module)
-        self.outside: dict[str, int] = {}
-        self.away: dict[str, int] = {}
-        self.unknown = list(outline.unaccounted)
-        self.small_bytes = 64 if bits in _FOUR_BITS and device == "cpu" else 0  # one code table for all
-        self._vocabulary = module.get_input_embeddings()  # type: ignore[operator]
-
-    def result(self) -> Anatomy:
-        taken: set[str] = set()
-        linears = []
-        for name, layer in self.module.named_modules():
-            if isinstance(layer, nn.Embedding):
-                self._embedding(name, layer)
-                taken.add(f"{name}.weight")
-            elif isinstance(layer, nn.Linear | Conv1D):
-                linears.append(self._linear(name, layer))
-                taken |= {f"{name}.weight", f"{name}.bias"}
-        small = {n: p for n, p in self.module.named_parameters() if n not in taken}
-        for name, parameter in small.items():
-            if parameter.ndim > 2 or (parameter.numel() > SMALL_ELEMENTS and self._block(name) is not None):
-                self.unknown.append(f"{name} {tuple(parameter.shape)}: no linear layer, not supported")
-        buffers = {b.data_ptr() or id(b): b.numel() * b.itemsize for b in self.module.buffers()}
-        self.small_bytes += 4 * sum(p.numel() for p in small.values()) + sum(buffers.values())
-        self.small_bytes += sum(linear.constants for linear in linears)
-        return Anatomy(
-            tuple(linears),
-            len(self.blocks.modules),
-            self.blocks.prefix,
-            self.outside,
-            self.away,
-            self.small_bytes,
-            sum(math.prod(linear.shape) for linear in linears if linear.block is not None),
-            max((form.nbytes for form in self.outline.forms.values()), default=0),
-            tuple(dict.fromkeys(self.unknown)),
-        )
-
-    def _block(self, name: str) -> int | None:
-        inside = name.removeprefix(self.blocks.prefix + ".")
-        return None if inside == name else int(inside.split(".", 1)[0])
-
-    def _embedding(self, name: str, layer: nn.Embedding) -> None:
-        parameter = f"{name}.weight"
-        stored = self.names.find(parameter) or self.names.find_tied(parameter)
+    def _declare(self, name: str, shape: tuple[int, ...], kind: ModelKind) -> None:
+        """Have a tensor for a parameter that the loader can take."""
+        stored = self._names.find(name) or self._names.find_tied(name)
+        is_head = kind == "classifier" and (not self._names.in_trunk(name) or ".pooler." in name)
         if stored is None:
-            self.unknown.append(f"{parameter}: not in the checkpoint")
+            if not is_head:
+                self.unaccounted.append(f"{name}: not in the checkpoint")
+                self.forms[name] = Form(torch.float32, shape)
             return
-        size = self._float_bytes(stored)
-        self.outside[stored] = size
-        if layer is self._vocabulary and math.prod(self.outline.forms[stored].shape) > SMALL_ELEMENTS:
-            self.away[stored] = size
-
-    def _linear(self, name: str, layer: nn.Linear | Conv1D) -> Linear:
-        transposed = isinstance(layer, Conv1D)
-        first, second = layer.weight.shape
-        shape = (second, first) if transposed else (first, second)
-        bias = 4 * shape[0] if layer.bias is not None else 0
-        parameter, block = f"{name}.weight", self._block(name)
-        found = self.names.find(parameter)
-        stored = found or self.names.find_tied(parameter)
-        if stored is None:
-            if self.kind != "classifier":
-                self.unknown.append(f"{parameter}: not in the checkpoint")
-            self.outside[parameter] = 4 * math.prod(shape)
-            return Linear(name, block, shape, (), bias, torch.float32)
-        beside = self.names.beside(stored)
-        if block is None:
-            form = self.outline.forms[stored]
-            tied = self.names.find_tied(parameter)
-            if not (tied in self.outside and tied != stored):  # a stored copy of the embedding is shared
-                self.outside[stored] = self._float_bytes(stored)
-                if not transposed and math.prod(form.shape) > SMALL_ELEMENTS:
-                    self.away[stored] = self.outside[stored]
-            return Linear(name, None, shape, (), bias, form.dtype)
-        if beside:
-            parts, constants = self._quantized(stored, beside)
-            return Linear(name, block, shape, parts, constants + bias, None)
-        dtype = self.outline.forms[stored].dtype
-        if dtype not in _FLOATS:
-            self.unknown.append(f"{stored} is stored as {dtype}: counted as it is, it cannot be loaded")
-            return Linear(name, block, shape, (self.outline.forms[stored].nbytes,), bias, dtype)
-        if self.bits == "none" or self.outline.bits is not None:
-            return Linear(name, block, shape, (self._float_bytes(stored),), bias, dtype)
-        parts, constants = packed_bytes(shape, self.bits, self.double_quant)
-        return Linear(name, block, shape, parts, constants + bias + self._table(), None)
-
-    def _quantized(self, stored: str, beside: Mapping[str, str]) -> tuple[tuple[int, ...], int]:
-        """Bytes of the buffers and of the constants of a layer that bitsandbytes quantized."""
-        forms = self.outline.forms
-        parts = [forms[stored].nbytes]
-        if "SCB" in beside:
-            return (parts[0], 4 * math.prod(forms[beside["SCB"]].shape)), 0
-        if not any(short.startswith("weight.quant_state.") for short in beside):
-            self.unknown.append(f"{stored}: tensors beside it that are not known: {sorted(beside)}")
-        nested = "weight.nested_absmax" in beside
-        for short in ("weight.absmax", "weight.nested_absmax"):
-            if short in beside:
-                parts.append(forms[beside[short]].nbytes)
-        return tuple(parts), (_NESTED_CONSTANTS if nested else 0) + self._table()
-
-    def _table(self) -> int:
-        """The code table: on a GPU every layer has its own."""
-        return 64 if self.device != "cpu" else 0
-
-    def _float_bytes(self, stored: str) -> int:
-        form = self.outline.forms[stored]
+        form = self.forms[stored]
+        if self._names.beside(stored):
+            return
         if form.dtype not in _FLOATS:
-            self.unknown.append(f"{stored} is stored as {form.dtype}: counted as it is, it cannot be loaded")
-        return form.nbytes // (2 if form.dtype == torch.float64 else 1)
+            replaced = torch.float32 if form.dtype.itemsize > 2 else torch.bfloat16
+            self.unaccounted.append(
+                f"{stored} is stored as {form.dtype}: counted as {replaced}, it cannot be loaded"
+            )
+            form = Form(replaced, form.shape)
+        self.forms[stored] = Form(form.dtype, shape) if is_head else form  # the task says how many classes
 
+    def names(self) -> list[str]:
+        """The tensors' names."""
+        return list(self.forms)
 
-def packed_bytes(shape: tuple[int, int], bits: Bits, double_quant: bool) -> tuple[tuple[int, ...], int]:
-    """Bytes of the buffers of a matrix that is quantized here, and of its constants but the code table."""
-    elements = math.prod(shape)
-    if bits == "int8":
-        return (elements, 4 * shape[0]), 0
-    codes, groups = (elements + 1) // 2, -(-elements // BLOCKSIZE)
-    if not double_quant:
-        return (codes, 4 * groups), 0
-    return (codes, groups, 4 * -(-groups // NESTED_BLOCKSIZE)), _NESTED_CONSTANTS
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.forms
+
+    def read(self, name: str) -> Tensor:
+        """A tensor without memory, or one of the few that the loader looks at."""
+        form = self.forms[name]
+        if _STATE in name:
+            return torch.frombuffer(bytearray(self._state(name)), dtype=torch.uint8)
+        if name.endswith(".weight.quant_map"):
+            return native.code_table(cast(native.FourBits, self.quantized_bits))
+        if name.endswith(".weight_format") or name in self._buffers:
+            return torch.zeros(form.shape, dtype=form.dtype)
+        return torch.empty(form.shape, dtype=form.dtype, device="meta")
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The same of some rows."""
+        form = self.forms[name]
+        return torch.empty((stop - start, *form.shape[1:]), dtype=form.dtype, device="meta")
+
+    def _state(self, name: str) -> bytes:
+        """What bitsandbytes says about a weight beside it."""
+        weight, bits = name.split(_STATE)
+        shape = self._shapes[weight]
+        groups = math.prod(self.forms[f"{weight}.absmax"].shape)
+        sizes = [BLOCKSIZE, *(32 << doubling for doubling in range(8))]
+        size = next((s for s in sizes if -(-math.prod(shape) // s) == groups), BLOCKSIZE)
+        state: dict[str, Any] = {"quant_type": bits, "blocksize": size, "shape": shape}
+        if f"{weight}.nested_absmax" in self.forms:
+            state |= {"nested_offset": 0.0, "nested_blocksize": NESTED_BLOCKSIZE}
+        return json.dumps(state).encode()
+
+    def _named_bits(self) -> Bits | None:
+        """What its tensors say: what config.json says was looked at before."""
+        return self._stored_bits()
+
+    def _entry(self, name: str) -> Entry:
+        form = self.forms[name]
+        return Entry(form.dtype, form.shape, 0, form.nbytes)

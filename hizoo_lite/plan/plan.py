@@ -9,6 +9,19 @@ from typing import Any, Literal
 from hizoo_lite.plan.ledger import OWNERS, Ledger
 from hizoo_lite.units import format_bytes
 
+#: Owners of what is there while a pass runs, and not before the first one.
+_OF_A_PASS = (
+    "noise",
+    "scratch",
+    "between_blocks",
+    "attention",
+    "mlp",
+    "logits",
+    "update",
+    "loading",
+    "cache",
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +57,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """Of the device."""
         return self.ledger.device_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """Of the device, what a pass needs besides what is there already."""
+        return sum(self.ledger.device.get(owner, 0) for owner in _OF_A_PASS)
 
     @property
     def host_peak_bytes(self) -> int:

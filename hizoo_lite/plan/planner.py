@@ -3,7 +3,7 @@
     plan_run(config, Checkpoint.open(folder), kind)
 
 What is held (weights, adapters, Sigma, noise) is added up from shapes; what a pass makes is found by
-rehearsing it on the meta device (`rehearsal.py`). The framework is this process's own anonymous memory
+running it on the meta device (`dry_run.py`). The framework is this process's own anonymous memory
 after the imports where a run is planned for this machine, a constant for another one.
 """
 
@@ -83,15 +83,12 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     if subject.device == "cpu" and made < LOADING_BYTES:
         activations = {"loading": LOADING_BYTES - sum(scratch.values())}
     streamed = option.place != "resident"
-    sizes = subject.block_bytes(streamed)
-    outside = sum(subject.anatomy.outside.values())
-    away = sum(subject.anatomy.away.values()) if streamed else 0
+    held = subject.held(option.place)
+    sizes, away = held.block_bytes, held.away_bytes
     noise = subject.trained_bytes() * subject.branches().directions
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
-        "embeddings_and_head": outside - away,
-        "small_parameters": subject.anatomy.small_bytes,
-        "adapters": subject.adapter_bytes(),
+        **{owner: size for owner, size in held.owners.items() if owner != "resident_blocks"},
         "noise": noise + subject.weight_noise_bytes(),
         "scratch": sum(scratch.values()),
         **activations,
@@ -175,7 +172,7 @@ def _kept(subject: Subject, sizes: Sequence[int], taken: int) -> tuple[int, int]
 
 
 def _unaccounted(subject: Subject) -> tuple[str, ...]:
-    found = list(subject.anatomy.unaccounted)
+    found = list(subject.held(subject.place).unaccounted)
     found.append("the task's data and the tokenizer")
     if subject.device == "cuda":
         found.append("fragmentation of the device allocator; the context is a typical value, not measured")
@@ -198,15 +195,14 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     branches, rows = subject.branches(), subject.rows(option.batch)
     sites = subject.sites(option.batch, subject.workload.training, option.length)
     tokens = rows * option.length
-    elements, shared = subject.anatomy.parameters, subject.shared_elements()
-    heads = sum(math.prod(x.shape) for x in subject.anatomy.linears if x.block is None)
+    elements, shared, heads = subject.elements()
     operations = 2 * tokens * (branches.count * (elements - shared) + shared)
     operations += 2 * branches.count * sites * heads
     if subject.in_weights:
-        trained = sum(shape.numel() for shape in subject.shapes.values())
+        trained = sum(math.prod(shape) for shape in subject.shapes.values())
         operations += 2 * 2 * branches.pairs * tokens * trained
     chunks = -(-rows // _together(subject, option))
-    packed = sum(subject.block_bytes(False))
+    packed = sum(subject.held(option.place).block_bytes)
     unpacked = elements * subject.compute.itemsize
     bounds = {
         "products": operations / rate,
@@ -288,11 +284,11 @@ def _best(subject: Subject, option: Option) -> Plan:
 def _may_fit(subject: Subject, option: Option) -> bool:
     """Whether the weights leave room for a pass: else smaller chunks and batches need not be looked at."""
     budget = subject.budgets.device_bytes or 0
-    sizes = subject.block_bytes(option.place != "resident")
+    sizes = subject.held(option.place).block_bytes
     if option.place == "host" and sum(sizes) > budget + (subject.budgets.host_bytes or math.inf):
         return False
     held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
-    outside = sum(subject.anatomy.outside.values()) if option.place == "resident" else 0
+    outside = subject.held(option.place).owners["embeddings_and_head"]
     return held + outside + (subject.framework if subject.device == "cpu" else CONTEXT_BYTES) < budget
 
 

@@ -1,4 +1,4 @@
-"""What a plan is about: a model, dissected, a run's settings, and the bytes that follow from both.
+"""What a plan is about: a model on the meta device, a run's settings, and the bytes that follow from both.
 
 Nothing here chooses; `planner.py` asks for one configuration after the other.
 """
@@ -8,25 +8,24 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from hizoo_lite.base import EVALUATION, Bits, Branches, ModelKind, UserError
+from hizoo_lite.base import EVALUATION, Bits, Branches, Curvature, ModelKind, UserError, trainable
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.device import choose_device, like
 from hizoo_lite.estimators import make_estimator
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
+from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.ledger import tensor_bytes
-from hizoo_lite.plan.outline import Outline, dissect
-from hizoo_lite.plan.rehearsal import Activations, Pass, Rehearsal, Trained, few_blocks
+from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.process import resident
-from hizoo_lite.spaces.targets import resolve_targets
+from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
@@ -46,7 +45,7 @@ def framework_bytes() -> int:
 
 
 class Unknown(Exception):
-    """The architecture is not one that can be rehearsed."""
+    """The architecture is not one that can be run."""
 
 
 class Option(NamedTuple):
@@ -59,7 +58,7 @@ class Option(NamedTuple):
 
 
 class Subject:
-    """What is to be planned: the model, dissected, and everything about the run that does not change."""
+    """What is to be planned: the model, and everything about the run that does not change."""
 
     def __init__(
         self,
@@ -84,26 +83,21 @@ class Subject:
         self.residual = config.space == "dense" and config.dense_update == "residual"
         double_quant = config.double_quant and not self.in_weights
         try:
-            self.model_config = build.read_config(outline.folder, kind, num_labels=2)
-            self.module = build.build(self.model_config, kind)
+            model_config = build.read_config(outline.folder, kind, num_labels=2)
+            self.module = build.build(model_config, kind)
         except UserError as error:
             raise Unknown(str(error)) from error
-        self.anatomy = dissect(outline, self.module, kind, self.bits, double_quant, self.device)
-        self.trained = Trained(
-            config.space,
-            self._targets(),
-            config.rank,
-            self.residual,
-            config.train_a,
-        )
-        self.shapes = self._trainable()
-        self.trained = self.trained._replace(targets=self._leaves())
-        few_blocks(self.module, self.anatomy.prefix, self.model_config)
-        twice = any(len(linear.stored) == 3 for linear in self.anatomy.inside())
+        known = outline, model_config, kind, self.bits, double_quant, self.compute, self.device
+        self.source = Source(*known)
+        self._held: dict[Place, Held] = {}
+        self._runs: dict[tuple[Place, bool], DryRun] = {}
+        self._passes: dict[tuple[Any, ...], Activations] = {}
+        self.place: Place = "resident" if config.residency == "auto" else config.residency
+        self.space = self.held(self.place).space
+        self.shapes = trainable(self.space)
+        twice = any(name.endswith(".nested_absmax") for name in outline.forms)
         self.needs_own_scales = self.in_weights and not self.residual and twice
         self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
-        self._rehearsals: dict[bool, Rehearsal] = {}
-        self._passes: dict[tuple[Any, ...], Activations] = {}
 
     # ------------------------------------------------------------------------------------- settings
 
@@ -129,101 +123,73 @@ class Subject:
             return FRAMEWORK_BYTES
         return framework_bytes()
 
-    def _targets(self) -> str:
-        if self.config.targets != "auto":
-            return self.config.targets
-        return "all-linear" if self.in_weights else "attention"
+    # ----------------------------------------------------------------------------------------- model
 
-    def _trainable(self) -> dict[str, torch.Size]:
-        """Shapes of what is trained, by name: in memory or in the blocks."""
-        linears = {linear.name: linear for linear in self.anatomy.linears}
-        stand_in: Any = _Named(linears, self.anatomy.prefix, self.model_config)
-        blocks = "all" if self.in_weights and self.config.blocks == "auto" else self.config.blocks
-        chosen = resolve_targets(stand_in, self.trained.targets, blocks)
-        self.chosen = chosen
-        self.first_trained = min(linears[name].block or 0 for name in chosen)
-        shapes: dict[str, torch.Size] = {}
-        self.frozen: dict[str, torch.Size] = {}
-        for name in chosen:
-            rows, columns = linears[name].shape
-            if self.config.space == "lora":
-                held = shapes if self.config.train_a else self.frozen
-                held[f"{name}.lora_A.weight"] = torch.Size((self.config.rank, columns))
-                shapes[f"{name}.lora_B.weight"] = torch.Size((rows, self.config.rank))
-            elif self.config.space == "dense":
-                shapes[f"{name}.weight"] = torch.Size((rows, columns))
-            else:
-                count = rows if self.bits == "int8" else -(-rows * columns // 64)
-                shapes[f"{name}.absmax"] = torch.Size((count,))
-        self.heads = self._heads(linears)
-        return {**shapes, **self.heads}
+    def held(self, place: Place) -> Held:
+        """The whole model as a run holds it."""
+        if place not in self._held:
+            space = SPACES.configured(self.config)
+            self._held[place] = Held(self.source, place, copy.deepcopy(self.module), space)
+        return self._held[place]
 
-    def _leaves(self) -> str:
-        """The last parts of what is trained: the rehearsed blocks, the first ones, have them all."""
-        return ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.chosen}))
+    def _run(self, place: Place, trains: bool) -> DryRun:
+        """The first blocks of it, all of which are trained where the space trains any."""
+        key = place, trains
+        if key not in self._runs:
+            names: list[str] = self.space.target_names  # type: ignore[attr-defined]
+            leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            space = SPACES.configured(self.config, targets=leaves, blocks="all") if trains else None
+            module = copy.deepcopy(self.module)
+            self._runs[key] = DryRun(self.source, place, module, space, self._curvature())
+        return self._runs[key]
 
-    def _heads(self, linears: Mapping[str, Any]) -> dict[str, torch.Size]:
-        if self.kind != "classifier":
-            return {}
-        trunk = str(self.module.base_model_prefix) + "."
-        found = {}
-        for name, linear in linears.items():
-            if not name.startswith(trunk) or f"{name}.weight" in self.anatomy.outside:
-                found[f"{name}.weight"] = torch.Size(linear.shape)
-                if self.module.get_submodule(name).bias is not None:
-                    found[f"{name}.bias"] = torch.Size(linear.shape[:1])
-        return found
+    def _curvature(self) -> Curvature:
+        name = "none" if self.config.estimator == "mezo" else self.config.curvature
+        return CURVATURES.make("none") if name == "none" else CURVATURES.configured(self.config)
 
     # ------------------------------------------------------------------------------------ quantities
 
-    def adapter_bytes(self) -> int:
-        """Of adapters and heads in memory."""
-        return self.trained_bytes() + 4 * sum(shape.numel() for shape in self.frozen.values())
-
     def trained_bytes(self) -> int:
-        """Those of them that are trained, and have noise."""
-        shapes = self.shapes if not self.in_weights else self.heads
-        return 4 * sum(shape.numel() for shape in shapes.values())
+        """Of adapters and heads in memory that are trained, and have noise."""
+        return sum(value.nbytes for value in self.space.parameters.values())
 
     def curvature_bytes(self) -> int:
         """Of Sigma's state, from the class itself; the diagonal one is as large as the adapters."""
-        if self.config.estimator == "mezo" or self.config.curvature == "none":
-            return 0
-        if self.config.curvature == "diagonal":
-            return 4 * sum(shape.numel() for shape in self.shapes.values())
-        state = CURVATURES.configured(self.config)
+        if self.config.estimator != "mezo" and self.config.curvature == "diagonal":
+            return 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        state = self._curvature()
         state.start(self.shapes, TorchArrays())
         return tensor_bytes(vars(state))
 
     def weight_noise_bytes(self) -> int:
         """What drawing leaves, and of HiZOO-L the factors and the sums over rows and columns, in float64."""
-        if not self.in_weights:
+        if self.space.weights is None:
             return 0
         drawing = DRAWING_BYTES if self.device == "cpu" else 0
         if self.config.curvature != "factored" or self.config.estimator == "mezo":
             return drawing
-        return drawing + 24 * sum(sum(shape) for name, shape in self.shapes.items() if name not in self.heads)
-
-    def block_bytes(self, streamed: bool) -> list[int]:
-        """Of every block as the run holds it."""
-        extra = 2 if self.residual else 0
-        if streamed:
-            return self.anatomy.travel_bytes(extra)
-        sizes = self.anatomy.block_bytes(extra)
-        if self.in_weights and not self.residual:
-            for linear in self.anatomy.inside():  # double quantization is undone
-                if len(linear.stored) == 3:
-                    sizes[linear.block or 0] += 3 * linear.stored[1] - linear.stored[2]
-        return sizes
+        return drawing + 24 * sum(sum(shape) for shape in self.space.weights.shapes.values())
 
     def branches(self) -> Branches:
         """The most branches of a step."""
         return Branches(make_estimator(self.config).points(0))
 
-    def shared_elements(self) -> int:
-        """Of the weights below the first trained block: their products are the same in all branches."""
-        inside = self.anatomy.inside()
-        return sum(math.prod(x.shape) for x in inside if (x.block or 0) < self.first_trained)
+    def elements(self) -> tuple[int, int, int]:
+        """Of the blocks' weights; of those below the first trained block; of the others.
+
+        Products with the second are the same in all branches.
+        """
+        model = self.held(self.place).model
+        trained = [model.block_of(name) or 0 for name in self.space.target_names]  # type: ignore[attr-defined]
+        inside = shared = outside = 0
+        for name, linear in model.linears.items():
+            block, count = model.block_of(name), math.prod(linear.weight.shape)
+            if block is None:
+                outside += count
+            else:
+                inside += count
+                shared += count if block < min(trained) else 0
+        return inside, shared, outside
 
     def rows(self, batch: int) -> int:
         """Token sequences of a step."""
@@ -241,14 +207,12 @@ class Subject:
 
     def passes(self, option: Option) -> tuple[Activations, Activations]:
         """A step's traversal and an evaluation's."""
-        away = option.place != "resident"
         at_once = -(-option.batch // self.config.accumulate)
         training = self._pass(at_once, self.workload.training, option, self.branches())
         batch = self.eval_batch(option.batch)
-        evaluation = self._rehearsed(
-            away, self._pass(batch, self.workload.evaluation, option, EVALUATION), None
-        )
-        return self._rehearsed(away, training, self.trained), self._with_cache(evaluation, batch, option)
+        evaluation = self._pass(batch, self.workload.evaluation, option, EVALUATION)
+        found = self._made(option.place, evaluation, False)
+        return self._made(option.place, training, True), self._with_cache(found, batch, option)
 
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
         sites = self.sites(batch, demand, option.length)
@@ -262,31 +226,13 @@ class Subject:
             return evaluation
         if option.length < self.length:
             length = min(length, option.length)
-        cache = cache_bytes(self.model_config, batch, length)
+        cache = cache_bytes(self.source.config, batch, length)
         worst = {**evaluation.worst, "cache": cache}
         return evaluation._replace(worst=worst, peak_bytes=evaluation.peak_bytes + cache)
 
-    def _rehearsed(self, away: bool, wanted: Pass, trained: Trained | None) -> Activations:
-        key = (away, wanted, trained)
+    def _made(self, place: Place, wanted: Pass, trains: bool) -> Activations:
+        place = "resident" if place == "resident" else "host"  # of which the blocks come and go alike
+        key = (place, wanted, trains)
         if key not in self._passes:
-            if away not in self._rehearsals:
-                self._rehearsals[away] = Rehearsal(
-                    copy.deepcopy(self.module),
-                    self.model_config,
-                    self.kind,
-                    self.anatomy,
-                    self.bits,
-                    self.compute,
-                    self.device,
-                    away,
-                )
-            self._passes[key] = self._rehearsals[away].run(wanted, trained)
+            self._passes[key] = self._run(place, trains).run(wanted)
         return self._passes[key]
-
-
-class _Named(NamedTuple):
-    """What `resolve_targets` asks of a model."""
-
-    linears: Mapping[str, Any]
-    block_prefix: str
-    config: Any

@@ -8,10 +8,7 @@ not seen.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,21 +33,11 @@ class Tally(TorchDispatchMode):
         self.worst: dict[str, int] = {}
         self.moments: dict[str, int] = {}
         self._known: dict[int, Any] = {}  # storages by address
-        self._paused = False
 
     @property
     def peak_bytes(self) -> int:
         """The most that was alive together."""
         return sum(self.worst.values())
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Tensors made meanwhile are not counted, ever."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -61,7 +48,7 @@ class Tally(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._see(value, made=not self._paused)
+                self._see(value, made=True)
         return out
 
     def _see(self, tensor: Tensor, made: bool) -> None:
@@ -85,10 +72,12 @@ class Tally(TorchDispatchMode):
             self.live[owner] -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """scaled_dot_product_attention as the fused kernels do it: no (length x length) matrix for each head.
+class KernelMemory(TorchFunctionMode):
+    """What kernels take inside of an operation, where that is much.
 
-    They make the result, a number for each query and head, and a float mask where a boolean one is given.
+    scaled_dot_product_attention as the fused kernels do it: no (length x length) matrix for each head. They
+    make the result, a number for each query and head, and a float mask where a boolean one is given.
+    logsumexp makes the exponentials.
     """
 
     def __init__(self, repeats_groups: bool = False) -> None:
@@ -98,6 +87,9 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.logsumexp:
+            exponentials = torch.empty_like(args[0])
+            del exponentials
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, value = args[0], args[2]
@@ -116,8 +108,3 @@ class FusedAttention(TorchFunctionMode):
         result = query.new_empty(rows, length, heads, value.shape[-1])
         del mask, log_sums, repeated
         return result.transpose(1, 2)
-
-
-def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
-    return math.prod(shape) * dtype.itemsize

@@ -107,6 +107,21 @@ class FourBitWeight(Opaque, PackedWeight):
         return cls(bits, shape, codes, coded, (nested[0], nested[1], nested[2]))
 
     @classmethod
+    def empty(
+        cls, shape: tuple[int, int], bits: native.FourBits, *, double_quant: bool, device: torch.device
+    ) -> FourBitWeight:
+        """The parts of a matrix without values."""
+        elements = shape[0] * shape[1]
+        groups = -(-elements // BLOCKSIZE)
+        codes = torch.empty((elements + 1) // 2, dtype=torch.uint8, device=device)
+        if not double_quant:
+            return cls(bits, shape, codes, torch.empty(groups, device=device))
+        sizes = ((-(-groups // NESTED_BLOCKSIZE),), (256,), ())
+        absmax, table, offset = (torch.empty(size, device=device) for size in sizes)
+        coded = torch.empty(groups, dtype=torch.uint8, device=device)
+        return cls(bits, shape, codes, coded, (absmax, table, offset))
+
+    @classmethod
     def from_checkpoint(cls, tensors: Mapping[str, Tensor], name: str = "weight") -> FourBitWeight:
         """Take over the tensors that bitsandbytes saved for one layer, without the layer's prefix.
 
@@ -211,7 +226,7 @@ class FourBitWeight(Opaque, PackedWeight):
         """absmax in float32 from here on, bit-equal to what was decoded; ValueError while it is away."""
         if not self.double_quant:
             return
-        if self.absmax.is_meta or self.nested_absmax.is_meta:
+        if self.absmax.is_meta and not self.nested_table.is_meta:  # which never is away
             raise ValueError("absmax is not here")
         self.absmax = self.scales()
         self.double_quant = False
@@ -236,7 +251,7 @@ class FourBitWeight(Opaque, PackedWeight):
 
 @functools.cache
 def _levels(bits: native.FourBits, device: torch.device) -> Levels:
-    return Levels.of(native.code_table(bits).to(device))
+    return Levels(*(part.to(device) for part in Levels.of(native.code_table(bits))))
 
 
 def _quant_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict]:

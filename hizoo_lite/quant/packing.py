@@ -52,6 +52,8 @@ def pack_rows(
     Quantized on the CPU, whatever `device` is: bitsandbytes' CUDA kernels divide with fewer bits, so that up
     to 3e-4 of the codes of int8 would differ, and losses would depend on where a block is kept.
     """
+    if torch.device(device).type == "meta":  # a model that is only planned
+        return _empty(shape, bits, dtype, double_quant, torch.device(device))
     if bits == "nf4" or bits == "fp4":
         return FourBitWeight.quantize(read, shape, bits, double_quant=double_quant, name=name).to(device)
     if bits == "int8":
@@ -62,6 +64,18 @@ def pack_rows(
     for start, stop in row_chunks(*shape, multiple=1):
         weight[start:stop] = read(start, stop)
     return PlainWeight(weight)
+
+
+def _empty(
+    shape: tuple[int, int], bits: Bits, dtype: torch.dtype, double_quant: bool, device: torch.device
+) -> PackedWeight:
+    """What `pack_rows` gives, without values."""
+    if bits == "nf4" or bits == "fp4":
+        return FourBitWeight.empty(shape, bits, double_quant=double_quant, device=device)
+    if bits == "int8":
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        return Int8Weight(codes, torch.empty(shape[0], device=device))
+    return PlainWeight(torch.empty(shape, dtype=dtype, device=device))
 
 
 def from_checkpoint(tensors: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:

@@ -117,7 +117,7 @@ class Dense(InPlaceSpace):
         has_residual = isinstance(linear.weight, ResidualWeight)
         if has_residual and self.update == "requantize":
             raise UserError(f"--dense-update: {linear.name} has a residual already; load the model anew")
-        away = any(stored.tensor.is_meta for stored in linear.weight.stored())
+        away = model.residency.name == "disk"
         if self.update == "requantize" or not away:  # so that what is saved says all of the weight's scales
             with_own_scales(linear)
         if self.update == "residual" and not has_residual:

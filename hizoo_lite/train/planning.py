@@ -27,7 +27,7 @@ from hizoo_lite.units import format_bytes
 _log = logging.getLogger(__name__)
 
 #: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
-_REHEARSAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+_DRY_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 #: Examples of a part that are encoded beforehand, about half a millisecond each. Where there are more, the
 #: longest row is taken to be as long as the limit allows.
@@ -37,7 +37,7 @@ MOST_ENCODED = 4096
 def plan(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, workload: Workload) -> Plan | None:
     """The plan of a run on such examples. Raises `BudgetError` where there is a budget that cannot be met.
 
-    None for a model that cannot be rehearsed; with a budget that is an error, without one it only goes
+    None for a model that cannot be run dry; with a budget that is an error, without one it only goes
     without a prediction.
     """
     has_budget = config.device_budget is not None or config.host_budget is not None
@@ -49,7 +49,7 @@ def plan(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, workload:
         config, framework = replace(config, compute_dtype=compute), framework_bytes()
     try:
         found = plan_run(config, checkpoint, kind, workload, hardware=machine, framework=framework)
-    except _REHEARSAL_ERRORS as error:
+    except _DRY_RUN_ERRORS as error:
         if has_budget or isinstance(error, UserError):
             raise
         _log.warning("%s: cannot be planned: %s", checkpoint.folder, error)

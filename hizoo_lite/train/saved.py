@@ -27,7 +27,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
-from hizoo_lite.plan.estimate import pass_bytes
+from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.workload import cache_bytes
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
@@ -198,7 +198,7 @@ def _measured(
     workload = planning.evaluated(encoder, part)
 
     def prepare() -> None:
-        setup.prepare_blocks(model, config, workload, EVALUATION)
+        setup.prepare_blocks(model, config, workload)
 
     if adapter is not None:
         attach_adapter(model, adapter, prepare)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hizoo_lite.base import EVALUATION, Branches, Curvature, Estimator, Space, UserError
+from hizoo_lite.base import EVALUATION, Curvature, Estimator, Space, UserError
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.engine.load import load
@@ -17,7 +17,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model.kinds import find_kind, model_path
 from hizoo_lite.model.model import Model
-from hizoo_lite.plan.estimate import pass_bytes
+from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.quant import Checkpoint
@@ -46,7 +46,7 @@ class Setup:
     traversal: Traversal
     space: Space
     stepper: Stepper
-    plan: Plan | None  # of its memory; None where the model could not be rehearsed
+    plan: Plan | None  # of its memory; None where the model could not be run dry
 
     @property
     def halvings(self) -> int:
@@ -82,7 +82,7 @@ def build(
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
-    prepare_blocks(model, config, workload, Branches(stepper.estimator.points(0)), space)
+    prepare_blocks(model, config, workload, plan)
     return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
 
 
@@ -118,10 +118,8 @@ def planned(
     return planning.plan(config, checkpoint, kind, workload), workload
 
 
-def prepare_blocks(
-    model: Model, config: TrainConfig, workload: Workload, branches: Branches, space: Space | None = None
-) -> None:
-    """Lay out the blocks of a streamed model for passes over such examples; 1 branch only evaluates.
+def prepare_blocks(model: Model, config: TrainConfig, workload: Workload, plan: Plan | None = None) -> None:
+    """Lay out the blocks of a streamed model for passes over such examples; without a plan they evaluate.
 
     Raises `BudgetError` where the budget does not allow it, before anything is written.
     """
@@ -131,26 +129,18 @@ def prepare_blocks(
     if model.limits.residency == "auto" and not model.residency.is_laid_out:  # of the run, not of loading
         model.residency.budget_bytes = budgets(config, model).device_bytes
     if model.residency.budget_bytes is not None:
-        model.residency.reserved_bytes = _reserved_bytes(model, config, workload, branches, space)
+        needed = _evaluation_bytes(model, config, workload) if plan is None else plan.pass_bytes
+        model.residency.reserved_bytes = needed
     model.residency.scratch = None if config.out is None else Path(config.out)
     model.residency.prepare()
 
 
-def _reserved_bytes(
-    model: Model, config: TrainConfig, workload: Workload, branches: Branches, space: Space | None
-) -> int:
-    """What passes need besides the weights."""
-    length = workload.length or config.max_length
-    trainable = sum(p.numel() for p in space.parameters.values()) if space is not None else 0
+def _evaluation_bytes(model: Model, config: TrainConfig, workload: Workload) -> int:
+    """What passes of an evaluation need besides the weights."""
     batch, each = config.eval_batch_size, workload.evaluation
-    needed = pass_bytes(model, batch * each.rows, length, EVALUATION, sites=batch * each.sites)
-    if workload.written:
-        needed += cache_bytes(model.config, batch, workload.written)
-    if branches.directions:
-        batch, each = -(-config.batch_size // config.accumulate), workload.training
-        training = pass_bytes(model, batch * each.rows, length, branches, trainable, batch * each.sites)
-        needed = max(needed, training)
-    return needed
+    length = workload.length or config.max_length
+    needed = pass_bytes(model, batch * each.rows, length, EVALUATION, batch * each.sites)
+    return needed + (cache_bytes(model.config, batch, workload.written) if workload.written else 0)
 
 
 def budgets(config: TrainConfig, model: Model) -> Budgets:
