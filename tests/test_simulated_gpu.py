@@ -452,15 +452,15 @@ def test_every_kernel_is_launched_before_the_weights_are_there(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[set[str]] = []
-    from hizoo_lite.model.weights import Filler
+    from hizoo_lite.model.weights import WeightLoader
 
-    real = Filler.fill
+    real = WeightLoader.fill
 
-    def fill(self: Filler) -> Any:
+    def fill(self: WeightLoader) -> Any:
         seen.append(set(LAUNCHES))
         return real(self)
 
-    monkeypatch.setattr(Filler, "fill", fill)
+    monkeypatch.setattr(WeightLoader, "fill", fill)
     load(packed, device="simgpu")
     names = {name for name in seen[0] if name.startswith("bitsandbytes")}
     assert {name.removeprefix("bitsandbytes.").split(".")[0] for name in names} == {

@@ -552,7 +552,7 @@ def test_a_full_disk_ends_a_run_in_the_weights_with_its_last_checkpoint_whole(
     }
     plain = os.pwrite
 
-    class Filler(Listener):
+    class WeightLoader(Listener):
         def stepped(self, record: StepRecord) -> None:
             if record.step == 3:
                 monkeypatch.setattr("os.pwrite", full)
@@ -561,7 +561,7 @@ def test_a_full_disk_ends_a_run_in_the_weights_with_its_last_checkpoint_whole(
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"step-00000[24] is the last good state"):
-        fit(TrainConfig(**settings), listener=Filler())
+        fit(TrainConfig(**settings), listener=WeightLoader())
     monkeypatch.setattr("os.pwrite", plain)
     resumed = fit(TrainConfig(**{**settings, "resume": True}))
     whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))

@@ -263,7 +263,7 @@ def small_disk(bench: Bench) -> Iterator[Path]:
 
 def fill(place: Path, left_bytes: int) -> Path:
     """A file that leaves so much room."""
-    path = place / "filler"
+    path = place / "loader"
     found = os.statvfs(place)
     size = found.f_bavail * found.f_frsize - left_bytes
     with path.open("wb") as file:
@@ -276,9 +276,9 @@ def full_disk(left_kib: int) -> Check:
 
     def check(bench: Bench, wanted: dict[str, bytes]) -> Fault:
         with small_disk(bench) as place:
-            out, filler = place / "run", fill(place, left_kib << 10)
+            out, loader = place / "run", fill(place, left_kib << 10)
             ended = bench.call(bench.train(out, MODE))
-            filler.unlink()
+            loader.unlink()
             return resumed(bench, f"disk full, {left_kib} KiB free at the start", out, wanted, ended, 1)
 
     return check
@@ -289,13 +289,13 @@ def full_disk_of_export(bench: Bench, wanted: dict[str, bytes]) -> Fault:
     run = bench.new()
     bench.call(bench.train(run, MODE))
     with small_disk(bench) as place:
-        filler = fill(place, 256 << 10)
+        loader = fill(place, 256 << 10)
         arguments = ["export", str(run), "--to", "onnx", "--out", str(place / "onnx")]
         ended = bench.call(arguments)
         left = sorted(path.name for path in place.iterdir())
-        filler.unlink()
+        loader.unlink()
         after = bench.call(arguments)
-    survived = ended.code in (1, 2) and left == ["filler"] and after.code == 0
+    survived = ended.code in (1, 2) and left == ["loader"] and after.code == 0
     wrong = "" if survived else f"left {left}, then exit code {after.code}: {after.message}; "
     return Fault("disk full at an ONNX export", survived, wrong + ended.message)
 

@@ -27,7 +27,7 @@ from hizoo_lite.model import attention, build, fused
 from hizoo_lite.model.kinds import find_kind
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
-from hizoo_lite.model.weights import Filler
+from hizoo_lite.model.weights import WeightLoader
 from hizoo_lite.process import keep_heap, map_large
 from hizoo_lite.quant import Checkpoint, native
 from hizoo_lite.units import format_bytes
@@ -105,9 +105,9 @@ def load(
     on = "device" if where == "resident" else where
     native.launch_all(place, compute)
     fused.launch_all(place, compute)
-    filler = Filler(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
-    model = assemble(filler, config, str(source), Limits(residency, device_budget, host_budget))
-    filler.warn_of_leftovers()
+    loader = WeightLoader(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
+    model = assemble(loader, config, str(source), Limits(residency, device_budget, host_budget))
+    loader.warn_of_leftovers()
     build.read_generation_config(checkpoint.folder, module)
     model.tokenizer = build.read_tokenizer(checkpoint.folder)
     if where != "resident":
@@ -116,30 +116,30 @@ def load(
     return model
 
 
-def assemble(filler: Filler, config: Any, source: str, limits: Limits | None = None) -> Model:
+def assemble(loader: WeightLoader, config: Any, source: str, limits: Limits | None = None) -> Model:
     """Fill the module and make a model of it, without a tokenizer; its blocks are resident."""
-    linears = filler.fill()
+    linears = loader.fill()
     return Model(
-        module=filler.module,
+        module=loader.module,
         tokenizer=None,
-        kind=filler.kind,
+        kind=loader.kind,
         config=config,
-        bits=filler.bits,
-        compute=filler.compute,
-        device=filler.device,
-        state=filler.state,
-        scratch=filler.scratch,
+        bits=loader.bits,
+        compute=loader.compute,
+        device=loader.device,
+        state=loader.state,
+        scratch=loader.scratch,
         linears=linears,
-        blocks=filler.blocks.modules,
-        block_prefix=filler.blocks.prefix,
+        blocks=loader.blocks.modules,
+        block_prefix=loader.blocks.prefix,
         source=source,
-        folder=filler.checkpoint.folder,
-        checkpoint=filler.checkpoint,
-        stored_names=filler.stored_names,
-        row_positions=RowPositions(filler.module, filler.state),
+        folder=loader.checkpoint.folder,
+        checkpoint=loader.checkpoint,
+        stored_names=loader.stored_names,
+        row_positions=RowPositions(loader.module, loader.state),
         residency=Resident(),
-        away=set(filler.away),
-        new_parameters=filler.new,
+        away=set(loader.away),
+        new_parameters=loader.new,
         limits=limits or Limits(),
     )
 

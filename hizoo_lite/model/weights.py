@@ -42,7 +42,7 @@ SMALL_ELEMENTS = 1 << 16
 _COMPARED_ELEMENTS = 1 << 19
 
 
-class Filler:
+class WeightLoader:
     """Gives every parameter of an empty module its tensor, replacing linears by `BranchLinear`."""
 
     def __init__(

@@ -36,7 +36,7 @@ from hizoo_lite.model import build
 from hizoo_lite.model.blocks import Blocks
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch
-from hizoo_lite.model.weights import Filler
+from hizoo_lite.model.weights import WeightLoader
 from hizoo_lite.plan.ledger import held
 from hizoo_lite.plan.outline import Described, Outline
 from hizoo_lite.plan.tally import KernelMemory, Tally
@@ -106,15 +106,15 @@ def load(source: Source, place: Place, module: nn.Module, few: bool, buffers: Sc
     described = Described(source.outline, module, source.kind)
     where: Literal["device", "host"] = "device" if place == "resident" else "host"
     told = source.kind, source.bits, source.double_quant, source.compute, META, 0, where
-    filler = Filler(described, module, *told)
+    loader = WeightLoader(described, module, *told)
     if few:
-        few_blocks(module, filler.blocks.prefix, source.config)
-        layers: Any = module.get_submodule(filler.blocks.prefix)
-        filler.blocks = Blocks(filler.blocks.prefix, list(layers))
-    filler.scratch = buffers or Scratch()
-    model = assemble(filler, source.config, str(source.outline.folder))
+        few_blocks(module, loader.blocks.prefix, source.config)
+        layers: Any = module.get_submodule(loader.blocks.prefix)
+        loader.blocks = Blocks(loader.blocks.prefix, list(layers))
+    loader.scratch = buffers or Scratch()
+    model = assemble(loader, source.config, str(source.outline.folder))
     model.residency = _Placed(place)
-    for name in filler.absent:  # it has no memory, and as it is on the meta device that must be said
+    for name in loader.absent:  # it has no memory, and as it is on the meta device that must be said
         embedding: Any = module.get_submodule(name.removesuffix(".weight"))
         embedding.weight = nn.Parameter(torch.empty(0, device=META), requires_grad=False)
     _constants_to_meta(model, shared=like(source.device) == "cpu")
