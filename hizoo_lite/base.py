@@ -618,7 +618,7 @@ class Residency(Protocol):
         """Called before block `block` runs: on return its weights are on the compute device."""
         ...
 
-    def keep(self, block: int) -> None:
+    def mark_dirty(self, block: int) -> None:
         """Called while block `block` is present and its stored buffers were changed: the change must last."""
         ...
 

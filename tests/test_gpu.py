@@ -142,7 +142,7 @@ def test_changed_blocks_on_cuda_come_back_changed(where: str, tmp_path: Path) ->
     model = load(tmp_path / "packed", device="cuda", residency=where)  # type: ignore[arg-type]
     for block in each_block(model):
         model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("absmax").fill_(block)
-        model.residency.keep(block)
+        model.residency.mark_dirty(block)
     for _ in range(2):
         for block in each_block(model):
             absmax = model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("absmax")

@@ -367,7 +367,7 @@ def test_changed_blocks_come_back_changed(deep: Path) -> None:
     model = load(deep, device="simgpu", residency="disk")
     for block in each_block(model):
         model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("nested_absmax").fill_(block)
-        model.residency.keep(block)
+        model.residency.mark_dirty(block)
     for _ in range(2):
         for block in each_block(model):
             changed = model.linears[f"model.layers.{block}.mlp.up_proj"].weight.get_buffer("nested_absmax")
@@ -391,7 +391,7 @@ def test_a_slot_is_marked_as_used_where_its_store_fails(deep: Path, monkeypatch:
 
     def change_all() -> None:
         for block in each_block(model):
-            model.residency.keep(block)
+            model.residency.mark_dirty(block)
 
     with pytest.raises(StorageError, match="disk full"):
         change_all()
@@ -582,7 +582,7 @@ def test_several_threads_read_a_block(deep: Path, tmp_path: Path, monkeypatch: p
     model = load(tmp_path / "model", device="simgpu", residency="disk")
     assert torch.equal(step_losses(model, "llama"), wanted)
     for block in each_block(model):  # from the file of changed blocks too
-        model.residency.keep(block)
+        model.residency.mark_dirty(block)
     assert torch.equal(step_losses(model, "llama"), wanted)
     model.residency.close()
     model = load(tmp_path / "model", device="simgpu", residency="disk")
@@ -609,7 +609,7 @@ def test_a_thread_that_waits_for_the_device_leaves_the_core_to_others(
     monkeypatch.setattr(SimulatedGpu, "event", event)
     model = load(deep, device="simgpu", residency="disk")
     for block in each_block(model):
-        model.residency.keep(block)
+        model.residency.mark_dirty(block)
     model.residency.close()
     assert set(threads) == {True}
 

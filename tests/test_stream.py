@@ -312,7 +312,7 @@ def test_changed_blocks_come_back_changed(where: str, tmp_path: Path) -> None:
             weight: Any = model.linears[f"model.layers.{block}.mlp.up_proj"].weight
             weight.codes.bitwise_xor_(255)
             weight.absmax.zero_()
-            model.residency.keep(block)
+            model.residency.mark_dirty(block)
     plain = open_model(folder, "llama", "resident")
     for _ in range(2):
         for block in each_block(model):
@@ -530,7 +530,7 @@ def test_a_changed_block_that_could_not_be_written_is_not_read_as_it_was(
     blocks = each_block(model)
     next(blocks)
     monkeypatch.setattr("os.pwrite", full)
-    model.residency.keep(0)
+    model.residency.mark_dirty(0)
     with pytest.raises(StorageError, match=r"a changed block cannot be written: .*No space left"):
         next(blocks)
     monkeypatch.undo()

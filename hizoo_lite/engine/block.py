@@ -76,7 +76,7 @@ class present:
         self.model.residency.acquire(self.index)
         try:
             if self.model.pending is not None and self.model.pending.apply(self.index):
-                self.model.residency.keep(self.index)
+                self.model.residency.mark_dirty(self.index)
         except BaseException:
             self.model.residency.release(self.index)
             raise

@@ -38,7 +38,7 @@ class Resident:
     def acquire(self, block: int) -> None:
         """Nothing to bring in."""
 
-    def keep(self, block: int) -> None:
+    def mark_dirty(self, block: int) -> None:
         """Buffers that are here were changed where they are."""
 
     def discard(self, block: int) -> bool:
@@ -94,7 +94,7 @@ class Streamed:
         """Lay everything out, where that is not done yet. Raises `BudgetError` where it does not fit."""
         return self._fetcher or self._start()
 
-    def keep(self, block: int) -> None:
+    def mark_dirty(self, block: int) -> None:
         """The changed bytes go where the next fetch finds them; a block that stays keeps them itself."""
         if block not in self._kept:
             fetcher, (_, slot) = self._running()

@@ -118,7 +118,7 @@ class InPlaceSpace(ABC):
         self.weights.drop()
         for block in each_block(self.model):
             self._restore(block, folder / _block_file(block))
-            self.model.residency.keep(block)
+            self.model.residency.mark_dirty(block)
 
     def _restore(self, block: int, path: Path) -> None:
         assert self.weights is not None
