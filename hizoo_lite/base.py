@@ -338,7 +338,7 @@ class Stored(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The buffer as it is now; on the meta device while its block is away."""
+        """The buffer as it is now; on the meta device while its block is offloaded."""
         return self.owner.get_buffer(self.name)
 
 
@@ -634,7 +634,7 @@ class Residency(Protocol):
         ...
 
     def close(self) -> None:
-        """End threads and close files. The blocks that are away stay away."""
+        """End threads and close files. The blocks that are offloaded stay offloaded."""
         ...
 
 

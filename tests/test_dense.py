@@ -478,7 +478,7 @@ def test_streamed_steps_equal_resident_ones_bitwise(kind: str, tmp_path: Path) -
     assert same(state(model), results[0][1])
 
 
-def test_scales_in_eight_bits_are_made_float32_unless_they_are_away(tmp_path: Path) -> None:
+def test_scales_in_eight_bits_are_made_float32_unless_they_are_offloaded(tmp_path: Path) -> None:
     from hizoo_lite.engine.load import load
 
     save_tiny("llama", tmp_path)
@@ -496,7 +496,7 @@ def test_scales_in_eight_bits_are_made_float32_unless_they_are_away(tmp_path: Pa
             space.attach(model, seed=0)
 
 
-def test_a_residual_can_be_attached_to_blocks_that_are_away(tmp_path: Path) -> None:
+def test_a_residual_can_be_attached_to_blocks_that_are_offloaded(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     results = []
     for first in (True, False):

@@ -156,7 +156,7 @@ def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_pa
 def test_the_host_waits_for_the_device_once_a_step(packed: Path, tmp_path: Path) -> None:
     run(tmp_path, "run", model=str(packed), steps=6, eval_every=0)
     waits = {
-        place: count for place, count in SYNCS.items() if "stream/" in place and "residency" not in place
+        place: count for place, count in SYNCS.items() if "engine/" in place and "residency" not in place
     }
     assert sum(waits.values()) <= 6 + 6  # the losses of steps, and of the batches of both evaluations
 
@@ -318,7 +318,7 @@ def test_where_nothing_fits_a_run_ends_saved_and_goes_on_with_more(
     ("name", "compute", "groups"),
     [("llama", "bf16", 1), ("gemma2", "float32", 1), ("opt", "bf16", 3), ("bert", "float32", 1)],
 )
-def test_a_head_that_is_away_comes_once_for_many_chunks_of_sites(
+def test_a_head_that_is_offloaded_comes_once_for_many_chunks_of_sites(
     name: str, compute: str, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit what a resident head gives, over several chunks and tiles of the vocabulary."""
@@ -561,7 +561,7 @@ def test_a_residual_is_summed_in_few_launches() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
+def test_the_rows_of_an_embedding_that_is_offloaded_are_chosen_on_the_host(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hizoo_lite.model.weights.SMALL_ELEMENTS", 2048)
@@ -571,7 +571,7 @@ def test_the_rows_of_an_embedding_that_is_away_are_chosen_on_the_host(
     model = load(tmp_path, device="simgpu", residency="host", **options)
     SYNCS.clear()
     assert torch.equal(step_losses(model, name), wanted)
-    assert not [place for place in SYNCS if "away" in place]
+    assert not [place for place in SYNCS if "offloaded" in place]
 
 
 def test_several_threads_read_a_block(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from hizoo_lite.errors import BudgetError, StorageError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.kinds import model_path
 from hizoo_lite.model.model import Model
-from hizoo_lite.model.offloaded import AwayWeight
+from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.noise import normal
 from hizoo_lite.run import fit
 from hizoo_lite.spaces.dense import Dense
@@ -227,13 +227,13 @@ def test_generation_streams(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["disk", "host"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "opt", "bert"])
-def test_embedding_and_head_stay_away_too(name: str, where: str, tmp_path: Path) -> None:
+def test_embedding_and_head_are_offloaded_too(name: str, where: str, tmp_path: Path) -> None:
     folder = checkpoint(name, "nf4", tmp_path, vocab_size=2000)
     model, resident = open_model(folder, name, where), open_model(folder, name, "resident")
     embedding: Any = model.module.get_input_embeddings()  # type: ignore[operator]
     heads = [linear for linear in model.linears.values() if linear.out_features == 2000]
     assert embedding.weight.is_meta
-    assert [type(head.weight) for head in heads] == [AwayWeight]
+    assert [type(head.weight) for head in heads] == [OffloadedWeight]
     assert model.nbytes() == resident.nbytes()
     assert torch.equal(step_losses(model, name), step_losses(resident, name))
     assert embedding.weight.is_meta
@@ -480,7 +480,7 @@ def test_a_streamed_run_in_the_weights_resumes_bitwise_and_is_evaluated_as_it_en
     assert json.loads(shown.stdout)["residency"] == "disk"
 
 
-def test_scales_in_8_bits_that_are_away_cannot_be_trained(tmp_path: Path) -> None:
+def test_scales_in_8_bits_that_are_offloaded_cannot_be_trained(tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
     settings = short_run(tmp_path, model=str(folder), residency="disk", space="scales")

@@ -95,19 +95,19 @@ def logits_at(
     positions: Tensor,
     vocabulary: int,
     limit_bytes: int = LOGITS_BYTES,
-    away: BranchLinear | None = None,
+    offloaded: BranchLinear | None = None,
     held_bytes: int = 0,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of logits at (row, position), as pairs (slice of the sites, logits).
 
     output: the trunk's; hidden: of it, (branches, rows, length, features) float32. rows, positions: (sites,)
-    on hidden's device. limit_bytes: of a chunk's logits. away: the head, where its matrix is not on the
+    on hidden's device. limit_bytes: of a chunk's logits. offloaded: the head, where its matrix is not on the
     device; held_bytes: of the logits of chunks for which it comes there once. Each chunk is (branches, sites
     in the chunk, vocabulary) float32.
     """
     branches, sites = hidden.shape[0], rows.shape[0]
     chunk = max(1, limit_bytes // (4 * branches * vocabulary))
-    together = 1 if away is None else max(1, held_bytes // (4 * branches * vocabulary * chunk))
+    together = 1 if offloaded is None else max(1, held_bytes // (4 * branches * vocabulary * chunk))
     parts = [slice(first, min(first + chunk, sites)) for first in range(0, sites, chunk)]
 
     with _stand_in(module, trunk_name, output) as trunk:
@@ -122,11 +122,11 @@ def logits_at(
 
         for first in range(0, len(parts), together):
             group = parts[first : first + together]
-            if away is None or len(group) == 1:
+            if offloaded is None or len(group) == 1:
                 yield from ((part, run(part)) for part in group)
                 continue
-            products = _products(away, [_asked(away, run, part) for part in group])
-            yield from ((part, _given(away, run, part, products.pop(0))) for part in group)
+            products = _products(offloaded, [_asked(offloaded, run, part) for part in group])
+            yield from ((part, _given(offloaded, run, part, products.pop(0))) for part in group)
 
 
 class _Asked(Exception):

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     shape: torch.Size
     offset: int
     nbytes: int
-    away: Tensor  # on the meta device: what the weight has while its block is away
+    meta: Tensor  # on the meta device: what the weight has while its block is offloaded
 
 
 class Layout(NamedTuple):
@@ -47,10 +47,10 @@ class Layout(NamedTuple):
     def unbind(self) -> None:
         """Leave tensors without memory in the weights, so that using an absent block is an error."""
         for place in self.places:
-            place.stored.owner._buffers[place.stored.name] = place.away
+            place.stored.owner._buffers[place.stored.name] = place.meta
 
     def pack(self, buffer: Tensor) -> None:
-        """Copy the weights' own tensors into `buffer`, (at least nbytes,) uint8. Those away are left out."""
+        """Copy the weights' own tensors into `buffer`, (at least nbytes,) uint8; offloaded ones stay out."""
         for place in self.places:
             tensor = place.stored.tensor
             if not tensor.is_meta:
@@ -76,7 +76,7 @@ def layouts(model: Model) -> list[Layout]:
                 offset = -(-end // ALIGNMENT) * ALIGNMENT
                 end = offset + tensor.numel() * tensor.itemsize
                 source = None if stored.key is None else stem + stored.key
-                away = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                places.append(Place(stored, source, away.dtype, away.shape, offset, end - offset, away))
+                meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                places.append(Place(stored, source, meta.dtype, meta.shape, offset, end - offset, meta))
         found.append(Layout(tuple(places), -(-end // ALIGNMENT) * ALIGNMENT))
     return found

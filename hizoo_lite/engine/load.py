@@ -138,7 +138,7 @@ def assemble(loader: WeightLoader, config: Any, source: str, limits: Limits | No
         stored_names=loader.stored_names,
         row_positions=RowPositions(loader.module, loader.state),
         residency=Resident(),
-        away=set(loader.away),
+        offloaded=set(loader.offloaded),
         new_parameters=loader.new,
         limits=limits or Limits(),
     )

@@ -183,9 +183,9 @@ class Streamed:
         return fetcher
 
     def _make_source(self, model: Model) -> Source:
-        away = any(place.stored.tensor.is_meta for layout in self._layouts for place in layout.places)
+        offloaded = any(place.stored.tensor.is_meta for layout in self._layouts for place in layout.places)
         readers = READERS if is_gpu(model.device) else 1
-        disk = DiskSource(model.checkpoint, self._layouts, self.scratch, readers) if away else None
+        disk = DiskSource(model.checkpoint, self._layouts, self.scratch, readers) if offloaded else None
         if self.name == "disk":
             assert disk is not None
             return disk

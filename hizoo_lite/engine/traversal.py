@@ -25,7 +25,7 @@ from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at,
 from hizoo_lite.engine.overwritten import ReadAgain
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
-from hizoo_lite.model.offloaded import AwayWeight
+from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.tasks.losses import choice_losses, slot_means
 from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
@@ -137,7 +137,11 @@ class Traversal:
         sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
         out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
         model, vocabulary = self.model, self.model.config.vocab_size
-        limits = LOGITS_BYTES >> model.halvings, self._away_head(), HELD_BYTES[like(device)] >> model.halvings
+        limits = (
+            LOGITS_BYTES >> model.halvings,
+            self._offloaded_head(),
+            HELD_BYTES[like(device)] >> model.halvings,
+        )
         for part, logits in logits_at(
             model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, *limits
         ):
@@ -155,10 +159,10 @@ class Traversal:
         unsorted[:, _sent(order, device)] = out
         return unsorted, divergences
 
-    def _away_head(self) -> BranchLinear | None:
+    def _offloaded_head(self) -> BranchLinear | None:
         """The head, where its matrix is not on the device."""
         head = head_of(self.model.linears, self.model.trunk_name, self.model.config.vocab_size)
-        return head if head is not None and isinstance(head.weight, AwayWeight) else None
+        return head if head is not None and isinstance(head.weight, OffloadedWeight) else None
 
 
 def _once(work: Callable[[], Losses]) -> Losses:

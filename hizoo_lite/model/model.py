@@ -43,7 +43,7 @@ class Model:
     stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
     row_positions: RowPositions  # of codes that depend on a row's length
     residency: Residency  # where the blocks are while they do not run
-    away: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
+    offloaded: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     originals: dict[str, Tensor] = field(default_factory=dict)  # of parameters that an adapter has replaced
     limits: Limits = field(default_factory=Limits)  # what `load` was told
@@ -92,9 +92,9 @@ class Model:
         """Bytes of all parameters and buffers, wherever they are; shared memory is counted once."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         here = [t.untyped_storage() for t in tensors if not t.is_meta]
-        away = sum(t.numel() * t.itemsize for t in self.module.buffers() if t.is_meta)
-        away += sum(self.checkpoint.nbytes(name) for name in self.away)
-        return away + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
+        offloaded = sum(t.numel() * t.itemsize for t in self.module.buffers() if t.is_meta)
+        offloaded += sum(self.checkpoint.nbytes(name) for name in self.offloaded)
+        return offloaded + sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
 
 
 def first_position(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ from hizoo_lite.quant.opaque import Opaque
 from hizoo_lite.quant.rows import RowReader, check_out
 
 
-class AwayWeight(Opaque, PackedWeight):
+class OffloadedWeight(Opaque, PackedWeight):
     """(rows, columns) floats that are read whenever they are asked for."""
 
     def __init__(
@@ -35,7 +35,7 @@ class AwayWeight(Opaque, PackedWeight):
 
     def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
         """Never: what is outside of the blocks is not trained in place."""
-        raise NotImplementedError("a matrix that is away cannot be written to")
+        raise NotImplementedError("a matrix that is offloaded cannot be written to")
 
     def stored(self) -> list[Stored]:
         """None: there is nothing that travels with a block."""
@@ -53,7 +53,7 @@ class AwayWeight(Opaque, PackedWeight):
         return out
 
 
-def from_disk(checkpoint: Checkpoint, name: str) -> AwayWeight:
+def from_disk(checkpoint: Checkpoint, name: str) -> OffloadedWeight:
     """A tensor of a checkpoint that stays in its file. Reading raises `StorageError`, naming it."""
 
     def read(start: int, stop: int) -> Tensor:
@@ -63,16 +63,18 @@ def from_disk(checkpoint: Checkpoint, name: str) -> AwayWeight:
             raise StorageError(f"{name}: cannot be read any more: {error}") from error
 
     rows, columns = checkpoint.shape(name)
-    return AwayWeight((rows, columns), checkpoint.dtype(name), read, checkpoint.device)
+    return OffloadedWeight((rows, columns), checkpoint.dtype(name), read, checkpoint.device)
 
 
-def from_host(matrix: Tensor) -> AwayWeight:
+def from_host(matrix: Tensor) -> OffloadedWeight:
     """A matrix in host memory."""
     rows, columns = matrix.shape
-    return AwayWeight((rows, columns), matrix.dtype, lambda start, stop: matrix[start:stop], matrix.device)
+    return OffloadedWeight(
+        (rows, columns), matrix.dtype, lambda start, stop: matrix[start:stop], matrix.device
+    )
 
 
-def embed_from_away(layer: nn.Embedding, weight: AwayWeight, state: BranchState) -> None:
+def embed_from_offloaded(layer: nn.Embedding, weight: OffloadedWeight, state: BranchState) -> None:
     """Let an embedding have, while it runs, just the rows that its tokens need.
 
     Which those are is asked of the host, where it knows: a device would first have to finish what it has.

@@ -21,7 +21,7 @@ from hizoo_lite.device import is_gpu
 from hizoo_lite.model.blocks import find_blocks, no_linear
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.names import Names
-from hizoo_lite.model.offloaded import AwayWeight, embed_from_away, from_disk, from_host
+from hizoo_lite.model.offloaded import OffloadedWeight, embed_from_offloaded, from_disk, from_host
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import Checkpoint, PlainWeight, from_checkpoint, pack_rows
 from hizoo_lite.tensors import page_lock
@@ -74,7 +74,9 @@ class WeightLoader:
         self._generator = torch.Generator().manual_seed(seed)
         self._missing: list[str] = []
         self._vocabulary = module.get_input_embeddings()  # type: ignore[operator]
-        self.away: dict[str, AwayWeight] = {}  # large matrices outside of streamed blocks, by stored name
+        self.offloaded: dict[
+            str, OffloadedWeight
+        ] = {}  # large matrices outside of streamed blocks, by stored name
         self.absent: set[str] = set()  # the module's names of embeddings among them
         self._embedded: set[str] = set()  # of all embeddings
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
@@ -132,9 +134,9 @@ class WeightLoader:
         if stored is None:
             return
         self._embedded.add(f"{name}.weight")
-        if self._stays_away(name, stored) and layer is self._vocabulary:
+        if self._is_offloaded(name, stored) and layer is self._vocabulary:
             self.absent.add(f"{name}.weight")
-            embed_from_away(layer, self._away(stored), self.state)
+            embed_from_offloaded(layer, self._offloaded(stored), self.state)
             layer.register_forward_hook(_output_to_float32)
             return
         if stored not in self._embeddings:
@@ -178,8 +180,8 @@ class WeightLoader:
             self._check_shape(stored, packed.shape, (rows, columns))
             return packed
         self._check_shape(stored, self.checkpoint.shape(stored), tuple(layer.weight.shape))
-        if self._stays_away(name, stored) and not transposed:
-            return self._away(stored)
+        if self._is_offloaded(name, stored) and not transposed:
+            return self._offloaded(stored)
         shared = self._tied_embedding(parameter, stored)
         if shared is not None:
             return PlainWeight(shared)
@@ -203,23 +205,23 @@ class WeightLoader:
             name=stored,
         )
 
-    def _stays_away(self, name: str, stored: str) -> bool:
+    def _is_offloaded(self, name: str, stored: str) -> bool:
         """Large matrices outside of the blocks, where the blocks stream."""
         outside = self.where != "device" and not self._in_block(name)
         is_float = self.checkpoint.dtype(stored) in (torch.bfloat16, torch.float16, torch.float32)
         return outside and is_float and math.prod(self.checkpoint.shape(stored)) > SMALL_ELEMENTS
 
-    def _away(self, stored: str) -> AwayWeight:
-        """The one away form of a stored matrix; a tied head shares the embedding's."""
-        if stored not in self.away:
+    def _offloaded(self, stored: str) -> OffloadedWeight:
+        """The one offloaded form of a stored matrix; a tied head shares the embedding's."""
+        if stored not in self.offloaded:
             if self.where == "disk":
-                self.away[stored] = from_disk(self.checkpoint, stored)
+                self.offloaded[stored] = from_disk(self.checkpoint, stored)
             else:
                 matrix = self.checkpoint.read(stored)
                 if is_gpu(self.device):
                     page_lock(matrix, self.device)
-                self.away[stored] = from_host(matrix)
-        return self.away[stored]
+                self.offloaded[stored] = from_host(matrix)
+        return self.offloaded[stored]
 
     def _read(self, stored: str, device: torch.device) -> Tensor:
         """A tensor on a device; of a model that is only planned what is looked at stays where it is."""

@@ -161,7 +161,7 @@ class Held:
                         self.block_bytes[block] += sum(tensor.nbytes for tensor in tensors)
             else:
                 self.block_bytes = [layout.nbytes for layout in layouts(self.model)]
-            self.away_bytes = sum(self.model.checkpoint.nbytes(name) for name in self.model.away)
+            self.offloaded_bytes = sum(self.model.checkpoint.nbytes(name) for name in self.model.offloaded)
 
 
 # ----------------------------------------------------------------------------------------- a pass
@@ -360,7 +360,7 @@ def pass_bytes(model: Model, rows: int, length: int, branches: Branches, sites: 
     source = Source(
         Outline.of(model.checkpoint), config, model.kind, model.bits, False, model.compute, model.device.type
     )
-    place: Place = "host" if model.away else "resident"
+    place: Place = "host" if model.offloaded else "resident"
     sites = rows if sites is None else sites
     wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.halvings)
     return DryRun(source, place, build.build(config, model.kind)).run(wanted).peak_bytes

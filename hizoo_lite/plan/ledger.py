@@ -121,7 +121,7 @@ class _Count:
     """Counts each storage once."""
 
     def __init__(self, meta: bool = False) -> None:
-        """meta: what is on the meta device counts; else it is away, and does not."""
+        """meta: what is on the meta device counts; else it is offloaded, and does not."""
         self._seen: set[int] = set()
         self._meta = meta
 
@@ -153,8 +153,12 @@ def _in_host_memory(model: Model, count: _Count) -> int:
     blocks = 0
     if fetcher is not None and isinstance(fetcher.source, HostSource):
         blocks = count.tensors(fetcher.source._blocks.values())
-    away = sum(model.checkpoint.nbytes(name) for name in model.away) if model.residency.name == "host" else 0
-    return blocks + away
+    offloaded = (
+        sum(model.checkpoint.nbytes(name) for name in model.offloaded)
+        if model.residency.name == "host"
+        else 0
+    )
+    return blocks + offloaded
 
 
 def _state(curvature: Any) -> dict[str, Any]:

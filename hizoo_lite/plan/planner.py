@@ -84,7 +84,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         activations = {"loading": LOADING_BYTES - sum(scratch.values())}
     streamed = option.place != "resident"
     held = subject.held(option.place)
-    sizes, away = held.block_bytes, held.away_bytes
+    sizes, offloaded = held.block_bytes, held.offloaded_bytes
     noise = subject.trained_bytes() * subject.branches().directions
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
@@ -103,11 +103,11 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         kept, slots = _kept(
             subject, sizes, sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
         )
-        away_blocks = sorted(sizes, reverse=True)[: len(sizes) - kept]
+        offloaded_blocks = sorted(sizes, reverse=True)[: len(sizes) - kept]
         device["block_slots"] = slots
-        device["resident_blocks"] = sum(sizes) - sum(away_blocks)
+        device["resident_blocks"] = sum(sizes) - sum(offloaded_blocks)
         if option.place == "host":
-            host["pinned_host"] = sum(away_blocks) + away
+            host["pinned_host"] = sum(offloaded_blocks) + offloaded
         elif subject.device == "cuda":
             host["prefetch_buffers"] = slots
     else:

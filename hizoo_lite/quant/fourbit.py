@@ -223,10 +223,10 @@ class FourBitWeight(Opaque, PackedWeight):
         return self._absmax(0, self.absmax.numel())
 
     def undo_double_quant(self) -> None:
-        """absmax in float32 from here on, bit-equal to what was decoded; ValueError while it is away."""
+        """absmax in float32 from here on, bit-equal to what was decoded; ValueError while it is offloaded."""
         if not self.double_quant:
             return
-        if self.absmax.is_meta and not self.nested_table.is_meta:  # which never is away
+        if self.absmax.is_meta and not self.nested_table.is_meta:  # which never is offloaded
             raise ValueError("absmax is not here")
         self.absmax = self.scales()
         self.double_quant = False

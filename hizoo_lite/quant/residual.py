@@ -34,7 +34,7 @@ class ResidualWeight(Opaque, PackedWeight):
         super().__init__()
         self.base = base
         self.bits, self.shape = base.bits, base.shape
-        device = base.stored()[0].tensor.device  # meta while the block is away
+        device = base.stored()[0].tensor.device  # meta while the block is offloaded
         self.register_buffer("residual", torch.zeros(base.shape, dtype=torch.bfloat16, device=device))
 
     def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:

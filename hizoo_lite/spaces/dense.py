@@ -117,8 +117,10 @@ class Dense(InPlaceSpace):
         has_residual = isinstance(linear.weight, ResidualWeight)
         if has_residual and self.update == "requantize":
             raise UserError(f"--dense-update: {linear.name} has a residual already; load the model anew")
-        away = model.residency.name == "disk"
-        if self.update == "requantize" or not away:  # so that what is saved says all of the weight's scales
+        offloaded = model.residency.name == "disk"
+        if (
+            self.update == "requantize" or not offloaded
+        ):  # so that what is saved says all of the weight's scales
             with_own_scales(linear)
         if self.update == "residual" and not has_residual:
             linear.weight = ResidualWeight(linear.weight)

@@ -140,7 +140,7 @@ class InPlaceSpace(ABC):
 
 
 def with_own_scales(linear: BranchLinear) -> None:
-    """Give a 4-bit weight its scales in float32; `UserError` where they are away, in 8 bits."""
+    """Give a 4-bit weight its scales in float32; `UserError` where they are offloaded, in 8 bits."""
     weight = linear.weight
     if isinstance(weight, FourBitWeight) and weight.double_quant:
         try:

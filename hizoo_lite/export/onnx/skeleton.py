@@ -29,7 +29,7 @@ from hizoo_lite.model import build
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.names import Names
-from hizoo_lite.model.offloaded import AwayWeight
+from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight, from_checkpoint
 
 
@@ -47,7 +47,7 @@ class Skeleton:
 def make_skeleton(model: Model, format: Format = "exact", changes: Changes | None = None) -> Skeleton:
     """The model's architecture with an `ExportLinear` for every linear; nothing is read.
 
-    Every value will be the loaded model's own, from its tensors, or where blocks are away from its files;
+    Every value will be the loaded model's own, from its tensors, or from its files if it streams;
     of layers in `changes`, what was tuned. Raises `UserError` where a layer has a form that cannot be
     exported.
     """
@@ -82,7 +82,7 @@ def _stored_product(
         return FourBitProduct(weight, read)
     if isinstance(weight, Int8Weight):
         return Int8Product(weight, read, format)
-    if isinstance(weight, PlainWeight | AwayWeight):
+    if isinstance(weight, PlainWeight | OffloadedWeight):
         return PlainProduct(source.matrix(linear, weight, read), is_whole=format == "fast")
     raise UserError(f"{linear.name}: a weight of the form {type(weight).__name__} cannot be exported")
 
@@ -119,7 +119,7 @@ class _Source:
         return self._changes is not None and linear.name in self._changes.residuals
 
     def packed(self, linear: BranchLinear) -> PackedWeight:
-        """The weight itself, or a copy from the checkpoint while its block is away; a copy, if changed."""
+        """The weight itself, or a copy from the checkpoint while its block is not here or it was changed."""
         weight = linear.weight
         if any(stored.tensor.is_meta for stored in weight.stored()):
             weight = self._read(self.model.stored_names[linear.name])
@@ -138,13 +138,13 @@ class _Source:
         return self._changes is not None and linear.name in self._changes.linears
 
     def matrix(
-        self, linear: BranchLinear, weight: PlainWeight | AwayWeight, read: Callable[[], PackedWeight]
+        self, linear: BranchLinear, weight: PlainWeight | OffloadedWeight, read: Callable[[], PackedWeight]
     ) -> Part:
         """A weight in 16 or 32 bits; shared with the embedding that it is tied to. `read`: a changed one."""
         tuned = self._head(f"{linear.name}.weight")
         if tuned is not None:
             return _here(tuned)
-        if isinstance(weight, AwayWeight):
+        if isinstance(weight, OffloadedWeight):
             return self._stored_part(self._stored(f"{linear.name}.weight"))
         if self._is_changed(linear):
             return Part(weight.shape, weight.weight.dtype, lambda: read().get_buffer("weight"))
@@ -153,7 +153,7 @@ class _Source:
         return _here(weight.weight)
 
     def bias(self, linear: BranchLinear) -> Part | None:
-        """The bias of a linear; it never is away."""
+        """The bias of a linear; it never is offloaded."""
         tuned = self._head(f"{linear.name}.bias")
         if tuned is not None:
             return _here(tuned)
