@@ -134,7 +134,7 @@ def read_json(path: Path, wanted: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise UserError(f"{path}: not sound JSON ({error}); allowed: {wanted}") from error
+        raise UserError(f"{path}: not valid JSON ({error}); allowed: {wanted}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: got a {type(value).__name__}, allowed: {wanted}")
     return value

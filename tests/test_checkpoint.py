@@ -152,7 +152,7 @@ def header(**tensor: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{nonsense", "not sound JSON"),
+        ("{nonsense", "not valid JSON"),
         ("[1, 2]", "not a JSON object"),
         ('{"t": 1, "t": 2}', "a name occurs twice"),
         ('{"t": 1}', "tensor t: dtype, shape and data_offsets wanted"),
@@ -195,7 +195,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not sound JSON"), ("[]", "got a list, allowed: a JSON object")]
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "got a list, allowed: a JSON object")]
 )
 def test_an_unsound_config_is_refused(tmp_path, text, message):
     (folder_with(tmp_path) / "config.json").write_text(text)

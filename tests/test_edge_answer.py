@@ -294,7 +294,7 @@ def test_a_missing_file_is_named(name: str, message: str, copied: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("export.json", r"export\.json: not sound JSON"),
+        ("export.json", r"export\.json: not valid JSON"),
         ("model.onnx", r"model\.onnx: has \d+ bytes, \d+ were written: truncated"),
         ("model.onnx.data", r"model\.onnx\.data: has \d+ bytes, \d+ were written: truncated"),
         ("adapters/tuned.onnx_adapter", r"tuned\.onnx_adapter: has \d+ bytes, \d+ were written: truncated"),

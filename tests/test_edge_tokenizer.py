@@ -204,7 +204,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         EdgeTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a sound tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a valid tokenizer"):
         EdgeTokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: got a list"):

@@ -267,7 +267,7 @@ def test_a_missing_file_is_named(name: str, message: str, copied: Path, config: 
         ("train.onnx", r"train\.onnx: it is truncated, or no ONNX graph"),
         ("train.onnx.data", r"train\.onnx: its external data .* truncated"),
         ("adapter/adapter_model.safetensors", r"adapter_model\.safetensors: truncated"),
-        ("train.json", r"train\.json: not sound JSON"),
+        ("train.json", r"train\.json: not valid JSON"),
     ],
 )
 def test_a_truncated_file_is_named(name: str, message: str, copied: Path) -> None:

@@ -358,7 +358,7 @@ def test_foreign_folders_and_files_are_refused(llama, tmp_path):
     with pytest.raises(UserError, match="holds another checkpoint"):
         quantize(llama, foreign)
     (foreign / INDEX).write_text("{")
-    with pytest.raises(UserError, match="not sound JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         quantize(llama, foreign)
 
 

@@ -310,16 +310,16 @@ ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (truncate, r"metrics\.jsonl: line \d+ is cut off"),
     "cut off inside": (
         lambda f: (f / "metrics.jsonl").write_text('{"kind": "st\n'),
-        r"metrics\.jsonl: line 1 is not sound JSON",
+        r"metrics\.jsonl: line 1 is not valid JSON",
     ),
     "no record": (
         lambda f: (f / "metrics.jsonl").write_text("[1]\n"),
         r"metrics\.jsonl: line 1 is no record",
     ),
-    "summary": (lambda f: (f / "summary.json").write_text("{,"), r"summary\.json: not sound JSON"),
+    "summary": (lambda f: (f / "summary.json").write_text("{,"), r"summary\.json: not valid JSON"),
     "memory": (lambda f: (f / "memory.json").write_text('"x"'), r"memory\.json: got a str, allowed: a JSON"),
-    "plan": (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"), r"plan\.json: not sound JSON"),
-    "config": (lambda f: (f / "config.toml").write_text("steps = "), r"config\.toml: not sound TOML"),
+    "plan": (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"), r"plan\.json: not valid JSON"),
+    "config": (lambda f: (f / "config.toml").write_text("steps = "), r"config\.toml: not valid TOML"),
     "no run": (shutil.rmtree, r"RUN: got '.*', allowed: a run folder"),
 }
 

@@ -742,7 +742,7 @@ def test_other_data_another_task_and_another_model_are_named(
     with pytest.raises(UserError, match=r"\n  --device: what it is computed with\n"):
         resumed(tmp_path, model=str(model))
     (run / "run.json").write_text("[")
-    with pytest.raises(UserError, match=r"run.json: not sound JSON .* or no file: then nothing is compared"):
+    with pytest.raises(UserError, match=r"run.json: not valid JSON .* or no file: then nothing is compared"):
         resumed(tmp_path, model=str(model))
     (run / "run.json").write_bytes(before[run / "run.json"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

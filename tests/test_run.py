@@ -397,7 +397,7 @@ def test_a_folder_without_an_adapter_and_an_unsupported_adapter_are_refused(tmp_
     with pytest.raises(UserError, match="no 'lora_alpha'; a LoRA adapter of PEFT has it"):
         attach_adapter(model, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"adapter_config.json: not sound JSON"):
+    with pytest.raises(UserError, match=r"adapter_config.json: not valid JSON"):
         attach_adapter(model, tmp_path)
 
 

@@ -44,7 +44,7 @@ def fingerprint(folder: Path) -> str:
     """What tells a model from another: SHA-256 of every tensor's name, dtype, shape and first bytes.
 
     Independent of how the tensors lie in files. Seconds even for the largest models. UserError, naming the
-    file, where one is missing or not sound.
+    file, where one is missing or not valid.
     """
     samples: dict[str, bytes] = {}
     for path in weight_files(folder):
@@ -56,14 +56,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, which need not be there. UserError where its index is not sound."""
+    """The safetensors files of a model, which need not be there. UserError where its index is not valid."""
     index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
     if single.is_file() or not index.is_file():  # of both, transformers reads the single one
         return [single]
     try:
         shards = set(parse_json(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not a sound index: {error}") from error
+        raise UserError(f"{index}: not a valid index: {error}") from error
     if not all(map(is_inside, shards)):
         raise UserError(f"{index}: weight_map: a file outside of the folder is named")
     return [folder / name for name in sorted(shards)]

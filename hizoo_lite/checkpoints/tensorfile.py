@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file, fresh. `UserError` where it is missing or not sound; bfloat16 is refused."""
+    """Every tensor of a file, fresh. `UserError` where it is missing or not valid; bfloat16 is refused."""
     entries = read_header(path, {name: dtype.itemsize for name, dtype in _DTYPES.items()})
     found: dict[str, np.ndarray] = {}
     try:
@@ -117,7 +117,7 @@ def read_header(path: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     """The tensors of a file by name. `sizes`: bytes of a value of each dtype that is allowed.
 
     The header is not trusted: ranges must lie in the file, fit shape and dtype, and not overlap. Raises
-    `UserError`, naming the file, where it is not sound.
+    `UserError`, naming the file, where it is not valid.
     """
     try:
         size = path.stat().st_size
@@ -134,7 +134,7 @@ def read_header(path: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     try:
         header = parse_json(text, object_pairs_hook=_unique)
     except ValueError as error:
-        raise UserError(f"{path}: the safetensors header is not sound JSON: {error}") from error
+        raise UserError(f"{path}: the safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise UserError(f"{path}: the safetensors header is not a JSON object")
     header.pop("__metadata__", None)

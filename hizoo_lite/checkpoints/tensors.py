@@ -54,7 +54,7 @@ class TensorFile:
     """One safetensors file. Holds the header, no open file: reads may come from several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header. Raises `UserError`, naming the file, where it is not sound."""
+        """Read and check the header. Raises `UserError`, naming the file, where it is not valid."""
         self.path = path
         sizes = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
         self.entries = {

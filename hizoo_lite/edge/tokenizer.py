@@ -30,7 +30,7 @@ class EdgeTokenizer:
     is_fast = True
 
     def __init__(self, folder: Path, *, token_types: bool = False) -> None:
-        """UserError where `tokenizers` is not installed or a file is missing or not sound."""
+        """UserError where `tokenizers` is not installed or a file is missing or not valid."""
         self.folder, self._token_types = folder, token_types
         config = read_json(folder / _CONFIG, "a tokenizer's settings") if (folder / _CONFIG).is_file() else {}
         if (folder / _SPECIAL).is_file():
@@ -166,7 +166,7 @@ def _backend(path: Path) -> Any:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise UserError(
-            f"{path}: not a sound tokenizer for tokenizers {__version__}, which is installed here ({error})"
+            f"{path}: not a valid tokenizer for tokenizers {__version__}, which is installed here ({error})"
         ) from error
     backend.no_truncation()
     backend.no_padding()

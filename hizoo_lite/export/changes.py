@@ -118,7 +118,7 @@ class InPlaceChanges:
     """Weights that were trained where they are: scales, codes, or a difference beside them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `UserError`, naming the file, where something is missing or not sound."""
+        """Raises `UserError`, naming the file, where something is missing or not valid."""
         record = read_record(folder)
         self.space, self.heads = str(record["space"]), {}
         self.linears = set(record["targets"])

@@ -43,7 +43,7 @@ class RunRecord:
 
 
 def read_run(path: Path | str) -> RunRecord:
-    """The record of a run folder. UserError where there is none, or where a file of it is not sound."""
+    """The record of a run folder. UserError where there is none, or where a file of it is not valid."""
     path = Path(path)
     if not path.is_dir() or not any((path / name).is_file() for name in (_CONFIG, _METRICS, _SUMMARY)):
         raise UserError(f"RUN: got {str(path)!r}, allowed: a run folder (with {_CONFIG} and {_METRICS})")
@@ -94,7 +94,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return _shallow(parse_toml(_read_text(path)))
     except ValueError as error:
-        raise UserError(f"{path}: not sound TOML ({error})") from error
+        raise UserError(f"{path}: not valid TOML ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return _shallow(value)
     except ValueError as error:
-        raise UserError(f"{path}: not sound JSON ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def _read_line(path: Path, count: int, line: str) -> dict[str, Any]:
     try:
         value = _shallow(parse_json(line))
     except ValueError as error:
-        raise UserError(f"{path}: line {count} is not sound JSON ({error})") from error
+        raise UserError(f"{path}: line {count} is not valid JSON ({error})") from error
     if not isinstance(value, dict) or "kind" not in value or number(value.get("step")) is None:
         raise UserError(f"{path}: line {count} is no record of a run; it needs kind and step")
     return value

@@ -226,7 +226,7 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
-    """The settings in a run.json, none where it has none. UserError where it is not sound."""
+    """The settings in a run.json, none where it has none. UserError where it is not valid."""
     wanted = "the run.json of the run, or no file: then nothing is compared"
     found = read_json(path, wanted).get(_LASTING, {}) if path.is_file() else {}
     if not isinstance(found, dict):

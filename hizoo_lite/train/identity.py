@@ -101,7 +101,7 @@ def of_model(folder: Path) -> dict[str, str]:
 
     Every byte of up to 64 MiB of weights; of larger ones 4 KiB at 16384 places, the same number in every
     tensor and at least two: 64 MiB of a model of 70 billion parameters. UserError, naming the file, where
-    one is not sound.
+    one is not valid.
     """
     found = {"model_config": of_files([folder / _MODEL_CONFIG])}
     files = weight_files(folder)
@@ -132,7 +132,7 @@ def _of_weights(files: Sequence[Path]) -> str:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The entries of a run.json; none where there is no such file. UserError where it is not sound."""
+    """The entries of a run.json; none where there is no such file. UserError where it is not valid."""
     if not path.is_file():  # made by an earlier version, or killed before its first step
         return {}
     try:

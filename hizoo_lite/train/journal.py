@@ -7,7 +7,7 @@ all that a run learns from its data. With the initial state they give every late
 The file, little-endian: a header of 32 bytes (magic, version, branches, size of a record, checksum), then the
 records. A record's CRC-32 continues the one before it, so that one that is lost, doubled or moved is seen
 too. The journal is forced to the disk with every checkpoint only: a power failure may leave zeros where many
-records were. So it holds up to the first record that is not sound, and what is behind that is dropped.
+records were. So it holds up to the first record that is not valid, and what is behind that is dropped.
 
 Nothing but the standard library is imported: `hizoo_lite.edge` writes the same file.
 """
