@@ -77,6 +77,8 @@ class Branches:
             raise ValueError("branches: at least one point is needed, got none")
         base = self.points[0].offset == 0.0
         moved = self.points[int(base) :]
+        if not all(math.isfinite(point.offset) and point.offset for point in moved):
+            raise ValueError(f"branches: behind the base offsets must be finite and not 0, got {self.points}")
         pairs = 0
         while _are_pair(*moved[2 * pairs : 2 * pairs + 2]):
             pairs += 1

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 import tomli_w
 import torch
@@ -29,7 +29,7 @@ from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import BudgetError, StorageError
-from hizoo_lite.files import write_text
+from hizoo_lite.files import storing, write_text
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
@@ -40,6 +40,7 @@ from hizoo_lite.process import map_large
 from hizoo_lite.registry import settings_of
 from hizoo_lite.report.report import write_report
 from hizoo_lite.tasks import Records, Task
+from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
 from hizoo_lite.train.checkpoint import Position
@@ -73,10 +74,11 @@ class _Given(NamedTuple):
 
     def write(self, folder: RunFolder) -> None:
         """task.toml and data/."""
-        if self.task is not None:
-            write_text(folder.task, tomli_w.dumps(self.task))
-        if self.data is not None:
-            self.data.write(folder.data)
+        with storing(folder.path):
+            if self.task is not None:
+                write_text(folder.task, tomli_w.dumps(self.task))
+            if self.data is not None:
+                self.data.write(folder.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,10 @@ class Run:
         """Whether a signal ended it before its last step."""
         return bool(self.summary["interrupted"])
 
-    def evaluate(self, split: Literal["train", "dev", "test"] = "test") -> Evaluation:
+    def evaluate(self, split: Split = "test") -> Evaluation:
         """Loss, metric and predictions of the tuned model on a part of the run's data."""
+        if split not in get_args(Split):
+            raise UserError(f"split: got {split!r}, allowed: {', '.join(get_args(Split))}")
         examples = getattr(self.setup.splits, split)
         if not examples:
             raise UserError(f"split: the {split} part of the run is empty; allowed: another part")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -387,3 +388,9 @@ def test_choice_loss_is_cross_entropy_over_mean_scores(tmp_path: Path) -> None:
     scores = losses.scores[0].view(2, 2)
     expected = torch.nn.functional.cross_entropy(scores, torch.tensor([1, 0]), reduction="none")
     torch.testing.assert_close(losses.per_example[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, math.nan, math.inf])
+def test_behind_the_base_there_are_finite_offsets_alone(offset: float) -> None:
+    with pytest.raises(ValueError, match="offsets must be finite and not 0"):
+        Branches((THETA, Point(0, 1.0), Point(0, offset)))

@@ -355,6 +355,12 @@ def test_an_unknown_architecture_is_refused(own_llama):
         load(own_llama, device="cpu")
 
 
+def test_a_configuration_that_transformers_refuses_is_named(own_llama):
+    edit_json(own_llama / "config.json", hidden_size="wide")
+    with pytest.raises(UserError, match=r"config\.json: not a .* knows: Field 'hidden_size' expected int"):
+        load(own_llama, device="cpu")
+
+
 def test_a_kind_that_an_architecture_has_not_is_refused(llama):
     with pytest.raises(UserError, match="model type 'llama' cannot be loaded as masked"):
         load(llama, kind="masked", device="cpu")

@@ -15,7 +15,8 @@ from hizoo_lite import tasks
 from hizoo_lite.base import UserError
 from hizoo_lite.config import DEMO
 from hizoo_lite.run import Run
-from hizoo_lite.tasks import Records
+from hizoo_lite.tasks import Records, files
+from hizoo_lite.train import config_file
 
 ROWS = [{"text": f"row {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(24)]
 KEYS = {
@@ -39,15 +40,22 @@ def test_a_run_of_rows_in_memory_is_that_of_the_file_it_leaves(tmp_path: Path) -
     fitted(tmp_path / "files", task=folder / "task.toml", data=folder / "data")
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "files" / weights).read_bytes()
-    resumed = hz.fit(run.setup.config, out=str(folder), resume=True, task=KEYS, data=ROWS)
+    moved = folder.rename(tmp_path / "moved")
+    resumed = hz.fit(run.setup.config, out=str(moved), resume=True, task=KEYS, data=ROWS)
     assert resumed.summary["steps"] == 2
+    again = moved.rename(tmp_path / "again")
+    found = config_file.resolve(None, {"resume": True, "out": str(again)})
+    assert (found.data, found.task) == (str(again / "data"), str(again / "task.toml"))
+    assert hz.fit(found).summary["steps"] == 2
 
 
 def test_a_function_makes_prompt_and_completion(tmp_path: Path) -> None:
     def sentiment(row: dict[str, Any]) -> tuple[str, str]:
-        return f"{row['text']} It was", " great" if row["label"] else " terrible"
+        return f"{row['text']} It was", " great" if row.pop("label") else " terrible"
 
-    run = fitted(tmp_path / "run", task=sentiment, data={"train": ROWS, "validation": ROWS[:4]})
+    rows: list[dict[str, Any]] = [{**row, "half": "\ud83d"} for row in ROWS]
+    run = fitted(tmp_path / "run", task=sentiment, data={"train": rows, "validation": rows[:4]})
+    assert [row.values for row in files.rows(tmp_path / "run/data/train.jsonl")] == rows
     assert run.setup.task.name == "sentiment"
     assert run.summary["steps"] == 2
 
@@ -93,6 +101,17 @@ def test_a_function_that_fails_is_named_with_its_row() -> None:
         task.load(Records([{"a": 1}]), "train")
 
 
+def test_half_of_a_surrogate_pair_that_a_function_makes_is_named() -> None:
+    task = tasks.get(lambda row: (row["a"], " b"))
+    with pytest.raises(UserError, match=r"data, train row 0: field 'prompt': .* surrogate pair"):
+        task.load(Records([{"a": "\ud83d"}]), "train")
+
+
+def test_labels_of_keys_are_texts() -> None:
+    with pytest.raises(UserError, match=r"task: answers: expected labels that are texts, .*\[0, 1\]"):
+        tasks.get({**KEYS, "answers": {0: " terrible", 1: " great"}})
+
+
 def test_a_task_of_keys_reports_all_of_its_problems() -> None:
     with pytest.raises(UserError, match=r"task: prompt: missing; answers: missing; label_field: missing"):
         tasks.get({"name": "x", "kind": "choice"})
@@ -110,6 +129,8 @@ def test_a_run_evaluates_and_writes(tmp_path: Path) -> None:
     assert run.evaluate().predictions == run.after.predictions
     with pytest.raises(UserError, match="split: the dev part of the run is empty"):
         run.evaluate("dev")
+    with pytest.raises(UserError, match="split: got 'other', allowed: train, dev, test"):
+        run.evaluate("other")  # type: ignore[arg-type]
     assert run.generate("The soup was", 4) == hz.generate(run.setup.model, "The soup was", 4)
 
 
@@ -134,4 +155,6 @@ def test_a_loaded_model_says_its_kind_and_has_no_tokenizer_of_its_own() -> None:
     model = hz.load(BertForSequenceClassification(config), bits="none", device="cpu")
     assert model.kind == "classifier"
     assert model.tokenizer is None
+    with pytest.raises(UserError, match=r"generate: .* is a classifier model; allowed: a causal one"):
+        hz.generate(model, "text")
     assert Path(model.source).is_dir()

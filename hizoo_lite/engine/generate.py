@@ -142,7 +142,8 @@ def generate(
 
     Raises UserError for a prompt that the model cannot continue, and for a number out of its range.
     """
-
+    if model.kind != "causal":
+        raise UserError(f"generate: {model.source} is a {model.kind} model; allowed: a causal one")
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files")

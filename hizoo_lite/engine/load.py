@@ -199,7 +199,7 @@ def _saved(
         atexit.register(temporary.cleanup)
         path = Path(temporary.name)
     else:
-        path = Path(folder)
+        path = Path(folder).expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"folder: {path} is not empty; allowed: a new or empty folder")
     model.save_pretrained(path)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -61,8 +62,9 @@ def read_config(folder: Path, kind: ModelKind, num_labels: int) -> Any:
     labels = {"num_labels": num_labels} if kind == "classifier" else {}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        lines = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).splitlines()
+        first = lines[0] if lines else type(error).__name__
         raise UserError(
             f"{folder / 'config.json'}: not a configuration this transformers knows: {first}"
         ) from error

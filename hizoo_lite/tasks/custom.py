@@ -18,6 +18,7 @@ is reported at once; unknown keys are problems.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def _choice_problems(keys: Mapping[str, Any]) -> list[str]:
     answers = keys["answers"]
     if not isinstance(answers, dict) or len(answers) < 2:
         return [f"answers: expected a table of at least two labels, got {answers!r}"]
+    if not all(isinstance(label, str) for label in answers):
+        return [f"answers: expected labels that are texts, as in a TOML file, got {list(answers)!r:.80}"]
     bad = [label for label, word in answers.items() if not (isinstance(word, str) and word.strip())]
     if bad:
         return [f"answers.{label}: expected a non-empty text, got {answers[label]!r}" for label in bad]
@@ -200,14 +203,16 @@ class _Pairs:
 
     def __call__(self, row: Row) -> Iterator[Example]:
         try:
-            prompt, answer = self.function(row.values)
-        except (KeyError, TypeError, ValueError) as error:
+            prompt, answer = self.function(copy.deepcopy(row.values))  # the run folder has the row as it was
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{row.where}: task {getattr(self.function, '__name__', 'function')}: "
                 f"{type(error).__name__}: {error}; wanted: a function from a row to (prompt, completion)"
             ) from error
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
             raise UserError(f"{row.where}: got {(prompt, answer)!r:.80}, wanted: (prompt, completion), texts")
+        row.check_unicode("prompt", prompt)
+        row.check_unicode("completion", answer)
         yield Example({"prompt": prompt}, (answer,), 0, (answer.strip(),))
 
 

@@ -50,13 +50,13 @@ class Row:
         """The first of these fields that is present. UserError naming file, line and columns if none is."""
         for name in names:
             if self.values.get(name) is not None:
-                self._check_unicode(name, self.values[name])
+                self.check_unicode(name, self.values[name])
                 return self.values[name]
         columns = ", ".join(map(str, self.values)) or "none"
         wanted = " or ".join(repr(name) for name in names)
         raise UserError(f"{self.where}: field {wanted} is missing; the fields here are: {columns}")
 
-    def _check_unicode(self, name: str, found: Any) -> None:
+    def check_unicode(self, name: str, found: Any) -> None:
         """UserError where a text, or one of a list, holds half of a surrogate pair; no tokenizer takes it."""
         for text in found if isinstance(found, list) else (found,):
             if isinstance(text, str) and not is_unicode(text):

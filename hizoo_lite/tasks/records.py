@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import UserError
-from hizoo_lite.files import write_text
+from hizoo_lite.files import is_unicode, write_text
 from hizoo_lite.tasks.files import SPLIT_WORDS, Row, Split
 
 _ALLOWED = "rows (dicts of column name -> value), or rows by the name of their part (train, dev, test)"
@@ -44,8 +44,7 @@ class Records:
         """A JSONL file for each part."""
         folder.mkdir(exist_ok=True)
         for split, rows in self._rows.items():
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_text(folder / f"{split}.jsonl", "".join(lines))
+            write_text(folder / f"{split}.jsonl", "".join(_line(row) + "\n" for row in rows))
 
 
 def _read(rows: Any, part: str) -> Iterator[dict[str, Any]]:
@@ -58,8 +57,14 @@ def _read(rows: Any, part: str) -> Iterator[dict[str, Any]]:
             raise UserError(f"data, {part} row {number}: got {row!r:.80}, allowed: {_ALLOWED}")
         try:
             yield json.loads(json.dumps(dict(row), default=_plain))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"data, {part} row {number}: {error}") from error
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """As JSON; with escapes where a text has half of a surrogate pair, which UTF-8 has not."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(row)
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,10 @@ OLDER: dict[str, Any] = {
 }
 
 
+#: Files of a run folder that have what was given in memory, by the setting that names them.
+OWN = {"data": "data", "task": "task.toml"}
+
+
 def flag(name: str) -> str:
     """The flag of a field: `--batch-size`."""
     return "--" + name.replace("_", "-")
@@ -74,7 +78,7 @@ def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = 
     origin: dict[str, str] = {}
     values = _read(file, found, origin) if file is not None else {}
     if config is None and file is not None:
-        values = {**OLDER, **values}
+        values = _of_folder({**OLDER, **values}, file.parent)
     for name, text in flags.items():
         values[name], origin[name] = _parsed(name, text), flag(name)
 
@@ -92,7 +96,7 @@ def read(path: Path) -> TrainConfig:
     """The settings of a run as it resolved them. UserError with every problem."""
     found: list[str] = []
     origin: dict[str, str] = {}
-    values = {**OLDER, **_read(path, found, origin)}
+    values = _of_folder({**OLDER, **_read(path, found, origin)}, path.parent)
     refuse(found + problems(values, lambda name: origin.get(name, name)))
     return TrainConfig(**values)
 
@@ -112,6 +116,16 @@ def with_profile(values: Mapping[str, Any], found: list[str] | None = None) -> d
             raise
         found.append(str(error))
         return dict(values)
+
+
+def _of_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run has in its own folder is there: that may have been moved, or is seen from elsewhere."""
+    return values | {name: str(folder / file) for name, file in OWN.items() if _is_own(values, name)}
+
+
+def _is_own(values: Mapping[str, Any], name: str) -> bool:
+    """Whether the run folder itself has what a setting names, since it was given in memory."""
+    return name in OWN and values.get(name) == str(Path(values.get("out") or "") / OWN[name])
 
 
 def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
@@ -210,6 +224,7 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
     ends = [name for name in ("lr_schedule", "smoothing_schedule") if before[name] != "constant"]
     if not ends:
         kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
+    kept -= {name for name in OWN if _is_own(after, name)}  # `identity` compares what it holds
     why = {"steps": ": " + " and ".join(f"{name} {before[name]!r} ends with them" for name in ends)}
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"

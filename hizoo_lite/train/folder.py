@@ -60,8 +60,8 @@ class RunFolder:
         self._settings: TrainConfig | None = None  # of config.toml, as it was first read or last written
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
-        self.data = self.path / "data"  # of a run whose rows were in memory
-        self.task = self.path / "task.toml"  # of one whose task was given as keys
+        self.data = self.path / config_file.OWN["data"]  # of a run whose rows were in memory
+        self.task = self.path / config_file.OWN["task"]  # of one whose task was given as keys
         self.metrics = self.path / "metrics.jsonl"
         self.journal = self.path / "journal.bin"
         self._config = self.path / "config.toml"
