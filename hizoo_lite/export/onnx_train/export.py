@@ -149,7 +149,7 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
 
 
 def _adapter_inputs(space: LoRA) -> dict[str, dict[str, Any]]:
-    """What becomes of each parameter as an input of model.onnx (see `onnx/adapter.py`)."""
+    """What becomes of each parameter as an input of model.onnx (see `edge/onnx_adapter.py`)."""
     found: dict[str, dict[str, Any]] = {}
     for name in space.target_names:
         for side, given in zip("AB", lora_inputs(name), strict=True):
