@@ -530,7 +530,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     narrow.attach(tiny(tmp_path / "model", "nf4"), seed=0)
     with pytest.raises(UserError, match="targets: it has"):
         narrow.load(tmp_path / "saved")
-    with pytest.raises(UserError, match=r"hizoo_space.json: cannot be read"):
+    with pytest.raises(UserError, match=r"hizoo_space.json: no such file"):
         space.load(tmp_path / "missing")
     (tmp_path / "saved/block-00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"block-00001.safetensors: cannot be read"):

@@ -33,7 +33,7 @@ from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import setup
-from tests.architectures import TINY_CONFIGS, save_tiny
+from tests.architectures import MAX_POSITIONS, TINY_CONFIGS, save_tiny
 
 FRAMEWORK = 300 << 20
 EXACT = ("embeddings_and_head", "resident_blocks", "block_slots", "adapters", "curvature", "small_parameters")
@@ -203,7 +203,7 @@ def test_an_update_is_planned_with_the_bytes_that_it_makes(bits: Any, update: An
     update_bytes(space)  # scratch is there from now on
     made = update_bytes(space)
     dry = dry_run(tmp_path, SPACES.configured(config), bits)
-    planned = dry.run(Pass(1, 4, Branches(), 1))
+    planned = dry.run(Pass(1, 4, Branches.of(), 1))
     scratch = {name: buffer.nbytes for (name, _), buffer in model.scratch._buffers.items()}
     assert {name: planned.scratch[name] for name in scratch} == scratch
     assert planned.moments["update"] > made  # it is made while a pass runs
@@ -410,3 +410,10 @@ def test_a_folder_with_only_a_configuration_is_planned_from_its_shapes(tmp_path:
     found = json.loads(done.stdout)
     assert found["residency"] == "resident"
     assert any("no header was read" in text for text in found["unaccounted"])
+
+
+def test_a_text_is_planned_as_long_as_the_model_has_positions_for(tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path, dtype=torch.bfloat16)
+    done = call("--model", str(tmp_path), "--max-length", "100000", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["max_length"] == MAX_POSITIONS

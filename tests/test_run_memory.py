@@ -162,7 +162,7 @@ def test_eval_and_generate_take_a_profile(command: str, machine: Path, monkeypat
         seen.append(options)
         return plain(source, **options)
 
-    monkeypatch.setattr("hizoo_lite.engine.load.load", watched)
+    monkeypatch.setattr("hizoo_lite.train.saved.load", watched)
     monkeypatch.setattr("hizoo_lite.train.setup.load", watched)
     more = {
         "eval": ["--task", "embedded", "--data", "embedded", "--examples", "2"],

@@ -118,7 +118,7 @@ class Streamed:
             self._take_away(block, first=True)
 
     def acquire(self, block: int) -> None:
-        """Views into one fresh buffer, so that what is changed without `keep` is lost."""
+        """Views into one fresh buffer, so that what is changed without `mark_dirty` is lost."""
         assert self.present is None
         self.present = block
         for key, stored in self._stored(block):
@@ -133,7 +133,7 @@ class Streamed:
             stored.owner._buffers[stored.name] = view.copy_(home)
             begin += -(-home.nbytes // 64) * 64
 
-    def keep(self, block: int) -> None:
+    def mark_dirty(self, block: int) -> None:
         """What is here now is what comes back."""
         assert self.present == block
         self.kept += 1

@@ -93,6 +93,7 @@ class Subject:
         self._runs: dict[tuple[Place, bool], DryRun] = {}
         self._passes: dict[tuple[Any, ...], Activations] = {}
         self.place: Place = "resident" if config.residency == "auto" else config.residency
+        self.length = min(self.length, self.held(self.place).model.positions or self.length)
         self.space = self.held(self.place).space
         self.shapes = trainable(self.space)
         twice = any(name.endswith(".nested_absmax") for name in outline.forms)
