@@ -174,8 +174,8 @@ class TrainConfig:
     )
     by_length: Literal["auto", "off"] = _setting(
         "auto",
-        "auto sorts examples by length among every 8 batches, fewer where an epoch has few, "
-        "so that a batch is padded less",
+        "auto sorts examples by length among every 8 batches (fewer if an epoch has few) of which a third "
+        "or more is padding",
         group="Run",
     )
     accumulate: int = _setting(

@@ -39,6 +39,10 @@ class Splits:
 
 #: Classes of which none has more than this many times another's examples count as equally frequent.
 EVEN = 1.5
+#: The share of padding from which examples are sorted by length. Batches of like length are less like the
+#: whole, which costs a run of short texts more than it saves: the demo (26 %) ends at losses 0.01 to 0.07
+#: higher, SST-2 (59 %) does not.
+LEAST_PADDING = 1 / 3
 #: Batches among which examples are sorted by length.
 WINDOW = 8
 
@@ -188,17 +192,27 @@ def batch_indices(
     labels: the class of each example, (count,), to balance the batches: the same number of each class where
         classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
     length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a quarter
-        of an epoch where that is less, change places (see `_alike`).
+        of an epoch where that is less, change places (see `_alike`) if at least `LEAST_PADDING` of them is
+        padding.
     """
     window = min(WINDOW, count // (4 * max(1, batch_size)))
     if length is None or window < 2:
         return _as_they_come(count, batch_size, seed, step, labels)
     number, place = divmod(step, window)
     steps = range(number * window, (number + 1) * window)
-    found = _alike([_as_they_come(count, batch_size, seed, s, labels) for s in steps], labels, length)
+    usual = [_as_they_come(count, batch_size, seed, s, labels) for s in steps]
+    if _padding(usual, length) < LEAST_PADDING:
+        return usual[place]
+    found = _alike(usual, labels, length)
     # a counter that no permutation of an epoch reaches
     draw = np.random.Generator(np.random.Philox(counter=1 << 192, key=[seed, number]))
     return found[draw.permutation(window)[place]]
+
+
+def _padding(batches: Sequence[Sequence[int]], length: Callable[[int], int]) -> float:
+    """The share of the batches' tokens that is padding."""
+    lengths = [[length(index) for index in batch] for batch in batches]
+    return 1.0 - sum(map(sum, lengths)) / sum(max(each) * len(each) for each in lengths)
 
 
 def _alike(
