@@ -28,11 +28,13 @@ from hizoo_lite.plan import ledger, planner
 from hizoo_lite.plan.dry_run import DryRun, Pass, Source, pass_bytes
 from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.plan import Plan
+from hizoo_lite.plan.planner import CannotPlan
 from hizoo_lite.plan.tally import KernelMemory, Tally
+from hizoo_lite.plan.workload import ONE_ROW
 from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
-from hizoo_lite.train import setup
+from hizoo_lite.train import planning, setup
 from tests.architectures import MAX_POSITIONS, TINY_CONFIGS, save_tiny
 
 FRAMEWORK = 300 << 20
@@ -417,3 +419,20 @@ def test_a_text_is_planned_as_long_as_the_model_has_positions_for(tmp_path: Path
     done = call("--model", str(tmp_path), "--max-length", "100000", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["max_length"] == MAX_POSITIONS
+
+
+def test_a_model_that_cannot_be_run_dry_ends_with_code_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks_at_values(self: Any, wanted: Pass) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    monkeypatch.setattr(DryRun, "run", looks_at_values)
+    done = call("--model", str(tmp_path))
+    assert done.exit_code == 2
+    assert "cannot be planned: its forward fails on tensors without memory (Tensor.item()" in done.stderr
+    config = config_of(tmp_path)
+    assert planning.plan(config, Checkpoint.open(tmp_path), "causal", ONE_ROW) is None
+    with pytest.raises(CannotPlan):
+        planning.plan(replace(config, device_budget="1GiB"), Checkpoint.open(tmp_path), "causal", ONE_ROW)

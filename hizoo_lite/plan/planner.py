@@ -42,6 +42,14 @@ LARGEST_BATCH = 16
 _BATCHES = (16, 8, 4, 2, 1)
 
 
+#: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
+_DRY_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+
+class CannotPlan(UserError):
+    """The model cannot be run on tensors without memory."""
+
+
 def plan_run(
     config: TrainConfig,
     checkpoint: Checkpoint | Outline,
@@ -59,15 +67,22 @@ def plan_run(
     largest batch that fits, up to 16, in place of the configuration's. framework: bytes of the imported
     libraries, measured where it is None.
 
-    Raises `UserError` for bits, targets and residencies that contradict the checkpoint. An architecture that
-    is not known gives a plan that does not fit, with what is not accounted for.
+    Raises `UserError` for bits, targets and residencies that contradict the checkpoint, and its `CannotPlan`
+    for a model whose forward fails on tensors without memory. An architecture that is not known gives a plan
+    that does not fit, with what is not accounted for.
     """
     outline = checkpoint if isinstance(checkpoint, Outline) else Outline.of(checkpoint)
     try:
-        subject = Subject(config, outline, kind, workload, hardware, framework)
+        return _choose(Subject(config, outline, kind, workload, hardware, framework), choose_batch)
     except Unknown as error:
         return _unknown(config, outline, str(error))
-    return _choose(subject, choose_batch)
+    except UserError:
+        raise
+    except _DRY_RUN_ERRORS as error:
+        raise CannotPlan(
+            f"{outline.folder}: cannot be planned: its forward fails on tensors without memory ({error}); "
+            "allowed: a run without a budget, which goes without a plan"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------- one option

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from hizoo_lite.base import Example, ModelKind, UserError
+from hizoo_lite.base import Example, ModelKind
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, like
 from hizoo_lite.errors import BudgetError
@@ -16,7 +16,7 @@ from hizoo_lite.model.build import choose_compute, compute_name, read_config, re
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.plan import Plan
-from hizoo_lite.plan.planner import plan_run
+from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
 from hizoo_lite.quant import Checkpoint
@@ -25,9 +25,6 @@ from hizoo_lite.train.parts import task_encoder
 from hizoo_lite.units import format_bytes
 
 _log = logging.getLogger(__name__)
-
-#: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
-_DRY_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 #: Examples of a part that are encoded beforehand, about half a millisecond each. Where there are more, the
 #: longest row is taken to be as long as the limit allows.
@@ -49,10 +46,10 @@ def plan(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, workload:
         config, framework = replace(config, compute_dtype=compute), framework_bytes()
     try:
         found = plan_run(config, checkpoint, kind, workload, hardware=machine, framework=framework)
-    except _DRY_RUN_ERRORS as error:
-        if has_budget or isinstance(error, UserError):
+    except CannotPlan as error:
+        if has_budget:
             raise
-        _log.warning("%s: cannot be planned: %s", checkpoint.folder, error)
+        _log.warning("%s", error)
         return None
     if has_budget and not found.fits:
         raise BudgetError(_refusal(found))
