@@ -46,9 +46,7 @@ class StepRecord(NamedTuple):
     """The scalars of one step; with the seed they determine the update."""
 
     step: int
-    losses: tuple[
-        float, ...
-    ]  # mean loss of each branch; of what `Estimator.reduce` makes of them, if it does
+    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.reduce` gives them
     coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
     curvatures: tuple[float, ...] | None
     lr: float  # 0.0 in a skipped step
