@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from hizoo_lite.base import EVALUATION, Batch, Branches, UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.writer import Form
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
@@ -31,7 +32,6 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan
 from hizoo_lite.plan.tally import KernelMemory, Tally
 from hizoo_lite.plan.workload import ONE_ROW
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import planning, setup

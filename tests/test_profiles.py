@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.cli import app
 from hizoo_lite.plan import hardware, planner, speed
 from hizoo_lite.plan.outline import Outline
-from hizoo_lite.quant import Checkpoint
 from tests.architectures import save_tiny
 from tests.test_plan import config_of, large
 

@@ -30,12 +30,12 @@ from typer.testing import CliRunner
 
 from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import writer as files
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes
 from hizoo_lite.cli import app
 from hizoo_lite.engine.load import load
 from hizoo_lite.export import shards
 from hizoo_lite.export.quantize import PROGRESS_FILE, Quantization
-from hizoo_lite.quant import Checkpoint
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 from tests.test_load_process import ROOT, run_python, save_large_llama
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite.base import UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.engine.load import load
 from hizoo_lite.model import build
-from hizoo_lite.quant import Checkpoint
 from tests.test_load_process import run_python
 
 SMALL = {"vocab_size": 500, "hidden_size": 256, "num_attention_heads": 4}

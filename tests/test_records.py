@@ -57,7 +57,11 @@ def test_a_function_makes_prompt_and_completion(tmp_path: Path) -> None:
     run = fitted(tmp_path / "run", task=sentiment, data={"train": rows, "validation": rows[:4]})
     assert [row.values for row in files.rows(tmp_path / "run/data/train.jsonl")] == rows
     assert run.setup.task.name == "sentiment"
-    assert run.summary["steps"] == 2
+    config = run.setup.config
+    again = hz.fit(config, resume=True, out=str(tmp_path / "run"), task=sentiment, data=tmp_path / "run/data")
+    assert again.summary["steps"] == 2
+    with pytest.raises(UserError, match="task: unknown name 'sentiment'"):
+        hz.fit(config, resume=True, out=str(tmp_path / "run"))
 
 
 class Frame:

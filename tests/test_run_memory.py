@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import hizoo_lite as hz
 from hizoo_lite.base import Batch, UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget
@@ -26,7 +27,6 @@ from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import hardware, planner
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import planning, setup

@@ -127,13 +127,13 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     import torch
 
     import hizoo_lite.run  # noqa: F401 - what a run imports
+    from hizoo_lite.checkpoints.checkpoint import Checkpoint
     from hizoo_lite.engine.budget import Budget, enforced
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.memory.limits import Budgets
     from hizoo_lite.plan import planner
     from hizoo_lite.process import trim
-    from hizoo_lite.quant import Checkpoint
     from hizoo_lite.spaces import SPACES
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train import setup
@@ -206,8 +206,9 @@ def serve(mode: str, folder: str, text: str) -> None:
     case = Case(*json.loads(text))
     began = time.perf_counter()
     if mode == "plan":
+        import hizoo_lite.run  # noqa: F401 - its libraries count
+        from hizoo_lite.checkpoints.checkpoint import Checkpoint
         from hizoo_lite.plan import planner, subject
-        from hizoo_lite.quant import Checkpoint
 
         subject.framework_bytes()
         plan = planner.plan_run(config_of(case, folder), Checkpoint.open(folder), "causal")

@@ -24,6 +24,7 @@ from hizoo_lite import spaces, tasks
 from hizoo_lite.checkpoints import adapter, tensorfile
 from hizoo_lite.checkpoints import fingerprint as export_files
 from hizoo_lite.checkpoints.adapter import peft_weights
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.graph import Record as TrainRecord
@@ -32,7 +33,6 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import hardware
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.report.report import write_report
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import custom, files

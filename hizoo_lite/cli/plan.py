@@ -81,6 +81,7 @@ def command(
     if estimator == "mezo":
         given["lr"] = "1e-6"  # mezo has no automatic one; it does not matter here
     config = resolve(None, given)
+    import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
     from hizoo_lite.errors import BudgetError
     from hizoo_lite.plan import planner
@@ -133,11 +134,11 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
 def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
     from hizoo_lite.checkpoints import hub
+    from hizoo_lite.checkpoints.checkpoint import Checkpoint
     from hizoo_lite.errors import UserError
     from hizoo_lite.files import read_json
     from hizoo_lite.model import build, kinds
     from hizoo_lite.plan.outline import Outline
-    from hizoo_lite.quant import Checkpoint
 
     source = kinds.model_path(config.model)
     folder = Path(source).expanduser()

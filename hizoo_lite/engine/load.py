@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from hizoo_lite.base import Bits, ComputeDtype, ModelKind, UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.device import choose_device, is_gpu, kind_of
 from hizoo_lite.engine.block import install
 from hizoo_lite.engine.residency import Resident, Streamed
@@ -29,11 +30,15 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.weights import WeightLoader
 from hizoo_lite.process import keep_heap, map_large
-from hizoo_lite.quant import Checkpoint, native
+from hizoo_lite.quant import native
 from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Share of the host's free memory that blocks may take where no budget says so.
+_HOST_SHARE = 0.8
+_BYTES_AN_ELEMENT: dict[Bits, float] = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "none": 2.0}
 
 
 def load(
@@ -142,13 +147,6 @@ def assemble(loader: WeightLoader, config: Any, source: str, limits: Limits | No
         new_parameters=loader.new,
         limits=limits or Limits(),
     )
-
-
-#: Share of the host's free memory that blocks may take where no budget says so.
-_HOST_SHARE = 0.8
-
-
-_BYTES_AN_ELEMENT: dict[Bits, float] = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "none": 2.0}
 
 
 def choose(

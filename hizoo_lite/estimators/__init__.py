@@ -1,4 +1,4 @@
-"""Estimators: which branches a step evaluates, and from their losses to the scalars of the step."""
+"""Estimators: which points a step evaluates, and from their losses to the scalars of the step."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where every byte goes: sizes as users write them, and what the process really used."""
+"""What a run takes: limits, peaks, and samples over its blocks and steps."""

@@ -1,1 +1,1 @@
-"""A Hugging Face model with packed, branch-aware linears: loading, blocks, products."""
+"""A Hugging Face model with packed, branch-aware linears: building, filling, products."""

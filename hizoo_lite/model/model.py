@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.memory.limits import Limits
 from hizoo_lite.model.build import vocabulary_of
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.scratch import Scratch
-from hizoo_lite.quant import Checkpoint
 
 
 @final

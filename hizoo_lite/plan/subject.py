@@ -40,7 +40,7 @@ DRAWING_BYTES = 8 << 20
 
 @functools.cache
 def framework_bytes() -> int:
-    """Anonymous memory of this process at the first call; `hizoo_lite.run` has been imported by then."""
+    """Anonymous memory of this process at the first call. Whoever asks has imported `hizoo_lite.run`."""
     return resident().anon_bytes or FRAMEWORK_BYTES
 
 

@@ -1,1 +1,1 @@
-"""The run: configuration, the loop, evaluation, checkpoints, the run folder."""
+"""The run: the step, the loop, evaluation, checkpoints, the run folder."""

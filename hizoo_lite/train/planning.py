@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from hizoo_lite.base import Example, ModelKind
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, like
 from hizoo_lite.errors import BudgetError
@@ -19,7 +20,6 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.train.parts import task_encoder
 from hizoo_lite.units import format_bytes

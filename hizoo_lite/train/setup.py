@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hizoo_lite.base import EVALUATION, Curvature, Estimator, Space, UserError
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.engine.load import load
@@ -20,7 +21,6 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Bits, ModelKind, UserError
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
@@ -23,7 +24,6 @@ from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import map_large
-from hizoo_lite.quant import Checkpoint
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import identity, saved, setup
