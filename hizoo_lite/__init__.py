@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from hizoo_lite.engine.generate import generate
     from hizoo_lite.engine.load import load
     from hizoo_lite.model.model import Model
-    from hizoo_lite.run import Run, fit
-    from hizoo_lite.train.evaluate import evaluate
+    from hizoo_lite.run import Run, evaluate, fit
 
 __version__ = "0.1.0"
 
@@ -46,7 +45,7 @@ _HOMES = {
     "TooManyBadSteps": "base",
     "TrainConfig": "config",
     "UserError": "base",
-    "evaluate": "train.evaluate",
+    "evaluate": "run",
     "fit": "run",
     "generate": "engine.generate",
     "load": "engine.load",

@@ -10,26 +10,22 @@ trackers are accelerate's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import tomli_w
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from hizoo_lite import tasks
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
 from hizoo_lite.checkpoints.fingerprint import fingerprint
-from hizoo_lite.config import TrainConfig, refuse
-from hizoo_lite.device import choose_device, choose_type, is_gpu, kind_of
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import BudgetError, StorageError
-from hizoo_lite.files import storing, write_text
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
@@ -37,19 +33,19 @@ from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large
-from hizoo_lite.registry import settings_of
 from hizoo_lite.report.report import write_report
-from hizoo_lite.tasks import Records, Task
+from hizoo_lite.tasks import Records
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
-from hizoo_lite.train import checkpoint, config_file, distributed, identity, resume
+from hizoo_lite.train import checkpoint, config_file, distributed, identity, parts, resume, saved
+from hizoo_lite.train import evaluate as evaluation
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.evaluate import Evaluation, evaluate
+from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
+from hizoo_lite.train.given import Given, TaskLike, configured, in_memory, object_of, same_device
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
-from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
 
@@ -57,28 +53,6 @@ if TYPE_CHECKING:
     from hizoo_lite.edge.folder import Export
     from hizoo_lite.export.merged import Dtype
     from hizoo_lite.export.onnx.linear import Format
-
-
-#: What the data of a run is called until its folder is known.
-IN_MEMORY = "in memory"
-_Part = TypeVar("_Part", Space, Estimator, Curvature)
-#: Of objects that stand in for a name.
-_EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
-
-
-class _Given(NamedTuple):
-    """What was given in memory and is to be in the run folder, so that the run can be resumed from there."""
-
-    task: Mapping[str, Any] | None
-    data: Records | None
-
-    def write(self, folder: RunFolder) -> None:
-        """task.toml and data/."""
-        with storing(folder.path):
-            if self.task is not None:
-                write_text(folder.task, tomli_w.dumps(self.task))
-            if self.data is not None:
-                self.data.write(folder.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +72,11 @@ class Run:
 
     def evaluate(self, split: Split = "test") -> Evaluation:
         """Loss, metric and predictions of the tuned model on a part of the run's data."""
-        if split not in get_args(Split):
-            raise UserError(f"split: got {split!r}, allowed: {', '.join(get_args(Split))}")
-        examples = getattr(self.setup.splits, split)
+        examples = getattr(self.setup.splits, _checked_split(split))
         if not examples:
             raise UserError(f"split: the {split} part of the run is empty; allowed: another part")
-        return evaluate(self.setup.traversal, self.setup.encoder, examples, self.setup.config.eval_batch_size)
+        batch_size = self.setup.config.eval_batch_size
+        return evaluation.evaluate(self.setup.traversal, self.setup.encoder, examples, batch_size)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
         """What the tuned causal model writes after `prompt`; `sampling` as for `hizoo_lite.generate`."""
@@ -143,7 +116,7 @@ class Run:
 def fit(
     model: TrainConfig | Model | str,
     *,
-    task: str | Path | Mapping[str, Any] | Callable[..., Any] | Task | None = None,
+    task: TaskLike | None = None,
     data: Any = None,
     space: Space | str | None = None,
     estimator: Estimator | str | None = None,
@@ -172,19 +145,15 @@ def fit(
     listener = listener or Listener()
     parts = {"space": space, "estimator": estimator, "curvature": curvature}
     options |= {key: part for key, part in parts.items() if isinstance(part, str)}
-    space, estimator = _object("space", space), _object("estimator", estimator)
-    curvature = _object("curvature", curvature)
-    found = None if task is None or isinstance(task, str | Path) else tasks.get(task)
-    records = None if data is None or isinstance(data, str | Path) else Records(data)
-    for name, given, made in (("task", task, found), ("data", data, records)):
-        if given is not None:
-            options[name] = str(given) if made is None else getattr(made, "name", IN_MEMORY)
-    config, loaded = _configured(model, space, estimator, curvature, options)
+    space, estimator = object_of("space", space), object_of("estimator", estimator)
+    curvature = object_of("curvature", curvature)
+    found, records = in_memory(task, data, options)
+    config, loaded = configured(model, space, estimator, curvature, options)
     wanted = config.device if loaded is None else loaded.device.type
     ranks = distributed.join(choose_type(wanted)[0])
     device = choose_device(wanted)  # of this rank, which has its own
     if loaded is not None:
-        device = _same_device(loaded, device, ranks)
+        device = same_device(loaded, device, ranks)
     if not ranks.is_main:
         listener = Listener()
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
@@ -207,84 +176,62 @@ def fit(
         _announce(setup, listener)
         budget = Budget(limits, setup.model, listener.message, cap)
         try:
-            return _run(setup, folder, listener, budget, _Given(keys, records))
+            return _run(setup, folder, listener, budget, Given(keys, records))
         finally:
             setup.stepper.close()
 
 
-def _object(field: str, given: _Part | str | None) -> _Part | None:
-    """What was given in place of a name; None for a name. UserError for a class and for what has no name."""
-    if given is None or isinstance(given, str):
-        return None
-    if isinstance(given, type) or not isinstance(getattr(given, "name", None), str):
-        raise UserError(
-            f"{field}: got {given!r:.80}, allowed: a name, or an object such as {_EXAMPLES[field]}"
-        )
-    return given
+def evaluate(
+    of: Run | Model | str | Path,
+    *,
+    task: TaskLike | None = None,
+    data: Any = None,
+    split: Split = "test",
+    examples: int | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Loss, metric and predictions of a model on a part of a data set, as `hizoo-lite eval` has them.
+
+    Args:
+        of: a run; its folder, or that of PEFT's adapter: the model with what was tuned; a loaded model as it
+            is; a model's folder or hub id.
+        task: as for `fit`; None: the run's.
+        data: a file or folder, divided as a run with these options divides it; or rows in memory, which all
+            count, or rows by part. None: the run's, or the hub.
+        split: which part.
+        examples: the first so many of the part; None: all.
+        options: fields of `TrainConfig`, in place of the run's.
+
+    Raises UserError for bad input and BudgetError.
+    """
+    _checked_split(split)
+    if examples is not None and examples < 1:
+        raise UserError(f"examples: got {examples}, allowed: a whole number of 1 or more")
+    given, records = in_memory(task, data, options)
+    if records is not None and not isinstance(data, Mapping):
+        records = Records({split: data})
+    model, adapter = None, None
+    if isinstance(of, Run):
+        config, model = replace(of.setup.config, **options), of.setup.model
+        given = of.setup.task if task is None else given
+    elif isinstance(of, Model):
+        config, model = configured(of, None, None, None, options)
+    else:
+        adapter = str(of) if saved.is_tuned(of) else None
+        options = config_file.with_profile(options if adapter else {"model": str(of), **options})
+        config = saved.eval_config(adapter, options)
+    found = parts.find_task(config.task) if given is None else given
+    if records is None:
+        part = parts.split_part(config, found, split, examples)
+    else:
+        part = found.load(records, split)[:examples]
+    return saved.measured(config, found, part, adapter, Listener(), model)[0]
 
 
-def _configured(
-    model: TrainConfig | Model | str,
-    space: Space | None,
-    estimator: Estimator | None,
-    curvature: Curvature | None,
-    options: dict[str, Any],
-) -> tuple[TrainConfig, Model | None]:
-    """The configuration, with what the given objects say about themselves."""
-    named = {**settings_of(space), **settings_of(estimator), **settings_of(curvature)}
-    if isinstance(named.get("targets"), list | tuple):
-        named["targets"] = ",".join(named["targets"])
-    for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
-        if part is not None:
-            named[key] = part.name
-    refuse(
-        [
-            f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"
-            for name, value in named.items()
-            if options.get(name, value) != value
-        ]
-    )
-    options = {name: value for name, value in options.items() if name not in named}
-    if isinstance(model, TrainConfig):
-        return _with_budgets(replace(model, **options, **named)), None
-    if isinstance(model, Model):
-        named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
-        named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
-        named["residency"] = _residency(model, options.pop("residency", "auto"))
-        options = {**model.limits.settings(), **config_file.with_profile(options)}
-        return TrainConfig(**{**options, **named}), model
-    return TrainConfig(**{"model": str(model), **config_file.with_profile(options), **named}), None
-
-
-def _device_name(device: torch.device) -> str:
-    """As a setting: without its index where that is the one that is chosen without."""
-    return device.type if choose_device(device.type) == device else str(device)
-
-
-def _with_budgets(config: TrainConfig) -> TrainConfig:
-    """A configuration made in Python says nothing but None for what is not given: the budgets."""
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    return TrainConfig(**config_file.with_profile(given))
-
-
-def _residency(model: Model, wanted: str) -> str:
-    """Of a loaded model: as it was loaded. UserError where another is asked for."""
-    if wanted not in ("auto", model.residency.name):
-        raise UserError(
-            f"residency: got {wanted!r}, but the model was loaded with its blocks {model.residency.name}; "
-            f"allowed: {model.residency.name}, auto, or load(..., residency={wanted!r})"
-        )
-    return model.limits.residency
-
-
-def _same_device(model: Model, device: torch.device, ranks: Ranks) -> torch.device:
-    """The device of a loaded model. UserError where it is that of another rank."""
-    if ranks.count > 1 and is_gpu(device) and model.device != device:
-        raise UserError(
-            f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "
-            f"allowed: load(..., device={device.type!r}), which takes it"
-        )
-    return model.device
+def _checked_split(split: str) -> str:
+    if split not in get_args(Split):
+        raise UserError(f"split: got {split!r}, allowed: {', '.join(get_args(Split))}")
+    return split
 
 
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -317,7 +264,7 @@ def _announce(setup: Setup, listener: Listener) -> None:
     )
 
 
-def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, given: _Given) -> Run:
+def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, given: Given) -> Run:
     setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
     with ExitStack() as open_things:
@@ -429,7 +376,7 @@ def owners(setup: Setup) -> list[dict[str, Any]]:
     return ledger.owner_list(predicted, {**found.device, **found.host})
 
 
-def _begin(setup: Setup, folder: RunFolder, listener: Listener, given: _Given) -> Position:
+def _begin(setup: Setup, folder: RunFolder, listener: Listener, given: Given) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = resume.Start(Position())
     model = setup.model

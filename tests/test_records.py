@@ -138,6 +138,39 @@ def test_a_run_evaluates_and_writes(tmp_path: Path) -> None:
     assert run.generate("The soup was", 4) == hz.generate(run.setup.model, "The soup was", 4)
 
 
+def test_a_run_is_evaluated_from_memory_and_from_its_folder(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "run", task=KEYS, data=ROWS)
+    assert run.after is not None
+    assert hz.evaluate(run)[:4] == run.after[:4]
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoints/step-000002"):
+        assert hz.evaluate(folder, task=KEYS, data=ROWS, device="cpu").examples == len(ROWS)
+    assert hz.evaluate(tmp_path / "run")[:4] == run.after[:4]
+    few = hz.evaluate(str(tmp_path / "run"), split="train", examples=3)
+    assert (few.examples, few.predictions) == (3, hz.evaluate(run, split="train").predictions[:3])
+
+
+def test_rows_in_memory_are_evaluated_as_they_are(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "run", task=KEYS, data=ROWS)
+    assert run.before is not None
+    of_parts = {"train": ROWS, "test": ROWS[:6]}
+    assert hz.evaluate(run, data=ROWS[:6])[:4] == hz.evaluate(run, data=of_parts)[:4]
+    texts = [example.fields["text"] for example in run.setup.splits.test]
+    tests = [row for text in texts for row in ROWS if row["text"] == text]
+    assert hz.evaluate(hz.load(DEMO, device="cpu"), task=KEYS, data=tests)[:4] == run.before[:4]
+    assert hz.evaluate("embedded", task=KEYS, data=ROWS, device="cpu").examples == len(ROWS)
+
+
+def test_an_evaluation_refuses_what_it_cannot_take(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="split: got 'other', allowed: train, dev, test"):
+        hz.evaluate("embedded", task=KEYS, data=ROWS, split="other")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="examples: got 0, allowed: a whole number of 1 or more"):
+        hz.evaluate("embedded", task=KEYS, data=ROWS, examples=0)
+    with pytest.raises(UserError, match="task: missing"):
+        hz.evaluate("embedded", data=ROWS)
+    with pytest.raises(UserError, match="data: has no dev part; the parts here are: train"):
+        hz.evaluate("embedded", task=KEYS, data={"train": ROWS}, split="dev")
+
+
 def test_a_model_that_transformers_has_loaded_is_tuned(tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)

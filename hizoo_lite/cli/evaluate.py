@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
-
-if TYPE_CHECKING:
-    from hizoo_lite.config import TrainConfig
 
 
 def command(
@@ -80,9 +77,9 @@ def command(
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
         result = evaluate_export(folder, adapter, config, split, examples, progress.listener(quiet))
     else:
-        config = _config(adapter, of_profile(profile, given) | given)
         from hizoo_lite.train import saved
 
+        config = saved.eval_config(adapter, of_profile(profile, given) | given)
         result = saved.evaluated(config, adapter, split, examples, progress.listener(quiet))
     if json:
         output.print_json(result)
@@ -91,21 +88,3 @@ def command(
         title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
         output.print_table(title, ["", "value"], rows)
     check_result(result)
-
-
-def _config(adapter: str | None, given: dict[str, str | int]) -> TrainConfig:
-    """The run's settings, or the defaults, with the flags on top."""
-    from dataclasses import replace
-
-    from hizoo_lite.config import TrainConfig
-    from hizoo_lite.train import saved
-
-    run = saved.saved_config(adapter)
-    if run is not None:
-        return replace(run, **given)  # type: ignore[arg-type]
-    if adapter is not None and "model" not in given:
-        given = {**given, "model": saved.base_model(adapter)}
-    kind = None if adapter is None else saved.saved_kind(adapter)
-    if kind is not None:
-        given = {"kind": kind, **given}
-    return TrainConfig(**given)  # type: ignore[arg-type]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hizoo_lite import spaces
 from hizoo_lite.base import EVALUATION, Example, ModelKind, Space, UserError
 from hizoo_lite.checkpoints.adapter import (
+    PEFT_FILE,
     PEFT_PREFIX,
     SPACE_FILE,
     check_heads,
@@ -20,7 +22,7 @@ from hizoo_lite.checkpoints.adapter import (
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device
-from hizoo_lite.engine.budget import Budget, Cap, enforced, loading
+from hizoo_lite.engine.budget import Budget, enforced, loading
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
@@ -33,7 +35,7 @@ from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import Task
 from hizoo_lite.train import parts, planning, setup
-from hizoo_lite.train.evaluate import evaluate, report
+from hizoo_lite.train.evaluate import Evaluation, evaluate, report
 from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 
@@ -168,45 +170,57 @@ def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any]
     return loaded
 
 
+def is_tuned(path: Path | str) -> bool:
+    """Whether a folder is one of `find_adapter`'s: a run, a checkpoint of one, an adapter."""
+    return any((Path(path) / name).exists() for name in ("config.toml", "adapter", PEFT_FILE, SPACE_FILE))
+
+
+def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The run's settings, or the defaults, with the given ones on top."""
+    run = saved_config(adapter)
+    if run is not None:
+        return replace(run, **given)
+    if adapter is not None and "model" not in given:
+        given = {**given, "model": base_model(adapter)}
+    kind = None if adapter is None else saved_kind(adapter)
+    return TrainConfig(**given if kind is None else {"kind": kind, **given})
+
+
 def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
     task = parts.find_task(config.task)
     part = parts.split_part(config, task, split, limit)
-    device = choose_device(config.device)
-    limits = Budgets.parse(config.device_budget, config.host_budget, device)
-    with enforced(limits.device_bytes, device) as cap:
-        return _measured(config, limits, cap, task, part, adapter, split, listener)
+    found, model = measured(config, task, part, adapter, listener)
+    about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
+    return report(found, config, adapter, split) | about
 
 
-def _measured(
+def measured(
     config: TrainConfig,
-    limits: Budgets,
-    cap: Cap,
     task: Task,
     part: list[Example],
     adapter: str | None,
-    split: str,
     listener: Listener,
-) -> dict[str, Any]:
-    """The same, of the examples `part`."""
-    with loading():
-        model = setup.load_model(config, task)
-    encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-    part = parts.learnable(encoder, part)
-    workload = planning.evaluated(encoder, part)
-
-    def prepare() -> None:
-        setup.prepare_blocks(model, config, workload)
-
-    if adapter is not None:
-        attach_adapter(model, adapter, prepare)
-    prepare()
-    traversal = Traversal(model)
-    traversal.guard = Budget(limits, model, listener.message, cap).fitting
-    listener.phase("evaluate", len(part))
-    found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
-    listener.finish()
-    about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
-    return report(found, config, adapter, split) | about
+    model: Model | None = None,
+) -> tuple[Evaluation, Model]:
+    """The result on the examples `part`, and the model that is loaded for it where none is given."""
+    device = choose_device(config.device) if model is None else model.device
+    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    with enforced(limits.device_bytes if model is None else None, device) as cap:
+        if model is None:
+            with loading():
+                model = setup.load_model(config, task)
+        encoder = setup.make_encoder(model, task, config.max_length, config.loss)
+        part = parts.learnable(encoder, part)
+        prepare = partial(setup.prepare_blocks, model, config, planning.evaluated(encoder, part))
+        if adapter is not None:
+            attach_adapter(model, adapter, prepare)
+        prepare()
+        traversal = Traversal(model)
+        traversal.guard = Budget(limits, model, listener.message, cap).fitting
+        listener.phase("evaluate", len(part))
+        found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
+        listener.finish()
+    return found, model

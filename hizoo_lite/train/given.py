@@ -1,0 +1,134 @@
+"""What is given in Python as a configuration: settings, a loaded model, objects in place of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import tomli_w
+import torch
+
+from hizoo_lite import tasks
+from hizoo_lite.base import Curvature, Estimator, Space, UserError
+from hizoo_lite.config import TrainConfig, refuse
+from hizoo_lite.device import choose_device, is_gpu
+from hizoo_lite.files import storing, write_text
+from hizoo_lite.model.build import compute_name
+from hizoo_lite.model.model import Model
+from hizoo_lite.registry import settings_of
+from hizoo_lite.tasks import Records, Task
+from hizoo_lite.train import config_file
+from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.ranks import Ranks
+
+#: What the data of a run is called until its folder is known.
+IN_MEMORY = "in memory"
+#: What `tasks.get` makes a task of.
+TaskLike = str | Path | Mapping[str, Any] | Callable[..., Any] | Task
+_Part = TypeVar("_Part", Space, Estimator, Curvature)
+#: Of objects that stand in for a name.
+_EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
+
+
+class Given(NamedTuple):
+    """What was given in memory and is to be in the run folder, so that the run can be resumed from there."""
+
+    task: Mapping[str, Any] | None
+    data: Records | None
+
+    def write(self, folder: RunFolder) -> None:
+        """task.toml and data/."""
+        with storing(folder.path):
+            if self.task is not None:
+                write_text(folder.task, tomli_w.dumps(self.task))
+            if self.data is not None:
+                self.data.write(folder.data)
+
+
+def in_memory(
+    task: TaskLike | None, data: Any, options: dict[str, Any]
+) -> tuple[Task | None, Records | None]:
+    """The task and the data, unless they are names; `options` gets what the configuration calls them."""
+    found = None if task is None or isinstance(task, str | Path) else tasks.get(task)
+    records = None if data is None or isinstance(data, str | Path) else Records(data)
+    for name, given, made in (("task", task, found), ("data", data, records)):
+        if given is not None:
+            options[name] = str(given) if made is None else getattr(made, "name", IN_MEMORY)
+    return found, records
+
+
+def object_of(field: str, given: _Part | str | None) -> _Part | None:
+    """What was given in place of a name; None for a name. UserError for a class and for what has no name."""
+    if given is None or isinstance(given, str):
+        return None
+    if isinstance(given, type) or not isinstance(getattr(given, "name", None), str):
+        raise UserError(
+            f"{field}: got {given!r:.80}, allowed: a name, or an object such as {_EXAMPLES[field]}"
+        )
+    return given
+
+
+def configured(
+    model: TrainConfig | Model | str,
+    space: Space | None,
+    estimator: Estimator | None,
+    curvature: Curvature | None,
+    options: dict[str, Any],
+) -> tuple[TrainConfig, Model | None]:
+    """The configuration, with what the given objects say about themselves."""
+    named = {**settings_of(space), **settings_of(estimator), **settings_of(curvature)}
+    if isinstance(named.get("targets"), list | tuple):
+        named["targets"] = ",".join(named["targets"])
+    for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
+        if part is not None:
+            named[key] = part.name
+    refuse(
+        [
+            f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"
+            for name, value in named.items()
+            if options.get(name, value) != value
+        ]
+    )
+    options = {name: value for name, value in options.items() if name not in named}
+    if isinstance(model, TrainConfig):
+        return _with_budgets(replace(model, **options, **named)), None
+    if isinstance(model, Model):
+        named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
+        named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
+        named["residency"] = _residency(model, options.pop("residency", "auto"))
+        options = {**model.limits.settings(), **config_file.with_profile(options)}
+        return TrainConfig(**{**options, **named}), model
+    return TrainConfig(**{"model": str(model), **config_file.with_profile(options), **named}), None
+
+
+def _device_name(device: torch.device) -> str:
+    """As a setting: without its index where that is the one that is chosen without."""
+    return device.type if choose_device(device.type) == device else str(device)
+
+
+def _with_budgets(config: TrainConfig) -> TrainConfig:
+    """A configuration made in Python says nothing but None for what is not given: the budgets."""
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return TrainConfig(**config_file.with_profile(given))
+
+
+def _residency(model: Model, wanted: str) -> str:
+    """Of a loaded model: as it was loaded. UserError where another is asked for."""
+    if wanted not in ("auto", model.residency.name):
+        raise UserError(
+            f"residency: got {wanted!r}, but the model was loaded with its blocks {model.residency.name}; "
+            f"allowed: {model.residency.name}, auto, or load(..., residency={wanted!r})"
+        )
+    return model.limits.residency
+
+
+def same_device(model: Model, device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of a loaded model. UserError where it is that of another rank."""
+    if ranks.count > 1 and is_gpu(device) and model.device != device:
+        raise UserError(
+            f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "
+            f"allowed: load(..., device={device.type!r}), which takes it"
+        )
+    return model.device
