@@ -23,6 +23,8 @@ import ctypes
 import functools
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +76,18 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module of this package in a fresh process, with the imports of this one; its output is caught."""
+    beside = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(beside)},
+    )
 
 
 _M_TRIM_THRESHOLD = -1

@@ -10,6 +10,7 @@ trackers are accelerate's.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,8 +33,7 @@ from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import ledger
-from hizoo_lite.process import map_large
-from hizoo_lite.report.report import write_report
+from hizoo_lite.process import map_large, run_module
 from hizoo_lite.tasks import Records
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
@@ -84,6 +84,8 @@ class Run:
 
     def report(self, out: Path | str | None = None) -> Path:
         """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""
+        from hizoo_lite.report.report import write_report  # it imports matplotlib
+
         return write_report([self.folder], out).html
 
     def export_onnx(
@@ -360,13 +362,18 @@ def _profiled(setup: Setup, meter: PeakMeter, budget: Budget) -> Iterator[Profil
 
 
 def _report(folder: RunFolder, listener: Listener) -> None:
-    """report.html and report.json; the run is saved by now, so that a full disk costs only them."""
-    try:
-        written = write_report([folder.path], with_png=False)
-    except (UserError, StorageError, OSError) as error:
-        listener.message(f"no report: {error}")
+    """report.html, its PNG and its JSON; the run is saved by now, so that a full disk costs only them.
+
+    They are drawn in a process of its own, so that matplotlib does not count in this one's memory.
+    """
+    if os.environ.get("HIZOO_LITE_REPORT") == "0":
+        return
+    done = run_module("hizoo_lite.cli", "report", str(folder.path))
+    if done.returncode == 0:
+        listener.message(f"report: {done.stdout.splitlines()[0]}")
     else:
-        listener.message(f"report: {written.html}")
+        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        listener.message(f"no report: {last.removeprefix('error: ')}")
 
 
 def owners(setup: Setup) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
     assert memory["phases"]["train"]["peak_bytes"] <= summary["measured_peak_bytes"]
     # what earlier tests of this process have freed may be given back meanwhile
     assert memory["training_peak_bytes"] > 0.9 * memory["start_bytes"]["anon_bytes"]
-    assert write_report([folder], with_png=False).html.is_file()
+    assert write_report([folder]).html.is_file()
 
 
 def test_the_adapter_goes_back_to_torch_and_to_onnxruntime(

@@ -48,7 +48,7 @@ def test_an_error_on_a_page_would_be_heard(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_the_page_fits_and_has_no_errors(run: Run, page: Page, width: int, dark: bool, runs: int) -> None:
-    file = write_report([run.folder] * runs, run.folder / f"{runs}.html", with_png=False).html
+    file = write_report([run.folder] * runs, run.folder / f"{runs}.html").html
     page.open(file, width, dark)
     assert page.console() == []
     assert page.ask("innerWidth") == width
@@ -57,7 +57,7 @@ def test_the_page_fits_and_has_no_errors(run: Run, page: Page, width: int, dark:
     for wanted in ("Loss", "Memory over the steps", "Memory through the blocks of a step", "Configuration"):
         assert wanted in text
     assert f"{run.summary['loss_after']:.4f}" in text
-    shown = "[...document.querySelectorAll('figure div svg')].filter(s => s.clientWidth > 0)"
+    shown = "[...document.querySelectorAll('figure svg')].filter(s => s.clientWidth > 0)"
     assert page.ask(f"{shown}.length") == page.ask("document.querySelectorAll('figure').length")
     scale = page.ask(f"Math.min(...{shown}.map(s => s.clientWidth / s.viewBox.baseVal.width))")
     assert 12 * scale >= SMALLEST_PIXELS
@@ -67,9 +67,9 @@ def test_the_page_fits_and_has_no_errors(run: Run, page: Page, width: int, dark:
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_no_text_of_a_plot_leaves_it_or_covers_another(run: Run, page: Page, width: int) -> None:
-    page.open(write_report([run.folder], with_png=False).html, width)
+    page.open(write_report([run.folder]).html, width)
     boxes = page.ask(
-        "[...document.querySelectorAll('figure div svg')].filter(s => s.clientWidth > 0).map(s => ["
+        "[...document.querySelectorAll('figure svg')].filter(s => s.clientWidth > 0).map(s => ["
         "s.getBoundingClientRect().toJSON(), [...s.querySelectorAll('text')].map("
         "t => ({...t.getBoundingClientRect().toJSON(), text: t.textContent}))])"
     )

@@ -233,7 +233,7 @@ def test_a_run_without_metrics_goes_on_from_the_journal(
     assert summary["loss_before"] is None
     assert summary["loss_after"] == json.loads(left_alone["metrics"])[-1]["loss"]
     assert summary["seconds_per_step"] > 0
-    assert write_report([run], with_png=False).html.is_file()
+    assert write_report([run]).html.is_file()
 
 
 def test_a_skipped_step_is_written_again_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

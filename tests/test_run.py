@@ -401,12 +401,16 @@ def test_a_folder_without_an_adapter_and_an_unsupported_adapter_are_refused(tmp_
         attach_adapter(model, tmp_path)
 
 
-def test_a_run_without_a_finite_result_fails_with_everything_saved(tmp_path: Path) -> None:
+def test_a_run_without_a_finite_result_fails_with_everything_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Path] = []
+    monkeypatch.setattr("hizoo_lite.run._report", lambda folder, _: reported.append(folder.path))
     with pytest.raises(TooManyBadSteps, match=r"after 2 steps the loss is nan, .*trained is saved in .*--lr"):
         run_of(tmp_path, model=str(nan_head(tmp_path)), steps=2)
     summary = RunFolder(tmp_path / "run").read_summary()
     assert (summary["steps"], summary["skipped_steps"], summary["loss_after"]) == (2, 2, None)
-    assert (tmp_path / "run/report.html").is_file()
+    assert reported == [tmp_path / "run"]
 
 
 def test_a_run_that_skipped_every_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,7 +263,7 @@ def _read_run(folder: Path) -> None:
     run.read_metrics()
     run.evaluations()
     run.read_summary()
-    write_report([folder], with_png=False)
+    write_report([folder])
     run.keep_metrics(1, ended=True)
 
 

@@ -197,7 +197,7 @@ def _draw(
     plan: Plan,
 ) -> None:
     """One bar for each residency that is possible with the batch of the plan."""
-    from hizoo_lite.plan import picture, planner
+    from hizoo_lite.plan import planner
 
     if plan.blocks == 0:
         return
@@ -212,5 +212,7 @@ def _draw(
         bars[place] = planner.plan_run(
             replace(sized, residency=one), outline, kind, workload, hardware=hardware
         )
+    from hizoo_lite.plan import picture  # it imports matplotlib, which would count in the plans
+
     picture.draw(path, config.model, plan, bars)
     typer.echo(f"wrote {path}", err=True)

@@ -22,8 +22,8 @@ def command(
 ) -> None:
     """Show what a run did and where its memory went: one HTML page that opens from disk, a PNG, a JSON.
 
-    A run makes its own report.html and report.json at its end; this makes them again, with report.png. A
-    comparison is written to RUN/report-with-RUN2.html.
+    A run has these drawn at its end, except with HIZOO_LITE_REPORT=0 in the environment. A comparison is
+    written to RUN/report-with-RUN2.html.
 
     Examples:
 
@@ -39,4 +39,4 @@ def command(
     if json:
         typer.echo(written.json.read_text(encoding="utf-8"), nl=False)
     else:
-        typer.echo("\n".join(str(path) for path in written if path is not None))
+        typer.echo("\n".join(map(str, written)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hizoo_lite.errors import UserError
+from matplotlib.figure import Figure
+
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.units import format_bytes
 
@@ -27,14 +28,8 @@ _BUDGET_COLOUR = "#D55E00"
 
 
 def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
-    """Write a PNG (or what the file's ending says). `UserError` where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--out: needs matplotlib; install hizoo-lite[plot]") from error
+    """Write a PNG (or what the file's ending says)."""
     figure = Figure(figsize=(8.0, 1.9 + 0.75 * len(bars)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     unit, divisor = _unit(max(one.peak_bytes for one in bars.values()))
     names = list(bars)

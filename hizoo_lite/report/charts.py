@@ -1,12 +1,9 @@
-"""What is plotted of one run, or of two together: series of points, without a word on how they are drawn.
-
-`svg.py` draws them for the page, `png.py` for everything else.
-"""
+"""What is plotted of one run, or of two together: series of points, without a word on how they are drawn."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +11,7 @@ from hizoo_lite.report.headline import labels
 from hizoo_lite.report.record import RunRecord, number, rows
 from hizoo_lite.units import format_bytes
 
-Style = Literal["line", "faint", "dashed", "dots"]
+Style = Literal["line", "faint", "dashed", "dots", "marks"]
 Point = tuple[float, float]
 
 #: Points a drawn series has at most; of more, the least and the most of each stretch are kept.
@@ -22,7 +19,7 @@ MOST_POINTS = 800
 #: The running mean reaches over this part of a run.
 _SMOOTH_PART = 40
 _MIB, _GIB = 2**20, 2**30
-#: Names of what a sample holds, in the order of their colours.
+#: What a sample of memory holds, in the order of colours.
 _HELD = {
     "allocated_bytes": "allocated (CUDA)",
     "reserved_bytes": "reserved (CUDA)",
@@ -41,110 +38,96 @@ class Series(NamedTuple):
     color: int  # of the palette
 
 
-class Mark(NamedTuple):
-    """Steps that deserve a sign at the top of a plot."""
-
-    label: str
-    steps: list[float]
-    color: int
-
-
 @dataclass(frozen=True)
 class Chart:
     """One plot. `names` are texts for the ticks of x = 0, 1, 2, ...; with `zero` y begins at zero."""
 
     key: str
     title: str
-    x_label: str
     y_label: str
-    series: list[Series]
+    series: list[Series]  # none is empty
+    x_label: str = "step"
     note: str = ""
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[Series] = field(default_factory=list)  # steps to mark at the top, where y = 1
     names: list[str] | None = None
     zero: bool = False
     log: bool = False
 
     @property
-    def points(self) -> list[Point]:
-        """Of all series."""
-        return [point for series in self.series for point in series.points]
+    def spoken(self) -> str:
+        """A sentence for who does not see the plot: where every line begins and ends."""
+        lines = [(s.label, s.points[0][1], s.points[-1][1]) for s in self.series if s.label]
+        ends = [f"{label} from {first:.4g} to {last:.4g}" for label, first, last in lines]
+        counts = [f"{len(mark.points)} {mark.label}{'s' * (len(mark.points) > 1)}" for mark in self.marks]
+        return f"In {self.y_label}: " * (self.y_label in ("ms", "MiB")) + "; ".join(ends + counts)
 
 
 def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Every plot that the runs have points for."""
-    found = [_loss(runs), _steps_memory(runs)]
-    found += [_block_memory(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
-    found += [
-        _scalar(
-            runs, "projected_grad", "Projected gradient", "along d (root mean square of several)", marks=True
-        ),
-        _scalar(runs, "curvature", "Curvature along the direction", "c"),
-        _scalar(runs, "lr", "Learning rate", "learning rate", smooth=False),
-        _scalar(runs, "seconds", "Time of a step", "ms", factor=1000.0),
-    ]
-    return [chart for chart in found if chart.points]
+    found = [_curve(runs, "loss", "Loss", "loss", _mean_loss, marks=True), _steps_memory(runs)]
+    found += [_block_memory(run, label) for run, label in _named(runs)]
+    for key, title, y_label in (
+        ("projected_grad", "Projected gradient", "along d (root mean square of several)"),
+        ("curvature", "Curvature along the direction", "c"),
+    ):
+        found.append(_curve(runs, key, title, y_label, _value(key), marks=key == "projected_grad"))
+    found.append(_curve(runs, "lr", "Learning rate", "learning rate", _value("lr"), smooth=False))
+    found.append(_curve(runs, "seconds", "Time of a step", "ms", _value("seconds", 1000.0), zero=True))
+    return [chart for chart in found if chart.series]
 
 
-def _labels(runs: Sequence[RunRecord]) -> list[str]:
-    return labels(runs) if len(runs) > 1 else [""]
+def _named(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, str]]:
+    """Each run with its label, which is empty if it is alone."""
+    return zip(runs, labels(runs) if len(runs) > 1 else [""], strict=True)
 
 
-def _said(label: str, what: str) -> str:
+def _of(label: str, what: str) -> str:
     return f"{label}: {what}" if label else what
 
 
 # ------------------------------------------------------------------------------------- curves
 
 
-def _loss(runs: Sequence[RunRecord]) -> Chart:
-    series, marks = [], []
-    for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
-        raw = _points(run.steps, _mean_loss)
-        series += [
-            Series("" if label else "each step", thin(raw), "faint", index),
-            Series(_said(label, "running mean"), thin(running_mean(raw)), "line", index),
-            Series(
-                _said(label, "evaluation") if run.evaluations else "",
-                [(x, y) for x, y in _points(run.evaluations, lambda line: number(line.get("loss")))],
-                "dots",
-                index if label else 2,
-            ),
-        ]
-        marks += _marks(run, label, index)
-    return Chart("loss", "Loss", "step", "loss", series, marks=marks)
-
-
-def _scalar(
+def _curve(
     runs: Sequence[RunRecord],
     key: str,
     title: str,
     y_label: str,
+    value: Callable[[Mapping[str, Any]], float | None],
     *,
-    marks: bool = False,
     smooth: bool = True,
-    factor: float = 1.0,
+    marks: bool = False,
+    zero: bool = False,
 ) -> Chart:
-    series: list[Series] = []
-    found: list[Mark] = []
-    for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
-        kept = [line for line in run.steps if not line.get("skipped")]
-        raw = _points(kept, lambda line: _times(number(line.get(key)), factor))
+    """A value of every step, of each run in its colour. smooth: with its running mean."""
+    series, marked = [], []
+    for color, (run, label) in enumerate(_named(runs)):
+        raw = _points(run.steps, value)
         if smooth:
-            mean = Series(_said(label, "running mean"), thin(running_mean(raw)), "line", index)
-            series += [Series("" if label else "each step", thin(raw), "faint", index), mean]
+            series.append(Series("" if label else "each step", thin(raw), "faint", color))
+            series.append(Series(_of(label, "running mean"), thin(running_mean(raw)), "line", color))
         else:
-            series.append(Series(label, thin(raw), "line", index))
-        found += _marks(run, label, index) if marks else []
-    values = [y for s in series for _, y in s.points]
+            series.append(Series(_of(label, y_label), thin(raw), "line", color))
+        if key == "loss":
+            found = _points(run.evaluations, _value("loss"))
+            series.append(Series(_of(label, "evaluation"), found, "dots", color if label else 2))
+        for kind, other in (("skipped", 3), ("clipped", 4)) if marks else ():
+            steps = [(float(line["step"]), 1.0) for line in run.steps if line.get(kind)]
+            marked.append(Series(_of(label, f"{kind} step"), steps, "marks", color if label else other))
+    series = [one for one in series if one.points]
+    values = [y for one in series for _, y in one.points]
     log = not smooth and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-    zero = key == "seconds"
-    return Chart(
-        key, title, "step", y_label, [s for s in series if s.points], marks=found, log=log, zero=zero
-    )
+    return Chart(key, title, y_label, series, marks=[m for m in marked if m.points], log=log, zero=zero)
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
+def _value(key: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
+    """Reads a figure of a step that was not skipped, or of an evaluation."""
+
+    def read(line: Mapping[str, Any]) -> float | None:
+        value = None if line.get("skipped") else number(line.get(key))
+        return None if value is None else number(value * factor)
+
+    return read
 
 
 def _mean_loss(line: Mapping[str, Any]) -> float | None:
@@ -159,15 +142,6 @@ def _points(
 ) -> list[Point]:
     pairs = ((float(line["step"]), value(line)) for line in lines)
     return [(step, found) for step, found in pairs if found is not None]
-
-
-def _marks(run: RunRecord, label: str, index: int) -> list[Mark]:
-    kinds = (("skipped", index if label else 3), ("clipped", index if label else 4))
-    found = [
-        Mark(_said(label, f"{kind} step"), [x["step"] for x in run.steps if x.get(kind)], c)
-        for kind, c in kinds
-    ]
-    return [mark for mark in found if mark.steps]
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
@@ -189,8 +163,7 @@ def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
     kept: list[Point] = []
     for first in range(0, len(points), stretch):
         part = points[first : first + stretch]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
+        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return kept
 
 
@@ -200,44 +173,27 @@ def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
 def _steps_memory(runs: Sequence[RunRecord]) -> Chart:
     """What was held after sampled steps, and the peaks between; against the budget."""
     series: list[Series] = []
-    for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
-        ends = [
-            s
-            for s in rows(run.memory.get("samples"))
-            if s.get("phase") == "train" and s.get("block") == "update"
-        ]
-        if not label:
-            series += [
-                Series(what, thin(_points(ends, lambda s, k=key: number(s.get(k)))), "line", color)  # type: ignore[misc]
-                for color, (key, what) in enumerate(_present(ends).items())
-            ]
+    for index, (run, label) in enumerate(_named(runs)):
+        samples = [s for s in rows(run.memory.get("samples")) if s.get("phase") == "train"]
+        ends = [s for s in samples if s.get("block") == "update" and number(s.get("step")) is not None]
+        for color, (key, what) in enumerate(_present(ends).items() if not label else ()):
+            series.append(Series(what, thin(_points(ends, _value(key))), "line", color))
         color = index if label else 5
         peaks = [(float(x), float(y)) for x, y in _pairs(run.memory.get("step_peaks"))]
-        series.append(Series(_said(label, "peak"), thin(peaks), "line", color))
-        series += _limits(run, label, color, peaks)
-    unit, word = _unit(y for s in series for _, y in s.points)
-    scaled = [s._replace(points=[(x, y / unit) for x, y in s.points]) for s in series if s.points]
-    return Chart("memory", "Memory over the steps", "step", word, scaled, zero=True)
-
-
-def _limits(run: RunRecord, label: str, color: int, peaks: Sequence[Point]) -> list[Series]:
-    """Flat lines: the budget and, of a run alone, the peak of inference."""
-    if not peaks:
-        return []
-    span = (peaks[0][0], peaks[-1][0])
-    found = []
-    lines = (("budget_bytes", "budget", 3), ("inference_peak_bytes", "inference peak", 6))
-    for key, what, c in lines[:1] if label else lines:
-        value = number(run.summary.get(key)) or number(run.memory.get(key))
-        if value is not None:
-            points = [(x, value) for x in span]
-            found.append(Series(_said(label, what), points, "dashed", color if label else c))
-    return found
+        series.append(Series(_of(label, "peak"), thin(peaks), "line", color))
+        limits = (("budget_bytes", "budget", 3), ("inference_peak_bytes", "inference peak", 6))
+        for key, what, other in limits[:1] if label else limits:
+            value = number(run.summary.get(key)) or number(run.memory.get(key))
+            if value is not None:
+                level = [(x, value) for x, _ in (peaks[:1] + peaks[-1:])]
+                series.append(Series(_of(label, what), level, "dashed", color if label else other))
+    scaled, unit = _scaled(series)
+    return Chart("memory", "Memory over the steps", unit, scaled, zero=True)
 
 
 def _pairs(value: Any) -> list[Any]:
     found = value if isinstance(value, list) else []
-    return [pair for pair in found if isinstance(pair, list) and len(pair) == 2 and None not in pair]
+    return [p for p in found if isinstance(p, list) and len(p) == 2 and None not in map(number, p)]
 
 
 def _present(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -252,7 +208,7 @@ def _block_memory(run: RunRecord, label: str) -> Chart:
     steps = sorted({s["step"] for s in train if number(s.get("step")) is not None})
     styles: tuple[Style, ...] = ("line", "faint")
     passes: list[tuple[str, list[dict[str, Any]], Style]] = [
-        (f"step {step}", [s for s in train if s["step"] == step], style)
+        (f"step {step}", [s for s in train if s.get("step") == step], style)
         for step, style in zip(dict.fromkeys([*steps[:1], *steps[-1:]]), styles, strict=False)
     ]
     passes.append(("inference", [s for s in samples if s.get("phase") == "inference"], "dashed"))
@@ -264,12 +220,11 @@ def _block_memory(run: RunRecord, label: str) -> Chart:
     ]
     if any("CUDA" in one.label for one in series):
         series = [one for one in series if "CUDA" in one.label]  # the host's is in the plot over the steps
-    unit, word = _unit(abs(y) for s in series for _, y in s.points)
-    scaled = [s._replace(points=[(x, y / unit) for x, y in s.points]) for s in series if s.points]
+    scaled, unit = _scaled(series)
     named = ["start" if place == "None" else place for place in places]
     title = "Memory through the blocks of a step" + (f", {label}" if label else "")
     note = _block_note(passes[0][1] if steps else [])
-    return Chart(f"blocks{label}", title, "block", f"change, {word}", scaled, note=note, names=named)
+    return Chart(f"blocks{label}", title, f"change, {unit}", scaled, "block", note, names=named)
 
 
 def _changes(part: Sequence[Mapping[str, Any]], key: str, places: Sequence[str]) -> list[Point]:
@@ -299,14 +254,14 @@ def _block_note(step: Sequence[Mapping[str, Any]]) -> str:
 
 def _places(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     """Places in the order of a traversal: start, blocks, head, update."""
-    found = {sample.get("block") for sample in samples}
-    blocks = sorted(place for place in found if isinstance(place, int))
-    named = [place for place in ("head", "update") if place in found]
-    return [*(["None"] if None in found else []), *map(str, blocks), *named]
+    found = {str(sample.get("block")) for sample in samples}
+    blocks = sorted((place for place in found if place.isdecimal()), key=int)
+    return [*({"None"} & found), *blocks, *(place for place in ("head", "update") if place in found)]
 
 
-def _unit(values: Iterable[float]) -> tuple[float, str]:
-    most = max(values, default=0.0)
-    if most >= 4 * _GIB:
-        return _GIB, "GiB"
-    return (_MIB, "MiB") if most >= _MIB / 4 else (1024, "KiB")
+def _scaled(series: Iterable[Series]) -> tuple[list[Series], str]:
+    """Series of bytes that are not empty, in a unit that fits, and that unit."""
+    series = [one for one in series if one.points]
+    most = max((abs(y) for one in series for _, y in one.points), default=0.0)
+    size, unit = (_GIB, "GiB") if most >= 4 * _GIB else (_MIB, "MiB") if most >= _MIB / 4 else (1024, "KiB")
+    return [one._replace(points=[(x, y / size) for x, y in one.points]) for one in series], unit

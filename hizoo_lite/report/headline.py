@@ -21,22 +21,21 @@ class Figure(NamedTuple):
     key: str
     label: str
     unit: Unit
-    better: Literal["more", "less", ""] = ""
 
 
 FIGURES = (
     Figure("metric_before", "before", "share"),
-    Figure("metric_after", "after", "share", "more"),
+    Figure("metric_after", "after", "share"),
     Figure("loss_before", "loss before", "number"),
-    Figure("loss_after", "loss after", "number", "less"),
-    Figure("measured_peak_bytes", "peak memory", "bytes", "less"),
+    Figure("loss_after", "loss after", "number"),
+    Figure("measured_peak_bytes", "peak memory", "bytes"),
     Figure("predicted_peak_bytes", "predicted peak", "bytes"),
     Figure("budget_bytes", "memory budget", "bytes"),
-    Figure("training_peak_bytes", "training peak", "bytes", "less"),
-    Figure("inference_peak_bytes", "inference peak", "bytes", "less"),
-    Figure("training_over_inference", "training / inference peak", "ratio", "less"),
-    Figure("seconds_per_step", "time a step (median)", "seconds", "less"),
-    Figure("tokens_per_second", "tokens a second", "number", "more"),
+    Figure("training_peak_bytes", "training peak", "bytes"),
+    Figure("inference_peak_bytes", "inference peak", "bytes"),
+    Figure("training_over_inference", "training / inference peak", "ratio"),
+    Figure("seconds_per_step", "time a step (median)", "seconds"),
+    Figure("tokens_per_second", "tokens a second", "number"),
     Figure("steps", "steps", "count"),
     Figure("forward_passes", "forward passes", "count"),
     Figure("skipped_steps", "skipped steps", "count"),
@@ -179,7 +178,7 @@ def compared(first: RunRecord, second: RunRecord) -> list[tuple[str, str, str, s
     names = {metric_name(first), metric_name(second)} - {"metric"}
     metric = " / ".join(sorted(names)) or "metric"
     found = []
-    for key, label, unit, _ in FIGURES:
+    for key, label, unit in FIGURES:
         if left[key] is None and right[key] is None:
             continue
         if key.startswith("metric_"):
@@ -190,8 +189,8 @@ def compared(first: RunRecord, second: RunRecord) -> list[tuple[str, str, str, s
     return found
 
 
-class Owner(NamedTuple):
-    """One owner of memory: what was predicted for it, what was measured, and both as shares of the most."""
+class Category(NamedTuple):
+    """Bytes of one category: predicted and measured, and both as shares of the most."""
 
     name: str
     predicted_bytes: float | None
@@ -200,8 +199,8 @@ class Owner(NamedTuple):
     measured_percent: float
 
 
-def owners(run: RunRecord) -> list[Owner]:
-    """Predicted beside measured, the largest first; empty where neither is known."""
+def categories(run: RunRecord) -> list[Category]:
+    """Predicted beside measured, the largest first; empty if neither is known."""
     found = [
         (str(row.get("owner")), number(row.get("predicted_bytes")), number(row.get("measured_bytes")))
         for row in rows(run.memory.get("owners"))
@@ -209,8 +208,8 @@ def owners(run: RunRecord) -> list[Owner]:
     if not found:
         found = [(str(k), number(v), None) for k, v in table(run.plan.get("owners")).items()]
     most = max((max(p or 0, m or 0) for _, p, m in found), default=0) or 1
-    made = [Owner(n, p, m, 100 * (p or 0) / most, 100 * (m or 0) / most) for n, p, m in found]
-    return sorted(made, key=lambda owner: -max(owner.predicted_percent, owner.measured_percent))
+    made = [Category(n, p, m, 100 * (p or 0) / most, 100 * (m or 0) / most) for n, p, m in found]
+    return sorted(made, key=lambda c: -max(c.predicted_percent, c.measured_percent))
 
 
 class Table(NamedTuple):

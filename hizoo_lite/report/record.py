@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hizoo_lite.files import parse_json, parse_toml, read_json
 _CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 _PLAN, _MEMORY = "plan.json", "memory.json"
 _MOST_LEVELS = 32  # of tables in tables; a run writes four
+_LARGEST = 1e100  # beyond it the limits of a plot overflow
 #: What a report lacks without each file.
 _MISSING = {
     _CONFIG: "the configuration is not known",
@@ -64,7 +64,7 @@ def number(value: Any) -> float | None:
     """A finite number, else None: what is missing, null, NaN, too large or of another kind is not shown."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= sys.float_info.max else None  # NaN is not
+    return value if abs(value) <= _LARGEST else None  # NaN is not
 
 
 def table(value: Any) -> dict[str, Any]:

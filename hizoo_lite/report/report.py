@@ -1,7 +1,7 @@
 """The report of a run, or of two beside each other: one HTML file that needs nothing else, a PNG, a JSON.
 
-A run makes its own HTML and JSON at its end (70 ms after 120 steps, 0.6 s after 20 000); the PNG takes
-1.7 s, most of it matplotlib's import, and is left to `hizoo-lite report`.
+A run has it drawn at its end in a process of its own (`hizoo-lite report`), so that matplotlib never counts
+in the run's memory.
 """
 
 from __future__ import annotations
@@ -10,52 +10,49 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.report import headline, png, svg
+from hizoo_lite.report import draw, headline
 from hizoo_lite.report.charts import Chart, make_charts
 from hizoo_lite.report.record import RunRecord, number, read_run
-
-if TYPE_CHECKING:
-    import jinja2
 
 _TEMPLATE = "report.html.j2"
 
 
 class Written(NamedTuple):
-    """The files of a report; `png` is None where none was wanted."""
+    """The files of a report."""
 
     html: Path
     json: Path
-    png: Path | None
+    png: Path
 
 
-def write_report(
-    runs: Sequence[Path | str], out: Path | str | None = None, *, with_png: bool = True
-) -> Written:
+def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> Written:
     """Write the report of one run folder, or of two compared.
 
     out: the HTML file; without it RUN/report.html, of two runs RUN/report-with-RUN2.html. PNG and JSON go
-    beside it. Raises UserError where a run cannot be read or the report not be written.
+    beside it. Raises UserError if a run cannot be read or the report not be written.
     """
     records = [read_run(path) for path in runs]
-    page = Path(out) if out is not None else _default_page(records)
+    page = Path(out) if out is not None else default_page(records)
     if page.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out: got {str(page)!r}, allowed: a file name that ends in .html")
     charts = make_charts(records)
-    beside = Written(page, page.with_suffix(".json"), page.with_suffix(".png") if with_png else None)
+    written = Written(page, page.with_suffix(".json"), page.with_suffix(".png"))
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        _write(beside.html, render(records, charts))
+        _write(written.html, render(records, charts))
         text = json.dumps(as_json(records), indent=2, allow_nan=False, ensure_ascii=False)
-        _write(beside.json, text + "\n")
-        if beside.png is not None:
-            owners = {n: headline.owners(r) for n, r in zip(headline.labels(records), records, strict=True)}
-            png.save(charts, owners, _title(records), beside.png)
+        _write(written.json, text + "\n")
+        categories = dict(zip(headline.labels(records), map(headline.categories, records), strict=True))
+        draw.png(charts, categories, _title(records), written.png)
     except OSError as error:
         raise UserError(f"--out: {page} cannot be written ({error.strerror or error})") from error
-    return beside
+    return written
 
 
 def _write(path: Path, text: str) -> None:
@@ -63,7 +60,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="replace")
 
 
-def _default_page(records: Sequence[RunRecord]) -> Path:
+def default_page(records: Sequence[RunRecord]) -> Path:
+    """Where the report of these runs goes by itself."""
     names = [record.name for record in records[1:]]
     return records[0].path / ("report.html" if not names else f"report-with-{names[0]}.html")
 
@@ -75,7 +73,7 @@ def as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
             "name": name,
             "headline": headline.headline(record),
             "metric": headline.metric_name(record),
-            "owners": [_owner(owner) for owner in headline.owners(record)],
+            "owners": [_category(found) for found in headline.categories(record)],
             "summary": _plain(record.summary),
             "memory": _plain({k: v for k, v in record.memory.items() if k not in ("samples", "owners")}),
             "configuration": _plain(record.config),
@@ -86,9 +84,9 @@ def as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {"runs": runs, **({"differences": _differences(records)} if len(records) > 1 else {})}
 
 
-def _owner(owner: headline.Owner) -> dict[str, Any]:
-    named = {"owner": owner.name, "predicted_bytes": owner.predicted_bytes}
-    return {**named, "measured_bytes": owner.measured_bytes}
+def _category(found: headline.Category) -> dict[str, Any]:
+    named = {"owner": found.name, "predicted_bytes": found.predicted_bytes}
+    return {**named, "measured_bytes": found.measured_bytes}
 
 
 def _differences(records: Sequence[RunRecord]) -> dict[str, float | None]:
@@ -115,27 +113,19 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 def render(records: Sequence[RunRecord], charts: Sequence[Chart]) -> str:
     """The page."""
-    from markupsafe import Markup
-
-    # what svg.draw puts into its text is escaped there
+    names = headline.labels(records)
+    sizes = {"wide": draw.WIDE, "narrow": draw.NARROW}  # matplotlib escapes the text in an <svg>
     drawn = [
-        {
-            "chart": chart,
-            "legend": [(s.label, s.style, s.color) for s in chart.series if s.label and s.points],
-            "wide": Markup(svg.draw(chart, svg.WIDE, f"w{index}")),
-            "narrow": Markup(svg.draw(chart, svg.NARROW, f"n{index}")),
-        }
-        for index, chart in enumerate(charts)
+        {"chart": chart, **{name: Markup(draw.svg(chart, size)) for name, size in sizes.items()}}
+        for chart in charts
     ]
     return _template().render(
         title=_title(records),
-        runs=list(zip(headline.labels(records), records, strict=True)),
+        runs=list(zip(names, records, strict=True)),
         drawn=drawn,
         cards=headline.cards(records[0]) if len(records) == 1 else [],
         compared=headline.compared(*records) if len(records) > 1 else [],
-        owners=[
-            (name, headline.owners(r)) for name, r in zip(headline.labels(records), records, strict=True)
-        ],
+        categories=list(zip(names, map(headline.categories, records), strict=True)),
         tables=headline.tables(records),
         notes=_notes(records),
         show=headline.show,
@@ -168,8 +158,6 @@ _SOURCES = {
 
 @functools.cache
 def _template() -> jinja2.Template:
-    import jinja2
-
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

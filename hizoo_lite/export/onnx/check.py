@@ -6,10 +6,7 @@ The reference is the loaded model itself, through its own linears, in float32: w
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from hizoo_lite.edge.folder import Export
 from hizoo_lite.errors import ExportError
 from hizoo_lite.export.onnx.compare import PREFILL, Case, Reference, Tokens, write_request
 from hizoo_lite.model.model import Model
+from hizoo_lite.process import run_module
 
 #: (rows, length) of the batches; rows after the first are padded.
 _BATCHES = ((1, 1), (1, 9), (3, 17), (2, 40))
@@ -70,14 +68,7 @@ def run_check(
     the architecture.
     """
     write_request(work, export.path, references, sparing)
-    beside = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "hizoo_lite.export.onnx.compare", str(work)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(beside)},
-    )
+    done = run_module("hizoo_lite.export.onnx.compare", str(work))
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ExportError(f"{export.graph}: the check ended with code {done.returncode}: {last}")
