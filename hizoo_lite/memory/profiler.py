@@ -1,20 +1,20 @@
 """Samples memory while a run goes on, and says at the end where it went: memory.json.
 
-Samples are taken at block boundaries by `Model.observer`, for the first steps and then for every k-th. The
-cost of sampling is measured as it is spent, k is chosen from it, and a step is left out where sampling
-would take more than `MOST_SHARE` of the time of the steps. Peaks are the kernel's or the allocator's own
-high-water marks, so that they miss nothing between two samples; where the kernel does not let them be
-reset, a thread looks every ten milliseconds instead.
+Samples are taken at block boundaries by `Model.observer`: of the first steps, then of whole steps that are
+so far apart that there are 20 samples a second, and half as many whenever the list has become too long.
+Peaks are the kernel's or the allocator's own high-water marks, so that they miss nothing between two samples;
+if the kernel does not let them be reset, a thread looks every ten milliseconds instead.
 
 memory.json has
     device, machine       where the run was
     first_step            the step that this process began with (a resumed run begins anew)
     start_bytes           what was held when the run began: libraries, model, adapters
-    samples               [{seconds, step, phase, block, *_bytes}], see `timeline.Sample`
+    samples               [{seconds, step, phase, block, *_bytes}]; block: the one that has just run, "head",
+                          "update" (of a step), "end" (of another phase), null (before the first)
     phases                {evaluate, inference, train, save: {peak_bytes, seconds, sampling_seconds}}
     step_peaks            [[step, peak_bytes]]: of the steps since the entry before
     owners                [{owner, predicted_bytes, measured_bytes}], null where not known
-    sampling_share        time spent on sampling / time of the steps; sampled_steps, every_steps (the k)
+    sampling_share        time spent on sampling / time of the steps; sampled_steps, every_steps (on average)
     inference_peak_bytes  of one evaluation forward of the first training batch
     training_peak_bytes   of the steps; training_over_inference is their ratio
     peak_from             "kernel", "allocator" or "samples"
@@ -22,7 +22,7 @@ memory.json has
 
 from __future__ import annotations
 
-import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,18 +31,66 @@ from typing import Any, Literal, final
 
 import torch
 
-from hizoo_lite.device import is_gpu
+from hizoo_lite.device import gpu_of, is_gpu
 from hizoo_lite.memory import machine
 from hizoo_lite.memory.peak import PeakMeter
-from hizoo_lite.memory.sampling import Reader, Watcher, make_reader
-from hizoo_lite.memory.timeline import MOST_SAMPLES, Peaks, Sample, Timeline
-from hizoo_lite.process import reset_peak
+from hizoo_lite.process import reset_peak, resident
 
 Phase = Literal["evaluate", "inference", "train", "save"]
-#: Steps and evaluation batches whose blocks are always sampled, as long as that is cheap.
+Reader = Callable[[], dict[str, int]]
+#: Steps of a run and batches of an evaluation that are always sampled.
 FIRST_STEPS, FIRST_BATCHES = 3, 2
-#: Share of the steps' time that k aims at, and the one that is never exceeded after the first step.
-AIMED_SHARE, MOST_SHARE = 0.01, 0.02
+#: Samples a second of the steps, on average. One takes 30 microseconds, on a GPU 100: below 0.2 %.
+RATE = 20
+MOST_SAMPLES = 3000  # of some 100 bytes of JSON each
+_POLL_SECONDS = 0.01
+
+
+def make_reader(device: torch.device) -> Reader:
+    """Reads what is held now: anon_bytes and file_bytes (or total_bytes), on a GPU allocated and reserved."""
+
+    def read() -> dict[str, int]:
+        now = resident()
+        if now.anon_bytes is None or now.file_bytes is None:
+            held = {"total_bytes": now.total_bytes}
+        else:
+            held = {"anon_bytes": now.anon_bytes, "file_bytes": now.file_bytes}
+        if not is_gpu(device):
+            return held
+        allocated_bytes, reserved_bytes = gpu_of(device).held_bytes(device)
+        return {"allocated_bytes": allocated_bytes, "reserved_bytes": reserved_bytes, **held}
+
+    return read
+
+
+@final
+class Watcher:
+    """A thread that looks every ten milliseconds and remembers the most. A peak in between is missed."""
+
+    def __init__(self, read: Reader, seconds: float = _POLL_SECONDS) -> None:
+        self._read, self._seconds = read, seconds
+        self._most = 0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+        self._thread.start()
+
+    def lap_bytes(self) -> int:
+        """The most since the last lap; begins the next one."""
+        now = sum(self._read().values())
+        with self._lock:
+            most, self._most = max(self._most, now), now
+        return most
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds):
+            now = sum(self._read().values())
+            with self._lock:
+                self._most = max(self._most, now)
 
 
 @dataclass
@@ -71,15 +119,17 @@ class Profiler:
         # is told the peak of steps, and that of the host where it is not the device
         self.on_peak: Callable[[int, int | None], None] = lambda peak_bytes, host_peak_bytes: None
         self._read, self._clock = read or make_reader(device), clock
-        self._timeline, self._peaks = Timeline(most_samples), Peaks()
+        self._traversals: list[list[dict[str, Any]]] = []  # samples by step, or by batch of an evaluation
+        self._most_samples, self._stride = most_samples, 1
+        self._peaks: list[tuple[int, int]] = []  # (last step, bytes)
         self._totals: dict[str, _Total] = {}
         self._steps = self._sampled = self._batches = 0
         self._first_step: int | None = None
         self._phase, self._step, self._sampling = "", 0, False
-        self._began = clock()
+        self._began, self._due = clock(), 0.0
         self._start = self._read()
         resettable = is_gpu(device) or reset_peak()
-        self._watcher = None if resettable else Watcher(self._read)
+        self._watcher = None if resettable else Watcher(self._read)  # no GPU: the values are the host's
 
     # --------------------------------------------------------------------- what the run tells
 
@@ -93,7 +143,7 @@ class Profiler:
         self._sampling = name != "save" and (name != "train" or self._is_due())
         train_step = name == "train"
         if self._sampling or not train_step:
-            self._timeline.begin()
+            self._begin()
             self._sample(None)
         try:
             yield
@@ -104,6 +154,8 @@ class Profiler:
             self._total(name).seconds += self._clock() - began
             if train_step:
                 self._steps, self._sampled = self._steps + 1, self._sampled + self._sampling
+            if train_step and self._sampling:
+                self._due = began + self._stride * len(self._traversals[-1]) / RATE
             self._sampling = False
 
     def reached(self, place: int | str) -> None:
@@ -112,7 +164,7 @@ class Profiler:
             self._batches += 1
             self._sampling = self._batches <= FIRST_BATCHES
             if self._sampling:
-                self._timeline.begin()
+                self._begin()
         if self._sampling:
             self._sample(place)
 
@@ -140,17 +192,6 @@ class Profiler:
         train = self._total("train")
         return train.sampling_seconds / train.seconds if train.seconds else 0.0
 
-    @property
-    def every_steps(self) -> int:
-        """The k: every so many steps one is sampled, from what sampling and steps have cost so far."""
-        return max(self._timeline.coarser, math.ceil(self.sampling_cost() / AIMED_SHARE))
-
-    def sampling_cost(self) -> float:
-        """Seconds that sampling a step takes, as a share of the seconds of a step; means so far."""
-        if not self._sampled:
-            return 0.0
-        return self.sampling_share * self._steps / self._sampled
-
     def figures(self) -> dict[str, Any]:
         """The peaks that summary.json has too; empty until they are measured."""
         inference, training = self._total("inference").peak_bytes, self._total("train").peak_bytes
@@ -167,13 +208,13 @@ class Profiler:
             "machine": machine.describe(self.device),
             "first_step": self._first_step,
             "start_bytes": self._start,
-            "samples": [sample.record() for sample in self._timeline.samples()],
+            "samples": [sample for traversal in self._traversals for sample in traversal],
             "phases": {name: asdict(total) for name, total in self._totals.items() if total.seconds},
-            "step_peaks": self._peaks.entries,
+            "step_peaks": self._peaks,
             "owners": owners,
             "sampling_share": self.sampling_share,
             "sampled_steps": self._sampled,
-            "every_steps": self.every_steps,
+            "every_steps": max(1, round(self._steps / max(1, self._sampled))),
             **empty,
             **self.figures(),
             "peak_from": self._source(),
@@ -184,15 +225,19 @@ class Profiler:
     def _is_due(self) -> bool:
         if self._first_step is None:
             self._first_step = self._step
-            return True
-        if self.sampling_share + self.sampling_cost() / self._steps > MOST_SHARE:
-            return False
-        return self._steps < FIRST_STEPS or self._steps % self.every_steps == 0
+        return self._steps < FIRST_STEPS or self._clock() >= self._due
+
+    def _begin(self) -> None:
+        """A new traversal; every second one of the earlier goes if there are too many samples."""
+        if sum(map(len, self._traversals)) > self._most_samples:
+            del self._traversals[1::2]
+            self._stride *= 2
+        self._traversals.append([])
 
     def _sample(self, place: int | str | None) -> None:
         began = self._clock()
-        held = self._read()
-        self._timeline.add(Sample(began - self._began, self._step, self._phase, place, held))
+        when = {"seconds": round(began - self._began, 6), "step": self._step, "phase": self._phase}
+        self._traversals[-1].append({**when, "block": place, **self._read()})
         self._total(self._phase).sampling_seconds += self._clock() - began
 
     def _lap(self) -> None:
@@ -201,7 +246,8 @@ class Profiler:
         peak = self.meter.lap_bytes() if self._watcher is None else self._watcher.lap_bytes()
         total.peak_bytes = max(total.peak_bytes, peak)
         if self._phase == "train":
-            self._peaks.add(self._step, peak)
+            again = bool(self._peaks) and self._peaks[-1][0] == self._step  # after it, before the next phase
+            self._peaks.append((self._step, max(peak, self._peaks.pop()[1]) if again else peak))
             self.on_peak(peak, self.meter.host_lap_bytes())
         total.sampling_seconds += self._clock() - began
 
