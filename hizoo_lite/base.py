@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -168,9 +168,24 @@ def mean_or_none(values: Sequence[float] | None) -> float | None:
 
 
 class Estimator(ABC):
-    """Which points a step evaluates, and from what they gave to an `Estimate`."""
+    """Which points a step evaluates, and from what they gave to an `Estimate`.
+
+    Attributes:
+        measures_curvature: whether `estimate` gives curvatures, in some steps at least.
+    """
 
     name: str
+    measures_curvature: ClassVar[bool] = False
+
+    @staticmethod
+    def left_open(config: Any) -> dict[str, Any]:
+        """Options in place of settings that a `TrainConfig` leaves open as "auto"."""
+        return {}
+
+    @staticmethod
+    def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+        """What is wrong with options that are fine alone; `where` names an option as the user did."""
+        return []
 
     @abstractmethod
     def points(self, step: int) -> tuple[Point, ...]:
@@ -187,6 +202,10 @@ class Estimator(ABC):
     def measures(self, step: int) -> bool:
         """Whether `estimate` gives a curvature at step `step`."""
         return False
+
+    def measures_within(self, steps: int) -> bool:
+        """Whether any of the first `steps` steps gives a curvature."""
+        return any(self.measures(step) for step in range(steps))
 
     def reduce(self, step: int, losses: np.ndarray) -> np.ndarray:
         """Sums over examples, which are added over the parts of a batch and over ranks.
@@ -229,13 +248,21 @@ class Curvature(ABC):
 
     name: str
     #: False where `see` must be given all rows at once, in a tensor that stays as it is until `observe`.
-    sees_tiles: bool = True
+    sees_tiles: ClassVar[bool] = True
     #: True where the update divides by the H that this step's observation made (the published code).
     updates_with_new_scale: bool = False
 
     @abstractmethod
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Lay out the state for the trainable tensors, by name, in arrays of that library."""
+
+    def held_bytes(self, shapes: Mapping[str, Shape]) -> int | None:
+        """Of its state for such tensors, where that is too large to be laid out to be counted; else None."""
+        return None
+
+    def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """What it holds beside its state within a step, of weights inside the blocks."""
+        return 0
 
     @abstractmethod
     def scale(self, name: str) -> Array:
@@ -565,10 +592,13 @@ class AttachedSpace(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
     `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in
-    memory that are saved and loaded with them and never move.
+    memory that are saved and loaded with them and never move. A space without `weights` saves all of them in
+    one safetensors file, under these names (with PEFT's prefix or without): a replay has no more than that.
     """
 
     name: str
+    #: The largest projected gradient of a step, where a run says none; None is no limit.
+    clip: ClassVar[float | None] = None
     parameters: dict[str, Array]
     frozen: dict[str, Array]
 
@@ -587,7 +617,18 @@ class AttachedSpace(Protocol):
 
 
 class Space(AttachedSpace, Protocol):
-    """A space that makes its own parameters on a model. A step needs no more than an `AttachedSpace`."""
+    """A space that makes its own parameters on a model. A step needs no more than an `AttachedSpace`.
+
+    Its constructor takes `targets` and `blocks` at least. What it saves is a folder with `hizoo_space.json`,
+    whose entries are the options that it is to be read with, or with an adapter of PEFT.
+    """
+
+    #: Reads a folder that it has saved, for exports that have the change in the weights; None: there is none.
+    changes: ClassVar[Callable[[Any], Any] | None] = None
+    #: Whether scales or codes are changed, for which scales that are stored in 8 bits must become float32.
+    needs_own_scales: bool = False
+    #: Full names of the linear layers that it is attached to.
+    target_names: list[str]
 
     def attach(self, model: Any, seed: int) -> None:
         """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model."""

@@ -2,8 +2,8 @@
 
 A field says its type, default, allowed values and help here and nowhere else: `cli/options.py` makes the
 flags of `hizoo-lite train` from it and `config_file.py` reads and writes it as TOML. All problems are
-reported together. This module does not import torch, so that `--help` answers at once; the closed choices
-are therefore spelled out here and compared with the registries in a test.
+reported together. Which members an axis has, and what they are, is in `registry.py`. This module does not
+import torch, so that `--help` answers at once.
 """
 
 # ruff: noqa: RUF009 - `_setting` is `dataclasses.field` with its metadata spelled out
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES, Registry
 from hizoo_lite.units import ALLOWED_SIZES, parse_bytes
 
 BitsName = Literal["nf4", "fp4", "int8", "none"]
@@ -40,6 +41,11 @@ DEMO = Path(__file__).resolve().parent / "demo"
 def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:
     """A field with its help. Rules: minimum, above, maximum (numbers), size, pattern (texts)."""
     return field(default=default, metadata={"help": help, "group": group, **rules})
+
+
+def _axis(registry: Registry[Any], help: str = "", *, group: str) -> Any:
+    """A field that names a member of an axis."""
+    return field(default=registry.default, metadata={"help": help, "group": group, "axis": registry})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,66 +82,57 @@ class TrainConfig:
         None, "CPU threads of a product; without it torch's choice", group="Weights", minimum=1
     )
 
-    space: Literal["lora", "dense", "scales"] = _setting(
-        "lora",
-        "lora: adapters; dense: the weights themselves; scales: only the quantized weights' absmax (QZO)",
-        group="Space",
-    )
-    rank: int = _setting(8, "of lora: rank of the adapters", group="Space", minimum=1)
+    space: str = _axis(SPACES, group="Space")
+    rank: int = _setting(8, "rank of the adapters", group="Space", minimum=1)
     alpha: float | None = _setting(
         None, "adapters are scaled by alpha / rank; without it 2 * rank", group="Space", above=0.0
     )
     targets: str = _setting(
         "auto",
         "attention (query and value), all-linear, or names of linear layers with commas; "
-        "auto: attention for lora, all-linear for dense and scales",
+        "auto: attention for adapters, all-linear for weights",
         group="Space",
     )
     blocks: int | Literal["all", "auto"] = _setting(
         "auto",
-        "how many of the model's blocks are trained, from the top; auto: a third for lora, all for dense and "
-        "scales, and where targets names blocks",
+        "how many of the model's blocks are trained, from the top; auto: a third for adapters, all for "
+        "weights, and where targets names blocks",
         group="Space",
         minimum=1,
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
     train_a: bool = _setting(
-        False, "of lora: train A as well as B; without it A keeps its random start", group="Space"
+        False, "train A as well as B; without it A keeps its random start", group="Space"
     )
     dense_update: Literal["requantize", "residual"] = _setting(
         "residual",
-        "of dense: residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
+        "residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
         "updated weights to their grid at random, without bias but with much noise in 4 bits",
         group="Space",
     )
 
-    estimator: Literal["hizoo", "mezo"] = _setting(
-        "hizoo",
-        "hizoo: slope and curvature; mezo: the slope alone",
-        group="Method",
-    )
+    estimator: str = _axis(ESTIMATORS, group="Method")
     curvature_from: Literal["predictions", "losses"] = _setting(
         "predictions",
-        "of hizoo: how far apart the predictions of two points are; or the second difference of losses, as "
-        "published",
+        "how far apart the predictions of two points are; or the second difference of losses, as published",
         group="Method",
     )
     directions: int | Literal["auto"] = _setting(
         "auto",
-        "of hizoo: random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from "
-        "losses); n above 1 share one base, 1 + n forwards; auto: 2 for lora, 1 for dense and scales",
+        "random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from losses); n above "
+        "1 share one base, 1 + n forwards; auto: 2 for adapters, 1 for weights",
         group="Method",
         minimum=1,
         maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
     )
-    curvature: Literal["none", "diagonal", "grouped", "factored"] = _setting(
-        "grouped", "how the diagonal Hessian is kept", group="Method"
-    )
+    curvature: str = _axis(CURVATURES, "how the diagonal Hessian is kept", group="Method")
     curvature_mode: Literal["paper", "reference"] = _setting(
-        "paper", "of diagonal: the paper's formula, or that of the published code", group="Method"
+        "paper",
+        "the paper's formula, or that of the published code",
+        group="Method",
     )
     curvature_per: Literal["tensor", "row"] = _setting(
-        "tensor", "of grouped: one value for each tensor or row", group="Method"
+        "tensor", "one value for each tensor or row", group="Method"
     )
     curvature_every: int = _setting(
         1, "of losses: steps between two measurements, 2 + 1/k forwards a step", group="Method", minimum=1
@@ -156,7 +153,7 @@ class TrainConfig:
     )
     clip: float | None = _setting(
         None,
-        "largest size of the projected gradient; without it 100 for scales (QZO), no limit otherwise",
+        "largest size of the projected gradient; without it the space's: 100 in QZO, else no limit",
         group="Method",
         above=0.0,
     )
@@ -245,6 +242,8 @@ class TrainConfig:
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
 
 
+AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, CURVATURES)
+
 #: Of the numbers that a setting may have: a float can say it.
 LARGEST = sys.float_info.max
 
@@ -276,9 +275,23 @@ def settings() -> Mapping[str, Field[Any]]:
 
 
 @cache
+def _hints() -> Mapping[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
 def kinds() -> Mapping[str, Any]:
-    """The types of the fields, by name."""
-    return types.MappingProxyType(get_type_hints(TrainConfig))
+    """The types of the fields, by name; of an axis the literals of its members."""
+    return {**_hints(), **{axis.axis: Literal[tuple(axis)] for axis in AXES}}
+
+
+def help_of(name: str) -> str:
+    """What field `name` is, and of which members where others lack it; of an axis what each member is."""
+    text, axis = (settings()[name].metadata.get(key) for key in ("help", "axis"))
+    if axis is not None:
+        return "; ".join(filter(None, [text, *(f"{m}: {line.help}" for m, line in axis.lines.items())]))
+    owners = next(filter(None, (axis.having(name) for axis in AXES)), [])
+    is_shared = any(set(owners) == set(axis) for axis in AXES)
+    return f"of {' and '.join(owners)}: {text}" if owners and not is_shared else str(text)
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -363,33 +376,7 @@ def _is_size(text: str) -> bool:
 
 def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings that are fine alone and not together, or not available yet."""
-    found = []
-    if values["estimator"] == "mezo" and values["lr"] == "auto":
-        found.append(f"{where('lr')}: got 'auto', but mezo measures no curvature; allowed: a number")
-    predicts = values["estimator"] == "hizoo" and values["curvature_from"] == "predictions"
-    if predicts and values["curvature_every"] != 1:
-        found.append(
-            f"{where('curvature_every')}: got {values['curvature_every']}, but predictions give the "
-            f"curvature at every step; allowed: 1, or {where('curvature_from')} losses"
-        )
-    if values["directions"] not in ("auto", 1):
-        allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto"
-        if values["estimator"] == "mezo":
-            found.append(f"{allowed} with {where('estimator')} mezo")
-        elif values["curvature_from"] == "losses":
-            found.append(f"{allowed} with {where('curvature_from')} losses, of points on both sides")
-        if values["space"] != "lora":
-            found.append(f"{allowed} with {where('space')} {values['space']}")
-    if values["space"] != "lora" and values["curvature"] == "diagonal":
-        found.append(
-            f"{where('curvature')}: got 'diagonal', a value for every weight, with {where('space')} "
-            f"{values['space']}; allowed: grouped, factored, none"
-        )
-    if values["space"] == "scales" and values["bits"] == "none":
-        found.append(
-            f"{where('bits')}: got 'none', but {where('space')} scales trains the scales of quantized "
-            "weights; allowed: nf4, fp4, int8"
-        )
+    found = _member_conflicts(values, where) if all(values[axis.axis] in axis for axis in AXES) else []
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
@@ -397,6 +384,34 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
         found.append(f"{where('keep')}: got 'best', but {where('eval_every')} is 0; allowed: final")
     if values["resume"] is True and values["out"] is None:
         found.append(f"{where('out')}: missing, it names the run folder that is to be resumed")
+    return found
+
+
+def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """What the members that are named cannot do together, or with other settings."""
+    found, names = [], {axis.axis: values[axis.axis] for axis in AXES}
+    space, estimator = SPACES.lines[names["space"]], ESTIMATORS[names["estimator"]]
+    if values["lr"] == "auto" and not estimator.measures_curvature:
+        found.append(
+            f"{where('lr')}: got 'auto', but {names['estimator']} measures no curvature; allowed: a number"
+        )
+    own = ESTIMATORS.lines[names["estimator"]].settings
+    found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
+    if values["directions"] not in ("auto", 1):
+        allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto with"
+        alone = {"estimator": "directions" not in own.values(), "space": space.in_weights}
+        found += [f"{allowed} {where(axis)} {names[axis]}" for axis, is_one in alone.items() if is_one]
+    if space.in_weights and not CURVATURES[names["curvature"]].sees_tiles:
+        allowed = ", ".join(name for name, curvature in CURVATURES.items() if curvature.sees_tiles)
+        found.append(
+            f"{where('curvature')}: got {names['curvature']!r}, a value for every weight, with "
+            f"{where('space')} {names['space']}; allowed: {allowed}"
+        )
+    if space.of_scales and values["bits"] == "none":
+        found.append(
+            f"{where('bits')}: got 'none', but {where('space')} {names['space']} trains the scales of "
+            "quantized weights; allowed: nf4, fp4, int8"
+        )
     return found
 
 

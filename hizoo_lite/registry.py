@@ -1,54 +1,161 @@
-"""The members of an axis by name: estimators, curvatures, spaces.
+"""The members of every axis, a line each: all that is said of them outside their folders.
 
-A member says which settings of a run are its own: `settings`, from the argument of its constructor (and the
-attribute of the same name) to the field of `TrainConfig`.
+A line has where a member's class is, what it is in a few words, which settings are its own, and what must be
+known of it without torch: flags, help and the checks of a configuration are made of lines. Taking a member
+imports its module. Everything else that is asked of a member is an attribute of its class (`base.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from hizoo_lite.base import Curvature, Estimator, Optimizer, Space
 
 Member = TypeVar("Member")
 
 
-class Registry(Mapping[str, Callable[..., Member]], Generic[Member]):
-    """Constructors by name. `axis` is the field of `TrainConfig` that names one."""
+@dataclass(frozen=True)
+class Line:
+    """What is known of a member before its module is imported.
 
-    def __init__(self, axis: str, members: Mapping[str, Callable[..., Member]]) -> None:
-        self.axis, self._members = axis, dict(members)
+    Attributes:
+        path: "module:class".
+        help: what it is, in a few words.
+        settings: from the argument of its constructor (and the attribute of the same name) to the field of
+            `TrainConfig`.
+        in_weights: of a space: it trains weights inside the blocks. Their scales are float32, steps have one
+            direction, and a replay needs the model.
+        of_scales: of a space: it has nothing to train where weights are not quantized.
+    """
 
-    def __getitem__(self, name: str) -> Callable[..., Member]:
-        return self._members[name]
+    path: str
+    help: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    in_weights: bool = False
+    of_scales: bool = False
+
+
+def _own(*same: str, **others: str) -> dict[str, str]:
+    """Settings: those whose argument has the field's name, and others by argument."""
+    return {name: name for name in same} | others
+
+
+class Registry(Mapping[str, type[Member]], Generic[Member]):
+    """Classes by name, the default one first. `axis` is the field of `TrainConfig` that names one."""
+
+    def __init__(self, axis: str, lines: Mapping[str, Line]) -> None:
+        self.axis, self.lines = axis, dict(lines)
+
+    def __getitem__(self, name: str) -> type[Member]:
+        module, _, attribute = self.lines[name].path.partition(":")
+        return getattr(import_module(module), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self.lines
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
+        return iter(self.lines)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.lines)
+
+    @property
+    def default(self) -> str:
+        """The name of the first."""
+        return next(iter(self))
 
     def make(self, name: str, **options: Any) -> Member:
         """The member called `name`, made with `options`. UserError for an unknown name or option."""
-        if name not in self._members:
-            allowed = ", ".join(sorted(self._members))
-            raise UserError(f"--{self.axis}: unknown name {name!r}, allowed are {allowed}")
+        if name not in self:
+            raise UserError(f"--{self.axis}: unknown name {name!r}, allowed are {', '.join(sorted(self))}")
+        make: Any = self[name]
         try:
-            return self._members[name](**options)
+            return make(**options)
         except TypeError as error:
             raise UserError(f"--{self.axis} {name}: {error}") from error
 
-    def configured(self, config: TrainConfig, **options: Any) -> Member:
-        """The member that a configuration names, with its settings; "auto" leaves one to the member."""
+    def configured(self, config: Any, **options: Any) -> Member:
+        """The member that a `TrainConfig` names, with its settings; "auto" leaves one to the member."""
         name = getattr(config, self.axis)
-        fields = getattr(self._members.get(name), "settings", {})
-        given = {argument: getattr(config, field) for argument, field in fields.items()}
-        return self.make(name, **{k: v for k, v in given.items() if v != "auto"} | options)
+        member: Any = self[name]
+        given = {argument: getattr(config, field) for argument, field in self.lines[name].settings.items()}
+        left = member.left_open(config) if "auto" in given.values() and hasattr(member, "left_open") else {}
+        return self.make(name, **left | {k: v for k, v in given.items() if v != "auto"} | options)
+
+    def said_by(self, part: Member | None) -> dict[str, Any]:
+        """What an object in place of a name says, by the fields of `TrainConfig`; None is nothing said."""
+        if part is None:
+            return {}
+        name: str = part.name  # type: ignore[attr-defined]
+        fields = self.lines[name].settings if name in self else {}
+        said = {field: getattr(part, argument) for argument, field in fields.items()}
+        return {self.axis: name} | {field: value for field, value in said.items() if value is not None}
+
+    def having(self, field: str) -> list[str]:
+        """The members that a setting is of."""
+        return [name for name, line in self.lines.items() if field in line.settings.values()]
 
 
-def settings_of(part: Any) -> dict[str, Any]:
-    """What a member that was made by hand says, by the fields of `TrainConfig`; None is nothing said."""
-    said = {field: getattr(part, name) for name, field in getattr(part, "settings", {}).items()}
-    return {field: value for field, value in said.items() if value is not None}
+SPACES: Registry[Space] = Registry(
+    "space",
+    {
+        "lora": Line(
+            "hizoo_lite.spaces.lora:LoRA",
+            "adapters",
+            _own("rank", "alpha", "rslora", "train_a", "targets", "blocks"),
+        ),
+        "dense": Line(
+            "hizoo_lite.spaces.dense:Dense",
+            "the weights themselves",
+            _own("targets", "blocks", update="dense_update"),
+            in_weights=True,
+        ),
+        "scales": Line(
+            "hizoo_lite.spaces.scales:Scales",
+            "only the quantized weights' absmax (QZO)",
+            _own("targets", "blocks"),
+            in_weights=True,
+            of_scales=True,
+        ),
+    },
+)
+
+ESTIMATORS: Registry[Estimator] = Registry(
+    "estimator",
+    {
+        "hizoo": Line(
+            "hizoo_lite.estimators.hizoo:HiZOO",
+            "slope and curvature",
+            _own("curvature_from", "directions", every="curvature_every"),
+        ),
+        "mezo": Line("hizoo_lite.estimators.mezo:MeZO", "the slope alone"),
+    },
+)
+
+CURVATURES: Registry[Curvature] = Registry(
+    "curvature",
+    {
+        "grouped": Line(
+            "hizoo_lite.curvature.grouped:Grouped",
+            "a value for each tensor or row",
+            _own(per="curvature_per"),
+        ),
+        "factored": Line("hizoo_lite.curvature.factored:Factored", "one for each row and column (HiZOO-L)"),
+        "diagonal": Line(
+            "hizoo_lite.curvature.diagonal:Diagonal",
+            "one for each parameter, as published",
+            _own(mode="curvature_mode"),
+        ),
+        "none": Line("hizoo_lite.curvature.none:NoCurvature", "Sigma is the identity"),
+    },
+)
+
+OPTIMIZERS: Registry[Optimizer] = Registry(
+    "optimizer", {"sgd": Line("hizoo_lite.optimizers.sgd:SGD", "moves along the gradient")}
+)

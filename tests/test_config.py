@@ -16,12 +16,9 @@ from hypothesis import strategies as st
 from hizoo_lite import base
 from hizoo_lite import config as config_module
 from hizoo_lite.base import UserError
-from hizoo_lite.config import TrainConfig, choices, kinds, problems, settings
-from hizoo_lite.curvature import CURVATURES
-from hizoo_lite.estimators import ESTIMATORS
+from hizoo_lite.config import AXES, TrainConfig, choices, help_of, kinds, problems, settings
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import profiles_folder
-from hizoo_lite.spaces import SPACES
 from hizoo_lite.train.config_file import check_same_run, find, resolve, write
 from hizoo_lite.units import format_bytes, parse_bytes
 
@@ -30,16 +27,18 @@ MINIMAL: dict[str, Any] = {"model": "m", "task": "sst2"}
 
 
 def test_choices_of_the_configuration_equal_the_registries() -> None:
-    assert set(choices(kinds()["estimator"])) == set(ESTIMATORS)
-    assert set(choices(kinds()["curvature"])) == set(CURVATURES)
-    assert set(choices(kinds()["space"])) == set(SPACES)
+    for axis in AXES:
+        assert choices(kinds()[axis.axis]) == tuple(axis)
     assert get_args(config_module.BitsName) == get_args(base.Bits)
     assert get_args(config_module.ComputeName) == get_args(base.ComputeDtype)
     assert set(get_args(config_module.KindName)) == {"auto", *get_args(base.ModelKind)}
 
 
 def test_every_field_has_help_and_a_group() -> None:
-    assert all(field.metadata["help"] and field.metadata["group"] for field in settings().values())
+    assert all(help_of(name) and field.metadata["group"] for name, field in settings().items())
+    assert help_of("estimator") == "hizoo: slope and curvature; mezo: the slope alone"
+    assert help_of("rank") == "of lora: rank of the adapters"
+    assert help_of("targets").startswith("attention (query and value)")  # all spaces have it
     assert not problems({f.name: f.default for f in fields(TrainConfig)} | MINIMAL)
 
 

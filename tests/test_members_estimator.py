@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hizoo_lite import config
 from hizoo_lite.arrays import Array, Arrays, Shape
 from hizoo_lite.base import THETA, Estimate, Estimator, Piece, Point, UserError
 from hizoo_lite.checkpoints import tensorfile
@@ -18,6 +17,7 @@ from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.estimators.hizoo import directional_curvature
 from hizoo_lite.noise import generator
 from hizoo_lite.optimizers import OPTIMIZERS
+from hizoo_lite.registry import Line
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint, journal
 from hizoo_lite.train.folder import RunFolder
@@ -38,7 +38,7 @@ class Fan(Estimator):
     """One-sided points along three directions, each at its own radius; what one example says is bounded."""
 
     name = "fan"
-    predicts = True
+    predicts = measures_curvature = True
 
     def points(self, step: int) -> tuple[Point, ...]:
         return (THETA, *(Point(k, float(radius)) for k, radius in enumerate(radii(step, 3))))
@@ -101,9 +101,8 @@ class Momentum:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimators of this file beside the others."""
     for member in (Fan, Radius):
-        monkeypatch.setitem(ESTIMATORS._members, member.name, member)
-    kinds = {**config.kinds(), "estimator": Literal["hizoo", "mezo", "fan", "radius"]}
-    monkeypatch.setattr(config, "kinds", lambda: kinds)
+        line = Line(f"{__name__}:{member.__name__}", str(member.__doc__))
+        monkeypatch.setitem(ESTIMATORS.lines, member.name, line)
 
 
 def run_of(folder: Path, **changes: Any) -> Run:
@@ -157,8 +156,8 @@ def test_one_sided_points_are_refused_for_weights_inside_the_blocks(tmp_path: Pa
 def test_an_optimizer_with_a_state_saves_resumes_and_replays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = OPTIMIZERS["sgd"]
-    monkeypatch.setitem(OPTIMIZERS._members, "sgd", Momentum)
+    plain = OPTIMIZERS.lines["sgd"]
+    monkeypatch.setitem(OPTIMIZERS.lines, "sgd", Line(f"{__name__}:Momentum", ""))
     straight = run_of(tmp_path / "straight")
     run_of(tmp_path, steps=3)
     resumed = run_of(tmp_path, resume=True)
@@ -168,6 +167,6 @@ def test_an_optimizer_with_a_state_saves_resumes_and_replays(
     assert replay(resumed.folder, STEPS - 1, tmp_path / "replayed").differs == []
     with pytest.raises(UserError, match=r"--optimizer: momentum .* --space dense"):
         run_of(tmp_path / "dense", space="dense")
-    monkeypatch.setitem(OPTIMIZERS._members, "sgd", plain)
+    monkeypatch.setitem(OPTIMIZERS.lines, "sgd", plain)
     with pytest.raises(UserError, match="optimizer sgd: keeps nothing"):
         run_of(tmp_path, resume=True, steps=STEPS + 1)

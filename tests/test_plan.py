@@ -165,7 +165,7 @@ def dry_run(folder: Path, space: Any, bits: Any = "nf4") -> DryRun:
     source = Source(
         outline, config, "causal", bits, space is None or space.name == "lora", torch.bfloat16, "cpu"
     )
-    return DryRun(source, "resident", build.build(config, "causal"), space)
+    return DryRun(source, "resident", build.build(config, "causal"), space, CURVATURES.make("none"))
 
 
 @pytest.mark.parametrize("name", [n for n, tiny in TINY_CONFIGS.items() if tiny.kind == "masked"])

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from hizoo_lite.base import Batch
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.estimators import make_estimator
+from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
@@ -152,7 +152,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
     """A run of the product itself, in a folder that is thrown away."""
     settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
-    branches = len(make_estimator(replace(config, **settings)).points(0))
+    branches = len(ESTIMATORS.configured(replace(config, **settings)).points(0))
     steps = forwards // branches
     every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:

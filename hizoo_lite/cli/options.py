@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hizoo_lite.config import choices, kinds, members, refuse, settings
+from hizoo_lite.config import choices, help_of, kinds, members, refuse, settings
 from hizoo_lite.train.config_file import flag
 
 #: What the commands that only run a model say about where its blocks live.
@@ -80,7 +80,7 @@ def _parameter(name: str, field: Field[Any]) -> inspect.Parameter:
 
 
 def _help(field: Field[Any]) -> str:
-    text = str(field.metadata["help"])
+    text = help_of(field.name)
     if field.default in (None, ""):
         return text
     shown = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default

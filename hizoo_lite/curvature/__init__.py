@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from hizoo_lite.base import Curvature
+from typing import Any
+
+from hizoo_lite.base import Curvature, Estimator
 from hizoo_lite.curvature.diagonal import Diagonal
 from hizoo_lite.curvature.factored import Factored
 from hizoo_lite.curvature.grouped import Grouped
 from hizoo_lite.curvature.none import NoCurvature
-from hizoo_lite.registry import Registry
+from hizoo_lite.registry import CURVATURES
 
-__all__ = ["CURVATURES", "Diagonal", "Factored", "Grouped", "NoCurvature", "get"]
-
-CURVATURES: Registry[Curvature] = Registry(
-    "curvature",
-    {
-        "none": NoCurvature,
-        "diagonal": Diagonal,
-        "grouped": Grouped,
-        "factored": Factored,
-    },
-)
+__all__ = ["CURVATURES", "Diagonal", "Factored", "Grouped", "NoCurvature", "for_estimator", "get"]
 
 #: See `Registry.make`.
 get = CURVATURES.make
+
+
+def for_estimator(config: Any, estimator: Estimator) -> Curvature:
+    """The curvature of a `TrainConfig`; the identity where its estimator measures none in all its steps."""
+    return CURVATURES.configured(config) if estimator.measures_within(config.steps) else NoCurvature()

@@ -16,8 +16,9 @@ scalar a step (tools/trajectories.py prints how far it gets); `grouped` is the d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from hizoo_lite.arrays import Array, Arrays, Shape
 from hizoo_lite.base import Curvature, UserError
@@ -28,7 +29,6 @@ class Diagonal(Curvature):
     """Sigma^-1 as one float32 tensor per parameter, 4 bytes a trainable value (twice that inside a step)."""
 
     name = "diagonal"
-    settings: ClassVar[Mapping[str, str]] = {"mode": "curvature_mode"}
     sees_tiles = False
 
     def __init__(
@@ -56,6 +56,10 @@ class Diagonal(Curvature):
         xp = self._arrays.xp
         self._h = {name: xp.ones(tuple(shape), dtype=xp.float32) for name, shape in shapes.items()}
         self._drawn, self._z = {}, {}
+
+    def held_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """As large as the parameters."""
+        return 4 * sum(math.prod(shape) for shape in shapes.values())
 
     def scale(self, name: str) -> Array:
         """Sigma^(1/2), float32 of the parameter's shape."""

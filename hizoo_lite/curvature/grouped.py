@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from hizoo_lite.arrays import Array, Arrays, Shape
 from hizoo_lite.base import Curvature, UserError
@@ -61,7 +61,6 @@ class Grouped(Curvature):
     """Sigma with one value per tensor or per row. State: groups * (groups + 1) float64 values."""
 
     name = "grouped"
-    settings: ClassVar[Mapping[str, str]] = {"per": "curvature_per"}
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hizoo_lite.config import choices, kinds, members, settings
+from hizoo_lite.config import choices, help_of, kinds, members
 from hizoo_lite.edge import answer, train
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(command: argparse.ArgumentParser, name: str) -> None:
     """The flag of a setting, absent unless it is given; it is checked with the whole configuration."""
-    kind, text = kinds()[name], settings()[name].metadata["help"].replace("%", "%%")
+    kind, text = kinds()[name], help_of(name).replace("%", "%%")
     if bool in members(kind):
         command.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
     else:

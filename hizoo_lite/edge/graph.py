@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 
 from hizoo_lite.arrays import NumpyArrays
-from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
+from hizoo_lite.base import EVALUATION, AttachedSpace, Batch, Branches, Losses, ModelKind, UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
@@ -143,7 +143,7 @@ class TrainGraph:
         return Losses(losses, scores, divergences)
 
 
-class GraphSpace:
+class GraphSpace(AttachedSpace):
     """The parameters of a graph as a space: saved as PEFT saves them, and as an adapter of onnxruntime."""
 
     weights = None

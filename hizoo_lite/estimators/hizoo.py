@@ -32,13 +32,14 @@ costs 2 + 1/every forwards on average.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from hizoo_lite.base import Branches, Estimate, Estimator, Point, UserError
 from hizoo_lite.estimators.mezo import as_losses, central_difference
+from hizoo_lite.registry import SPACES
 
 CurvatureSource = Literal["predictions", "losses"]
 
@@ -47,11 +48,7 @@ class HiZOO(Estimator):
     """Projected gradients every step, directional curvatures every `every` steps."""
 
     name = "hizoo"
-    settings: ClassVar[Mapping[str, str]] = {
-        "every": "curvature_every",
-        "curvature_from": "curvature_from",
-        "directions": "directions",
-    }
+    measures_curvature = True
 
     def __init__(
         self, every: int = 1, curvature_from: CurvatureSource = "predictions", directions: int = 1
@@ -68,19 +65,34 @@ class HiZOO(Estimator):
         if curvature_from not in get_args(CurvatureSource):
             allowed = " or ".join(get_args(CurvatureSource))
             raise UserError(f"estimator hizoo: curvature_from must be {allowed}, got {curvature_from!r}")
-        if every > 1 and curvature_from == "predictions":
-            raise UserError(
-                f"estimator hizoo: every: got {every}, but predictions give the curvature at every step; "
-                "allowed: 1, or curvature_from losses"
-            )
         if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
             raise UserError(f"estimator hizoo: directions must be a whole number >= 1, got {directions!r}")
-        if directions > 1 and curvature_from == "losses":
-            raise UserError(
-                f"estimator hizoo: directions: got {directions}, but a curvature from losses needs points on "
-                "both sides; allowed: 1, or curvature_from predictions"
-            )
+        given = {"every": every, "curvature_from": curvature_from, "directions": directions}
+        for problem in self.conflicts(given, str):
+            raise UserError(f"estimator hizoo: {problem}")
         self.every, self.curvature_from, self.directions = every, curvature_from, directions
+
+    @staticmethod
+    def left_open(config: Any) -> dict[str, Any]:
+        """Two directions for parameters in memory, where curvature is from predictions."""
+        several = config.curvature_from == "predictions" and not SPACES.lines[config.space].in_weights
+        return {"directions": 2 if several else 1}
+
+    @staticmethod
+    def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+        """Of the source of the curvature with the others."""
+        every, directions = options["every"], options["directions"]
+        if options["curvature_from"] == "predictions" and every != 1:
+            return [
+                f"{where('every')}: got {every}, but predictions give the curvature at every step; "
+                f"allowed: 1, or {where('curvature_from')} losses"
+            ]
+        if options["curvature_from"] == "losses" and directions not in ("auto", 1):
+            return [
+                f"{where('directions')}: got {directions}, but a curvature from losses needs points on both "
+                f"sides; allowed: 1, or {where('curvature_from')} predictions"
+            ]
+        return []
 
     def points(self, step: int) -> tuple[Point, ...]:
         """A pair, with the base where this step's curvature is from losses; or base and one-sided points."""

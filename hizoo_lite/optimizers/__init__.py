@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from hizoo_lite.base import Optimizer
 from hizoo_lite.optimizers.sgd import SGD
-from hizoo_lite.registry import Registry
+from hizoo_lite.registry import OPTIMIZERS
 
 __all__ = ["OPTIMIZERS", "SGD"]
-
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", {"sgd": SGD})

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hizoo_lite.base import Batch, Bits, Branches, BranchState, Curvature, ModelKind, Space
-from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.device import is_gpu, like, meta_as
 from hizoo_lite.engine.block import PresentBlock, install
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES
@@ -191,9 +190,10 @@ class DryRun:
             install(model)
             if space is not None:
                 space.attach(model, 0)
-        self.curvature = curvature or CURVATURES.make("none")
+        self.curvature = curvature
         if isinstance(space, InPlaceSpace) and space.weights is not None:
-            self.curvature.start(space.weights.shapes, TorchArrays())
+            assert curvature is not None
+            curvature.start(space.weights.shapes, TorchArrays())
             for part in space.weights.parts:
                 part.tiles = part.tiles[:1]
         for linear in model.linears.values():
@@ -249,6 +249,7 @@ class DryRun:
     def _let_an_update_wait(self) -> None:
         """As in every step but the first; the directions of this one are drawn anew."""
         if isinstance(self.space, InPlaceSpace) and self.space.weights is not None:
+            assert self.curvature is not None
             weights = self.space.weights
             weights.drop()
             weights.begin(0, 0, self.curvature, measured=False)

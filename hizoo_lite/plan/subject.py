@@ -14,9 +14,8 @@ import torch
 
 from hizoo_lite.base import EVALUATION, Bits, Branches, Curvature, ModelKind, UserError, trainable
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.curvature import CURVATURES
+from hizoo_lite.curvature import for_estimator
 from hizoo_lite.device import choose_device, like
-from hizoo_lite.estimators import make_estimator
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
 from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source
@@ -25,7 +24,7 @@ from hizoo_lite.plan.ledger import tensor_bytes
 from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.process import resident
-from hizoo_lite.spaces import SPACES
+from hizoo_lite.registry import ESTIMATORS, SPACES
 from hizoo_lite.tensors import TorchArrays
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
@@ -79,8 +78,8 @@ class Subject:
         self.framework = self._framework(framework)
         if self.device == "cpu":
             self.framework += FIRST_USE_BYTES
-        self.in_weights = config.space != "lora"
-        self.residual = config.space == "dense" and config.dense_update == "residual"
+        self.estimator = ESTIMATORS.configured(config)
+        self.in_weights = SPACES.lines[config.space].in_weights
         double_quant = config.double_quant and not self.in_weights
         try:
             model_config = build.read_config(outline.folder, kind, num_labels=2)
@@ -97,7 +96,7 @@ class Subject:
         self.space = self.held(self.place).space
         self.shapes = trainable(self.space)
         twice = any(name.endswith(".nested_absmax") for name in outline.forms)
-        self.needs_own_scales = self.in_weights and not self.residual and twice
+        self.needs_own_scales = self.space.needs_own_scales and twice
         self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
 
     # ------------------------------------------------------------------------------------- settings
@@ -137,16 +136,14 @@ class Subject:
         """The first blocks of it, all of which are trained where the space trains any."""
         key = place, trains
         if key not in self._runs:
-            names: list[str] = self.space.target_names  # type: ignore[attr-defined]
-            leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.space.target_names}))
             space = SPACES.configured(self.config, targets=leaves, blocks="all") if trains else None
             module = copy.deepcopy(self.module)
             self._runs[key] = DryRun(self.source, place, module, space, self._curvature())
         return self._runs[key]
 
     def _curvature(self) -> Curvature:
-        name = "none" if self.config.estimator == "mezo" else self.config.curvature
-        return CURVATURES.make("none") if name == "none" else CURVATURES.configured(self.config)
+        return for_estimator(self.config, self.estimator)
 
     # ------------------------------------------------------------------------------------ quantities
 
@@ -155,25 +152,24 @@ class Subject:
         return sum(value.nbytes for value in self.space.parameters.values())
 
     def curvature_bytes(self) -> int:
-        """Of Sigma's state, from the class itself; the diagonal one is as large as the adapters."""
-        if self.config.estimator != "mezo" and self.config.curvature == "diagonal":
-            return 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        """Of Sigma's state, as it is laid out, unless the class itself knows."""
         state = self._curvature()
-        state.start(self.shapes, TorchArrays())
-        return tensor_bytes(vars(state))
+        held = state.held_bytes(self.shapes)
+        if held is None:
+            state.start(self.shapes, TorchArrays())
+            held = tensor_bytes(vars(state))
+        return held
 
     def weight_noise_bytes(self) -> int:
-        """What drawing leaves, and of HiZOO-L the factors and the sums over rows and columns, in float64."""
+        """What drawing leaves, and what the curvature holds until the step ends."""
         if self.space.weights is None:
             return 0
         drawing = DRAWING_BYTES if self.device == "cpu" else 0
-        if self.config.curvature != "factored" or self.config.estimator == "mezo":
-            return drawing
-        return drawing + 24 * sum(sum(shape) for shape in self.space.weights.shapes.values())
+        return drawing + self._curvature().step_bytes(self.space.weights.shapes)
 
     def branches(self) -> Branches:
         """The most branches of a step."""
-        return Branches(make_estimator(self.config).points(0))
+        return Branches(self.estimator.points(0))
 
     def elements(self) -> tuple[int, int, int]:
         """Of the blocks' weights; of those below the first trained block; of the others.
@@ -181,7 +177,7 @@ class Subject:
         Products with the second are the same in all branches.
         """
         model = self.held(self.place).model
-        trained = [model.block_of(name) or 0 for name in self.space.target_names]  # type: ignore[attr-defined]
+        trained = [model.block_of(name) or 0 for name in self.space.target_names]
         inside = shared = outside = 0
         for name, linear in model.linears.items():
             block, count = model.block_of(name), math.prod(linear.weight.shape)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from hizoo_lite.base import Space
 from hizoo_lite.quant import native  # noqa: F401 - imports bitsandbytes quietly, before peft does so aloud
-from hizoo_lite.registry import Registry
+from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.scales import Scales
 
 __all__ = ["SPACES", "Dense", "LoRA", "Scales", "get"]
-
-SPACES: Registry[Space] = Registry("space", {"lora": LoRA, "dense": Dense, "scales": Scales})
 
 #: See `Registry.make`.
 get = SPACES.make

@@ -11,8 +11,8 @@ about lr |gradient|^2: both are proportional to lr. On a 4-bit grid the noise wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,11 +90,6 @@ class Dense(InPlaceSpace):
     """
 
     name = "dense"
-    settings: ClassVar[Mapping[str, str]] = {
-        "update": "dense_update",
-        "targets": "targets",
-        "blocks": "blocks",
-    }
 
     def __init__(
         self,
@@ -106,7 +101,7 @@ class Dense(InPlaceSpace):
         super().__init__(targets, head, blocks)
         if update not in ("requantize", "residual"):
             raise UserError(f"--dense-update: got {update!r}, allowed are requantize, residual")
-        self.update = update
+        self.update, self.needs_own_scales = update, update == "requantize"
 
     def options(self) -> dict[str, Any]:
         """The kind of update."""

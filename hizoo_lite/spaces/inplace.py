@@ -8,14 +8,14 @@ layer as they are stored, under "layer.buffer". One block is in memory at a time
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hizoo_lite.base import Stored, UserError
+from hizoo_lite.base import Space, Stored, UserError
 from hizoo_lite.checkpoints.adapter import SPACE_FILE
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.engine.block import each_block
@@ -32,14 +32,15 @@ FORMAT = 1
 _HEAD = "head.safetensors"
 
 
-class InPlaceSpace(ABC):
+class InPlaceSpace(Space):
     """Trains parts of the chosen linear layers' weights, and classification heads in memory.
 
     targets, blocks: as for LoRA, "all-linear" of all blocks by default. head: train the head outside the
     trunk in full; None does so for classifiers only.
     """
 
-    name: str
+    weights: Weights | None = None
+    needs_own_scales = True
 
     def __init__(
         self,
@@ -51,7 +52,6 @@ class InPlaceSpace(ABC):
         self.blocks: Blocks = "all" if blocks == "auto" else blocks
         self.parameters: dict[str, Tensor] = {}  # of heads
         self.frozen: dict[str, Tensor] = {}
-        self.weights: Weights | None = None
 
     @abstractmethod
     def part(self, model: Model, linear: BranchLinear) -> Part:

@@ -11,15 +11,14 @@ the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from hizoo_lite.base import BranchState, LinearDelta, UserError
+from hizoo_lite.base import BranchState, LinearDelta, Space, UserError
 from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, check_fits, peft_weights
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.model.model import Model
@@ -56,7 +55,7 @@ def _values(value: Tensor, name: str, state: BranchState) -> Tensor:
     return state.once(name, lambda: branch_values(value, name, state))
 
 
-class LoRA:
+class LoRA(Space):
     """Low-rank adapters on chosen linear layers of the blocks.
 
     rank: r. alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
@@ -68,9 +67,6 @@ class LoRA:
     """
 
     name = "lora"
-    settings: ClassVar[Mapping[str, str]] = {
-        name: name for name in ("rank", "alpha", "rslora", "train_a", "targets", "blocks")
-    }
     weights = None  # nothing inside the blocks is changed
 
     def __init__(

@@ -9,9 +9,6 @@ learnt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -70,7 +67,7 @@ class Scales(InPlaceSpace):
     """The scales of the quantized weights of chosen linear layers of the blocks."""
 
     name = "scales"
-    settings: ClassVar[Mapping[str, str]] = {"targets": "targets", "blocks": "blocks"}
+    clip = 100.0  # as QZO has it
 
     def part(self, model: Model, linear: BranchLinear) -> ScalesPart:
         """The weight's scales, in float32. `UserError` where it has none."""

@@ -17,7 +17,7 @@ from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.files import storing, write_text
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
-from hizoo_lite.registry import settings_of
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
 from hizoo_lite.tasks import Records, Task
 from hizoo_lite.train import config_file
 from hizoo_lite.train.folder import RunFolder
@@ -78,12 +78,9 @@ def configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
-    named = {**settings_of(space), **settings_of(estimator), **settings_of(curvature)}
+    named = {**SPACES.said_by(space), **ESTIMATORS.said_by(estimator), **CURVATURES.said_by(curvature)}
     if isinstance(named.get("targets"), list | tuple):
         named["targets"] = ",".join(named["targets"])
-    for key, part in (("space", space), ("estimator", estimator), ("curvature", curvature)):
-        if part is not None:
-            named[key] = part.name
     refuse(
         [
             f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"

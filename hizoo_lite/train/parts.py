@@ -20,18 +20,15 @@ from hizoo_lite.base import (
     UserError,
 )
 from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
-from hizoo_lite.curvature import CURVATURES
-from hizoo_lite.estimators import make_estimator
+from hizoo_lite.curvature import for_estimator
 from hizoo_lite.optimizers import step_size
+from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
 
 _log = logging.getLogger(__name__)
-
-#: The largest projected gradient, by space, where the configuration names none (QZO, arXiv 2505.13430).
-_CLIPS = {"scales": 100.0}
 
 
 def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
@@ -129,12 +126,10 @@ def make_stepper(
     curvature: Curvature | None = None,
 ) -> Stepper:
     """The step of a configuration; `traversal`, `arrays` and `space` as `Stepper` takes them."""
-    estimator = make_estimator(config) if estimator is None else estimator
-    measures = any(estimator.measures(step) for step in range(config.steps))
+    estimator = ESTIMATORS.configured(config) if estimator is None else estimator
     if curvature is None:
-        curvature = CURVATURES.configured(config) if measures else CURVATURES.make("none")
+        curvature = for_estimator(config, estimator)
     course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
-    clip = _CLIPS.get(space.name) if config.clip is None else config.clip
     smoothing = step_size.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
     return Stepper(
         traversal,
@@ -143,11 +138,15 @@ def make_stepper(
         estimator,
         curvature,
         step_size.step_size(
-            config.lr, course, measures, estimator.predicts, Branches(estimator.points(0)).directions
+            config.lr,
+            course,
+            estimator.measures_within(config.steps),
+            estimator.predicts,
+            Branches(estimator.points(0)).directions,
         ),
         seed=config.seed,
         mu=config.mu,
         smoothing=smoothing,
         weight_decay=config.weight_decay,
-        clip=clip,
+        clip=space.clip if config.clip is None else config.clip,
     )

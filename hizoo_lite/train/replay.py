@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hizoo_lite.arrays import Arrays, NumpyArrays
-from hizoo_lite.base import UserError
+from hizoo_lite.base import AttachedSpace, UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
@@ -38,7 +38,7 @@ class Replayed(NamedTuple):
     differs: list[str]  # and those that are not
 
 
-class StoredSpace:
+class StoredSpace(AttachedSpace):
     """The parameters of a saved adapter, without the model that they are for, in the order of `names`.
 
     Where A was not trained it is among the adapter's tensors alone.

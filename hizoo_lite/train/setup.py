@@ -21,7 +21,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
-from hizoo_lite.spaces import SPACES
+from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tensors import TorchArrays
@@ -158,7 +158,7 @@ def load_model(config: TrainConfig, task: Task) -> Model:
         bits=config.bits,
         compute_dtype=config.compute_dtype,
         device=config.device,
-        double_quant=config.double_quant and config.space == "lora",  # the others change float32 scales
+        double_quant=config.double_quant and not SPACES.lines[config.space].in_weights,
         num_labels=task.num_labels or 2,
         seed=config.seed,
         revision=config.revision,

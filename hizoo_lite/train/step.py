@@ -36,10 +36,15 @@ from hizoo_lite.base import (
     trainable,
 )
 from hizoo_lite.noise import StepNoise
-from hizoo_lite.optimizers import OPTIMIZERS
 from hizoo_lite.optimizers.step_size import Schedule
+from hizoo_lite.registry import CURVATURES, OPTIMIZERS, Registry
 from hizoo_lite.train.journal import Record
 from hizoo_lite.train.ranks import ONE
+
+
+def _which(axis: Registry[Any], trait: str) -> str:
+    """The members that have a trait."""
+    return ", ".join(name for name, member in axis.items() if getattr(member, trait))
 
 
 class StepRecord(NamedTuple):
@@ -112,19 +117,19 @@ class Stepper:
     ) -> None:
         self._arrays, self.traversal, self.space = arrays, traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
-        self.optimizer = OPTIMIZERS.make("sgd") if optimizer is None else optimizer
+        self.optimizer = OPTIMIZERS.make(OPTIMIZERS.default) if optimizer is None else optimizer
         self.seed, self.mu, self.smoothing = seed, mu, smoothing
         self.weight_decay, self.clip = weight_decay, clip
         self.ranks = ONE  # the processes among which a batch is divided
         if space.weights is not None and not curvature.sees_tiles:
             raise UserError(
                 f"--curvature: {curvature.name} keeps a value for every weight and cannot be used with "
-                f"--space {space.name}; allowed: grouped, factored, none"
+                f"--space {space.name}; allowed: {_which(CURVATURES, 'sees_tiles')}"
             )
         if space.weights is not None and not self.optimizer.streams:
             raise UserError(
                 f"--optimizer: {self.optimizer.name} keeps values for every parameter and cannot be used "
-                f"with --space {space.name}; allowed: sgd"
+                f"with --space {space.name}; allowed: {_which(OPTIMIZERS, 'streams')}"
             )
         branches = Branches(estimator.points(0))
         directions = branches.directions
@@ -136,7 +141,7 @@ class Stepper:
         if space.weights is not None and branches.one_sided:
             raise UserError(
                 f"--estimator: {estimator.name} has one-sided points, but --space {space.name} trains "
-                "weights inside the blocks, which need pairs; allowed: hizoo, mezo"
+                "weights inside the blocks, which need pairs"
             )
         shapes = {name: p.shape for name, p in space.parameters.items()}
         self.noise = StepNoise(seed, shapes, self._arrays, directions)

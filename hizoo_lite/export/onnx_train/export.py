@@ -26,7 +26,6 @@ from hizoo_lite.checkpoints.writer import write_json
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.engine.residency import Streamed
-from hizoo_lite.estimators import make_estimator
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder
@@ -37,6 +36,7 @@ from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
+from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import config_file, parts, saved, setup
@@ -82,7 +82,7 @@ def export_train(
         assert isinstance(space, LoRA)
         if fresh:
             space.attach(loaded, config.seed)
-        branches = Branches(make_estimator(config).points(0))
+        branches = Branches(ESTIMATORS.configured(config).points(0))
         batches = cases(loaded, space, encoder, examples, config.seed, branches)
         token_types = batches[0].batch.token_type_ids is not None
         _write_settings(loaded, config, aside)
