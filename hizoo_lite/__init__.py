@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hizoo_lite import curvature, estimators, spaces, tasks
-    from hizoo_lite.base import TooManyBadSteps, UserError
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.engine.generate import generate
     from hizoo_lite.engine.load import load
+    from hizoo_lite.errors import TooManyBadSteps, UserError
     from hizoo_lite.model.model import Model
     from hizoo_lite.run import Run, evaluate, fit
 

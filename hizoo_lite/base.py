@@ -1,7 +1,7 @@
 """The interfaces of every axis: what a member must provide, and the values that travel between them.
 
-Every other module imports this one; it imports none of them but `errors`, and torch not at all: what runs
-beside onnxruntime, with numpy alone, shares the records and the axes that are not about modules. A step is
+Members import this module; it imports values from the ground (`branches`, `batch`) and torch not at all: what
+runs beside onnxruntime, with numpy alone, shares the axes that are not about modules. A step is
 
     Estimator.points -> Branches (folded into the batch axis) -> per-branch, per-example losses
           -> Estimator.reduce, estimate -> coefficients, curvatures -> Curvature.observe -> update
@@ -17,22 +17,19 @@ enters a linear layer.
 from __future__ import annotations
 
 import math
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from hizoo_lite.arrays import Array, Shape
-from hizoo_lite.errors import TooManyBadSteps as TooManyBadSteps
-from hizoo_lite.errors import UserError as UserError
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import Branches, BranchState, Point
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from hizoo_lite.arrays import Arrays
 
@@ -42,94 +39,7 @@ ModelKind = Literal["causal", "masked", "classifier"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "float32"]
 
 
-# --------------------------------------------------------------------------------------- branches
-
-
-class Point(NamedTuple):
-    """The parameters theta + offset * mu * d, with d the direction of that number."""
-
-    direction: int
-    offset: float
-
-
-@dataclass(frozen=True)
-class Branches:
-    """The parameter points that one traversal evaluates, in the order of the folded batch axis.
-
-    The order is: theta itself (offset 0), if at all; then pairs, two points with opposite offsets along one
-    direction; then one-sided points, which are compared with theta. A step evaluates what its estimator's
-    `points` say, an evaluation theta alone. Directions are numbered from 0.
-
-    Attributes:
-        base: whether the first point is theta itself.
-        pairs, one_sided: how many there are of each.
-        directions: how many directions the points lie along; none in an evaluation.
-    """
-
-    points: tuple[Point, ...]
-    base: bool = field(init=False, repr=False, compare=False)
-    pairs: int = field(init=False, repr=False, compare=False)
-    one_sided: int = field(init=False, repr=False, compare=False)
-    directions: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.points:
-            raise ValueError("branches: at least one point is needed, got none")
-        base = self.points[0].offset == 0.0
-        moved = self.points[int(base) :]
-        if not all(math.isfinite(point.offset) and point.offset for point in moved):
-            raise ValueError(f"branches: behind the base offsets must be finite and not 0, got {self.points}")
-        pairs = 0
-        while _are_pair(*moved[2 * pairs : 2 * pairs + 2]):
-            pairs += 1
-        one_sided, used = len(moved) - 2 * pairs, {point.direction for point in moved}
-        if one_sided and not base:
-            raise ValueError(f"branches: one-sided points need a base to be compared with, got {self}")
-        if used != set(range(len(used))):
-            raise ValueError(f"branches: directions must be numbered from 0 without gaps, got {self}")
-        found = {"base": base, "pairs": pairs, "one_sided": one_sided, "directions": len(used)}
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def of(cls, base: bool = True, pairs: int = 1, one_sided: int = 0) -> Branches:
-        """Points with the offsets 0, +-1 and 1, each pair and one-sided point along its own direction."""
-        paired = (Point(k, offset) for k in range(pairs) for offset in (1.0, -1.0))
-        single = (Point(k, 1.0) for k in range(pairs, pairs + one_sided))
-        return cls((*(THETA,) * base, *paired, *single))
-
-    @property
-    def count(self) -> int:
-        """How many branches share the traversal."""
-        return len(self.points)
-
-    @property
-    def reach(self) -> float:
-        """The largest offset by size."""
-        return max(abs(point.offset) for point in self.points)
-
-    @property
-    def compared(self) -> tuple[tuple[int, int], ...]:
-        """Of each direction, the two branches whose losses and predictions are compared.
-
-        Its first pair; a direction without one compares its first one-sided point with the base.
-        """
-        first = int(self.base)
-        paired = [(first + 2 * k, first + 2 * k + 1) for k in range(self.pairs)]
-        found: dict[int, tuple[int, int]] = {}
-        for one, other in [*paired, *((branch, 0) for branch in range(first + 2 * self.pairs, self.count))]:
-            found.setdefault(self.points[one].direction, (one, other))
-        return tuple(found[direction] for direction in range(self.directions))
-
-
-def _are_pair(*points: Point) -> bool:
-    """Whether these are two points with opposite offsets along one direction."""
-    return len(points) == 2 and points[0] == (points[1].direction, -points[1].offset)
-
-
-#: The point of the parameters as they are.
-THETA = Point(0, 0.0)
-EVALUATION = Branches((THETA,))
+# ------------------------------------------------------------------------------------- estimators
 
 
 class Estimate(NamedTuple):
@@ -355,222 +265,7 @@ class Optimizer(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------ weights and spaces
-
-
-class Stored(NamedTuple):
-    """One buffer of a weight whose bytes travel when its block is streamed."""
-
-    owner: nn.Module  # whose buffer it is
-    name: str  # of the buffer
-    key: str | None  # behind the layer's name in a checkpoint, such as "weight.absmax"; None: zeros at first
-
-    @property
-    def tensor(self) -> Tensor:
-        """The buffer as it is now; on the meta device while its block is offloaded."""
-        return self.owner.get_buffer(self.name)
-
-
-class Uniform(Protocol):
-    """Random numbers for rounding; every call gives new ones."""
-
-    def fill(self, out: Tensor) -> Tensor:
-        """Fill a contiguous float32 tensor with multiples of 2^-24 in [0, 1), and give it back."""
-
-
-class PackedWeight(ABC):
-    """A weight matrix in its stored form; a member is an `nn.Module` too. Use never changes its buffers.
-
-    `shape` is (out_features, in_features). The product of a linear layer is
-    `x @ unpacked.T * row_scale`, where `unpacked` is what `unpack` writes. Only `store` changes a buffer.
-    """
-
-    bits: Bits
-    shape: tuple[int, int]
-    layer: str  # name of the layer that it is of, for messages
-
-    @abstractmethod
-    def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:
-        """Fill `out` with the rows from `first_row` on.
-
-        out: (rows, in_features), contiguous, bf16, fp16 or float32.
-        """
-
-    def ready(self, dtype: torch.dtype) -> Tensor | None:
-        """The stored matrix itself where it needs no unpacking for a product in `dtype`, else None."""
-        return None
-
-    @property
-    def row_scale(self) -> Tensor | None:
-        """A factor of every output feature, (out_features,) float32, that `unpack` leaves out; or None."""
-        return None
-
-    @property
-    def tile_rows(self) -> int:
-        """`store` takes rows from a multiple of this on, and as many, or all that are left."""
-        return 1
-
-    def values(self, out: Tensor, first_row: int = 0) -> Tensor:
-        """Fill `out`, (rows, in_features) contiguous float32, with the true values from `first_row` on."""
-        self.unpack(out, first_row)
-        if self.row_scale is not None:
-            out *= self.row_scale[first_row : first_row + out.shape[0], None]
-        return out
-
-    @abstractmethod
-    def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
-        """Replace rows `first_row` .. by `values`, (rows, in_features) contiguous float32, in place.
-
-        What the stored form cannot hold is rounded at random so that the expectation of what is decoded
-        is `values`; `rounding` is on their device. Values that were decoded are stored as they were.
-        Where memory is refused, nothing has been changed.
-        """
-
-    @abstractmethod
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """The module's."""
-
-    @abstractmethod
-    def get_buffer(self, target: str) -> Tensor:
-        """The module's."""
-
-    def nbytes(self) -> int:
-        """Bytes of the stored form."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
-
-    @abstractmethod
-    def stored(self) -> list[Stored]:
-        """The buffers that hold the matrix; not what is small and constant (code tables, offsets)."""
-
-
-#: Share of a batch's tokens above which padding is computed like everything else.
-MOST_KEPT = 7 / 8
-
-
-class BranchState:
-    """What the branch-aware linears of one model share: the branches now in flight and their directions.
-
-    One instance a model, set by the traversal for the length of one pass. `directions` are
-    d = Sigma^(1/2) z by parameter name, (directions, *shape) float32, on the parameter's device. Empty for
-    an evaluation.
-    """
-
-    def __init__(self) -> None:
-        self.set(EVALUATION, 0.0, {})
-
-    def set(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> None:
-        """Begin a pass."""
-        self.branches, self.mu, self.directions = branches, mu, directions
-        self._first_input: weakref.ref[Tensor] | None = None
-        self._rows: tuple[int, int | None] | None = None
-        self._kept: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._ids: tuple[Tensor, Tensor, int] | None = None
-        self._found: dict[tuple[int, int], Tensor] = {}
-        self._values: dict[str, Tensor] | None = None
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """While this is open, a block's chunks have in common what `once` gives."""
-        self._values = {}
-        try:
-            yield
-        finally:
-            self._values = None
-
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, or what it gave of the same name before, in this block; nobody may write to it."""
-        if self._values is None:
-            return make()
-        if name not in self._values:
-            self._values[name] = make()
-        return self._values[name]
-
-    @contextmanager
-    def laid_out(self, rows: int, length: int | None, kept: Tensor | None = None) -> Iterator[None]:
-        """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`.
-
-        kept: the tokens of one branch that exist, as `kept` gives them; None: all.
-        """
-        before = self._rows, self._kept
-        self._rows, self._kept = (rows, length), kept
-        try:
-            yield
-        finally:
-            self._rows, self._kept = before
-
-    def pad(self, mask: Tensor) -> None:
-        """Say for the rest of this pass which tokens of its batch exist. mask: (rows, length) on the host."""
-        self._mask, self._found = mask.bool(), {}
-
-    def sent(self, ids: Tensor, folded: Tensor) -> None:
-        """Say for the rest of this pass that `folded` is `ids` on the device, once a branch; both int64.
-
-        ids: (rows, length) on the host.
-        """
-        self._ids = ids, folded, folded._version
-
-    def on_host(self, folded: Tensor) -> Tensor | None:
-        """`ids` of `sent`, where `folded` is what was sent, or all of it by another name; else None."""
-        if self._ids is None:
-            return None
-        ids, known, version = self._ids
-        same = known.shape == folded.shape and known.data_ptr() == folded.data_ptr()
-        return ids if same and known.dtype == folded.dtype and folded._version == version else None
-
-    def kept(self, hidden: Tensor, rows: slice) -> Tensor | None:
-        """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.
-
-        Indices into the rows' tokens, (tokens,) int64 on their device. None where that is all, or so much
-        that leaving out the rest costs more than it saves, or nothing (the rows of empty texts), which no
-        layer need know how to treat, or where nobody has said.
-        """
-        mask, count = self._mask, self.branches.count
-        if mask is None or tuple(hidden.shape[:2]) != (count * mask.shape[0], mask.shape[1]):
-            return None
-        key = rows.start, rows.stop
-        if key not in self._found:
-            self._found[key] = mask[rows].flatten().nonzero().flatten().to(hidden.device, non_blocking=True)
-        found, tokens = self._found[key], (rows.stop - rows.start) * mask.shape[1]
-        return found if 0 < len(found) < MOST_KEPT * tokens else None
-
-    def existing(self, x: Tensor) -> Tensor | None:
-        """`kept` of what a layer's input `x`, (..., features), has a place for every token of; None: all."""
-        if self._kept is None or self._rows is None:
-            return None
-        rows, length = self._rows
-        return self._kept if length is not None and x.shape[:-1].numel() == rows * length else None
-
-    @property
-    def rows(self) -> int | None:
-        """Folded sequences that layers are given now; None where nobody has said."""
-        return None if self._rows is None else self._rows[0]
-
-    def is_folded(self, shape: Shape) -> bool:
-        """Whether the first axis of a layer's input is that of the folded rows, or of all their tokens."""
-        if self._rows is None or self.branches.count == 1:
-            return True
-        rows, length = self._rows
-        if len(shape) == 2 and shape[0] != rows:
-            return shape[0] % rows == 0 if length is None else shape[0] == rows * length
-        return shape[0] == rows
-
-    def diverges(self, x: Tensor) -> None:
-        """Say that a layer with input `x` has a part that differs between the branches."""
-        if self._first_input is None:
-            self._first_input = weakref.ref(x)
-
-    def mark(self) -> weakref.ref[Tensor] | None:
-        """Where branches diverge, as far as is known: for `restore`, before another part of the batch."""
-        return self._first_input
-
-    def restore(self, mark: weakref.ref[Tensor] | None) -> None:
-        """Forget what was learnt since `mark`."""
-        self._first_input = mark
-
-    def same_in_all(self, x: Tensor) -> bool:
-        """Whether `x` is known to be the same in all branches: no layer before it has made them differ."""
-        return self._first_input is None or self._first_input() is x
+# ----------------------------------------------------------------------------------------- spaces
 
 
 class LinearDelta(ABC):
@@ -714,57 +409,7 @@ class TrainedWeights(PendingUpdates, Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------ tasks, batches
-
-
-class Batch(NamedTuple):
-    """Tokens of one batch and the places where a loss is read. All arrays int64, on the host.
-
-    A task makes it of numpy arrays; `tensors.batch_tensors` makes torch's of it for a traversal.
-
-    A *row* is one token sequence. A *site* is one (row, position) whose logits are needed. A *scored
-    token* is a vocabulary entry looked up at a site. A *slot* is one candidate answer of one example:
-    its score is the mean log-probability of its scored tokens. Candidates that continue the same prompt
-    with one token share a row and a site; others have rows of their own.
-
-    For a classifier the logits are one row of class scores each, sites and scored tokens are empty,
-    and `gold` is the class index.
-    """
-
-    input_ids: Array  # (rows, length), right-padded
-    attention_mask: Array  # (rows, length), 1 where a token is
-    token_type_ids: Array | None  # (rows, length) or None
-    site_row: Array  # (sites,)
-    site_position: Array  # (sites,) the position whose logits predict the token
-    token_site: Array  # (scored,) index into the sites
-    token_id: Array  # (scored,) vocabulary index
-    token_slot: Array  # (scored,) index into the slots
-    slot_example: Array  # (slots,) index of the example; slots of one example are adjacent
-    gold: Array  # (examples,) causal / masked: index into slots; classifier: class index
-    loss: Literal["answer", "choice", "class"]
-    # "answer": mean negative log-likelihood of the gold slot's tokens; "choice": cross-entropy over the
-    # example's slots, each scored by its mean token log-probability (MeZO 2305.17333, which trains its
-    # classification tasks so); "class": cross-entropy over the classifier's logits.
-
-    @property
-    def examples(self) -> int:
-        """How many examples the batch holds."""
-        return len(self.gold)
-
-
-class Losses(NamedTuple):
-    """What one pass returns, on the host."""
-
-    per_example: Array  # (branches, examples) float64
-    scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
-    divergences: Array
-    # (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are compared along each
-    # direction, of the distribution that the loss is of: "choice" over the example's slots, "class" over the
-    # classes, "answer" over the vocabulary, there the mean over the gold slot's tokens.
-
-    def mean(self) -> Array:
-        """The loss of each branch, (branches,)."""
-        return self.per_example.mean(1)
+# ------------------------------------------------------------------------------------------ losses
 
 
 class BranchLosses(Protocol):
@@ -779,20 +424,3 @@ class BranchLosses(Protocol):
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` d by parameter name, on the device."""
         ...
-
-
-class Example(NamedTuple):
-    """One example as text, independent of tokenizer and kind of model."""
-
-    fields: Mapping[str, Any]  # named texts for the prompt template, e.g. {"premise": ..., "hypothesis": ...}
-    answers: Sequence[str]  # candidate answers (verbalizers); one for generation and lm tasks
-    gold: int  # index into `answers`
-    references: Sequence[str] = ()  # accepted free-text answers (SQuAD, DROP), else empty
-    group: str = ""  # examples scored together (MultiRC question, ReCoRD query), else empty
-
-
-class Metric(NamedTuple):
-    """A task's score of its predictions."""
-
-    name: str  # "accuracy", "f1", "exact_match"
-    value: float  # in [0, 1]

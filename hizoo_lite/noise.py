@@ -20,12 +20,11 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from hizoo_lite.arrays import Array, Arrays
-from hizoo_lite.base import Uniform
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +71,13 @@ def normal(seed: int, step: int, name: str, shape: Sequence[int]) -> Tensor:
     import torch
 
     return torch.from_numpy(drawn(seed, step, name, shape))
+
+
+class Uniform(Protocol):
+    """Random numbers for rounding; every call gives new ones."""
+
+    def fill(self, out: Tensor) -> Tensor:
+        """Fill a contiguous float32 tensor with multiples of 2^-24 in [0, 1), and give it back."""
 
 
 class TorchUniform:

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from hizoo_lite.base import Bits, Curvature, Estimator, Space, TooManyBadSteps, UserError, trainable
+from hizoo_lite.base import Bits, Curvature, Estimator, Space, trainable
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
-from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler

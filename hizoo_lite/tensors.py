@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.arrays import Arrays
-from hizoo_lite.base import Batch
+from hizoo_lite.batch import Batch
 from hizoo_lite.device import Event, gpu_of, is_gpu
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Batch, ModelKind
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Batch
 from tests.architectures import tiny_batch
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hizoo_lite
-from hizoo_lite.base import Batch
+from hizoo_lite.batch import Batch
 from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.config import TrainConfig

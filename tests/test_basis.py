@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, THETA, Branches, Point
+from hizoo_lite.branches import EVALUATION, THETA, Branches, Point
 from hizoo_lite.model.basis import gains, rebuild, split
 
 LAYOUTS = [

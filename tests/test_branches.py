@@ -14,10 +14,11 @@ from torch import Tensor
 
 import hizoo_lite.model.linear as linear
 import hizoo_lite.spaces.lora as lora
-from hizoo_lite.base import EVALUATION, THETA, Branches, BranchState, Point, UserError
+from hizoo_lite.branches import EVALUATION, THETA, Branches, BranchState, Point
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Resident
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch, _Made

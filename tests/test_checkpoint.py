@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.fingerprint import weight_files
+from hizoo_lite.errors import UserError
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(4, 3),

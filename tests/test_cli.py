@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
-from hizoo_lite.base import UserError
 from hizoo_lite.cli import app, doctor
 from hizoo_lite.cli.progress import Bars, Lines
 from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.engine.generate import generate
+from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
 from hizoo_lite.train import config_file
 from hizoo_lite.train.step import StepRecord

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hizoo_lite import base
 from hizoo_lite import config as config_module
-from hizoo_lite.base import UserError
 from hizoo_lite.config import AXES, TrainConfig, choices, help_of, kinds, problems, settings
+from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import profiles_folder
 from hizoo_lite.train.config_file import check_same_run, find, resolve, write

@@ -12,9 +12,10 @@ import torch
 import trajectories
 from torch import Tensor
 
-from hizoo_lite.base import Curvature, Estimator, UserError
+from hizoo_lite.base import Curvature, Estimator
 from hizoo_lite.curvature import CURVATURES, Diagonal, Factored, Grouped, get
 from hizoo_lite.curvature.grouped import MOST_ROW_GROUPS
+from hizoo_lite.errors import UserError
 from hizoo_lite.estimators import HiZOO, MeZO
 from hizoo_lite.tensors import TorchArrays, add_padded
 from tests import reference

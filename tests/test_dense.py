@@ -14,9 +14,11 @@ from torch import Tensor
 
 from hizoo_lite import curvature as curvatures
 from hizoo_lite import estimators
-from hizoo_lite.base import Branches, Curvature, Point, UserError, trainable
+from hizoo_lite.base import Curvature, trainable
+from hizoo_lite.branches import Branches, Point
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
 from hizoo_lite.engine.traversal import Losses, Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import TorchUniform, tile_normal, tile_rounding
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import hizoo_lite
 from hizoo_lite import tasks
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
@@ -26,6 +26,7 @@ from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.engine import generate as in_torch
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder, Task
 from hizoo_lite.train.evaluate import Writer, complete, evaluate

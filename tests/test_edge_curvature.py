@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hizoo_lite.arrays import NumpyArrays
-from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.base import Curvature
 from hizoo_lite.curvature import Diagonal, Factored, Grouped, NoCurvature
+from hizoo_lite.errors import UserError
 from hizoo_lite.noise import StepNoise, drawn
 from hizoo_lite.tensors import TorchArrays
 

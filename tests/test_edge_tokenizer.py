@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hizoo_lite
 from hizoo_lite import tasks
-from hizoo_lite.base import Example
+from hizoo_lite.batch import Example
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from hizoo_lite.base import Branches, Example
+from hizoo_lite.batch import Example
+from hizoo_lite.branches import Branches
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import GraphSpace, Record, TrainGraph

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Estimator, UserError
+from hizoo_lite.base import Estimator
 from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.errors import UserError
 from hizoo_lite.estimators import ESTIMATORS, HiZOO, MeZO, get
 from hizoo_lite.estimators.hizoo import directional_curvature
 from tests import reference

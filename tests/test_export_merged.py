@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hizoo_lite import spaces
-from hizoo_lite.base import Space, UserError
+from hizoo_lite.base import Space
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.export import merged
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import kinds

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hizoo_lite.base import Bits, UserError
+from hizoo_lite.base import Bits
 from hizoo_lite.edge import folder as folders
 from hizoo_lite.edge.adapter import add_adapter
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
-from hizoo_lite.errors import ExportError, StorageError
+from hizoo_lite.errors import ExportError, StorageError, UserError
 from hizoo_lite.export.onnx import check, compare
 from hizoo_lite.export.onnx import export as exporting
 from hizoo_lite.export.onnx import source as loading

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hizoo_lite import spaces
-from hizoo_lite.base import Bits, UserError
+from hizoo_lite.base import Bits
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.engine.load import load
-from hizoo_lite.errors import ExportError
+from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.export.onnx import compare
 from hizoo_lite.export.onnx.export import export_onnx
 from hizoo_lite.export.onnx.linear import RecodedProduct

@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.adapter import read_peft_config
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.merged import prepare
 from hizoo_lite.export.peft import export
 from hizoo_lite.run import fit

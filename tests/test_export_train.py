@@ -17,7 +17,9 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from hizoo_lite.base import EVALUATION, Batch, Bits, Branches, Losses
+from hizoo_lite.base import Bits
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig

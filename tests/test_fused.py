@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Branches
+from hizoo_lite.branches import Branches
 from hizoo_lite.model import basis
 from hizoo_lite.model.basis import Gains
 

@@ -16,7 +16,9 @@ import transformers
 from torch import Tensor
 
 from hizoo_lite import curvature, estimators
-from hizoo_lite.base import Batch, Branches, Curvature
+from hizoo_lite.base import Curvature
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.optimizers.step_size import AutoRate, FixedRate, Schedule

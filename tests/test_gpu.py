@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hizoo_lite import curvature, estimators
-from hizoo_lite.base import Branches
+from hizoo_lite.branches import Branches
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.noise import normal

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hizoo_lite.base import Branches, trainable
+from hizoo_lite.base import trainable
+from hizoo_lite.branches import Branches
 from hizoo_lite.curvature import Factored, Grouped, NoCurvature
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal

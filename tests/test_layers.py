@@ -14,7 +14,8 @@ PACKAGE = Path(hizoo_lite.__file__).parent
 LAYERS = (
     "errors",
     "units arrays",
-    "process files locks base",
+    "process files locks branches batch",
+    "base",
     "registry",
     "config device",
     "tensors philox",

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hizoo_lite import device
-from hizoo_lite.base import UserError
 from hizoo_lite.engine.load import load
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build
 from hizoo_lite.model.linear import BranchLinear

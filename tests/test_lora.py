@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hizoo_lite.base import UserError
 from hizoo_lite.engine.load import load
+from hizoo_lite.errors import UserError
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces.lora import LoRA, resolve_targets
 from hizoo_lite.train.saved import attach_adapter

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from hizoo_lite.arrays import Array, Arrays, Shape
-from hizoo_lite.base import THETA, Estimate, Estimator, Piece, Point, UserError
+from hizoo_lite.base import Estimate, Estimator, Piece
+from hizoo_lite.branches import THETA, Point
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.estimators.hizoo import directional_curvature
 from hizoo_lite.noise import generator

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hizoo_lite.base import UserError
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import journal
 from hizoo_lite.train.folder import RunFolder

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, ModelKind
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Batch, Example, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal

@@ -13,7 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hizoo_lite.base import EVALUATION, Batch, Branches, UserError
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.writer import Form
 from hizoo_lite.cli import app
@@ -22,6 +23,7 @@ from hizoo_lite.curvature import CURVATURES
 from hizoo_lite.device import meta_as
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.shards import Linear, linear_forms
 from hizoo_lite.model import build
 from hizoo_lite.noise import generator

@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.cli import app
+from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware, planner, speed
 from hizoo_lite.plan.outline import Outline
 from tests.architectures import save_tiny

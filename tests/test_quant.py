@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight, from_checkpoint, native, pack, pack_rows
 from hizoo_lite.quant import rows as row_module
 

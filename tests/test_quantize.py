@@ -28,12 +28,12 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 from typer.testing import CliRunner
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import writer as files
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes
 from hizoo_lite.cli import app
 from hizoo_lite.engine.load import load
+from hizoo_lite.errors import UserError
 from hizoo_lite.export import shards
 from hizoo_lite.export.quantize import PROGRESS_FILE, Quantization
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.engine.load import load
+from hizoo_lite.errors import UserError
 from hizoo_lite.model import build
 from tests.test_load_process import run_python
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 import hizoo_lite as hz
 from hizoo_lite import tasks
-from hizoo_lite.base import UserError
 from hizoo_lite.config import DEMO
+from hizoo_lite.errors import UserError
 from hizoo_lite.run import Run
 from hizoo_lite.tasks import Records, files
 from hizoo_lite.train import config_file

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import pytest
 from typer.testing import CliRunner
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.cli import app
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint

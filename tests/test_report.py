@@ -17,9 +17,9 @@ from urllib.parse import urlparse
 import pytest
 from typer.testing import CliRunner
 
-from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.report import headline
 from hizoo_lite.report.charts import make_charts, running_mean, thin
 from hizoo_lite.report.record import read_run

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.curvature import Grouped
 from hizoo_lite.engine.traversal import Traversal
-from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.files import storing
 from hizoo_lite.report.report import write_report
 from hizoo_lite.run import Run, fit

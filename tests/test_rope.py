@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
-from hizoo_lite.base import Batch, Branches, UserError
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from tests.architectures import make_tiny, save_tiny
 from tests.batches import reference_losses
 from tests.test_branches import FLOAT32_ROUNDING, MU, separate_losses, tuned

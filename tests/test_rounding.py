@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hizoo_lite.base import PackedWeight
 from hizoo_lite.noise import TorchUniform
 from hizoo_lite.quant import FourBitWeight, ResidualWeight, pack
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.quant.rounding import GROWTH, Levels, grow, round_to_dtype, round_to_levels
 
 KINDS = ["nf4", "fp4", "int8", "float32", "bfloat16", "float16", "residual"]

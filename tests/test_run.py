@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import hizoo_lite as hz
 from hizoo_lite import process
-from hizoo_lite.base import TooManyBadSteps, UserError
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.model.kinds import find_kind
 from hizoo_lite.run import Run, fit

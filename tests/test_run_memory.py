@@ -13,13 +13,13 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
-from hizoo_lite.base import Batch, UserError
+from hizoo_lite.batch import Batch
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget
 from hizoo_lite.engine.traversal import Traversal
-from hizoo_lite.errors import BudgetError
+from hizoo_lite.errors import BudgetError, UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hizoo_lite.base import UserError, trainable
+from hizoo_lite.base import trainable
 from hizoo_lite.curvature import NoCurvature
+from hizoo_lite.errors import UserError
 from hizoo_lite.quant import FourBitWeight, Int8Weight
 from hizoo_lite.spaces import SPACES, Scales, get
 from hizoo_lite.spaces.scales import LEAST

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from hizoo_lite.base import Estimate, UserError
+from hizoo_lite.base import Estimate
+from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers.step_size import (
     FROM_LOSSES,
     AutoRate,

@@ -22,7 +22,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hizoo_lite.base import Branches, Curvature
+from hizoo_lite.base import Curvature
+from hizoo_lite.branches import Branches
 from hizoo_lite.cli import app
 from hizoo_lite.curvature.factored import Factored
 from hizoo_lite.curvature.grouped import Grouped

@@ -14,7 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from hizoo_lite.base import Branches, UserError
+from hizoo_lite.branches import Branches
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine import chunks
@@ -25,7 +25,7 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.engine.overwritten import Overwritten
 from hizoo_lite.engine.residency import Streamed, spread
 from hizoo_lite.engine.traversal import Traversal
-from hizoo_lite.errors import BudgetError, StorageError
+from hizoo_lite.errors import BudgetError, StorageError, UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.kinds import model_path
 from hizoo_lite.model.model import Model

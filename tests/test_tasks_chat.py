@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks.task import WHERE
 from hizoo_lite.tasks.text import Message

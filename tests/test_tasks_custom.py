@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.templates import render
 from tests.tasks_fixtures import byte_level, word_piece
 

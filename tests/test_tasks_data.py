@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.templates import render
 from tests.tasks_fixtures import data

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Batch, Example, Losses, UserError
+from hizoo_lite.batch import Batch, Example, Losses
 from hizoo_lite.edge.model import NO_PAIR
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tasks.collate import collate
 from hizoo_lite.tasks.order import output_order

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import files
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.templates import fields_of, render

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Example, Metric, UserError
+from hizoo_lite.batch import Example, Metric
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import metrics
 
 EXACT = pytest.approx  # sums of a few float64 fractions: pytest's own 1e-6 is far above their rounding

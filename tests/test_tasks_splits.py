@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import batch_indices, batches, make_splits
 from hizoo_lite.tasks.task import WHERE
 from tests.tasks_fixtures import data

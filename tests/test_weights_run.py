@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
-from hizoo_lite.base import UserError
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces.dense import DensePart

@@ -10,11 +10,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hizoo_lite.base import Batch, Curvature, PackedWeight, Stored
+from hizoo_lite.base import Curvature
+from hizoo_lite.batch import Batch
 from hizoo_lite.engine.load import load
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import tile_normal
 from hizoo_lite.quant import FourBitWeight, Int8Weight
+from hizoo_lite.quant.packed import PackedWeight, Stored
 from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.spaces.weights import Part
 from tests.batches import reference_losses

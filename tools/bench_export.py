@@ -33,13 +33,13 @@ from reporting import make_parser, publish
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hizoo_lite.base import Bits, UserError  # noqa: E402
+from hizoo_lite.base import Bits  # noqa: E402
 from hizoo_lite.cli.export import TARGETS  # noqa: E402
 from hizoo_lite.config import TrainConfig  # noqa: E402
 from hizoo_lite.edge.answer import evaluate_export  # noqa: E402
 from hizoo_lite.edge.session import Session  # noqa: E402
 from hizoo_lite.engine.load import load  # noqa: E402
-from hizoo_lite.errors import ExportError  # noqa: E402
+from hizoo_lite.errors import ExportError, UserError  # noqa: E402
 from hizoo_lite.export.onnx import check  # noqa: E402
 from hizoo_lite.export.onnx.export import export_onnx  # noqa: E402
 from hizoo_lite.model.model import Model  # noqa: E402

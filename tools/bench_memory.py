@@ -111,7 +111,7 @@ def make_batch(rows: int, length: int) -> Any:
     """Random tokens; the last row is shorter than the others; a label at the end of every row."""
     import torch
 
-    from hizoo_lite.base import Batch
+    from hizoo_lite.batch import Batch
     from hizoo_lite.noise import generator
 
     ids = torch.from_numpy(generator(0, "ids").integers(5, 32000, (rows, length)))

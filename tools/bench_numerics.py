@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hizoo_lite.model.linear as linear_module
-from hizoo_lite.base import EVALUATION, Batch, Branches
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.basis import rebuild

@@ -38,7 +38,7 @@ import transformers
 from reporting import make_parser, publish
 from torch import Tensor
 
-from hizoo_lite.base import Batch
+from hizoo_lite.batch import Batch
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.run import Run, fit

@@ -70,7 +70,7 @@ def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[in
     import torch
 
     from hizoo_lite import curvature, estimators
-    from hizoo_lite.base import Batch
+    from hizoo_lite.batch import Batch
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.noise import normal

@@ -114,7 +114,7 @@ def make_batch(number: int, rows: int, length: int, vocabulary: int) -> Any:
     """Random tokens; the loss is read at the last position of every row."""
     import torch
 
-    from hizoo_lite.base import Batch
+    from hizoo_lite.batch import Batch
     from hizoo_lite.noise import generator
 
     ids = torch.from_numpy(generator(number, "ids").integers(5, vocabulary, (rows, length)))
@@ -125,7 +125,7 @@ def make_batch(number: int, rows: int, length: int, vocabulary: int) -> Any:
 
 def cold_passes(model: Any, stepper: Any, batch: Any, folder: Path, contender: str) -> float:
     """Seconds of one folded traversal, or of three traversals of one branch, each from a cold page cache."""
-    from hizoo_lite.base import EVALUATION, Branches
+    from hizoo_lite.branches import EVALUATION, Branches
     from hizoo_lite.noise import normal
 
     directions = {name: normal(0, 0, name, p.shape)[None] for name, p in stepper.space.parameters.items()}
@@ -288,7 +288,7 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     import transformers
     from make_random_model import SHAPES
 
-    from hizoo_lite.base import Branches
+    from hizoo_lite.branches import Branches
     from hizoo_lite.model.build import build
     from hizoo_lite.plan.dry_run import DryRun, Held, Pass, Source
     from hizoo_lite.plan.outline import Outline

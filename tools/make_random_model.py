@@ -24,8 +24,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from hizoo_lite.base import Bits, UserError
+from hizoo_lite.base import Bits
 from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes, write_json
+from hizoo_lite.errors import UserError
 from hizoo_lite.export import shards
 from hizoo_lite.export.quantize import METADATA
 from hizoo_lite.export.shards import Linear

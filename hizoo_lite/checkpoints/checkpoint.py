@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Bits, UserError
+from hizoo_lite.base import Bits
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.tensors import Entry, TensorFile
 from hizoo_lite.checkpoints.writer import HASHED_CHUNK_BYTES, sha256_of
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_inside, read_json
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 #: Vocabularies besides *.json; never code.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken"]

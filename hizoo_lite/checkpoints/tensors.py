@@ -19,9 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.tensorfile import read_header, unreadable
-from hizoo_lite.errors import StorageError
+from hizoo_lite.errors import StorageError, UserError
 
 _DTYPES = {
     "F64": torch.float64,

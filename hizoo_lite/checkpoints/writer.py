@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import UserError
 from hizoo_lite.checkpoints.tensors import DTYPE_NAMES
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import aside, sync_folder, write_text
 
 HASHED_CHUNK_BYTES = 8_000_000  # read at a time where a file is hashed

@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from hizoo_lite.arrays import Array, Arrays, Shape
-from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.base import Curvature
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
+from hizoo_lite.errors import UserError
 
 
 class Diagonal(Curvature):

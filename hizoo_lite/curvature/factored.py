@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hizoo_lite.arrays import Array, Arrays, Shape
-from hizoo_lite.base import Curvature, UserError
+from hizoo_lite.base import Curvature
 from hizoo_lite.curvature.state import check_smoothing, check_state, is_usable
+from hizoo_lite.errors import UserError
 
 #: (row means, column means) of a matrix, or (all values,) of any other tensor; float32.
 Factors = tuple[Array, ...]

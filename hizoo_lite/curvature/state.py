@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hizoo_lite.arrays import Array, Arrays
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 #: Largest size taken in. float32 losses at mu = 1e-3 cannot exceed 1e45; squares of more would overflow.
 LARGEST = 1e100

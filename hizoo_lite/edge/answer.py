@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hizoo_lite.base import UserError
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
+from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hizoo_lite.base import UserError
 from hizoo_lite.edge.session import Graph
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Task
 
 

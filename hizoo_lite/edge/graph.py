@@ -18,7 +18,9 @@ from typing import Any, get_args
 import numpy as np
 
 from hizoo_lite.arrays import NumpyArrays
-from hizoo_lite.base import EVALUATION, AttachedSpace, Batch, Branches, Losses, ModelKind, UserError
+from hizoo_lite.base import AttachedSpace, ModelKind
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
@@ -31,6 +33,7 @@ from hizoo_lite.checkpoints.adapter import (
 from hizoo_lite.edge.folder import Base
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.edge.session import Graph
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.collate import Loss
 

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.arrays import NumpyArrays
-from hizoo_lite.base import EVALUATION, Batch, Branches, Losses, ModelKind, UserError
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import read_json
 from hizoo_lite.tasks.losses import choice_losses, slot_means
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.base import TooManyBadSteps, UserError
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
-from hizoo_lite.errors import StorageError
+from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hizoo_lite.base import BranchState
+from hizoo_lite.branches import BranchState
 from hizoo_lite.device import like
 from hizoo_lite.engine.overwritten import Overwritten
 from hizoo_lite.model.linear import on_existing

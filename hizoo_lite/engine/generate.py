@@ -23,8 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hizoo_lite.base import Branches, UserError
+from hizoo_lite.branches import Branches
 from hizoo_lite.device import is_gpu
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight

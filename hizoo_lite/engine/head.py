@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from hizoo_lite.base import Branches
+from hizoo_lite.branches import Branches
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.quant import PlainWeight
 

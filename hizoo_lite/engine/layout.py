@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Stored
+from hizoo_lite.quant.packed import Stored
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model

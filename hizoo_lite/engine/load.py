@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import psutil
 import torch
 
-from hizoo_lite.base import Bits, ComputeDtype, ModelKind, UserError
+from hizoo_lite.base import Bits, ComputeDtype, ModelKind
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.device import choose_device, is_gpu, kind_of
 from hizoo_lite.engine.block import install
 from hizoo_lite.engine.residency import Resident, Streamed
-from hizoo_lite.errors import BudgetError
+from hizoo_lite.errors import BudgetError, UserError
 from hizoo_lite.memory.limits import Budgets, Limits, Place, ResidencyName
 from hizoo_lite.model import attention, build, fused
 from hizoo_lite.model.kinds import find_kind

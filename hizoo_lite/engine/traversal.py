@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hizoo_lite.base import EVALUATION, Batch, Branches, Losses
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.device import like
 from hizoo_lite.engine.divergence import divergence_terms
 from hizoo_lite.engine.generate import Ended, write

@@ -37,7 +37,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from hizoo_lite.base import Branches, Estimate, Estimator, Point, UserError
+from hizoo_lite.base import Estimate, Estimator
+from hizoo_lite.branches import Branches, Point
+from hizoo_lite.errors import UserError
 from hizoo_lite.estimators.mezo import as_losses, central_difference
 from hizoo_lite.registry import SPACES
 

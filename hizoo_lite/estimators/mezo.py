@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hizoo_lite.base import Branches, Estimate, Estimator, Point, UserError
+from hizoo_lite.base import Estimate, Estimator
+from hizoo_lite.branches import Branches, Point
+from hizoo_lite.errors import UserError
 
 
 class MeZO(Estimator):

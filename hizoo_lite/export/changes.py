@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import ModelKind, PackedWeight, UserError
+from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
     PEFT_PREFIX,
@@ -20,7 +20,9 @@ from hizoo_lite.checkpoints.adapter import (
     scaling,
 )
 from hizoo_lite.checkpoints.tensors import TensorFile
+from hizoo_lite.errors import UserError
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.spaces.inplace import read_record
 
 _HEAD = "head.safetensors"

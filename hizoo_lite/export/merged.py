@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
+from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.changes import Changes, check_head, read_changes
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
@@ -31,6 +32,7 @@ from hizoo_lite.model.blocks import find_blocks
 from hizoo_lite.model.names import Names
 from hizoo_lite.process import map_large
 from hizoo_lite.quant import from_checkpoint, pack_rows
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
 from hizoo_lite.checkpoints.writer import aside, named_errors, write_json, write_text
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.changes import LoRAChanges
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.tensors import TensorFile
@@ -31,6 +31,7 @@ from hizoo_lite.checkpoints.writer import (
     sha256_of,
     write_json,
 )
+from hizoo_lite.errors import UserError
 from hizoo_lite.export import shards
 from hizoo_lite.files import aside, check_space, read_json
 from hizoo_lite.model import build

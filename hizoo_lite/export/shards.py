@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import Bits, ModelKind, PackedWeight, UserError
+from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.writer import Form, write_json
+from hizoo_lite.errors import UserError
 from hizoo_lite.model import build
 from hizoo_lite.model.blocks import find_blocks, no_linear
 from hizoo_lite.model.names import Names
 from hizoo_lite.quant import native
 from hizoo_lite.quant.fourbit import BLOCKSIZE, NESTED_BLOCKSIZE, FourBitWeight
 from hizoo_lite.quant.int8 import Int8Weight
+from hizoo_lite.quant.packed import PackedWeight
 
 REST = "rest.safetensors"
 

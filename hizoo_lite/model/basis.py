@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Branches
+from hizoo_lite.branches import Branches
 
 
 class Gains(NamedTuple):

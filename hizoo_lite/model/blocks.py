@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 #: A list of layers that is not named in `_no_split_modules` must hold this share of all parameters.
 _LARGE_SHARE = 0.2

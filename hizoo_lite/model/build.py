@@ -25,8 +25,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from hizoo_lite.base import Bits, ComputeDtype, ModelKind, UserError
+from hizoo_lite.base import Bits, ComputeDtype, ModelKind
 from hizoo_lite.device import is_gpu, kind_of
+from hizoo_lite.errors import UserError
 
 _CLASSES = {
     "causal": AutoModelForCausalLM,

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 #: What leaves the rows in front: the result is still one of every row.
 _RESHAPING = frozenset(

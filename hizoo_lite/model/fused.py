@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Branches
+from hizoo_lite.branches import Branches
 from hizoo_lite.device import gpu_of, is_gpu
 from hizoo_lite.model import basis
 from hizoo_lite.model.basis import Gains

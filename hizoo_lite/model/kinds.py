@@ -11,9 +11,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import DEMO, EMBEDDED
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Task
 
 #: Endings of an architecture's name in config.json, and the kind of model they say.

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.base import EVALUATION, Branches, BranchState, LinearDelta, PackedWeight, UserError
+from hizoo_lite.base import LinearDelta
+from hizoo_lite.branches import EVALUATION, Branches, BranchState
 from hizoo_lite.device import like
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.basis import gains
 from hizoo_lite.model.everyrow import EveryRow
 from hizoo_lite.model.fused import rebuild, split
 from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.quant.packed import PackedWeight
 
 #: Unpacked weight a tile holds at most. 2 to 8 MB keep a tile in the last-level cache of a CPU;
 #: on a GPU larger tiles keep the products large.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from hizoo_lite.base import Bits, BranchState, ModelKind, Observer, PendingUpdates, Residency
+from hizoo_lite.base import Bits, ModelKind, Observer, PendingUpdates, Residency
+from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.memory.limits import Limits
 from hizoo_lite.model.build import vocabulary_of

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.base import BranchState, PackedWeight, Stored, Uniform, UserError
+from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
-from hizoo_lite.errors import StorageError
+from hizoo_lite.errors import StorageError, UserError
+from hizoo_lite.noise import Uniform
 from hizoo_lite.quant.opaque import Opaque
+from hizoo_lite.quant.packed import PackedWeight, Stored
 from hizoo_lite.quant.rows import RowReader, check_out
 
 

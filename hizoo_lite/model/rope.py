@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from hizoo_lite.base import BranchState, UserError
+from hizoo_lite.branches import BranchState
+from hizoo_lite.errors import UserError
 
 _TYPES = frozenset({"longrope", "dynamic"})
 

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import Bits, BranchState, ModelKind, PackedWeight, UserError
+from hizoo_lite.base import Bits, ModelKind
+from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.device import is_gpu
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.blocks import find_blocks, no_linear
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.names import Names
 from hizoo_lite.model.offloaded import OffloadedWeight, embed_from_offloaded, from_disk, from_host
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.quant import PlainWeight, from_checkpoint, pack_rows
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.tensors import page_lock
 
 _log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hizoo_lite.base import Estimate, StepSize, UserError
+from hizoo_lite.base import Estimate, StepSize
 from hizoo_lite.curvature.state import is_usable
+from hizoo_lite.errors import UserError
 
 #: An observed |c| enters the means as at most this multiple of the level: one outlier is not a new level.
 LARGEST_RISE = 10.0

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hizoo_lite.base import Batch, Bits, Branches, BranchState, Curvature, ModelKind, Space
+from hizoo_lite.base import Bits, Curvature, ModelKind, Space
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches, BranchState
 from hizoo_lite.device import is_gpu, like, meta_as
 from hizoo_lite.engine.block import PresentBlock, install
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES

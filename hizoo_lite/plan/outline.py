@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.tensors import Entry
 from hizoo_lite.checkpoints.writer import Form
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.names import Names
 from hizoo_lite.quant import native
 from hizoo_lite.quant.fourbit import BLOCKSIZE, NESTED_BLOCKSIZE

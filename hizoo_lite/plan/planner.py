@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch
 
 from hizoo_lite import philox
-from hizoo_lite.base import ModelKind, UserError
+from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.engine.chunks import MOST_SLICES, plan_chunks
+from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Place
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.ledger import Ledger

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hizoo_lite.base import EVALUATION, Bits, Branches, Curvature, ModelKind, UserError, trainable
+from hizoo_lite.base import Bits, Curvature, ModelKind, trainable
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.device import choose_device, like
+from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
 from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored, Uniform, UserError
 from hizoo_lite.device import is_gpu
+from hizoo_lite.errors import UserError
+from hizoo_lite.noise import Uniform
 from hizoo_lite.quant import native
 from hizoo_lite.quant.opaque import Opaque
+from hizoo_lite.quant.packed import PackedWeight, Stored
 from hizoo_lite.quant.rounding import grow, uniform
 from hizoo_lite.quant.rows import RowReader, check_finite, check_out, row_chunks
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 
 class NotTheMatrix(UserError, AttributeError):

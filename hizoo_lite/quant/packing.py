@@ -8,9 +8,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Bits, PackedWeight, UserError
+from hizoo_lite.base import Bits
+from hizoo_lite.errors import UserError
 from hizoo_lite.quant.fourbit import FourBitWeight
 from hizoo_lite.quant.int8 import Int8Weight
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.quant.plain import PlainWeight
 from hizoo_lite.quant.rows import RowReader, row_chunks
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import PackedWeight, Stored, Uniform
 from hizoo_lite.device import like
+from hizoo_lite.noise import Uniform
 from hizoo_lite.quant.opaque import Opaque
+from hizoo_lite.quant.packed import PackedWeight, Stored
 from hizoo_lite.quant.rounding import round_to_dtype
 from hizoo_lite.quant.rows import check_out, row_chunks
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Uniform
+from hizoo_lite.noise import Uniform
 
 #: A group that must grow gets this much more range, at least.
 GROWTH = 1 / 8

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 
 #: `read(start, stop)` gives rows start .. stop of a matrix, (stop - start, in_features).
 RowReader = Callable[[int, int], Tensor]

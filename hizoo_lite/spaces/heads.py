@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import BranchState, LinearDelta, UserError
+from hizoo_lite.base import LinearDelta
+from hizoo_lite.branches import BranchState
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 
 

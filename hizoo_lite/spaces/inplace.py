@@ -15,15 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from hizoo_lite.base import Space, Stored, UserError
+from hizoo_lite.base import Space
 from hizoo_lite.checkpoints.adapter import SPACE_FILE
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.engine.residency import Streamed
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import read_json
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
+from hizoo_lite.quant.packed import Stored
 from hizoo_lite.spaces.heads import attach_head
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights

@@ -18,9 +18,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from hizoo_lite.base import BranchState, LinearDelta, Space, UserError
+from hizoo_lite.base import LinearDelta, Space
+from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, check_fits, peft_weights
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
 from hizoo_lite.spaces.heads import attach_head, beside_heads, branch_values, saved_modules

@@ -12,10 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hizoo_lite.base import Stored, Uniform, UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
+from hizoo_lite.noise import Uniform
 from hizoo_lite.quant import FourBitWeight, Int8Weight
+from hizoo_lite.quant.packed import Stored
 from hizoo_lite.spaces.inplace import InPlaceSpace, with_own_scales
 from hizoo_lite.spaces.weights import Factors, Part, Tile
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from hizoo_lite.base import UserError
 from hizoo_lite.engine.block import each_block
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 
 #: Query and value, or the fused layer that holds them, where PEFT has no default.

@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 
 from hizoo_lite import noise
-from hizoo_lite.base import BranchState, Curvature, LinearDelta, Stored, Uniform
+from hizoo_lite.base import Curvature, LinearDelta
+from hizoo_lite.branches import BranchState
 from hizoo_lite.device import like
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.model.basis import gains
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
+from hizoo_lite.noise import Uniform
+from hizoo_lite.quant.packed import Stored
 from hizoo_lite.tensors import brought
 
 #: Elements of a tile, by device: on a CPU it stays in the cache, on a GPU launches must not count.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import (
     classification,
     custom,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.text import Message
 from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 

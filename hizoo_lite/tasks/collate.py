@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hizoo_lite.base import Batch
+from hizoo_lite.batch import Batch
 
 Loss = Literal["answer", "choice", "class"]
 

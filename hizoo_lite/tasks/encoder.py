@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Literal, get_args
 
-from hizoo_lite.base import Batch, Example, ModelKind, UserError
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Batch, Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
 from hizoo_lite.tasks.task import Task, where

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_unicode, parse_json
 
 Split = Literal["train", "dev", "test"]

@@ -17,7 +17,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
-from hizoo_lite.base import Example
+from hizoo_lite.batch import Example
 
 Prediction = int | str
 Scorer = Callable[[Sequence[Example], Sequence[Prediction]], float]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import metrics
 from hizoo_lite.tasks.classification import numbered
 from hizoo_lite.tasks.files import Row

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_unicode, write_text
 from hizoo_lite.tasks.files import SPLIT_WORDS, Row, Split
 

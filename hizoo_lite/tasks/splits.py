@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.task import WHERE, Task

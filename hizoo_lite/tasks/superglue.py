@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hizoo_lite.base import Example
+from hizoo_lite.batch import Example
 from hizoo_lite.tasks import metrics
 from hizoo_lite.tasks.classification import numbered
 from hizoo_lite.tasks.files import Row

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hizoo_lite.base import Example, Metric, UserError
+from hizoo_lite.batch import Example, Metric
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import files, hub
 from hizoo_lite.tasks.files import Row, Split
 from hizoo_lite.tasks.metrics import Prediction, Scorer

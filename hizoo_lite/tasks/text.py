@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import files
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.task import Task

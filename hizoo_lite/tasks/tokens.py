@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
 from hizoo_lite.config import refuse
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_unicode
 from hizoo_lite.tasks.task import where
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hizoo_lite.base import Batch, BranchLosses, Example, Losses, Metric
+from hizoo_lite.base import BranchLosses
+from hizoo_lite.batch import Batch, Example, Losses, Metric
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import TooManyBadSteps
 from hizoo_lite.tasks import Encoder

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite.base import UserError
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
 from hizoo_lite.locks import held
 from hizoo_lite.train import config_file

@@ -11,9 +11,10 @@ import tomli_w
 import torch
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Curvature, Estimator, Space, UserError
+from hizoo_lite.base import Curvature, Estimator, Space
 from hizoo_lite.config import TrainConfig, refuse
 from hizoo_lite.device import choose_device, is_gpu
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import storing, write_text
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model

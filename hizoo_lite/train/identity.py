@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from hizoo_lite.base import Example, UserError
+from hizoo_lite.batch import Example
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.fingerprint import weight_files
+from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Splits, Task

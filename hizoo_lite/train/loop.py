@@ -19,9 +19,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from hizoo_lite.base import Batch, Example, TooManyBadSteps
+from hizoo_lite.batch import Batch, Example
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.errors import BudgetError, StorageError, UserError
+from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded

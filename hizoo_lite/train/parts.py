@@ -9,18 +9,12 @@ from typing import Any
 
 from hizoo_lite import tasks
 from hizoo_lite.arrays import Arrays
-from hizoo_lite.base import (
-    AttachedSpace,
-    Branches,
-    BranchLosses,
-    Curvature,
-    Estimator,
-    Example,
-    ModelKind,
-    UserError,
-)
+from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
+from hizoo_lite.batch import Example
+from hizoo_lite.branches import Branches
 from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import for_estimator
+from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
 from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.tasks import Encoder, Records, Splits, Task

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from hizoo_lite.base import Example, ModelKind
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Example
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, like

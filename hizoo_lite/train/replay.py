@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from hizoo_lite.arrays import Arrays, NumpyArrays
-from hizoo_lite.base import AttachedSpace, UserError
+from hizoo_lite.base import AttachedSpace
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
 from hizoo_lite.train import checkpoint, identity, parts
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.folder import RunFolder

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from hizoo_lite.base import Branches, UserError
+from hizoo_lite.branches import Branches
+from hizoo_lite.errors import UserError
 from hizoo_lite.train import checkpoint, journal
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.folder import RunFolder

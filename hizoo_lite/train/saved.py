@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite import spaces
-from hizoo_lite.base import EVALUATION, Example, ModelKind, Space, UserError
+from hizoo_lite.base import ModelKind, Space
+from hizoo_lite.batch import Example
+from hizoo_lite.branches import EVALUATION
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
     PEFT_PREFIX,
@@ -26,6 +28,7 @@ from hizoo_lite.engine.budget import Budget, enforced, loading
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model

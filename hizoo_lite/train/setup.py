@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hizoo_lite.base import EVALUATION, Curvature, Estimator, Space, UserError
+from hizoo_lite.base import Curvature, Estimator, Space
+from hizoo_lite.branches import EVALUATION
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Resident, Streamed
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model.kinds import find_kind, model_path
 from hizoo_lite.model.model import Model

@@ -21,8 +21,6 @@ import numpy as np
 from hizoo_lite.arrays import Array, Arrays
 from hizoo_lite.base import (
     AttachedSpace,
-    Batch,
-    Branches,
     BranchLosses,
     Curvature,
     Estimate,
@@ -30,11 +28,13 @@ from hizoo_lite.base import (
     Optimizer,
     Piece,
     StepSize,
-    UserError,
     mean_or_none,
     one_size,
     trainable,
 )
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches
+from hizoo_lite.errors import UserError
 from hizoo_lite.noise import StepNoise
 from hizoo_lite.optimizers.step_size import Schedule
 from hizoo_lite.registry import CURVATURES, OPTIMIZERS, Registry

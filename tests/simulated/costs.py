@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hizoo_lite.base import Batch, Branches
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model.attention import repeat_groups
 from hizoo_lite.model.linear import BranchLinear

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from hizoo_lite.base import Branches, BranchState
+from hizoo_lite.branches import Branches, BranchState
 from hizoo_lite.engine.block import install
 from hizoo_lite.engine.residency import Resident
 from hizoo_lite.engine.traversal import Traversal

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hizoo_lite.base import UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import (
     AdapterDelta,
     HeadDelta,

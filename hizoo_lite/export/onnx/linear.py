@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hizoo_lite.base import PackedWeight
 from hizoo_lite.quant import FourBitWeight, Int8Weight, ResidualWeight
+from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.quant.rows import row_chunks
 
 Format = Literal["exact", "fast"]

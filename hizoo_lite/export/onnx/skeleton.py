@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hizoo_lite.base import PackedWeight, UserError
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.changes import Changes
 from hizoo_lite.export.onnx.linear import (
     ExportLinear,
@@ -31,6 +31,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.model.names import Names
 from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight, from_checkpoint
+from hizoo_lite.quant.packed import PackedWeight
 
 
 @final

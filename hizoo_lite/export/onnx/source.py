@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hizoo_lite.arrays import NumpyArrays
-from hizoo_lite.base import Bits, ModelKind, UserError
+from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.changes import Changes, read_changes
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds

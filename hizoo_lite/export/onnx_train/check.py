@@ -14,10 +14,11 @@ import onnxruntime
 import torch
 import transformers
 
-from hizoo_lite.base import EVALUATION, Batch, Branches, Example, Losses, UserError
+from hizoo_lite.batch import Batch, Example, Losses
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.edge.graph import TrainGraph
 from hizoo_lite.engine.traversal import Traversal
-from hizoo_lite.errors import ExportError
+from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA

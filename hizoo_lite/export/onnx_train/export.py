@@ -19,13 +19,14 @@ from typing import Any
 
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from hizoo_lite.base import Branches, UserError
+from hizoo_lite.branches import Branches
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, find_adapter, read_peft_config
 from hizoo_lite.checkpoints.fingerprint import fingerprint
 from hizoo_lite.checkpoints.writer import write_json
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.engine.residency import Streamed
+from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import lora_inputs
 from hizoo_lite.export.onnx.skeleton import make_skeleton
 from hizoo_lite.export.onnx.source import Source, load_base, read_source, stored_folder
