@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, config_file, distributed, identity, parts, resume, saved
 from hizoo_lite.train import evaluate as evaluation
+from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.events import Listener
@@ -123,7 +124,7 @@ def fit(
     space: Space | str | None = None,
     estimator: Estimator | str | None = None,
     curvature: Curvature | str | None = None,
-    listener: Listener | None = None,
+    callbacks: Sequence[object] = (),
     **options: Any,
 ) -> Run:
     """Tune `model` and write the run folder.
@@ -137,14 +138,15 @@ def fit(
         data: a file or folder; or rows in memory, or rows by part: dicts, a `datasets.Dataset` or
             `DatasetDict`, a DataFrame. Those in memory are written to the run folder, as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
-        listener: is told how it goes.
+        callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
+            run to evaluate, save or end; see `train/callbacks.py`.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
 
     Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
     StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
     can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
-    listener = listener or Listener()
+    told = checked(callbacks)
     parts = {"space": space, "estimator": estimator, "curvature": curvature}
     options |= {key: part for key, part in parts.items() if isinstance(part, str)}
     space, estimator = object_of("space", space), object_of("estimator", estimator)
@@ -156,8 +158,6 @@ def fit(
     device = choose_device(wanted)  # of this rank, which has its own
     if loaded is not None:
         device = same_device(loaded, device, ranks)
-    if not ranks.is_main:
-        listener = Listener()
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
     folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
     keys = task if isinstance(task, Mapping) else None
@@ -175,10 +175,11 @@ def fit(
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
             setup = build(config, model=loaded, **objects, task=found, data=records)
         setup.stepper.ranks = ranks
-        _announce(setup, listener)
-        budget = Budget(limits, setup.model, listener.message, cap)
+        calls = _callbacks(setup, folder, told if ranks.is_main else ())
+        _announce(setup, calls.message)
+        budget = Budget(limits, setup.model, calls.message, cap)
         try:
-            return _run(setup, folder, listener, budget, Given(keys, records))
+            return _run(setup, folder, calls, budget, Given(keys, records))
         finally:
             setup.stepper.close()
 
@@ -254,28 +255,37 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     return config
 
 
-def _announce(setup: Setup, listener: Listener) -> None:
+def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     model, splits, compute = setup.model, setup.splits, str(setup.model.compute).removeprefix("torch.")
     count = sum(math.prod(shape) for shape in trainable(setup.space).values())
-    listener.message(
+    tell(
         f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
         f"on {model.device}, products in {compute}, {count:,} trainable parameters"
     )
-    listener.message(
-        f"{setup.task.name}: {len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test"
-    )
+    tell(f"{setup.task.name}: {len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test")
 
 
-def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, given: Given) -> Run:
+def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:
+    """Those that were given, and what transformers gives every one of them."""
+    absent = ("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+    about = {"model": setup.model.module, "processing_class": setup.model.tokenizer, **dict.fromkeys(absent)}
+    metric, examples = setup.task.metric, len(setup.splits.train)
+    return Callbacks(told, setup.config, folder, metric=metric, examples=examples, about=about)
+
+
+def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, given: Given) -> Run:
     setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
+    if setup.config.tracker != "none":
+        callbacks.add(Tracker(accelerator.log))
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
         if not setup.config.resume:
             folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if setup.config.resume else {}
-        position = _begin(setup, folder, listener, given)
+        enter(callbacks)
+        position = _begin(setup, folder, callbacks.message, given)
         ranks.wait()  # until every one has read the journal
         journal = enter(resume.open_journal(folder, setup.stepper, position)) if ranks.is_main else None
         _start_tracker(accelerator, setup.config)
@@ -286,8 +296,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, gi
             folder,
             position,
             journal,
-            log=accelerator.log,
-            listener=listener,
+            callbacks=callbacks,
             interrupt=interrupt,
             meter=meter,
             profiler=profiler,
@@ -300,7 +309,6 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, gi
             failure = error
         except (RuntimeError, MemoryError) as error:
             failure = _refused(error)
-        listener.finish()
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
         summary: dict[str, Any] = {}
@@ -316,7 +324,7 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, gi
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
             summary |= {**profiler.figures(), "adapter_step": adapter_step, "ranks": ranks.count}
             folder.write_summary(summary)
-            _report(folder, listener)
+            _report(folder, callbacks.message)
         except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
             again = error if isinstance(error, StorageError | BudgetError) else _refused(error)
             failure = failure if isinstance(failure, StorageError | BudgetError) else again
@@ -327,6 +335,8 @@ def _run(setup: Setup, folder: RunFolder, listener: Listener, budget: Budget, gi
         raise type(failure)(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
+    if callbacks.failure is not None:
+        raise callbacks.failure
     return Run(folder.path, summary, setup, loop.before, loop.after)
 
 
@@ -361,7 +371,7 @@ def _profiled(setup: Setup, meter: PeakMeter, budget: Budget) -> Iterator[Profil
         profiler.close()
 
 
-def _report(folder: RunFolder, listener: Listener) -> None:
+def _report(folder: RunFolder, tell: Callable[[str], None]) -> None:
     """report.html, its PNG and its JSON; the run is saved by now, so that a full disk costs only them.
 
     They are drawn in a process of its own, so that matplotlib does not count in this one's memory.
@@ -370,10 +380,10 @@ def _report(folder: RunFolder, listener: Listener) -> None:
         return
     done = run_module("hizoo_lite.cli", "report", str(folder.path))
     if done.returncode == 0:
-        listener.message(f"report: {done.stdout.splitlines()[0]}")
+        tell(f"report: {done.stdout.splitlines()[0]}")
     else:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        listener.message(f"no report: {last.removeprefix('error: ')}")
+        tell(f"no report: {last.removeprefix('error: ')}")
 
 
 def owners(setup: Setup) -> list[dict[str, Any]]:
@@ -383,7 +393,7 @@ def owners(setup: Setup) -> list[dict[str, Any]]:
     return ledger.owner_list(predicted, {**found.device, **found.host})
 
 
-def _begin(setup: Setup, folder: RunFolder, listener: Listener, given: Given) -> Position:
+def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = resume.Start(Position())
     model = setup.model
@@ -394,10 +404,10 @@ def _begin(setup: Setup, folder: RunFolder, listener: Listener, given: Given) ->
     if setup.config.resume:
         identity.check(folder.identity, made_of)
         for words in identity.changes(folder.identity, made_of):
-            listener.message(f"{words}: steps from here on may round otherwise than the ones before")
-        start = resume.resume(folder, setup.stepper, setup.config.steps, listener.message)
+            tell(f"{words}: steps from here on may round otherwise than the ones before")
+        start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
         setup.model.halvings = max(setup.model.halvings, start.halvings)
-        listener.message(f"resuming after {start.position.step} of {setup.config.steps} steps")
+        tell(f"resuming after {start.position.step} of {setup.config.steps} steps")
     compute = compute_name(setup.model.compute)
     resolved = replace(
         setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False

@@ -190,7 +190,7 @@ def test_a_run_that_meets_refused_memory_goes_on_and_reports_it(
             told.append(text)
 
     told: list[str] = []
-    run = fit(TrainConfig(**short_run(tmp_path / "b", compute_dtype="float32")), listener=Reader())
+    run = fit(TrainConfig(**short_run(tmp_path / "b", compute_dtype="float32")), callbacks=[Reader()])
     assert any("smaller chunks" in text for text in told)
     assert run.summary["memory_retries"] == 1
     assert run.summary["steps"] == 6

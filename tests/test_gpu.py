@@ -158,7 +158,7 @@ def test_a_run_on_cuda_keeps_to_a_budget_and_resumes_bitwise(tmp_path: Path) -> 
     model = str(figures.packed(tmp_path / "nf4"))
     chosen = {"model": model, "device": "cuda", "space": "dense", "device_budget": "4GiB"}
     parts = figures.settings(tmp_path, "parts", **chosen)
-    assert fit(parts, listener=figures.StopAfter(2)).interrupted
+    assert fit(parts, callbacks=[figures.StopAfter(2)]).interrupted
     resumed = fit(replace(parts, resume=True))
     fit(figures.settings(tmp_path, "whole", **chosen))
     assert resumed.summary["measured_peak_bytes"] < 4 << 30

@@ -62,7 +62,7 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    return fit(config_of(folder, **changes), listener=listener)
+    return fit(config_of(folder, **changes), callbacks=[listener] if listener else [])
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -55,7 +55,7 @@ CONTRACT = [
 
 
 def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    return fit(TrainConfig(**short_run(folder, **changes)), listener=listener)
+    return fit(TrainConfig(**short_run(folder, **changes)), callbacks=[listener] if listener else [])
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:

@@ -308,7 +308,7 @@ def test_where_nothing_fits_a_run_ends_saved_and_goes_on_with_more(
 
     config = settings(tmp_path, "parts", model=str(packed), steps=4)
     with pytest.raises(BudgetError, match="resume"):
-        fit(config, listener=Shrinks(2))
+        fit(config, callbacks=[Shrinks(2)])
     memory.cap_bytes = None
     fit(replace(config, resume=True))
     run(tmp_path, "whole", model=str(packed), steps=4)
@@ -419,7 +419,7 @@ def test_a_runs_device_is_recorded_and_compared(
 
     for space in ("lora", "scales"):
         told.clear()
-        fit(settings(tmp_path, space, space=space, **more), listener=Hears(10**9))
+        fit(settings(tmp_path, space, space=space, **more), callbacks=[Hears(10**9)])
         words = "the GPU: the run was begun with a simulated GPU, this is another GPU"
         assert any(words in text for text in told)
 

@@ -465,7 +465,7 @@ def test_a_streamed_run_in_the_weights_resumes_bitwise_and_is_evaluated_as_it_en
     Quantization(model_path("embedded"), folder, kind="causal", bits="nf4", double_quant=False).run()
     settings = {**short_run(tmp_path, model=str(folder), residency="disk"), **SPACES[space]}
     whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole"), "steps": 4}))
-    part = fit(TrainConfig(**{**settings, "steps": 4, "save_every": 2}), listener=StopAfter(2))
+    part = fit(TrainConfig(**{**settings, "steps": 4, "save_every": 2}), callbacks=[StopAfter(2)])
     assert part.interrupted
     resumed = fit(TrainConfig(**{**settings, "steps": 4, "resume": True}))
     for one, other in zip(
@@ -507,7 +507,7 @@ def test_a_read_error_in_the_middle_of_a_run_leaves_it_saved_and_resumable(tmp_p
     with pytest.raises(
         StorageError, match=r"block-00001\.safetensors: .*truncated; .*step-00000. is the last good"
     ):
-        fit(TrainConfig(**settings), listener=Cutter())
+        fit(TrainConfig(**settings), callbacks=[Cutter()])
     steps_done = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert 3 <= steps_done < 6
     with pytest.raises(UserError, match=r"block-00001\.safetensors"):
@@ -561,7 +561,7 @@ def test_a_full_disk_ends_a_run_in_the_weights_with_its_last_checkpoint_whole(
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"step-00000[24] is the last good state"):
-        fit(TrainConfig(**settings), listener=WeightLoader())
+        fit(TrainConfig(**settings), callbacks=[WeightLoader()])
     monkeypatch.setattr("os.pwrite", plain)
     resumed = fit(TrainConfig(**{**settings, "resume": True}))
     whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))

@@ -78,7 +78,7 @@ def _add_setting(command: argparse.ArgumentParser, name: str) -> None:
 def _train(given: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(given).items() if name in train.SETTINGS}
     config = train.resolve(given.folder, flags)
-    folder, summary = train.train(given.folder, config, Lines())
+    folder, summary = train.train(given.folder, config, [Lines()])
     if given.json:
         print(json.dumps(plain(summary), indent=2))
     if summary["interrupted"]:

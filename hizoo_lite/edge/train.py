@@ -7,7 +7,7 @@ adapter.onnx_adapter, summary.json and memory.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import checkpoint, config_file, identity, parts, resume
+from hizoo_lite.train.callbacks import Callbacks, checked
 from hizoo_lite.train.checkpoint import Position
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
@@ -75,13 +75,15 @@ def resolve(folder: Path, flags: Mapping[str, str | bool]) -> TrainConfig:
     return config_file.resolve(None if flags.get("resume") is True else str(path), flags)
 
 
-def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -> tuple[Path, dict[str, Any]]:
+def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -> tuple[Path, dict[str, Any]]:
     """Tune the graph in `folder` and write the run folder; its path, and the summary.
+
+    callbacks: as for `fit`; none of them is given a model.
 
     Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved.
     SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
-    listener = listener or Listener()
+    told = checked(callbacks)
     run = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
     if config.resume:
         config_file.check_same_run(run.config(), config)
@@ -91,12 +93,14 @@ def train(folder: Path, config: TrainConfig, listener: Listener | None = None) -
     start_bytes = held_bytes()
     setup = _build(folder, config)
     count = _trained(setup)
-    listener.message(
+    metric, examples = setup.task.metric, len(setup.splits.train)
+    calls = Callbacks(told, config, run, metric=metric, examples=examples, about={"model": None})
+    calls.message(
         f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
     )
     try:
-        return run.path, _run(setup, run, folder, listener, start_bytes)
+        return run.path, _run(setup, run, folder, calls, start_bytes)
     finally:
         setup.stepper.close()
 
@@ -130,7 +134,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
 
 
 def _run(
-    setup: EdgeSetup, folder: RunFolder, exported: Path, listener: Listener, start_bytes: int
+    setup: EdgeSetup, folder: RunFolder, exported: Path, callbacks: Callbacks, start_bytes: int
 ) -> dict[str, Any]:
     resuming = setup.config.resume
     meter = PeakMeter()
@@ -138,6 +142,7 @@ def _run(
     with ExitStack() as open_things:
         enter = open_things.enter_context
         enter(folder.locked())
+        enter(callbacks)
         if not resuming:
             folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if resuming else {}
@@ -148,8 +153,8 @@ def _run(
             made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
         if resuming:
             identity.check(folder.identity, made_of)
-            position, _ = resume.resume(folder, setup.stepper, setup.config.steps, listener.message)
-            listener.message(f"resuming after {position.step} of {setup.config.steps} steps")
+            position, _ = resume.resume(folder, setup.stepper, setup.config.steps, callbacks.message)
+            callbacks.message(f"resuming after {position.step} of {setup.config.steps} steps")
         folder.create(replace(setup.config, resume=False))
         folder.write_identity(made_of)
         journal = enter(resume.open_journal(folder, setup.stepper, position))
@@ -159,8 +164,7 @@ def _run(
             folder,
             position,
             journal,
-            log=lambda scalars, step: None,
-            listener=listener,
+            callbacks=callbacks,
             interrupt=interrupt,
             meter=meter,
             profiler=memory,
@@ -171,7 +175,6 @@ def _run(
             loop.run()
         except (Interrupted, TooManyBadSteps, StorageError) as error:
             failure = error
-        listener.finish()
         summary: dict[str, Any] = {}
         try:
             if loop.is_whole:
@@ -188,6 +191,8 @@ def _run(
         raise StorageError(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
+    if callbacks.failure is not None:
+        raise callbacks.failure
     return summary
 
 

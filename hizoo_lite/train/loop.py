@@ -26,9 +26,9 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.train import checkpoint
+from hizoo_lite.train.callbacks import Callbacks, scores
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.journal import Journal, Record
@@ -88,20 +88,19 @@ class Loop:
         position: Position,
         journal: Journal | None,
         *,
-        log: Callable[[dict[str, float], int], object],
-        listener: Listener,
+        callbacks: Callbacks,
         interrupt: Interrupt,
         meter: PeakMeter,
         profiler: Phases,
         memory: Callable[[], Mapping[str, Any]],
     ) -> None:
-        """`log` takes scalars and the step; `memory` gives memory.json as it stands.
+        """`memory` gives memory.json as it stands.
 
         journal: None for a rank that is not the main one.
         """
         self.ranks = setup.stepper.ranks
         self.setup, self.folder, self.position, self.journal = setup, folder, position, journal
-        self.log, self.listener, self.memory = log, listener, memory
+        self.callbacks, self.memory = callbacks, memory
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
@@ -116,9 +115,11 @@ class Loop:
     def run(self) -> None:
         """To the end.
 
-        Raises `Interrupted` where a signal came, `TooManyBadSteps` where losses stay NaN or the result is.
+        Raises `Interrupted` where a signal came or a callback failed, `TooManyBadSteps` where losses stay NaN
+        or the result is.
         """
         splits, total = self.setup.splits, self.setup.config.steps
+        self.callbacks.begin(self.position.step)
         if self.position.step == 0 and self.setup.stepper.space.weights is None:
             self._save_state()  # for `replay`
         if self.position.step == 0 and not self._recorded("before", 0):
@@ -127,13 +128,12 @@ class Loop:
             self.meter.restart()
         if self.position.step < total:
             self._measure_inference()
-        self.listener.phase("train", total, self.position.step)
         self._due()
-        while self.position.step < total:
+        while not self._is_over():
             self._step()
             self._due()
-            self._check_interrupt()
-        self.listener.finish()
+        if self.position.step < total:
+            self.callbacks.message(f"a callback ends the run after {self.position.step} of {total} steps")
         if self.setup.config.keep == "best":
             self.save()
             self._take_best()
@@ -166,6 +166,7 @@ class Loop:
         limit = self.setup.config.save_total_limit
         checkpoint.keep(self.folder.checkpoints, limit, [] if best is None else [best])
         self.folder.write_memory(self.memory())
+        self.callbacks.saved()
 
     def _save_state(self) -> None:
         if self.journal is not None:
@@ -173,12 +174,21 @@ class Loop:
             self.folder.sync_metrics()
             checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper, self.setup.halvings)
 
-    def _check_interrupt(self) -> None:
-        """All ranks end after the same step."""
-        requested = self.ranks.sum(np.array([float(self.interrupt.requested)]))
-        if requested[0]:  # not what this one alone knows by now: a signal may come while it waits
+    def _is_over(self) -> bool:
+        """Whether there is no other step: all were taken, or a callback wants no more.
+
+        Raises `Interrupted` where one has failed or a signal came. All ranks end after the same step.
+        """
+        control, failed = self.callbacks.control, self.callbacks.failure is not None
+        interrupted, stopped = self._any(self.interrupt.requested or failed, control.should_training_stop)
+        if interrupted:  # not what this one alone knows by now: a signal may come while it waits
             self.interrupt.requested = True
             raise Interrupted
+        return stopped or self.position.step >= self.setup.config.steps
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether any rank says so, of each."""
+        return [bool(count) for count in self.ranks.sum(np.array(flags, dtype=np.float64))]
 
     def best_step(self) -> int | None:
         """After how many steps the evaluation on dev was best; the earliest of several. None without one.
@@ -208,6 +218,7 @@ class Loop:
 
     def _step(self) -> None:
         number = self.position.step
+        self.callbacks.step_begin()
         began = time.perf_counter()
         batches = self._batches(number)
         self.is_whole = False
@@ -217,29 +228,31 @@ class Loop:
         except (StorageError, BudgetError):  # from the losses: nothing has been learnt of this step
             self.is_whole = True
             raise
-        self._record(record, time.perf_counter() - began)
+        line = self._record(record, time.perf_counter() - began)
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position, self.is_whole = Position(number + 1, bad), True
         self.adapter_step, self.halvings = number + 1, self.setup.halvings
-        self.listener.stepped(record)
+        self.callbacks.step_end(record, line)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
                 f"step {number}: the losses of {bad} steps in a row were not finite; {self._remedy()}"
             )
 
     def _due(self) -> None:
-        """What `eval_every` and `save_every` ask for where the run stands, and is not there yet."""
+        """What `eval_every`, `save_every` and callbacks ask for where the run stands, if it is not there."""
         config, step = self.setup.config, self.position.step
         if step == 0:
             return
         at_end = step == config.steps and config.keep == "final"  # which is evaluated on the test examples
-        wanted = config.eval_every and step % config.eval_every == 0 and not at_end
-        if wanted and not self._recorded("dev", step):
-            self.listener.finish()
+        [asked] = self._any(self.callbacks.control.should_evaluate)
+        wanted = asked or (config.eval_every and step % config.eval_every == 0 and not at_end)
+        if asked and not self.setup.splits.dev:
+            self.callbacks.fail(UserError("should_evaluate: there are no dev examples to evaluate on"))
+        elif wanted and not self._recorded("dev", step):
             self._evaluate("dev", self.setup.splits.dev)
-            self.listener.phase("train", config.steps, step)
         is_best = wanted and config.keep == "best" and self.best_step() == step
-        if is_best or (config.save_every and step % config.save_every == 0):
+        is_due = config.save_every and step % config.save_every == 0
+        if is_best or is_due or self.callbacks.control.should_save:
             self.save()
 
     def _take_best(self) -> None:
@@ -251,7 +264,7 @@ class Loop:
             self.is_whole = False
             self.setup.stepper.space.load(path / checkpoint.ADAPTER)
             self.adapter_step, self.is_whole = step, True
-            self.listener.message(f"best on dev: after {step} steps; that is what is kept")
+            self.callbacks.message(f"best on dev: after {step} steps; that is what is kept")
 
     def _sound_best(self) -> int:
         """`best_step`, the last one without any; a checkpoint that is damaged is set aside."""
@@ -261,12 +274,12 @@ class Loop:
                 checkpoint.check(path)
             except UserError as error:
                 checkpoint.set_aside(path)
-                self.listener.message(f"{error}; it is set aside")
+                self.callbacks.message(f"{error}; it is set aside")
             else:
                 break
         wanted = self._best(lambda step: True)
         if wanted != step:
-            self.listener.message(
+            self.callbacks.message(
                 f"the best on dev, after {wanted} steps, is not among the checkpoints; "
                 f"hizoo-lite replay {self.folder.path} --step {wanted} makes it from the journal"
             )
@@ -292,21 +305,13 @@ class Loop:
         """Those of the longest row of a training example."""
         return max(map(len, self._example(index).rows))
 
-    def _record(self, record: StepRecord, seconds: float) -> None:
+    def _record(self, record: StepRecord, seconds: float) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
         line = {"kind": "step", **record.metrics(), "seconds": seconds}
         self.folder.append_metrics(line)
         if self.journal is not None:
             self.journal.append(self._journalled(record))
-        if not record.skipped:
-            scalars = {
-                "loss": sum(record.losses) / len(record.losses),
-                "projected_grad": record.projected_grad,
-                "lr": record.lr,
-                "seconds": seconds,
-            }
-            if record.curvature is not None:
-                scalars["curvature"] = record.curvature
-            self.log({f"train/{name}": value for name, value in scalars.items()}, record.step)
+        return line
 
     def _journalled(self, record: StepRecord) -> Record:
         config = self.setup.config
@@ -328,7 +333,7 @@ class Loop:
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:
         setup, step = self.setup, self.position.step
-        self.listener.phase(f"evaluate {when}", len(examples))
+        self.callbacks.call("on_evaluate_begin", when=when, examples=len(examples))
         with self.profiler.phase("evaluate", step):
             result = evaluate(
                 setup.traversal,
@@ -336,19 +341,18 @@ class Loop:
                 examples,
                 setup.config.eval_batch_size,
                 check=self.interrupt.check if self.ranks.count == 1 else _go_on,
-                advanced=self.listener.advanced,
+                advanced=lambda count: self.callbacks.call("on_prediction_step", examples=count),
                 ranks=self.ranks,
             )
-        self.listener.finish()
-        scores = {metric.name: metric.value for metric in result.metrics}
-        line = {"kind": "eval", "when": when, "step": step, "loss": result.loss, **scores}
+        found = {metric.name: metric.value for metric in result.metrics}
+        line = {"kind": "eval", "when": when, "step": step, "loss": result.loss, **found}
         line |= {"examples": result.examples, "seconds": result.seconds}
         if inference_peak:
             line["inference_peak_bytes"] = self.meter.phase_bytes()
         self.folder.append_metrics(line)
-        self.log({f"{when}/{name}": value for name, value in {"loss": result.loss, **scores}.items()}, step)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": result.loss, **scores}.items())
-        self.listener.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
+        self.callbacks.evaluated(line)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
+        self.callbacks.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
         return result
 
     def _recorded(self, when: str, step: int) -> bool:

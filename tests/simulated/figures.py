@@ -81,7 +81,7 @@ def resumes(model: Path, folder: Path, space: str = "dense") -> bool:
             if name == "whole":
                 fit(config)
             else:
-                assert fit(config, listener=StopAfter(1)).interrupted
+                assert fit(config, callbacks=[StopAfter(1)]).interrupted
                 fit(replace(config, resume=True))
     return trained(folder / "parts") == trained(folder / "whole")
 
