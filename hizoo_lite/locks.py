@@ -1,45 +1,36 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder, by `filelock`: the system ends such a lock with its process."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hizoo_lite.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+#: The file in a folder that is locked; it stays there, empty.
+NAME = ".lock"
 
 
 @contextmanager
 def held(folder: Path, busy: str) -> Iterator[None]:
     """While this is open, no other process holds the folder, which is there and may be removed meanwhile.
 
-    UserError with the message `busy` where one does. The system ends the lock with the process, however that
-    ends.
+    UserError with the message `busy` if one does.
     """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    path = folder / NAME
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(busy) from error
-        if not _is(folder, descriptor):  # removed by the one that held it until now
+        lock = FileLock(path)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(busy) from error
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from error
+    try:
+        if not path.exists():  # removed by the one that held it until now
             raise UserError(busy)
         yield
     finally:
-        os.close(descriptor)
-
-
-def _is(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        lock.release()

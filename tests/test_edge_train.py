@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from hizoo_lite import locks
 from hizoo_lite.batch import Example
 from hizoo_lite.branches import Branches
 from hizoo_lite.config import DEMO, TrainConfig
@@ -127,7 +128,7 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
             "adapter",
             "adapter.onnx_adapter",
         ),
-        *("summary.json", "memory.json"),
+        *("summary.json", "memory.json", locks.NAME),
     }
     made_of = json.loads((folder / "run.json").read_text())
     assert [made_of["base"], made_of["base_fingerprint"]] == list(BASE.values())

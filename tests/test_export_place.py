@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hizoo_lite import locks
 from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.export.place import check_new, find_place, workplace
 
@@ -83,5 +84,5 @@ def test_one_process_at_a_time_exports_into_a_folder(tmp_path: Path) -> None:
         other.kill()
     assert (tmp_path / ".new.work" / "mine").exists()  # it was killed
     with workplace(place) as work:
-        assert list(work.iterdir()) == []
+        assert [path.name for path in work.iterdir()] == [locks.NAME]
     assert list(tmp_path.iterdir()) == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hizoo_lite import locks
 from hizoo_lite.checkpoints.writer import named_errors
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import storing
-from hizoo_lite.locks import held
 
 
 def find_place(out: Path | str) -> Path:
@@ -47,7 +47,7 @@ def check_new(place: Path, allowed: str = "a new or empty folder") -> None:
 
 @contextmanager
 def workplace(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that is gone afterwards; no other process has it meanwhile.
+    """A folder beside `place`, empty but for its lock, that is gone afterwards; no other process has it.
 
     What an export that was killed has left of it is removed. UserError where another process exports to
     `place` now, and where the folder cannot be made; later failures to write are a `StorageError`.
@@ -56,16 +56,21 @@ def workplace(place: Path) -> Iterator[Path]:
     with named_errors(place.parent):
         path.mkdir(parents=True, exist_ok=True)
     busy = f"--out: another export into {place} is under way; wait for it, end it, or use another folder"
-    with held(path, busy), storing(place):
+    with locks.held(path, busy), storing(place):
         try:
             _empty(path)
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+    if path.exists():  # Windows removes no file that is open, such as the lock
+        with suppress(OSError):
+            path.rmdir()
 
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
+        if path.name == locks.NAME:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

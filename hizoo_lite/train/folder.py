@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite import locks
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
-from hizoo_lite.locks import held
 from hizoo_lite.train import config_file
 
 _NUMBER = (int, float, type(None))
@@ -80,7 +80,7 @@ class RunFolder:
             raise UserError(
                 f"--out: {self.path} holds a run already; allowed: a new or empty folder, or --resume"
             )
-        if any(path != aside(self._config) for path in self.path.iterdir()):
+        if {path.name for path in self.path.iterdir()} - {aside(self._config).name, locks.NAME}:
             raise UserError(f"--out: {self.path} is not empty; allowed: a new or empty folder")
 
     @contextmanager
@@ -100,7 +100,7 @@ class RunFolder:
                 f"--out: {self.path} cannot be made: {error.strerror}; allowed: a folder that can be written"
             ) from error
         busy = f"--out: another process runs in {self.path}; wait for it, end it, or use another folder"
-        with held(self.path, busy):
+        with locks.held(self.path, busy):
             yield
 
     def config(self) -> TrainConfig:
