@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, trainable
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
@@ -398,7 +398,7 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     start = resume.Start(Position())
     model = setup.model
     made_of = identity.of_run(
-        setup.splits, setup.task, fingerprint(model.folder), model.folder, setup.stepper.library
+        setup.splits, setup.task, of_model(model.folder), model.folder, setup.stepper.library
     )
     made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
     if setup.config.resume:

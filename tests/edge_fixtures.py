@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hizoo_lite
 from hizoo_lite.batch import Batch
 from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.folder import _FIELDS, describe
 from hizoo_lite.edge.graph import COMPARED, FORMAT
@@ -34,7 +34,7 @@ from hizoo_lite.train import config_file, parts
 
 DEMO = Path(hizoo_lite.__file__).parent / "demo"
 #: Of the embedded model, as the records say it.
-BASE = {"model": "embedded", "fingerprint": fingerprint(DEMO)}
+BASE = {"model": "embedded", "fingerprint": of_model(DEMO)}
 OUTPUTS = ["losses", "scores", "divergences"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 INTEGERS = tuple(name for name in Batch._fields if name not in ("token_type_ids", "loss"))

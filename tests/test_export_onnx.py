@@ -301,7 +301,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_tensor(llama: Path, copy: Pa
         ),
         ({n: t for n, t in tensors.items() if n != name}, r"q_proj\.lora_A without .*q_proj\.lora_B"),
         ({**tensors, "lm_head.weight": torch.zeros(2)}, r"lm_head\.weight: the exported base has no input"),
-        ({**tensors, name: tensors[name].int()}, r"lora_B\.weight is I32, allowed are BF16"),
+        ({**tensors, name: tensors[name].int()}, r"lora_B\.weight: dtype 'I32'; allowed are BF16"),
         ({}, "holds no tensors"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ import hizoo_lite
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import read_peft_config
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_inside, parse_json, parse_toml
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", _OUT)
-@pytest.mark.parametrize("read", [Checkpoint.open, fingerprint])
+@pytest.mark.parametrize("read", [Checkpoint.open, of_model])
 def test_index_names_no_file_outside(folder: Path, name: str, read: Callable[[Path], object]) -> None:
     (folder / "config.json").write_text("{}")
     name = name.format(outside=folder.parent)

@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 from hizoo_lite.checkpoints import writer as files
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.checkpoints.writer import Form, ShardWriter, file_bytes
 from hizoo_lite.cli import app
 from hizoo_lite.engine.load import load
@@ -575,7 +576,7 @@ def test_a_blob_of_the_hubs_cache_must_have_the_checksum_that_names_it(llama, tm
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
-    digest = files.sha256_of(llama / "model.safetensors", bytearray(4096))
+    digest = sha256_of(llama / "model.safetensors", bytearray(4096))
     shutil.copyfile(llama / "model.safetensors", blobs / digest)
     shutil.copyfile(llama / "config.json", snapshot / "config.json")
     (snapshot / "model.safetensors").symlink_to(Path("../..") / "blobs" / digest)
@@ -634,7 +635,7 @@ def test_whatever_the_order_of_writing_the_library_reads_the_same_file(tmp_path,
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert writer.nbytes == path.stat().st_size == file_bytes(DECLARED, {"format": "pt"})
-    assert writer.sha256 == files.sha256_of(path, bytearray(100))
+    assert writer.sha256 == sha256_of(path, bytearray(100))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hizoo_lite import tasks
-from hizoo_lite.checkpoints import tensorfile
+from hizoo_lite.checkpoints import fingerprint, tensorfile
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.curvature import Grouped
@@ -797,11 +797,11 @@ def test_a_run_that_keeps_no_settings_is_compared_with_its_config(
     assert resumed(tmp_path) == left_alone
 
 
-@pytest.mark.parametrize("limit", [identity._WHOLE_BYTES, 1 << 20])  # looked at as a whole; by samples
+@pytest.mark.parametrize("limit", [fingerprint.WHOLE_BYTES, 1 << 20])  # looked at as a whole; by samples
 def test_another_config_and_other_weights_of_the_model_are_named(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "_WHOLE_BYTES", limit)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", limit)
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)
     stopped(tmp_path, 1, model=str(model))
@@ -825,7 +825,7 @@ def test_another_config_and_other_weights_of_the_model_are_named(
 def test_weights_are_told_apart_by_samples_of_every_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "_WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1 << 20)
     monkeypatch.setattr(identity, "_TENSOR_SAMPLES", 8)
     values = {name: np.zeros(1 << 20, np.uint8) for name in ("a", "b")}
     tensorfile.save(tmp_path / "model.safetensors", values)
@@ -866,9 +866,9 @@ def test_large_files_are_told_apart_by_samples(tmp_path: Path) -> None:
     path, size = tmp_path / "weights", 65 << 20
     path.touch()
     os.truncate(path, size)
-    first = identity.of_files([path])
+    first = fingerprint.of_files([path])
     with path.open("rb+") as file:
         file.seek(size - 1)
         file.write(b"\x01")
-    assert identity.of_files([path]) != first
-    assert identity.of_files([path, path]) == identity.of_files([path])
+    assert fingerprint.of_files([path]) != first
+    assert fingerprint.of_files([path, path]) == fingerprint.of_files([path])

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hizoo_lite import spaces, tasks
-from hizoo_lite.checkpoints import adapter, tensorfile
-from hizoo_lite.checkpoints import fingerprint as export_files
+from hizoo_lite.checkpoints import adapter, fingerprint, tensorfile
 from hizoo_lite.checkpoints.adapter import peft_weights
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.tensors import TensorFile
@@ -288,7 +287,7 @@ def _read_model(folder: Path) -> None:
     for name in opened:
         opened.read(name)
     opened.verify()
-    export_files.fingerprint(folder)
+    fingerprint.of_model(folder)
 
 
 def _read_tensors(folder: Path) -> None:
@@ -322,7 +321,7 @@ def _read_adapter(folder: Path) -> None:
     adapter.scaling(adapter.read_peft_config(found))
     path = peft_weights(found)
     tensorfile.load(path)
-    export_files.read_floats(path)
+    tensorfile.load_floats(path)
 
 
 _SPACE = {

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from hizoo_lite.base import Bits
 from hizoo_lite.checkpoints import hub
+from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.checkpoints.tensors import Entry, TensorFile
-from hizoo_lite.checkpoints.writer import HASHED_CHUNK_BYTES, sha256_of
+from hizoo_lite.checkpoints.writer import HASHED_CHUNK_BYTES, named_errors
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_inside, read_json
 
@@ -158,8 +159,9 @@ class Checkpoint:
         def check(path: Path, wanted: str, recorded: str) -> None:
             buffer = buffers.pop()
             try:
-                if not cancelled.is_set() and sha256_of(path, buffer, advanced) != wanted:
-                    raise UserError(_damaged(path, self.folder, recorded))
+                with named_errors(path, "read"):
+                    if not cancelled.is_set() and sha256_of(path, buffer, advanced) != wanted:
+                        raise UserError(_damaged(path, self.folder, recorded))
             except _Cancelled:
                 return
             except BaseException:

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -39,6 +40,7 @@ _DTYPES = {
         "BOOL": "?",
     }.items()
 }
+_FLOATS = {"BF16": np.dtype("<u2"), **{name: _DTYPES[name] for name in ("F32", "F16", "F64")}}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of a value, of every dtype that any file here may have.
 SIZES = {**{name: dtype.itemsize for name, dtype in _DTYPES.items()}, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -54,18 +56,40 @@ class Entry(NamedTuple):
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file, fresh. `UserError` where it is missing or not valid; bfloat16 is refused."""
-    entries = read_header(path, {name: dtype.itemsize for name, dtype in _DTYPES.items()})
+    """Every tensor of a file, fresh. `UserError` if it is missing or not valid; bfloat16 is refused."""
+    return _load(path, _DTYPES)
+
+
+def load_floats(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as float32. `UserError` if it is missing or not valid, or one is no float."""
+    found = _load(path, _FLOATS)
+    return {
+        name: (value.astype("<u4") << 16).view("<f4")  # bfloat16 is the upper half of a float32
+        if value.dtype == _FLOATS["BF16"]
+        else value.astype(np.float32)
+        for name, value in found.items()
+    }
+
+
+def _load(path: Path, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
+    entries = read_header(path, {name: dtype.itemsize for name, dtype in dtypes.items()})
+    with reading(path) as file:
+        for name, entry in entries.items():
+            file.seek(entry.offset)
+            value = np.frombuffer(bytearray(file.read(entry.nbytes)), dtype=dtypes[entry.dtype])
+            found[name] = value.reshape(entry.shape)
+    return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The open file; a failure to read it is a `UserError` that names it."""
     try:
         with open(path, "rb") as file:
-            for name, entry in entries.items():
-                file.seek(entry.offset)
-                value = np.frombuffer(bytearray(file.read(entry.nbytes)), dtype=_DTYPES[entry.dtype])
-                found[name] = value.reshape(entry.shape)
+            yield file
     except OSError as error:
-        raise unreadable(path, error) from error
-    return found
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -108,29 +132,21 @@ def _bytes(file: BinaryIO, offset: int, count: int) -> bytes:
     return file.read(count)
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
-    """What a user is told of a file that cannot be read."""
-    return UserError(f"{path}: cannot be read: {error.strerror or error}")
-
-
 def read_header(path: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     """The tensors of a file by name. `sizes`: bytes of a value of each dtype that is allowed.
 
     The header is not trusted: ranges must lie in the file, fit shape and dtype, and not overlap. Raises
     `UserError`, naming the file, where it is not valid.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise UserError(
-                    f"{path}: not a safetensors file, or truncated: {size} bytes, its header claims {length}"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise UserError(
+                f"{path}: not a safetensors file, or truncated: {size} bytes, its header claims {length}"
+            )
+        text = file.read(length)
     try:
         header = parse_json(text, object_pairs_hook=_unique)
     except ValueError as error:

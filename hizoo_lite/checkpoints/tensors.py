@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hizoo_lite.checkpoints.tensorfile import read_header, unreadable
+from hizoo_lite.checkpoints.tensorfile import read_header
 from hizoo_lite.errors import StorageError, UserError
 
 _DTYPES = {
@@ -92,7 +92,7 @@ class TensorFile:
                         )
                     done += count
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from error
         return tensor
 
 

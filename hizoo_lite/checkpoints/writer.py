@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -165,20 +165,6 @@ def _write_at(file: io.FileIO, content: memoryview, offset: int) -> None:
 def file_bytes(tensors: Mapping[str, Form], metadata: Mapping[str, str] | None = None) -> int:
     """The size of the file that `ShardWriter` makes of these tensors."""
     return len(_header(tensors, metadata)[0]) + sum(form.nbytes for form in tensors.values())
-
-
-def sha256_of(path: Path, buffer: bytearray, advanced: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file, read into `buffer`. `advanced` is told how many more bytes were read.
-
-    Raises `UserError`, naming the file, where it cannot be read.
-    """
-    found, view = hashlib.sha256(), memoryview(buffer)
-    with named_errors(path, "read"), open(path, "rb", buffering=0) as file:
-        while count := file.readinto(view):
-            found.update(view[:count])
-            if advanced is not None:
-                advanced(count)
-    return found.hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
@@ -21,7 +22,7 @@ from hizoo_lite.checkpoints.adapter import (
     read_peft_config,
     scaling,
 )
-from hizoo_lite.checkpoints.fingerprint import fingerprint, read_floats
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.edge.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.errors import StorageError, UserError
@@ -94,7 +95,7 @@ def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:
     base, made_for = export.record["base"], str(config.get("base_model_name_or_path") or "")
     folder = Path(made_for)
     known = made_for != "" and (folder / "config.json").is_file()
-    same = fingerprint(folder) == base["fingerprint"] if known else made_for == base["model"]
+    same = of_model(folder) == base["fingerprint"] if known else made_for == base["model"]
     if not same:
         raise UserError(
             f"{source}: base_model_name_or_path: got {made_for!r}; the export in {export.path} is of "
@@ -113,7 +114,7 @@ def graph_values(export: Export, folder: Path, config: dict[str, Any]) -> dict[s
     path = folder / PEFT_WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; a PEFT adapter folder holds {PEFT_WEIGHTS}")
-    tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in read_floats(path).items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in tensorfile.load_floats(path).items()}
     lora, head = export.adapter_inputs
     values: dict[str, np.ndarray] = {}
     for name, value in tensors.items():

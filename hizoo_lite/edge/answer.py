@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
@@ -52,7 +51,7 @@ def evaluate_export(
     )
     examples = parts.learnable(encoder, examples)
     if model.kind == "classifier":
-        check_classes(task, model.session.graph, model.session.graph.outputs[0])
+        model.session.graph.check_classes(task, model.session.graph.outputs[0])
     listener.phase("evaluate", len(examples))
     found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=listener.advanced)
     listener.finish()

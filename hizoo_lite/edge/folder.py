@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, final, get_args
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.adapter import find_adapter
+from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, read_json, sha256_of, storing, write_text
+from hizoo_lite.files import is_inside, read_json, storing, write_text
 
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
@@ -27,7 +28,7 @@ _FIELDS = {"format", "kind", "form", "bits", "products", "base", "tuned", "model
 
 
 class Base(NamedTuple):
-    """The model that something was made for; the fingerprint is that of `files.fingerprint`."""
+    """The model that something was made for; the fingerprint is that of `fingerprint.of_model`."""
 
     model: str
     fingerprint: str

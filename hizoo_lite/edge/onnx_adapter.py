@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from hizoo_lite.edge.folder import RECORD, RUN_ADAPTER, Base, Export, is_export, made_for, read_record
-from hizoo_lite.edge.runtime import runtime
 from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.files import aside, storing, sync_file
 from hizoo_lite.train import identity
@@ -23,6 +22,15 @@ from hizoo_lite.train import identity
 _RUN = "run.json"
 _LORA = re.compile(r"(.*)\.lora_([AB])")
 _VERSION = 1  # of adapters, and of the models that they are for
+
+
+def runtime() -> Any:
+    """The onnxruntime module. UserError if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("onnxruntime is not installed; run: pip install onnxruntime") from error
+    return onnxruntime
 
 
 def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:

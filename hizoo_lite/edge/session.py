@@ -14,9 +14,9 @@ import numpy as np
 
 from hizoo_lite.edge.adapter import convert
 from hizoo_lite.edge.folder import ADAPTER_SUFFIX, Export
-from hizoo_lite.edge.onnx_adapter import load_adapter, save_adapter
-from hizoo_lite.edge.runtime import runtime
+from hizoo_lite.edge.onnx_adapter import load_adapter, runtime, save_adapter
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks import Task
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _SILENT = 4  # what onnxruntime would print, our message says; warnings speak of the adapter inputs' defaults
@@ -76,6 +76,15 @@ class Graph:
     def shape(self, name: str) -> list[Any]:
         """Of an input or output: numbers, and names where any size will do."""
         return list(self._shapes[name])
+
+    def check_classes(self, task: Task, output: str) -> None:
+        """UserError unless `output`, (..., classes) of a classifier, is of the task's classes."""
+        classes = self.shape(output)[-1]
+        if classes != task.num_labels:
+            raise UserError(
+                f"--task: {task.name} has {task.num_labels} classes (num_labels), the head in {self.path} "
+                f"has {classes} outputs; allowed: a task with as many classes"
+            )
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Of an input."""

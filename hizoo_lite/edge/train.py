@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite.checkpoints import fingerprint
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.edge.classes import check_classes
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -127,7 +127,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
             f"{graph.record.loss!r}; allowed: a task with that loss"
         )
     if graph.record.kind == "classifier":
-        check_classes(task, graph.session, SCORES)
+        graph.session.check_classes(task, SCORES)
     stepper = parts.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
     splits = parts.learnable_splits(encoder, splits)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
@@ -147,7 +147,7 @@ def _run(
             folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if resuming else {}
         position = Position()
-        model = identity.of_files(exported.glob("train*"))
+        model = fingerprint.of_files(exported.glob("train*"))
         made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
         if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
             made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}

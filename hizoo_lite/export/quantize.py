@@ -21,6 +21,7 @@ from torch import Tensor
 from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.checkpoints.fingerprint import pieces, sha256_of
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.checkpoints.writer import (
     HASHED_CHUNK_BYTES,
@@ -28,7 +29,6 @@ from hizoo_lite.checkpoints.writer import (
     ShardWriter,
     file_bytes,
     named_errors,
-    sha256_of,
     write_json,
 )
 from hizoo_lite.errors import UserError
@@ -184,7 +184,7 @@ class Quantization:
         self._check_same(job, "holds an unfinished call")
         buffer = bytearray(HASHED_CHUNK_BYTES)
         kept = (shard for shard in self.layout.shards if (self.out / shard).is_file() and shard in finished)
-        return {s: finished[s] for s in kept if sha256_of(self.out / s, buffer) == finished[s]}
+        return {s: finished[s] for s in kept if _whole(self.out / s, buffer) == finished[s]}
 
     def _check_same(self, job: dict[str, Any], state: str) -> None:
         here = json.loads(json.dumps(self.job))
@@ -368,13 +368,17 @@ def _identity(checkpoint: Tensors) -> dict[str, Any]:
     return {"config": hashlib.sha256(config).hexdigest(), "files": files}
 
 
+def _whole(path: Path, buffer: bytearray) -> str:
+    with named_errors(path, "read"):
+        return sha256_of(path, buffer)
+
+
 def _sample(path: Path) -> str:
     """SHA-256 of pieces spread evenly over a file."""
-    size, found = path.stat().st_size, hashlib.sha256()
+    found = hashlib.sha256()
     with named_errors(path, "read"), open(path, "rb", buffering=0) as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            found.update(file.read(_SAMPLE_BYTES))
+        for piece in pieces(file, 0, path.stat().st_size, -1, _SAMPLES, _SAMPLE_BYTES):
+            found.update(piece)
     return found.hexdigest()
 
 

@@ -23,8 +23,9 @@ import numpy as np
 
 from hizoo_lite.base import AttachedSpace
 from hizoo_lite.checkpoints import tensorfile
+from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, parse_json, sha256_of, storing, sync_file, sync_folder
+from hizoo_lite.files import is_inside, parse_json, storing, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")

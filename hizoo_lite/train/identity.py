@@ -7,13 +7,12 @@ and weights are looked at as a whole, of large ones samples, so that it costs se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from hizoo_lite.batch import Example
-from hizoo_lite.checkpoints import tensorfile
-from hizoo_lite.checkpoints.fingerprint import weight_files
+from hizoo_lite.checkpoints.fingerprint import of_files, of_weights, weight_files
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.noise import GENERATORS
@@ -49,12 +48,6 @@ _TOKENIZER_FILES = (
     "*.model",
 )
 _MODEL_CONFIG = "config.json"
-#: Up to here a file is looked at as a whole, and a model's weights together.
-_WHOLE_BYTES = 64 << 20
-#: A larger file is looked at in so many places; all tensors of larger weights together in so many.
-_SAMPLES, _TENSOR_SAMPLES = 256, 1 << 14
-_FEWEST_SAMPLES = 2  # of a tensor: its beginning and its end
-_SAMPLE_BYTES = 4096
 
 
 def of_run(splits: Splits, task: Task, model: str, folder: Path, library: str) -> dict[str, str]:
@@ -100,36 +93,13 @@ def changes(path: Path, found: Mapping[str, str]) -> list[str]:
 def of_model(folder: Path) -> dict[str, str]:
     """The entries that are of a model's own files; a folder with a graph has no weights.
 
-    Every byte of up to 64 MiB of weights; of larger ones 4 KiB at 16384 places, the same number in every
-    tensor and at least two: 64 MiB of a model of 70 billion parameters. UserError, naming the file, where
-    one is not valid.
+    UserError, naming the file, if one is not valid.
     """
     found = {"model_config": of_files([folder / _MODEL_CONFIG])}
     files = weight_files(folder)
     if all(path.is_file() for path in files):
-        found["weights"] = _of_weights(files)
+        found["weights"] = of_weights(files)
     return found
-
-
-def _of_weights(files: Sequence[Path]) -> str:
-    """Of every tensor's name, dtype, shape and bytes; how they lie in files does not count."""
-    headers = {path: tensorfile.read_header(path, tensorfile.SIZES) for path in files}
-    entries = [entry for header in headers.values() for entry in header.values()]
-    whole = sum(entry.nbytes for entry in entries) <= _WHOLE_BYTES
-    count = max(_FEWEST_SAMPLES, _TENSOR_SAMPLES // max(1, len(entries)))
-    hashes = {}
-    for path, header in headers.items():
-        try:
-            with path.open("rb") as file:
-                for name, entry in header.items():
-                    digest = hashlib.sha256(f"{entry.dtype} {entry.shape}\0".encode())
-                    limit = entry.nbytes if whole else count * _SAMPLE_BYTES
-                    for piece in _pieces(file, entry.offset, entry.nbytes, limit, count):
-                        digest.update(piece)
-                    hashes[name] = digest.hexdigest()
-        except OSError as error:
-            raise tensorfile.unreadable(path, error) from error
-    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
 
 
 def read(path: Path) -> dict[str, str]:
@@ -159,33 +129,6 @@ def check(path: Path, found: Mapping[str, str]) -> None:
             + "\n  ".join(dict.fromkeys(other))
             + "\nput them back; other ones need a run of their own (--out)"
         )
-
-
-def of_files(paths: Iterable[Path]) -> str:
-    """A hash of files' names, sizes and contents, large ones by samples."""
-    digest = hashlib.sha256()
-    for path in sorted(set(paths)):
-        if path.is_file():
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(_sample(path))
-    return digest.hexdigest()
-
-
-def _sample(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        return b"".join(_pieces(file, 0, size, _WHOLE_BYTES, _SAMPLES))
-
-
-def _pieces(file: BinaryIO, offset: int, size: int, limit: int, count: int) -> Iterator[bytes]:
-    """What is looked at of `size` bytes: all of them up to `limit`, otherwise `count` pieces, evenly."""
-    if size <= limit:
-        file.seek(offset)
-        yield file.read(size)
-        return
-    for number in range(count):
-        file.seek(offset + number * (size - _SAMPLE_BYTES) // (count - 1))
-        yield file.read(_SAMPLE_BYTES)
 
 
 def _of_examples(examples: Sequence[Example]) -> str:

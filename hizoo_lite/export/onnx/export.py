@@ -21,7 +21,7 @@ import transformers
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import Bits
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.checkpoints.hub import SMALL_FILES
 from hizoo_lite.checkpoints.writer import write_json
 from hizoo_lite.edge import folder
@@ -238,7 +238,7 @@ def _record(
         "base": {
             "model": plan.source.name,
             "architecture": type(model.module).__name__,
-            "fingerprint": fingerprint(plan.source.checkpoint.folder),
+            "fingerprint": of_model(plan.source.checkpoint.folder),
         },
         "tuned": _tuned(plan),
         "model": {

@@ -16,7 +16,7 @@ from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
@@ -84,7 +84,7 @@ def _check_same(run: Path, checkpoint: Checkpoint, where: str) -> None:
     made_of = identity.read(path)
     if made_of.get("library") == NumpyArrays.name:  # a run on a device, which knows its graph alone
         return
-    if made_of.get("model") not in (None, fingerprint(checkpoint.folder)):
+    if made_of.get("model") not in (None, of_model(checkpoint.folder)):
         raise UserError(f"--model: {where} has other weights than the model that was tuned, says {path}")
 
 

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.branches import Branches
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, find_adapter, read_peft_config
-from hizoo_lite.checkpoints.fingerprint import fingerprint
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.checkpoints.writer import write_json
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
@@ -144,7 +144,7 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
         "base": {
             "model": settings.get("base_model_name_or_path"),
             "architecture": type(model.module).__name__,
-            "fingerprint": fingerprint(source.checkpoint.folder),
+            "fingerprint": of_model(source.checkpoint.folder),
         },
     }
 
