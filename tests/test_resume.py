@@ -826,7 +826,7 @@ def test_weights_are_told_apart_by_samples_of_every_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1 << 20)
-    monkeypatch.setattr(identity, "_TENSOR_SAMPLES", 8)
+    monkeypatch.setattr(fingerprint, "_TENSOR_SAMPLES", 8)
     values = {name: np.zeros(1 << 20, np.uint8) for name in ("a", "b")}
     tensorfile.save(tmp_path / "model.safetensors", values)
     first = identity.of_model(tmp_path)["weights"]
