@@ -42,11 +42,11 @@ from hizoo_lite.train import evaluate as evaluation
 from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.given import Given, TaskLike, configured, in_memory, object_of, same_device
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
 
@@ -228,7 +228,7 @@ def evaluate(
         part = parts.split_part(config, found, split, examples)
     else:
         part = found.load(records, split)[:examples]
-    return saved.measured(config, found, part, adapter, Listener(), model)[0]
+    return saved.measured(config, found, part, adapter, Progress(), model)[0]
 
 
 def _checked_split(split: str) -> str:

@@ -19,7 +19,7 @@ from hizoo_lite.errors import BudgetError
 from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.process import resident
 from hizoo_lite.run import fit
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import Progress
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.run_fixtures import short_run
@@ -185,7 +185,7 @@ def test_a_run_that_meets_refused_memory_goes_on_and_reports_it(
     wanted = fit(TrainConfig(**short_run(tmp_path / "a", compute_dtype="float32")))
     monkeypatch.setattr(Traversal, "_losses", sometimes)
 
-    class Reader(Listener):
+    class Reader(Progress):
         def message(self, text: str) -> None:
             told.append(text)
 

@@ -29,7 +29,7 @@ MODULES = [
     "hizoo_lite.optimizers.step_size",
     "hizoo_lite.train.step",
     "hizoo_lite.train.summary",
-    "hizoo_lite.train.watch",
+    "hizoo_lite.train.progress",
 ]
 
 #: Blocks what the device has not; also what only the command line and the report need.

@@ -17,9 +17,9 @@ from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.spaces.weights import Weights
 from hizoo_lite.train import checkpoint
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.replay import replay
 from tests.run_fixtures import short_run
@@ -28,7 +28,7 @@ from tests.run_fixtures import short_run
 BEST = {"keep": "best", "eval_every": 1, "save_every": 2, "lr": 3e-1, "mu": 1e-2}
 
 
-class Told(Listener):
+class Told(Progress):
     """Keeps the messages."""
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class Told(Listener):
         self.messages.append(text)
 
 
-def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    return fit(TrainConfig(**short_run(folder, **changes)), callbacks=[listener] if listener else [])
+def run_of(folder: Path, progress: Progress | None = None, **changes: Any) -> Run:
+    return fit(TrainConfig(**short_run(folder, **changes)), callbacks=[progress] if progress else [])
 
 
 def best_of(folder: Path) -> int:

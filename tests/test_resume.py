@@ -26,9 +26,9 @@ from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train import checkpoint, identity, journal
 from hizoo_lite.train.config_file import resolve
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.loop import Loop
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.replay import replay
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import short_run, write_task
@@ -41,7 +41,7 @@ class Killed(BaseException):
     """Ends a run where it stands: nothing catches it, so nothing is saved, as after SIGKILL."""
 
 
-class Told(Listener):
+class Told(Progress):
     """Keeps what was said; is killed once so many steps are done."""
 
     def __init__(self, killed_after: int = -1) -> None:
@@ -61,8 +61,8 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**short_run(folder, **settings))
 
 
-def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    return fit(config_of(folder, **changes), callbacks=[listener] if listener else [])
+def run_of(folder: Path, progress: Progress | None = None, **changes: Any) -> Run:
+    return fit(config_of(folder, **changes), callbacks=[progress] if progress else [])
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -23,9 +23,9 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.model.kinds import find_kind
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import checkpoint
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.saved import attach_adapter, find_adapter
 from hizoo_lite.train.step import Stepper, StepRecord
 from tests.run_fixtures import nan_head, short_run, stories, write_task
@@ -54,8 +54,8 @@ CONTRACT = [
 ]
 
 
-def run_of(folder: Path, listener: Listener | None = None, **changes: Any) -> Run:
-    return fit(TrainConfig(**short_run(folder, **changes)), callbacks=[listener] if listener else [])
+def run_of(folder: Path, progress: Progress | None = None, **changes: Any) -> Run:
+    return fit(TrainConfig(**short_run(folder, **changes)), callbacks=[progress] if progress else [])
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def steps_of(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-class After(Listener):
+class After(Progress):
     """Sends this process a signal once some steps are done."""
 
     def __init__(self, steps: int, number: int = signal.SIGINT) -> None:
@@ -152,7 +152,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_resumable_run(tmp_path: Path, n
 
 
 def test_a_signal_during_the_first_evaluation_leaves_a_resumable_run(tmp_path: Path) -> None:
-    class AtOnce(Listener):
+    class AtOnce(Progress):
         def advanced(self, units: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 

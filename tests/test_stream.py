@@ -34,7 +34,7 @@ from hizoo_lite.noise import normal
 from hizoo_lite.run import fit
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.saved import attach_adapter
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import ALIBI_CONFIGS, RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
@@ -395,7 +395,7 @@ def test_a_run_over_its_budget_ends_before_anything_is_written(tmp_path: Path) -
 # ------------------------------------------------------------------------------------------ runs
 
 
-class StopAfter(Listener):
+class StopAfter(Progress):
     """Sends the process what Ctrl-C sends, after some steps."""
 
     def __init__(self, steps: int) -> None:
@@ -495,7 +495,7 @@ def test_a_read_error_in_the_middle_of_a_run_leaves_it_saved_and_resumable(tmp_p
     Quantization(model_path("embedded"), folder, kind="causal", bits="nf4").run()
     settings = short_run(tmp_path, model=str(folder), residency="disk", steps=6)
 
-    class Cutter(Listener):
+    class Cutter(Progress):
         """Truncates a shard after the third step."""
 
         def stepped(self, record: StepRecord) -> None:
@@ -552,7 +552,7 @@ def test_a_full_disk_ends_a_run_in_the_weights_with_its_last_checkpoint_whole(
     }
     plain = os.pwrite
 
-    class WeightLoader(Listener):
+    class WeightLoader(Progress):
         def stepped(self, record: StepRecord) -> None:
             if record.step == 3:
                 monkeypatch.setattr("os.pwrite", full)

@@ -39,7 +39,7 @@ def command(
     from hizoo_lite.train.folder import next_free
 
     config = resolve("demo", {"out": out or str(next_free("hizoo-demo"))})
-    run = fit(config, callbacks=[progress.listener(quiet)])
+    run = fit(config, callbacks=[progress.display(quiet)])
     if json:
         output.print_json(run.summary)
     else:

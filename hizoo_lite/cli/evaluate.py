@@ -75,12 +75,12 @@ def command(
 
         refuse_with_onnx(given if profile is None else {**given, "profile": profile})
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
-        result = evaluate_export(folder, adapter, config, split, examples, progress.listener(quiet))
+        result = evaluate_export(folder, adapter, config, split, examples, progress.display(quiet))
     else:
         from hizoo_lite.train import saved
 
         config = saved.eval_config(adapter, of_profile(profile, given) | given)
-        result = saved.evaluated(config, adapter, split, examples, progress.listener(quiet))
+        result = saved.evaluated(config, adapter, split, examples, progress.display(quiet))
     if json:
         output.print_json(result)
     else:

@@ -61,7 +61,7 @@ def _onnx(
     from hizoo_lite.export.onnx.export import export_onnx
     from hizoo_lite.units import format_bytes
 
-    listener = progress.listener(quiet)
+    shown = progress.display(quiet)
     export = export_onnx(
         run,
         out,
@@ -71,7 +71,7 @@ def _onnx(
         dtype=dtype,
         base_bits=base_bits,
         model=model,
-        listener=listener,
+        progress=shown,
     )
     record, check = export.record, export.record["check"]
     size = sum(about["bytes"] for about in record["model"]["files"].values())
@@ -141,7 +141,7 @@ def _onnx_train(
     from hizoo_lite.cli import progress
     from hizoo_lite.export.onnx_train.export import export_train
 
-    record = export_train(run, out, fresh=fresh, model=model, listener=progress.listener(quiet))
+    record = export_train(run, out, fresh=fresh, model=model, progress=progress.display(quiet))
     count = sum(math.prod(parameter["shape"]) for parameter in record["parameters"] if parameter["trained"])
     worst = record["check"]["max_abs_difference"]
     return Exported(

@@ -9,21 +9,20 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import rich.progress
 import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import LINE_SECONDS, Lines, Progress, RunningMeans
 from hizoo_lite.train.step import StepRecord
-from hizoo_lite.train.watch import LINE_SECONDS, Lines, Watch
 
 if TYPE_CHECKING:
     from hizoo_lite.export.quantize import Quantization
@@ -33,18 +32,18 @@ INTERRUPTED = 130
 _MIB = 1 << 20
 
 
-def listener(quiet: bool = False) -> Listener:
+def display(quiet: bool = False) -> Progress:
     """The watcher for this stderr."""
     return Lines() if quiet or not sys.stderr.isatty() else Bars()
 
 
-class Bars(Watch):
+class Bars(RunningMeans):
     """One bar for each stretch of work."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self.console = console or Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: rich.progress.Progress | None = None
         self._task = TaskID(0)
 
     def message(self, text: str) -> None:
@@ -62,7 +61,7 @@ class Bars(Watch):
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, *times, console=self.console)
+        self._bar = rich.progress.Progress(*columns, *times, console=self.console)
         self._task = self._bar.add_task(label, total=total, completed=done, state="")
         self._bar.start()
 
@@ -106,7 +105,7 @@ def write_checkpoint(work: Quantization, verb: str, quiet: bool) -> None:
 
     `verb` says on the bar what it is. An interrupt ends the command with exit code 130.
     """
-    watching = listener(quiet)
+    watching = display(quiet)
     if not isinstance(watching, Bars):
         watching = _Written()
     if work.bits != "none" and work.layout.unconverted:

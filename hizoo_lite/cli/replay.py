@@ -38,18 +38,18 @@ def command(
     from hizoo_lite.cli import output, progress
     from hizoo_lite.train.replay import replay
 
-    listener = progress.listener(quiet)
+    shown = progress.display(quiet)
 
     def stepped(done: int, total: int) -> None:
         if done == 1:
-            listener.message(f"replaying {total} steps")
-            listener.phase("replay", total)
-        listener.advanced(1)
+            shown.message(f"replaying {total} steps")
+            shown.phase("replay", total)
+        shown.advanced(1)
 
     try:
         found = replay(run, step, out, stepped)
     finally:
-        listener.finish()
+        shown.finish()
     if json:
         output.print_json({**found._asdict(), "folder": str(found.folder)})
     else:

@@ -42,7 +42,7 @@ def train(
     from hizoo_lite.cli import output, progress
     from hizoo_lite.run import fit
 
-    run = fit(resolved, callbacks=[progress.listener(quiet)])
+    run = fit(resolved, callbacks=[progress.display(quiet)])
     if not run.setup.stepper.ranks.is_main:
         raise typer.Exit(INTERRUPTED if run.interrupted else 0)
     if json:

@@ -19,7 +19,7 @@ from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
 from hizoo_lite.train.config_file import flag, parsed
 from hizoo_lite.train.evaluate import check_result
 from hizoo_lite.train.folder import plain
-from hizoo_lite.train.watch import Lines
+from hizoo_lite.train.progress import Lines
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 #: Settings of an evaluation.

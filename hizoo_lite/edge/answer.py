@@ -17,8 +17,8 @@ from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 from hizoo_lite.train import parts
 from hizoo_lite.train.evaluate import evaluate, report
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.progress import Progress
 
 
 def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
@@ -35,12 +35,12 @@ def evaluate_export(
     config: TrainConfig,
     split: str,
     limit: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first. `limit`: examples at most."""
     if limit is not None and limit < 1:
         raise UserError(f"--examples: got {limit}, allowed: a whole number of 1 or more")
-    listener = listener or Listener()
+    progress = progress or Progress()
     task = parts.find_task(config.task)
     examples = parts.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
@@ -52,9 +52,9 @@ def evaluate_export(
     examples = parts.learnable(encoder, examples)
     if model.kind == "classifier":
         model.session.graph.check_classes(task, model.session.graph.outputs[0])
-    listener.phase("evaluate", len(examples))
-    found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=listener.advanced)
-    listener.finish()
+    progress.phase("evaluate", len(examples))
+    found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=progress.advanced)
+    progress.finish()
     about = {"bits": model.bits, "device": "cpu", "residency": "resident"}
     return report(found, config, adapter, split) | about
 

@@ -39,8 +39,8 @@ from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import Task
 from hizoo_lite.train import parts, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.progress import Progress
 
 #: Settings of a run that are arguments of `load`, too.
 _OF_LOADING = (
@@ -190,12 +190,12 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def evaluated(
-    config: TrainConfig, adapter: str | None, split: str, limit: int | None, listener: Listener
+    config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
     task = parts.find_task(config.task)
     part = parts.split_part(config, task, split, limit)
-    found, model = measured(config, task, part, adapter, listener)
+    found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
     return report(found, config, adapter, split) | about
 
@@ -205,7 +205,7 @@ def measured(
     task: Task,
     part: list[Example],
     adapter: str | None,
-    listener: Listener,
+    progress: Progress,
     model: Model | None = None,
 ) -> tuple[Evaluation, Model]:
     """The result on the examples `part`, and the model that is loaded for it where none is given."""
@@ -222,8 +222,8 @@ def measured(
             attach_adapter(model, adapter, prepare)
         prepare()
         traversal = Traversal(model)
-        traversal.guard = Budget(limits, model, listener.message, cap).fitting
-        listener.phase("evaluate", len(part))
-        found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=listener.advanced)
-        listener.finish()
+        traversal.guard = Budget(limits, model, progress.message, cap).fitting
+        progress.phase("evaluate", len(part))
+        found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=progress.advanced)
+        progress.finish()
     return found, model

@@ -49,7 +49,7 @@ from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
 from hizoo_lite.train import saved
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import Progress
 
 MergedDtype = Literal["fp16", "float32"]
 Form = Literal["base", "tuned", "merged"]
@@ -84,7 +84,7 @@ def export_onnx(
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
     model: str | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
@@ -95,7 +95,7 @@ def export_onnx(
     Raises `UserError` before anything is written where something does not fit, and `ExportError` where
     onnxruntime computes something else, or cannot run the model.
     """
-    run, out, listener = Path(run), Path(out), listener or Listener()
+    run, out, progress = Path(run), Path(out), progress or Progress()
     name = name or run.resolve().name
     check_name(name)
     _check_options(format, merge, dtype)
@@ -111,12 +111,12 @@ def export_onnx(
             _check_takes(export, format, merge)
             source_or_why = _find_source(run, base_bits, model)
             export.verify()
-            return _add(export, run, name, source_or_why, work, listener)
+            return _add(export, run, name, source_or_why, work, progress)
         aside = work / "export"
         aside.mkdir()
-        export, references = _write(plan, aside, work, listener)
+        export, references = _write(plan, aside, work, progress)
         trim()
-        _check(export, references, work, listener)
+        _check(export, references, work, progress)
         aside.replace(place)
     return Export(out, export.record)
 
@@ -146,14 +146,14 @@ def _check_takes(export: Export, format: Format | None, merge: bool) -> None:
         raise UserError(f"--format: got {format!r}, but {out} was made with {record['products']!r}")
 
 
-def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Export, list[Reference]]:
+def _write(plan: _Plan, out: Path, work: Path, progress: Progress) -> tuple[Export, list[Reference]]:
     """The export, unchecked, and the model's logits. The model itself is not in memory any more."""
-    base = stored_folder(plan.source, work, listener)
+    base = stored_folder(plan.source, work, progress)
     if plan.form != "merged":
         model = load_base(plan.source, base)
-        export = export_base(model, out, plan, listener)
-        return export, _references(model, plan, listener)
-    listener.message(f"merging in {plan.dtype}")
+        export = export_base(model, out, plan, progress)
+        return export, _references(model, plan, progress)
+    progress.message(f"merging in {plan.dtype}")
     source = plan.source
     merged.prepare(
         plan.run,
@@ -164,15 +164,15 @@ def _write(plan: _Plan, out: Path, work: Path, listener: Listener) -> tuple[Expo
         dtype=plan.dtype,
     ).run()
     model = load_folder(plan.source, work / "merged", None)
-    export = export_base(model, out, plan, listener)
+    export = export_base(model, out, plan, progress)
     exact = [Reference(cases(model), model="merged")]
     _close(model)
-    return export, exact + _references(load_base(plan.source, base), plan, listener)
+    return export, exact + _references(load_base(plan.source, base), plan, progress)
 
 
-def _references(model: Model, plan: _Plan, listener: Listener) -> list[Reference]:
+def _references(model: Model, plan: _Plan, progress: Progress) -> list[Reference]:
     """The model's logits, as far as the export has an answer. It cannot be used any more afterwards."""
-    listener.message("running the model, to check against it")
+    progress.message("running the model, to check against it")
     limit: dict[str, Any] = {}
     if plan.form == "merged":
         limit = {"limit": _ROUNDING[plan.dtype], "share": True}
@@ -191,18 +191,18 @@ def _close(model: Model) -> None:
         model.residency.close()
 
 
-def export_base(model: Model, out: Path, plan: _Plan, listener: Listener) -> Export:
+def export_base(model: Model, out: Path, plan: _Plan, progress: Progress) -> Export:
     """Write graph, weights, tokenizer and settings to `out`, and with a base the adapter."""
     described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
     write_tokenizer(model.tokenizer, _small_files(described), out)
-    listener.message(f"tracing {type(model.module).__name__}")
+    progress.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
     traced = interface(model, skeleton, takes_adapters=plan.form == "base")
     graph = trace(skeleton, traced.wrapper, traced.inputs, traced.outputs, "hf")
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "hizoo_lite"
     graph.metadata_props.update({"bits": model.bits, "products": plan.format})
-    save(graph, out / folder.GRAPH, listener)
+    save(graph, out / folder.GRAPH, progress)
     if traced.layers:
         write_json(out / GENAI_CONFIG, genai_config(model, traced.layers))
     export = Export(out, _record(model, traced, skeleton.linears, plan, out))
@@ -289,9 +289,9 @@ def _tuned(plan: _Plan) -> dict[str, Any]:
     }
 
 
-def _check(export: Export, references: list[Reference], work: Path, listener: Listener) -> None:
+def _check(export: Export, references: list[Reference], work: Path, progress: Progress) -> None:
     """Compare with the model; the result goes into export.json."""
-    listener.message("running the export in onnxruntime")
+    progress.message("running the export in onnxruntime")
     runs = _run_check(export, references, work)
     export.record["check"] = {
         "limit": _limit(export),
@@ -344,20 +344,20 @@ def _find_source(run: Path, base_bits: Bits | None, model: str | None) -> Source
 
 
 def _add(
-    export: Export, run: Path, name: str, source: Source | UserError, work: Path, listener: Listener
+    export: Export, run: Path, name: str, source: Source | UserError, work: Path, progress: Progress
 ) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
     add_adapter(export, run, name)
     about = export.record["adapters"][name]
     if isinstance(source, UserError):
         about["check"] = {"skipped": str(source)}
-        listener.message(f"{name} is not compared with its model: {source}")
+        progress.message(f"{name} is not compared with its model: {source}")
         export.write()
         return export
     try:
-        reference = _adapter_reference(export, source, run, name, work, listener)
+        reference = _adapter_reference(export, source, run, name, work, progress)
         trim()
-        listener.message("running the export in onnxruntime")
+        progress.message("running the export in onnxruntime")
         runs = _run_check(export, [reference], work)
     except BaseException:
         remove_adapter(export, name)
@@ -369,8 +369,8 @@ def _add(
 
 
 def _adapter_reference(
-    export: Export, source: Source, run: Path, name: str, work: Path, listener: Listener
+    export: Export, source: Source, run: Path, name: str, work: Path, progress: Progress
 ) -> Reference:
     form: Format = export.record["products"]
     plan = _Plan(run, name, source, "base", form, "fp16")
-    return _references(load_base(source, stored_folder(source, work, listener)), plan, listener)[-1]
+    return _references(load_base(source, stored_folder(source, work, progress)), plan, progress)[-1]

@@ -28,8 +28,8 @@ from hizoo_lite.process import map_large
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import identity, saved, setup
-from hizoo_lite.train.events import Listener
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.progress import Progress
 
 
 class Source(NamedTuple):
@@ -88,12 +88,12 @@ def _check_same(run: Path, checkpoint: Checkpoint, where: str) -> None:
         raise UserError(f"--model: {where} has other weights than the model that was tuned, says {path}")
 
 
-def stored_folder(source: Source, work: Path, listener: Listener) -> Path:
+def stored_folder(source: Source, work: Path, progress: Progress) -> Path:
     """A folder with the model in the form it was tuned in: its own, or one that is made in `work`."""
     checkpoint = source.checkpoint
     if source.bits == (checkpoint.quantized_bits or "none"):
         return checkpoint.folder
-    listener.message(f"quantizing {source.checkpoint.folder} to {source.bits}")
+    progress.message(f"quantizing {source.checkpoint.folder} to {source.bits}")
     Quantization(
         str(checkpoint.folder),
         work / "quantized",

@@ -22,7 +22,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import Part
 from hizoo_lite.export.onnx.skeleton import Skeleton
 from hizoo_lite.files import check_space
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import Progress
 
 OPSET = 20
 _WHY_CHARACTERS = 200  # of torch's reason that are shown
@@ -151,7 +151,7 @@ def lazy(part: Part, name: str) -> ir.LazyTensor:
     return ir.LazyTensor(read, dtype=_DTYPES[part.dtype], shape=ir.Shape(part.shape), name=name)
 
 
-def save(graph: ir.Model, path: Path, listener: Listener) -> None:
+def save(graph: ir.Model, path: Path, progress: Progress) -> None:
     """Write the graph to `path` and its weights, one by one, to a file beside it, PATH.data.
 
     `UserError` where they cannot be written, before anything is where there is no room.
@@ -161,8 +161,8 @@ def save(graph: ir.Model, path: Path, listener: Listener) -> None:
 
     def written(tensor: object, info: Any) -> None:
         if info.index == 0:
-            listener.phase("write, tensors", info.total)
-        listener.advanced(1)
+            progress.phase("write, tensors", info.total)
+        progress.advanced(1)
 
     try:
         ir.save(graph, path, external_data=f"{path.name}.data", callback=written)
@@ -170,7 +170,7 @@ def save(graph: ir.Model, path: Path, listener: Listener) -> None:
         why = error.strerror or f"the disk is full ({error})"
         raise UserError(f"{path.parent}: cannot be written: {why}") from error
     finally:
-        listener.finish()
+        progress.finish()
 
 
 @contextmanager

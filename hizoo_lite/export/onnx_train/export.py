@@ -41,7 +41,7 @@ from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import config_file, parts, saved, setup
-from hizoo_lite.train.events import Listener
+from hizoo_lite.train.progress import Progress
 
 CONFIG = "config.toml"
 
@@ -52,7 +52,7 @@ def export_train(
     *,
     fresh: bool = False,
     model: str | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `out`, to tune further from a run's adapter, and return the content of its train.json.
 
@@ -61,7 +61,7 @@ def export_train(
     written where something does not fit, and `ExportError` where onnxruntime computes other losses than the
     model.
     """
-    run, listener, place = Path(run), listener or Listener(), find_place(out)
+    run, progress, place = Path(run), progress or Progress(), find_place(out)
     check_new(place)
     adapter = find_adapter(run)
     if not (adapter / PEFT_FILE).is_file():
@@ -76,7 +76,7 @@ def export_train(
         check_new(place)  # another process may have made it just now
         aside = work / "export"
         aside.mkdir()
-        loaded = load_base(source, stored_folder(source, work, listener))
+        loaded = load_base(source, stored_folder(source, work, progress))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
         examples = parts.learnable(encoder, examples)[: config.batch_size]
         space = saved.attach_adapter(loaded, run, train_a=config.train_a)
@@ -87,7 +87,7 @@ def export_train(
         batches = cases(loaded, space, encoder, examples, config.seed, branches)
         token_types = batches[0].batch.token_type_ids is not None
         _write_settings(loaded, config, aside)
-        _write_graph(loaded, space, encoder, token_types, aside, listener)
+        _write_graph(loaded, space, encoder, token_types, aside, progress)
         space.save(aside / ADAPTER)
         shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
         record = _record(loaded, space, encoder, source, aside)
@@ -95,7 +95,7 @@ def export_train(
         if isinstance(loaded.residency, Streamed):
             loaded.residency.close()
         trim()
-        listener.message("running the export in onnxruntime")
+        progress.message("running the export in onnxruntime")
         record["check"] = compare(aside, batches)
         write_json(aside / RECORD, record)
         aside.replace(place)
@@ -103,10 +103,10 @@ def export_train(
 
 
 def _write_graph(
-    model: Model, space: LoRA, encoder: Encoder, token_types: bool, out: Path, listener: Listener
+    model: Model, space: LoRA, encoder: Encoder, token_types: bool, out: Path, progress: Progress
 ) -> None:
     """Trace, and write the weights one by one."""
-    listener.message(f"tracing {type(model.module).__name__}")
+    progress.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, "exact")
     traced = train_interface(model, skeleton, space, encoder.loss, token_types=token_types)
     graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf")
@@ -114,7 +114,7 @@ def _write_graph(
     graph.producer_name = "hizoo_lite"
     graph.metadata_props["bits"] = model.bits
 
-    save(graph, out / GRAPH, listener)
+    save(graph, out / GRAPH, progress)
 
 
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
