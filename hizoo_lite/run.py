@@ -300,7 +300,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             interrupt=interrupt,
             meter=meter,
             profiler=profiler,
-            memory=lambda: profiler.record(owners(setup)),
+            memory=lambda: profiler.record(categories(setup)),
         )
         failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
@@ -386,11 +386,11 @@ def _report(folder: RunFolder, tell: Callable[[str], None]) -> None:
         tell(f"no report: {last.removeprefix('error: ')}")
 
 
-def owners(setup: Setup) -> list[dict[str, Any]]:
-    """What the plan says of each owner of memory, and what its live objects hold."""
-    predicted = setup.plan.owners if setup.plan is not None else {}
+def categories(setup: Setup) -> list[dict[str, Any]]:
+    """What the plan says of each category of memory, and what its live objects hold."""
+    predicted = setup.plan.categories if setup.plan is not None else {}
     found = ledger.measure(setup.model, setup.space, setup.stepper.curvature)
-    return ledger.owner_list(predicted, {**found.device, **found.host})
+    return ledger.category_list(predicted, {**found.device, **found.host})
 
 
 def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
@@ -427,7 +427,7 @@ def _write_plan(folder: RunFolder, setup: Setup) -> None:
     folder.write_plan(
         {
             **plan.to_json(),
-            "owners": plan.owners,
+            "owners": plan.categories,
             "predicted_peak_bytes": plan.peak_bytes,
             "budget_bytes": plan.device_budget_bytes,
             "profile": setup.config.profile,

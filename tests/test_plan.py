@@ -122,8 +122,8 @@ def test_every_space_curvature_and_residency_is_counted(changes: dict[str, Any],
 
 def check_owners(plan: Plan, parts: Any) -> None:
     measured = ledger.measure(parts.model, parts.space, parts.stepper.curvature)
-    found = {owner: measured.device.get(owner, 0) for owner in EXACT}
-    assert {owner: plan.ledger.device.get(owner, 0) for owner in EXACT} == found
+    found = {category: measured.device.get(category, 0) for category in EXACT}
+    assert {category: plan.ledger.device.get(category, 0) for category in EXACT} == found
     parts.model.residency.close()
 
 

@@ -16,7 +16,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.memory import profiler as profiler_module
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import FIRST_STEPS, RATE, Profiler, Watcher, make_reader
-from hizoo_lite.plan.ledger import owner_list
+from hizoo_lite.plan.ledger import category_list
 from hizoo_lite.run import Run, fit
 from tests.run_fixtures import short_run
 
@@ -224,7 +224,7 @@ def test_training_is_held_against_one_forward_of_the_same_batch() -> None:
 
 def test_owners_are_predicted_and_measured_side_by_side() -> None:
     predicted, measured = {"weights": 10, "libraries": 20}, {"weights": 11, "slack": 1, "nothing": 0}
-    assert owner_list(predicted, measured) == [
+    assert category_list(predicted, measured) == [
         {"owner": "weights", "predicted_bytes": 10, "measured_bytes": 11},
         {"owner": "libraries", "predicted_bytes": 20, "measured_bytes": None},
         {"owner": "slack", "predicted_bytes": None, "measured_bytes": 1},

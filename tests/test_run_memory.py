@@ -330,8 +330,8 @@ def test_rows_and_a_cache_of_evaluations_are_planned() -> None:
     plain, more = planned(Workload(one, one, 40)), planned(Workload(one, four, 40))
     written = planned(Workload(one, four, 40, written=48))
     assert plain.peak_bytes < more.peak_bytes
-    owners = written.ledger.device
-    assert owners["cache"] == cache_bytes(planner_config(), 512, 48)
+    categories = written.ledger.device
+    assert categories["cache"] == cache_bytes(planner_config(), 512, 48)
     assert written.peak_bytes > more.peak_bytes
     assert planned(Workload(one, four, 20)).peak_bytes < more.peak_bytes
 

@@ -302,7 +302,7 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     wanted = Pass(rows, length, Branches.of(base=branches % 2 == 1, pairs=branches // 2), rows)
     dry = DryRun(source, "host", build(config, "causal"), LoRA(rank=rank, blocks="all"))
     noise = sum(value.nbytes for value in held.space.parameters.values())
-    weights = sum(size for owner, size in held.owners.items() if owner != "resident_blocks")
+    weights = sum(size for category, size in held.categories.items() if category != "resident_blocks")
     return 2 * max(held.block_bytes) + weights + noise + dry.run(wanted).peak_bytes
 
 

@@ -176,7 +176,7 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
 
     typer.echo(f"{config.model}: {config.space}, {plan.settings()}")
     verdict = "fits" if plan.fits else "does not fit"
-    output.print_table(f"{verdict}: {budget_of}", ["owner", "size", ""], plan.table())
+    output.print_table(f"{verdict}: {budget_of}", ["category", "size", ""], plan.table())
     typer.echo(f"why: {plan.why}")
     if plan.seconds_lower_bound is not None:
         parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in plan.bounds.items())

@@ -200,8 +200,8 @@ class Profiler:
             found["training_over_inference"] = training / inference
         return {name: value for name, value in found.items() if value}
 
-    def record(self, owners: list[dict[str, Any]]) -> dict[str, Any]:
-        """The contents of memory.json; `owners` as `owner_list` makes them."""
+    def record(self, categories: list[dict[str, Any]]) -> dict[str, Any]:
+        """The contents of memory.json; `categories` as `category_list` makes them."""
         empty = {"inference_peak_bytes": None, "training_peak_bytes": None, "training_over_inference": None}
         return {
             "device": str(self.device),
@@ -211,7 +211,7 @@ class Profiler:
             "samples": [sample for traversal in self._traversals for sample in traversal],
             "phases": {name: asdict(total) for name, total in self._totals.items() if total.seconds},
             "step_peaks": self._peaks,
-            "owners": owners,
+            "owners": categories,
             "sampling_share": self.sampling_share,
             "sampled_steps": self._sampled,
             "every_steps": max(1, round(self._steps / max(1, self._sampled))),

@@ -66,7 +66,7 @@ class Pass(NamedTuple):
 class Activations(NamedTuple):
     """Bytes of what a traversal makes."""
 
-    worst: Mapping[str, int]  # alive at the worst moment, by owner: between, attention, mlp, logits, update
+    worst: Mapping[str, int]  # alive at the worst moment: between, attention, mlp, logits, update
     moments: Mapping[str, int]  # the most that was alive while that part ran
     scratch: Mapping[str, int]  # reused buffers by name
     peak_bytes: int  # of worst and scratch together
@@ -145,13 +145,13 @@ def _constants_to_meta(model: Model, shared: bool) -> None:
 
 
 class Held:
-    """A model and a space as a run holds them after loading, by owner, in bytes."""
+    """A model and a space as a run holds them after loading, by category, in bytes."""
 
     def __init__(self, source: Source, place: Place, module: nn.Module, space: Space) -> None:
         with meta_as(source.device):
             self.model, self.space = load(source, place, module, few=False), space
             space.attach(self.model, 0)
-            self.owners = held(self.model, space)
+            self.categories = held(self.model, space)
             self.unaccounted = tuple(dict.fromkeys(self.model.checkpoint.unaccounted))  # type: ignore[attr-defined]
             if place == "resident":
                 self.block_bytes = [0] * len(self.model.blocks)
@@ -272,11 +272,11 @@ class DryRun:
             trunk = self.model.module.get_submodule(self.model.trunk_name)
             trunk.register_forward_hook(partial(self._hook, "logits"))
 
-    def _hook(self, owner: str, *_: Any) -> None:
-        self._enter(owner)
+    def _hook(self, category: str, *_: Any) -> None:
+        self._enter(category)
 
-    def _enter(self, owner: str) -> None:
-        self.tally.owner = owner
+    def _enter(self, category: str) -> None:
+        self.tally.category = category
 
 
 def _first(tiles: Callable[[torch.device], Iterator[Any]], device: torch.device) -> Iterator[Any]:

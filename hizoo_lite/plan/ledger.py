@@ -1,4 +1,4 @@
-"""Every byte of a run has an owner: predicted by the planner, and counted on live objects here."""
+"""Every byte of a run has a category: predicted by the planner, and counted on live objects here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hizoo_lite.engine.storage import DiskSource, HostSource
 from hizoo_lite.model.model import Model
 
 #: Who owns memory, and what that is.
-OWNERS: Mapping[str, str] = {
+CATEGORIES: Mapping[str, str] = {
     "framework": "interpreter and libraries; on a GPU its context",
     "embeddings_and_head": "embeddings, heads, poolers",
     "block_slots": "two buffers that streamed blocks pass through",
@@ -42,7 +42,7 @@ OWNERS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by owner. On a CPU there is one memory, called device; `host` is empty."""
+    """Bytes by category. On a CPU there is one memory, called device; `host` is empty."""
 
     device: Mapping[str, int] = field(default_factory=dict)
     host: Mapping[str, int] = field(default_factory=dict)
@@ -50,16 +50,16 @@ class Ledger:
 
     @property
     def device_bytes(self) -> int:
-        """Of all owners."""
+        """Of all categories."""
         return sum(self.device.values())
 
     @property
     def host_bytes(self) -> int:
-        """Of all owners."""
+        """Of all categories."""
         return sum(self.host.values())
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Owners that hold something."""
+        """Categories that hold something."""
         return {
             place: {k: v for k, v in getattr(self, place).items() if v}
             for place in ("device", "host", "disk")
@@ -73,15 +73,15 @@ def measure(model: Model, space: Space, curvature: Curvature) -> Ledger:
     is not there to be counted.
     """
     count = _Count()
-    found = dict.fromkeys(OWNERS, 0)
+    found = dict.fromkeys(CATEGORIES, 0)
     if isinstance(model.residency, Streamed):
         found["block_slots"] = count.tensors(model.residency._slots)
         found["resident_blocks"] = count.tensors(model.residency._kept.values())
         found["pinned_host"] = _in_host_memory(model, count)
         found["prefetch_buffers"] = count.tensors(getattr(model.residency._fetcher, "_staging", ()))
         found["changed_blocks"] = _changed_bytes(model)
-    for owner, size in _held(model, space, count).items():
-        found[owner] += size
+    for category, size in _held(model, space, count).items():
+        found[category] += size
     found["scratch"] = count.tensors(model.scratch._buffers.values())
     found["curvature"] = count.tensors(_tensors_of(_state(curvature)))
     return _placed(found, like(model.device))
@@ -185,9 +185,9 @@ def _tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def owner_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Both sides by owner, the planner's order first."""
-    measured = {owner: size for owner, size in measured.items() if size}
+def category_list(predicted: Mapping[str, int], measured: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Both sides by category, the planner's order first."""
+    measured = {category: size for category, size in measured.items() if size}
     names = [*predicted, *(name for name in measured if name not in predicted)]
     return [
         {"owner": name, "predicted_bytes": predicted.get(name), "measured_bytes": measured.get(name)}

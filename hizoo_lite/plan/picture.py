@@ -33,8 +33,8 @@ def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
     axes = figure.add_subplot()
     unit, divisor = _unit(max(one.peak_bytes for one in bars.values()))
     names = list(bars)
-    for label, owners, colour in _PIECES:
-        sizes = [sum(bars[name].ledger.device.get(owner, 0) for owner in owners) / divisor for name in names]
+    for label, categories, colour in _PIECES:
+        sizes = [sum(bars[name].ledger.device.get(c, 0) for c in categories) / divisor for name in names]
         below = [_below(bars[name], label) / divisor for name in names]
         axes.barh(
             names, sizes, left=below, color=colour, label=label, height=0.6, edgecolor="white", linewidth=0.5
@@ -62,10 +62,10 @@ def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
 def _below(plan: Plan, label: str) -> int:
     """Bytes of the pieces under this one."""
     total = 0
-    for name, owners, _ in _PIECES:
+    for name, categories, _ in _PIECES:
         if name == label:
             break
-        total += sum(plan.ledger.device.get(owner, 0) for owner in owners)
+        total += sum(plan.ledger.device.get(category, 0) for category in categories)
     return total
 
 

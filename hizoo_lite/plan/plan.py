@@ -1,4 +1,4 @@
-"""What the planner answers: whether a run fits, every byte of it by owner, and how fast it can be at most."""
+"""What the planner answers: whether a run fits, its bytes by category, and how fast it can be at most."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hizoo_lite.plan.ledger import OWNERS, Ledger
+from hizoo_lite.plan.ledger import CATEGORIES, Ledger
 from hizoo_lite.units import format_bytes
 
-#: Owners of what is there while a pass runs, and not before the first one.
+#: Categories of what is there while a pass runs, and not before the first one.
 _OF_A_PASS = (
     "noise",
     "scratch",
@@ -49,8 +49,8 @@ class Plan:
     unaccounted: tuple[str, ...] = ()
 
     @property
-    def owners(self) -> dict[str, int]:
-        """Bytes by owner, of device and host."""
+    def categories(self) -> dict[str, int]:
+        """Bytes by category, of device and host."""
         return {**self.ledger.device, **self.ledger.host}
 
     @property
@@ -61,7 +61,7 @@ class Plan:
     @property
     def pass_bytes(self) -> int:
         """Of the device, what a pass needs besides what is there already."""
-        return sum(self.ledger.device.get(owner, 0) for owner in _OF_A_PASS)
+        return sum(self.ledger.device.get(category, 0) for category in _OF_A_PASS)
 
     @property
     def host_peak_bytes(self) -> int:
@@ -105,20 +105,20 @@ class Plan:
         }
 
     def table(self) -> list[list[str]]:
-        """Rows of owner, bytes, and what that is; the largest first, the sum last."""
+        """Rows of category, bytes, and what that is; the largest first, the sum last."""
         rows = []
-        for place, owners in (
+        for place, categories in (
             ("", self.ledger.device),
             ("host: ", self.ledger.host),
             ("disk: ", self.ledger.disk),
         ):
-            for owner, size in sorted(owners.items(), key=lambda item: -item[1]):
+            for name, size in sorted(categories.items(), key=lambda item: -item[1]):
                 if size:
-                    rows.append([place + owner.replace("_", " "), format_bytes(size), OWNERS[owner]])
-            if owners and place != "disk: ":
+                    rows.append([place + name.replace("_", " "), format_bytes(size), CATEGORIES[name]])
+            if categories and place != "disk: ":
                 budget = self.host_budget_bytes if place else self.device_budget_bytes
                 of = "" if budget is None else f"of {format_bytes(budget)}"
-                rows.append([f"{place}peak", format_bytes(sum(owners.values())), of])
+                rows.append([f"{place}peak", format_bytes(sum(categories.values())), of])
         return rows
 
     def settings(self) -> str:

@@ -104,7 +104,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     noise = subject.trained_bytes() * subject.branches().directions
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
-        **{owner: size for owner, size in held.owners.items() if owner != "resident_blocks"},
+        **{category: size for category, size in held.categories.items() if category != "resident_blocks"},
         "noise": noise + subject.weight_noise_bytes(),
         "scratch": sum(scratch.values()),
         **activations,
@@ -161,7 +161,7 @@ def _within(size: int, budget: int | None) -> bool:
 
 def _owned(worst: Mapping[str, int]) -> dict[str, int]:
     names = {"between": "between_blocks"}
-    return {names.get(owner, owner): size for owner, size in worst.items() if size}
+    return {names.get(category, category): size for category, size in worst.items() if size}
 
 
 def _ledger(subject: Subject, device: dict[str, int], host: dict[str, int], disk: dict[str, int]) -> Ledger:
@@ -169,8 +169,8 @@ def _ledger(subject: Subject, device: dict[str, int], host: dict[str, int], disk
     if subject.device == "cuda":
         host["framework"] = CUDA_HOST_BYTES
         return Ledger(device, host, disk)
-    for owner, size in host.items():
-        device[owner] = device.get(owner, 0) + size
+    for category, size in host.items():
+        device[category] = device.get(category, 0) + size
     return Ledger(device, {}, disk)
 
 
@@ -304,7 +304,7 @@ def _may_fit(subject: Subject, option: Option) -> bool:
     if option.place == "host" and sum(sizes) > budget + (subject.budgets.host_bytes or math.inf):
         return False
     held = sum(sizes) if option.place == "resident" else 2 * max(sizes, default=0)
-    outside = subject.held(option.place).owners["embeddings_and_head"]
+    outside = subject.held(option.place).categories["embeddings_and_head"]
     return held + outside + (subject.framework if subject.device == "cpu" else CONTEXT_BYTES) < budget
 
 

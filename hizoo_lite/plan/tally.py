@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tally(TorchDispatchMode):
-    """`live` is what is alive now by owner; `worst` a copy of it at the peak; `moments` peaks by owner.
+    """`live` is what is alive now by category; `worst` a copy of it at the peak; `moments` peaks by category.
 
-    A tensor belongs to the owner that is set when it is made; a moment is named after the owner then.
+    A tensor belongs to the category that is set when it is made; a moment is named after the category then.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.owner = "between"
+        self.category = "between"
         self.live: dict[str, int] = {}
         self.worst: dict[str, int] = {}
         self.moments: dict[str, int] = {}
@@ -57,19 +57,19 @@ class Tally(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes() if made else 0
-        self._known[key] = weakref.ref(storage, partial(self._dropped, key, self.owner, size))
+        self._known[key] = weakref.ref(storage, partial(self._dropped, key, self.category, size))
         if size == 0:
             return
-        self.live[self.owner] = self.live.get(self.owner, 0) + size
+        self.live[self.category] = self.live.get(self.category, 0) + size
         total = sum(self.live.values())
-        self.moments[self.owner] = max(self.moments.get(self.owner, 0), total)
+        self.moments[self.category] = max(self.moments.get(self.category, 0), total)
         if total > self.peak_bytes:
             self.worst = dict(self.live)
 
-    def _dropped(self, key: int, owner: str, size: int, _: object) -> None:
+    def _dropped(self, key: int, category: str, size: int, _: object) -> None:
         self._known.pop(key, None)
         if size:
-            self.live[owner] -= size
+            self.live[category] -= size
 
 
 class KernelMemory(TorchFunctionMode):

@@ -125,7 +125,7 @@ def _demand(encoder: Encoder, examples: Sequence[Example], *, training: bool) ->
 
 
 def _refusal(found: Plan) -> str:
-    """What does not fit, by owner, and the nearest configuration that does."""
+    """What does not fit, by category, and the nearest configuration that does."""
     budgets = [format_bytes(size) for size in (found.device_budget_bytes, found.host_budget_bytes) if size]
     lines = [f"--device-budget: the run does not fit {' and '.join(dict.fromkeys(budgets))}"]
     lines += [f"  {row[0]:<22}{row[1]:>12}" for row in found.table()]
