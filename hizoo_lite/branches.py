@@ -148,6 +148,15 @@ class BranchState:
         return self._values[name]
 
     @contextmanager
+    def one_branch(self) -> Iterator[None]:
+        """While this is open, layers are given one branch in place of all, which are alike."""
+        before, self.branches = self.branches, EVALUATION
+        try:
+            yield
+        finally:
+            self.branches = before
+
+    @contextmanager
     def laid_out(self, rows: int, length: int | None, kept: Tensor | None = None) -> Iterator[None]:
         """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`.
 

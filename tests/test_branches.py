@@ -130,8 +130,9 @@ def test_a_layer_whose_rows_are_not_first_is_refused(tmp_path: Path) -> None:
     model = load(tmp_path, kind="classifier", bits="none", compute_dtype="float32", device="cpu")
     batch = tiny_task_batch("classifier")
     Traversal(model).losses(batch)
+    _, directions = tuned(model)
     with pytest.raises(UserError, match=r"query is given \(12, 9, 32\), whose first axis is not that of"):
-        Traversal(model).losses(batch, Branches.of(), MU, {})
+        Traversal(model).losses(batch, Branches.of(), MU, directions)
 
 
 @pytest.mark.parametrize("name", ASKING_CONFIGS)

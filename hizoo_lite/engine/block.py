@@ -6,13 +6,16 @@ runs the model (a step, an evaluation, `generate`) streams it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hizoo_lite.engine.chunks import has_cache, in_chunks, plan_chunks, slice_mlp
+from hizoo_lite.engine.chunks import Chunks, has_cache, in_chunks, plan_chunks, slice_mlp
+from hizoo_lite.engine.fanout import is_alike, run_for_one
+from hizoo_lite.engine.overwritten import OneBranch
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -42,11 +45,11 @@ class PresentBlock(nn.Module):
             return getattr(self.__dict__["block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own; a long batch goes through in chunks."""
-        model, block = self.model[0], self.block[0]
+        """As the block's own; a long batch goes through in chunks, and one branch where all are alike."""
+        model = self.model[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         branches = model.state.branches.count
-        rows = hidden.shape[0] // branches
+        rows = hidden.shape[0] if type(hidden) is OneBranch else hidden.shape[0] // branches
         chunks = plan_chunks(
             model.branch_chunk,
             rows,
@@ -56,6 +59,15 @@ class PresentBlock(nn.Module):
             redrawn=model.pending is not None,
             halvings=model.halvings,
         )
+        if not is_alike(model, self.index, hidden, args, kwargs):
+            return self._run(rows, chunks, args, kwargs)
+        run = partial(self._run, rows, chunks.of_one_branch(rows, branches))
+        return run_for_one(model, run, args, kwargs, is_last=self.index + 1 == model.blocks_alike)
+
+    def _run(self, rows: int, chunks: Chunks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """On `rows` rows of every branch."""
+        model, block = self.model[0], self.block[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
         if self._mlp is not None:
             self._mlp.slices = chunks.slices
         with present(model, self.index), model.state.keeping():

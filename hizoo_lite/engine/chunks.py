@@ -9,6 +9,7 @@ long row, its MLP, which sees nothing of other tokens either, goes through in sl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,6 +50,11 @@ class Chunks(NamedTuple):
 
     rows: int  # token sequences that go through together, with all their branches
     slices: int  # parts that the tokens of such a chunk are cut into for the MLP
+
+    def of_one_branch(self, rows: int, branches: int) -> Chunks:
+        """Of a block that only one of the branches goes through: as many tokens at once, if there are."""
+        together = min(rows, self.rows * branches)
+        return Chunks(together, -(-together * self.slices // (self.rows * branches)))
 
 
 def plan_chunks(
@@ -152,23 +158,13 @@ def in_chunks(
     kept; attention probabilities are nobody's here. The first axis of what has `branches * rows` entries
     there is branch after branch.
     """
-    folded = state.branches.count * rows
     hidden = args[0] if args else kwargs["hidden_states"]
     result: Any = None
     diverged = state.mark()
     for first in range(0, rows, size):
         part = slice(first, min(first + size, rows))
-
-        def cut(tensor: Tensor, name: str, part: slice = part) -> Tensor:
-            heads = tensor.shape[0] // folded if name in _ROWS_AND_HEADS else 1
-            if name in _WITHOUT_ROWS or tensor.ndim < 2 or tensor.shape[0] != folded * heads:
-                return tensor
-            by_row = tensor.view(state.branches.count, rows, heads, *tensor.shape[1:])
-            return by_row[:, part].reshape(-1, *tensor.shape[1:])
-
         state.restore(diverged)
-        given = [_mapped(cut, value, "") for value in args]
-        named = {name: _mapped(cut, value, name) for name, value in kwargs.items()}
+        given, named = mapped(partial(cut, branches=state.branches.count, rows=rows, part=part), args, kwargs)
         kept = state.kept(hidden, part)
         with state.laid_out(state.branches.count * (part.stop - part.start), hidden.shape[1], kept):
             out = block(*given, **named)
@@ -184,6 +180,26 @@ def in_chunks(
 def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a block is given what holds all rows and is written to: a cache, or the dict of Gemma 4."""
     return any(isinstance(value, Cache | MutableMapping) for value in (*args, *kwargs.values()))
+
+
+def cut(
+    tensor: Tensor, name: str, branches: int, rows: int, part: slice, of_branches: slice = slice(None)
+) -> Tensor:
+    """Rows `part` of what a block is given by that name, in some branches; all of it where it has no rows."""
+    folded = branches * rows
+    heads = tensor.shape[0] // folded if name in _ROWS_AND_HEADS and tensor.ndim else 1
+    if name in _WITHOUT_ROWS or tensor.ndim < 2 or tensor.shape[0] != folded * heads:
+        return tensor
+    by_row = tensor.view(branches, rows, heads, *tensor.shape[1:])
+    return by_row[of_branches, part].reshape(-1, *tensor.shape[1:])
+
+
+def mapped(
+    function: Callable[[Tensor, str], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`function` on every tensor that a block is given, with its name, "" where it has none."""
+    named = {name: _mapped(function, value, name) for name, value in kwargs.items()}
+    return tuple(_mapped(function, value, "") for value in args), named
 
 
 def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) -> Any:
@@ -210,13 +226,19 @@ def _room(chunk: Any, hidden: Tensor | None, branches: int, rows: int) -> Any:
 
 
 def _takes(hidden: Tensor, chunk: Any) -> bool:
-    """Whether a block's output can lie where the hidden states are, and nobody has a view of those."""
+    """Whether a block's output can lie where the hidden states are."""
     if type(chunk) in (tuple, list) and len(chunk) > 0:
         return _takes(hidden, chunk[0])
-    if not isinstance(chunk, Tensor) or type(hidden) is not Tensor or not hidden.is_contiguous():
+    if not isinstance(chunk, Tensor) or not may_overwrite(hidden):
         return False
-    base_is_known = hidden._base is None or type(hidden._base) is Overwritten
-    return base_is_known and chunk.shape[1:] == hidden.shape[1:] and chunk.dtype == hidden.dtype
+    return chunk.shape[1:] == hidden.shape[1:] and chunk.dtype == hidden.dtype
+
+
+def may_overwrite(hidden: Tensor) -> bool:
+    """Whether other values can lie where hidden states are: nobody has a view of them that is not known."""
+    if type(hidden) is not Tensor or not hidden.is_contiguous():
+        return False
+    return hidden._base is None or type(hidden._base) is Overwritten
 
 
 def _placed(chunk: Any, whole: Any, part: slice) -> Any:

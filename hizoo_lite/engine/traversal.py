@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +22,10 @@ from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.device import like
 from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.engine.fanout import blocks_alike
 from hizoo_lite.engine.generate import Ended, write
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
-from hizoo_lite.engine.overwritten import ReadAgain
+from hizoo_lite.engine.overwritten import until_suited
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import OffloadedWeight
@@ -58,14 +60,8 @@ class Traversal:
     ) -> Losses:
         """Losses of every branch on `batch`; `directions` as in `BranchState`."""
         made = batch_tensors(batch)
-        return self.guard(lambda: self._pass(made, branches, mu, directions or {}))
-
-    def _pass(self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Losses:
-        try:
-            return self._losses(batch, branches, mu, directions)
-        except ReadAgain:
-            self.model.reads_again = True
-        return self._losses(batch, branches, mu, directions)
+        work = partial(self._losses, made, branches, mu, directions or {})
+        return self.guard(lambda: until_suited(self.model, work))
 
     def _losses(
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
@@ -82,7 +78,7 @@ class Traversal:
         """What losses are made of, on the model's device.
 
         Of a classifier its logits, (branches, examples, classes); else `_scored_log_probabilities`.
-        Raises `ReadAgain` where that is not known yet.
+        Raises `Unsuited` where the model is first found to be.
         """
         with self._branches(branches, mu, directions):
             inputs, state = self._fold(batch, branches.count), self.model.state
@@ -104,10 +100,11 @@ class Traversal:
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
         self.model.state.set(branches, mu, directions)
         self.model.overwrites = not self.model.reads_again
+        self.model.blocks_alike = blocks_alike(self.model, branches.count)
         try:
             yield
         finally:
-            self.model.overwrites = False
+            self.model.overwrites, self.model.blocks_alike = False, 0
             self.model.state.set(EVALUATION, 0.0, {})
 
     def _fold(self, batch: Batch, count: int) -> dict[str, Tensor]:

@@ -53,6 +53,8 @@ class Model:
     branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together
     overwrites: bool = False  # whether blocks cut into chunks write over their input: in a traversal
     reads_again: bool = False  # inputs of blocks, after the block, so that they cannot be overwritten
+    folds_first: bool = False  # all branches go through every block, since the model's own code needs them
+    blocks_alike: int = 0  # the first ones, which one branch goes through for all: in a traversal
     halvings: int = 0  # of chunks and logits, because memory ran out
 
     @property

@@ -29,7 +29,7 @@ from hizoo_lite.engine.block import PresentBlock, install
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES
 from hizoo_lite.engine.layout import layouts
 from hizoo_lite.engine.load import assemble
-from hizoo_lite.engine.overwritten import ReadAgain
+from hizoo_lite.engine.overwritten import until_suited
 from hizoo_lite.engine.residency import Resident
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.memory.limits import Place
@@ -205,11 +205,7 @@ class DryRun:
     def run(self, wanted: Pass) -> Activations:
         """One traversal, with the branches' directions where it has some and an update where one may wait."""
         with meta_as(self.device):
-            try:
-                return self._run(wanted)
-            except ReadAgain:
-                self.model.reads_again = True
-            return self._run(wanted)
+            return until_suited(self.model, lambda: self._run(wanted))
 
     def _run(self, wanted: Pass) -> Activations:
         model = self.model
