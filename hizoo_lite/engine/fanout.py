@@ -45,7 +45,7 @@ def is_alike(
     """Whether one branch is enough in block `index`, given these hidden states."""
     if index >= model.blocks_alike or model.state.mark() is not None or has_cache(args, kwargs):
         return False
-    return type(hidden) is OneBranch or hidden.shape[0] == model.state.rows
+    return type(hidden) is OneBranch or (type(hidden) is Tensor and hidden.shape[0] == model.state.rows)
 
 
 def run_for_one(

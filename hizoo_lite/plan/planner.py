@@ -20,7 +20,7 @@ from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import CONTEXT_BYTES
-from hizoo_lite.engine.chunks import MOST_SLICES, plan_chunks
+from hizoo_lite.engine.chunks import MOST_SLICES, Chunks, plan_chunks
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Place
 from hizoo_lite.plan.hardware import Hardware
@@ -217,12 +217,16 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     if subject.in_weights:
         trained = sum(math.prod(shape) for shape in subject.shapes.values())
         operations += 2 * 2 * branches.pairs * tokens * trained
-    chunks = -(-rows // _together(subject, option))
+    together = _chunks(subject, option)
+    chunks, chunks_below = (
+        -(-rows // c.rows) for c in (together, together.of_one_branch(rows, branches.count))
+    )
     packed = sum(subject.held(option.place).block_bytes)
     unpacked = elements * subject.compute.itemsize
+    times = (chunks * (elements - shared) + chunks_below * shared) / elements
     bounds = {
         "products": operations / rate,
-        "unpacking": chunks * (packed + 2 * unpacked) / machine.device_bandwidth,
+        "unpacking": times * (packed + 2 * unpacked) / machine.device_bandwidth,
     }
     if subject.in_weights:  # drawn in every chunk and for the update: written and read once, in float32
         drawing = 8 if subject.device == "cpu" else 8 + philox.MOVED_BYTES
@@ -236,8 +240,8 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     return bounds
 
 
-def _together(subject: Subject, option: Option) -> int:
-    """Rows that go through a block together."""
+def _chunks(subject: Subject, option: Option) -> Chunks:
+    """How a batch is cut up inside a block that all branches go through."""
     rows = subject.rows(option.batch)
     count = subject.branches().count
     return plan_chunks(
@@ -248,7 +252,7 @@ def _together(subject: Subject, option: Option) -> int:
         subject.device,
         subject.in_weights,
         option.halvings,
-    ).rows
+    )
 
 
 # -------------------------------------------------------------------------------------------- choice
@@ -279,7 +283,7 @@ def _best(subject: Subject, option: Option) -> Plan:
     def halved(times: int) -> Plan:
         return _evaluate(subject, option._replace(halvings=times), gives_back=has_budget)
 
-    too_few, enough = 0, _together(subject, option).bit_length() + MOST_SLICES.bit_length()
+    too_few, enough = 0, _chunks(subject, option).rows.bit_length() + MOST_SLICES.bit_length()
     if has_budget and not _may_fit(subject, option):
         return halved(enough)
     plan = halved(0)
