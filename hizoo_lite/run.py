@@ -27,10 +27,8 @@ from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
-from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
-from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
@@ -43,10 +41,11 @@ from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.folder import RunFolder, next_free
-from hizoo_lite.train.given import Given, TaskLike, configured, in_memory, object_of, same_device
+from hizoo_lite.train.given import Given, TaskLike, check_device, configured, in_memory, object_of
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.setup import Setup, build
 from hizoo_lite.train.summary import summarize
 
@@ -147,17 +146,16 @@ def fit(
     can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
     told = checked(callbacks)
-    parts = {"space": space, "estimator": estimator, "curvature": curvature}
-    options |= {key: part for key, part in parts.items() if isinstance(part, str)}
+    members = {"space": space, "estimator": estimator, "curvature": curvature}
+    options |= {key: member for key, member in members.items() if isinstance(member, str)}
     space, estimator = object_of("space", space), object_of("estimator", estimator)
     curvature = object_of("curvature", curvature)
     found, records = in_memory(task, data, options)
     config, loaded = configured(model, space, estimator, curvature, options)
     wanted = config.device if loaded is None else loaded.device.type
     ranks = distributed.join(choose_type(wanted)[0])
-    device = choose_device(wanted)  # of this rank, which has its own
     if loaded is not None:
-        device = same_device(loaded, device, ranks)
+        check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
     folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
     keys = task if isinstance(task, Mapping) else None
@@ -167,13 +165,14 @@ def fit(
         config = replace(config, task=str(folder.task))
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    limits = Budgets.parse(config.device_budget, config.host_budget, device)
+    resolved = Resolved(config, parts.find_task(config.task) if found is None else found, loaded)
+    limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does where it is told the budget
-    with threads(config.threads), enforced(limits.device_bytes, device) as cap:
+    with threads(config.threads), enforced(limits.device_bytes, resolved.device) as cap:
         with loading():
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
-            setup = build(config, model=loaded, **objects, task=found, data=records)
+            setup = build(resolved, **objects, data=records)
         setup.stepper.ranks = ranks
         calls = _callbacks(setup, folder, told if ranks.is_main else ())
         _announce(setup, calls.message)
@@ -408,11 +407,7 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
         start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
         setup.model.halvings = max(setup.model.halvings, start.halvings)
         tell(f"resuming after {start.position.step} of {setup.config.steps} steps")
-    compute = compute_name(setup.model.compute)
-    resolved = replace(
-        setup.config, kind=setup.model.kind, bits=setup.model.bits, compute_dtype=compute, resume=False
-    )
-    folder.create(replace(resolved, out=str(folder.path)))
+    folder.create(replace(setup.resolved.settings, resume=False, out=str(folder.path)))
     if folder.writes:
         given.write(folder)
     folder.write_identity(made_of)

@@ -28,6 +28,7 @@ from hizoo_lite.run import fit
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import setup
 from hizoo_lite.train.evaluate import evaluate
+from hizoo_lite.train.resolved import Resolved
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 from tests.run_fixtures import short_run
 from tests.test_load_process import run_python, save_large_llama
@@ -268,7 +269,7 @@ def test_the_metric_of_a_run_is_that_of_its_merged_model(tmp_path):
     again = {**settings, "model": str(tmp_path / "out"), "bits": "none", "compute_dtype": "float32"}
     config = TrainConfig(**{**again, "out": str(tmp_path / "unused")})
     task = setup.find_task("embedded")
-    model = setup.load_model(config, task)
+    model = Resolved(config, task).model()
     encoder = setup.make_encoder(model, task, config.max_length)
     found = evaluate(Traversal(model), encoder, setup.make_splits(config, task).test, 50)
     assert found.predictions == after.predictions

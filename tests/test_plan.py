@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hizoo_lite import tasks
 from hizoo_lite.batch import Batch
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ from hizoo_lite.plan.workload import ONE_ROW
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import planning, setup
+from hizoo_lite.train.resolved import Resolved
 from tests.architectures import MAX_POSITIONS, TINY_CONFIGS, save_tiny
 
 FRAMEWORK = 300 << 20
@@ -434,7 +436,7 @@ def test_a_model_that_cannot_be_run_dry_ends_with_code_two(
     done = call("--model", str(tmp_path))
     assert done.exit_code == 2
     assert "cannot be planned: its forward fails on tensors without memory (Tensor.item()" in done.stderr
-    config = config_of(tmp_path)
-    assert planning.plan(config, Checkpoint.open(tmp_path), "causal", ONE_ROW) is None
+    config, task = config_of(tmp_path), tasks.get("sst2")
+    assert planning.plan(Resolved(config, task), ONE_ROW) is None
     with pytest.raises(CannotPlan):
-        planning.plan(replace(config, device_budget="1GiB"), Checkpoint.open(tmp_path), "causal", ONE_ROW)
+        planning.plan(Resolved(replace(config, device_budget="1GiB"), task), ONE_ROW)

@@ -31,6 +31,7 @@ from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.train import planning, setup
 from hizoo_lite.train.config_file import read, resolve
+from hizoo_lite.train.resolved import Resolved
 from tests.run_fixtures import flags, short_run
 
 GIB = 2**30
@@ -281,7 +282,7 @@ def test_no_batch_of_a_run_is_larger_than_its_plan_counts(
     settings = written_task(tmp_path, kind, loss="answer", max_length=64, eval_every=3)
     config = TrainConfig(**settings)
     task = setup.find_task(config.task)
-    _, workload = setup.planned(config, task, setup.make_splits(config, task), None)
+    _, workload = setup.planned(Resolved(config, task), setup.make_splits(config, task))
     made: list[Batch] = []
     plain, encode = Encoder.collate, Encoder.encode
 

@@ -158,16 +158,9 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
 
 
 def _kind(config: TrainConfig, content: Any) -> ModelKind:
-    from hizoo_lite.errors import UserError
-    from hizoo_lite.model.kinds import _KINDS
+    from hizoo_lite.model.kinds import kind_of
 
-    if config.kind != "auto":
-        return config.kind
-    name = (content.get("architectures") or ["(none)"])[0]
-    for ending, kind in _KINDS.items():
-        if name.endswith(ending):
-            return kind
-    raise UserError(f"--kind: the architecture {name!r} does not tell; allowed: causal, masked, classifier")
+    return kind_of(content, config.model) if config.kind == "auto" else config.kind
 
 
 def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:

@@ -75,7 +75,7 @@ def prepare(
     checkpoint = Checkpoint.open(path, revision=settings.revision if settings else None)
     checkpoint.verify()
     changes = read_changes(folder)
-    kind = saved.saved_kind(run) or kinds.find_kind(str(checkpoint.folder), None, None)
+    kind = saved.kind_of(run, checkpoint.folder)
     wanted = base_bits or (settings.bits if settings else None) or _recorded_bits(folder)
     if wanted is None and settings is None and checkpoint.quantized_bits is None:
         raise UserError(
@@ -86,7 +86,7 @@ def prepare(
         checkpoint,
         kind,
         build.choose_bits(wanted, checkpoint.quantized_bits),
-        # as `setup.load_model`: spaces that train weights need scales in float32
+        # as `Resolved.double_quant`: spaces that train weights need scales in float32
         (settings is None or settings.double_quant) and changes.space == "lora"
         if base_double_quant is None
         else base_double_quant,

@@ -78,7 +78,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     config = {**config, "base_model_name_or_path": name, "inference_mode": True}
     if settings is not None and settings.revision is not None:
         config["revision"] = settings.revision
-    kind = saved.saved_kind(run) or kinds.find_kind(str(base), None, None)
+    kind = saved.kind_of(run, base)
     labels = _labels(kind, changes)
     module = build.build(build.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base, kind)

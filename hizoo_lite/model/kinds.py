@@ -42,7 +42,12 @@ def model_path(source: str) -> str:
 
 def find_kind(source: str, revision: str | None, task: Task | None) -> ModelKind:
     """The kind of a model by its architecture's name; a bare trunk becomes a classifier."""
-    names = Checkpoint.open(source, revision=revision).config.get("architectures") or ["(none)"]
+    return kind_of(Checkpoint.open(source, revision=revision).config, source, task)
+
+
+def kind_of(config: Mapping[str, Any], source: str, task: Task | None = None) -> ModelKind:
+    """The same from the content of its config.json; `source` for messages."""
+    names = config.get("architectures") or ["(none)"]
     for ending, kind in _KINDS.items():
         if names[0].endswith(ending):
             return kind

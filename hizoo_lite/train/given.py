@@ -122,11 +122,10 @@ def _residency(model: Model, wanted: str) -> str:
     return model.limits.residency
 
 
-def same_device(model: Model, device: torch.device, ranks: Ranks) -> torch.device:
-    """The device of a loaded model. UserError where it is that of another rank."""
+def check_device(model: Model, device: torch.device, ranks: Ranks) -> None:
+    """UserError where a loaded model is on the device of another rank; `device` is this one's."""
     if ranks.count > 1 and is_gpu(device) and model.device != device:
         raise UserError(
             f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "
             f"allowed: load(..., device={device.type!r}), which takes it"
         )
-    return model.device

@@ -8,21 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from hizoo_lite.base import ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.device import choose_device, like
+from hizoo_lite.device import like
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.model.build import choose_compute, compute_name, read_config, read_tokenizer, vocabulary_of
+from hizoo_lite.model.build import read_config, read_tokenizer, vocabulary_of
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
-from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks import Encoder, Splits
 from hizoo_lite.train.parts import task_encoder
+from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -32,21 +31,22 @@ _log = logging.getLogger(__name__)
 MOST_ENCODED = 4096
 
 
-def plan(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, workload: Workload) -> Plan | None:
+def plan(resolved: Resolved, workload: Workload) -> Plan | None:
     """The plan of a run on such examples. Raises `BudgetError` where there is a budget that cannot be met.
 
     None for a model that cannot be run dry; with a budget that is an error, without one it only goes
     without a prediction.
     """
+    config = resolved.config
     has_budget = config.device_budget is not None or config.host_budget is not None
-    device = choose_device(config.device)
-    machine = _machine(config, device)
-    framework = None
-    if machine is not None:  # its rates; dtype and libraries are those that are here
-        compute = compute_name(choose_compute(config.compute_dtype, device))
-        config, framework = replace(config, compute_dtype=compute), framework_bytes()
+    machine = _machine(config, resolved.device)
+    # of a profile its rates count; dtype and libraries are those that are here
+    framework = None if machine is None else framework_bytes()
+    settled = replace(resolved.settings, residency=resolved.residency)
     try:
-        found = plan_run(config, checkpoint, kind, workload, hardware=machine, framework=framework)
+        found = plan_run(
+            settled, resolved.checkpoint, resolved.kind, workload, hardware=machine, framework=framework
+        )
     except CannotPlan as error:
         if has_budget:
             raise
@@ -73,12 +73,14 @@ def _machine(config: TrainConfig, device: torch.device) -> Hardware | None:
     return replace(machine, residency="auto")  # the configuration has the profile's where that counts
 
 
-def find_encoder(config: TrainConfig, checkpoint: Checkpoint, kind: ModelKind, task: Task) -> Encoder | None:
+def find_encoder(resolved: Resolved) -> Encoder | None:
     """The encoder of a model that is not loaded yet; None without a tokenizer, which is refused later."""
-    tokenizer = read_tokenizer(checkpoint.folder)
+    config, kind, task = resolved.config, resolved.kind, resolved.task
+    folder = resolved.checkpoint.folder
+    tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         return None
-    known = vocabulary_of(read_config(checkpoint.folder, kind, task.num_labels or 2))
+    known = vocabulary_of(read_config(folder, kind, task.num_labels or 2))
     return task_encoder(tokenizer, kind, task, config.max_length, config.loss, vocabulary=known)
 
 

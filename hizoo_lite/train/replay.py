@@ -171,9 +171,9 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
     from hizoo_lite.spaces import SPACES
     from hizoo_lite.tensors import TorchArrays
-    from hizoo_lite.train import setup
+    from hizoo_lite.train.resolved import Resolved
 
-    model = setup.load_model(config, parts.find_task(config.task))
+    model = Resolved(config, parts.find_task(config.task)).model()
     space = SPACES.configured(config)
     space.attach(model, config.seed)
     stepper = parts.make_stepper(config, None, TorchArrays(model.device), space)

@@ -23,13 +23,11 @@ from hizoo_lite.checkpoints.adapter import (
 )
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.device import choose_device
 from hizoo_lite.engine.budget import Budget, enforced, loading
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
-from hizoo_lite.memory.limits import Budgets
 from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
@@ -41,6 +39,7 @@ from hizoo_lite.train import parts, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.resolved import Resolved
 
 #: Settings of a run that are arguments of `load`, too.
 _OF_LOADING = (
@@ -77,6 +76,11 @@ def saved_kind(path: Path | str) -> ModelKind | None:
     if (folder / SPACE_FILE).is_file():
         return read_record(folder)["kind"]
     return _KINDS.get(str(read_peft_config(folder).get("task_type")))
+
+
+def kind_of(path: Path | str, base: Path) -> ModelKind:
+    """`saved_kind`, else what the architecture of its model in folder `base` says."""
+    return saved_kind(path) or kinds.find_kind(str(base), None, None)
 
 
 def attach_adapter(
@@ -209,20 +213,18 @@ def measured(
     model: Model | None = None,
 ) -> tuple[Evaluation, Model]:
     """The result on the examples `part`, and the model that is loaded for it where none is given."""
-    device = choose_device(config.device) if model is None else model.device
-    limits = Budgets.parse(config.device_budget, config.host_budget, device)
-    with enforced(limits.device_bytes if model is None else None, device) as cap:
-        if model is None:
-            with loading():
-                model = setup.load_model(config, task)
+    resolved = Resolved(config, task, model)
+    with enforced(resolved.budgets.device_bytes if model is None else None, resolved.device) as cap:
+        with loading():
+            model = resolved.model()
         encoder = setup.make_encoder(model, task, config.max_length, config.loss)
         part = parts.learnable(encoder, part)
-        prepare = partial(setup.prepare_blocks, model, config, planning.evaluated(encoder, part))
+        prepare = partial(setup.prepare_blocks, model, resolved, planning.evaluated(encoder, part))
         if adapter is not None:
             attach_adapter(model, adapter, prepare)
         prepare()
         traversal = Traversal(model)
-        traversal.guard = Budget(limits, model, progress.message, cap).fitting
+        traversal.guard = Budget(resolved.budgets, model, progress.message, cap).fitting
         progress.phase("evaluate", len(part))
         found = evaluate(traversal, encoder, part, config.eval_batch_size, advanced=progress.advanced)
         progress.finish()

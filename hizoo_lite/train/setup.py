@@ -5,20 +5,17 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hizoo_lite.base import Curvature, Estimator, Space
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.device import choose_device, is_gpu
-from hizoo_lite.engine.load import load
-from hizoo_lite.engine.residency import Resident, Streamed
+from hizoo_lite.device import is_gpu
+from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
-from hizoo_lite.memory.limits import Budgets
-from hizoo_lite.model.kinds import find_kind, model_path
+from hizoo_lite.memory.limits import ResidencyName
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.plan import Plan
@@ -33,16 +30,16 @@ from hizoo_lite.train.parts import find_task as find_task
 from hizoo_lite.train.parts import learnable_splits, run_splits, task_encoder
 from hizoo_lite.train.parts import make_splits as make_splits
 from hizoo_lite.train.parts import make_stepper as make_stepper
+from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
 
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """The parts of a run. `config` is the one that was given, `model` what it resolved to."""
+    """The parts of a run. `resolved` is what was given and what it means."""
 
-    config: TrainConfig
+    resolved: Resolved
     model: Model
-    task: Task
     splits: Splits
     encoder: Encoder
     traversal: Traversal
@@ -51,31 +48,34 @@ class Setup:
     plan: Plan | None  # of its memory; None where the model could not be run dry
 
     @property
+    def config(self) -> TrainConfig:
+        """The settings that were given."""
+        return self.resolved.config
+
+    @property
+    def task(self) -> Task:
+        """What the examples are put to the model for."""
+        return self.resolved.task
+
+    @property
     def halvings(self) -> int:
         """See `Parts.halvings`."""
         return self.model.halvings
 
-    @property
-    def budgets(self) -> Budgets:
-        """What the run may take on the model's device; on a CPU the smaller of both budgets."""
-        return budgets(self.config, self.model)
-
 
 def build(
-    config: TrainConfig,
+    resolved: Resolved,
     *,
-    model: Model | None = None,
     space: Space | None = None,
     estimator: Estimator | None = None,
     curvature: Curvature | None = None,
-    task: Task | None = None,
     data: Records | None = None,
 ) -> Setup:
-    """Read the data, load the model, attach the space. The objects given stand in for what `config` says."""
-    task = find_task(config.task) if task is None else task
+    """Read the data, load the model, attach the space. The objects given stand in for what settings say."""
+    config, task = resolved.config, resolved.task
     splits = run_splits(config, task, data)
-    plan, workload = planned(config, task, splits, model)
-    model = model or load_model(_as_planned(config, plan), task)
+    plan, workload = planned(resolved, splits)
+    model = resolved.model(_residency(resolved, plan))
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
     space = space or SPACES.configured(config)
@@ -84,52 +84,40 @@ def build(
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.halvings = max(model.halvings, plan.halvings)
-    prepare_blocks(model, config, workload, plan)
-    return Setup(config, model, task, splits, encoder, traversal, space, stepper, plan)
+    prepare_blocks(model, resolved, workload, plan)
+    return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan)
 
 
-def _as_planned(config: TrainConfig, plan: Plan | None) -> TrainConfig:
+def _residency(resolved: Resolved, plan: Plan | None) -> ResidencyName:
     """Where all blocks fit on a GPU they are loaded there at once, and embedding and head with them.
 
     Left to itself, `auto` loads for blocks that travel wherever there is a budget.
     """
-    if plan is None or (config.residency, plan.residency) != ("auto", "resident"):
-        return config
-    return replace(config, residency="resident") if is_gpu(choose_device(config.device)) else config
+    wanted = resolved.config.residency
+    fits = plan is not None and (wanted, plan.residency) == ("auto", "resident")
+    return "resident" if fits and is_gpu(resolved.device) else wanted
 
 
-def planned(
-    config: TrainConfig, task: Task, splits: Splits, model: Model | None
-) -> tuple[Plan | None, Workload]:
-    """The plan of the run, and what its examples make; `BudgetError` where it does not fit.
-
-    `model`: one that is loaded already, whose blocks stay where they are.
-    """
-    if model is None:
-        source = model_path(config.model)
-        kind = find_kind(source, config.revision, task) if config.kind == "auto" else config.kind
-        checkpoint = Checkpoint.open(source, revision=config.revision)
-    else:
-        kind, checkpoint = model.kind, model.checkpoint
-        if isinstance(model.residency, Resident):
-            config = replace(config, residency="resident")
-    encoder = planning.find_encoder(config, checkpoint, kind, task)
+def planned(resolved: Resolved, splits: Splits) -> tuple[Plan | None, Workload]:
+    """The plan of the run, and what its examples make; `BudgetError` where it does not fit."""
+    encoder = planning.find_encoder(resolved)
     workload = ONE_ROW
     if encoder is not None:
-        workload = planning.workload(encoder, splits, dev=config.eval_every > 0)
-    return planning.plan(config, checkpoint, kind, workload), workload
+        workload = planning.workload(encoder, splits, dev=resolved.config.eval_every > 0)
+    return planning.plan(resolved, workload), workload
 
 
-def prepare_blocks(model: Model, config: TrainConfig, workload: Workload, plan: Plan | None = None) -> None:
+def prepare_blocks(model: Model, resolved: Resolved, workload: Workload, plan: Plan | None = None) -> None:
     """Lay out the blocks of a streamed model for passes over such examples; without a plan they evaluate.
 
     Raises `BudgetError` where the budget does not allow it, before anything is written.
     """
+    config = resolved.config
     model.branch_chunk = config.branch_chunk
     if not isinstance(model.residency, Streamed):
         return
     if model.limits.residency == "auto" and not model.residency.is_laid_out:  # of the run, not of loading
-        model.residency.budget_bytes = budgets(config, model).device_bytes
+        model.residency.budget_bytes = resolved.budgets.device_bytes
     if model.residency.budget_bytes is not None:
         needed = _evaluation_bytes(model, config, workload) if plan is None else plan.pass_bytes
         model.residency.reserved_bytes = needed
@@ -143,31 +131,6 @@ def _evaluation_bytes(model: Model, config: TrainConfig, workload: Workload) -> 
     length = workload.length or config.max_length
     needed = pass_bytes(model, batch * each.rows, length, EVALUATION, batch * each.sites)
     return needed + (cache_bytes(model.config, batch, workload.written) if workload.written else 0)
-
-
-def budgets(config: TrainConfig, model: Model) -> Budgets:
-    """What the run may take on the model's device; on a CPU the smaller of both budgets."""
-    return Budgets.parse(config.device_budget, config.host_budget, model.device)
-
-
-def load_model(config: TrainConfig, task: Task) -> Model:
-    """The model of a configuration, for a task."""
-    source = model_path(config.model)
-    kind = find_kind(source, config.revision, task) if config.kind == "auto" else config.kind
-    return load(
-        source,
-        kind=kind,
-        bits=config.bits,
-        compute_dtype=config.compute_dtype,
-        device=config.device,
-        double_quant=config.double_quant and not SPACES.lines[config.space].in_weights,
-        num_labels=task.num_labels or 2,
-        seed=config.seed,
-        revision=config.revision,
-        residency=config.residency,
-        device_budget=config.device_budget,
-        host_budget=config.host_budget,
-    )
 
 
 def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") -> Encoder:

@@ -33,7 +33,7 @@ def summarize(
     return {
         **outcome(metrics, setup.task.metric),
         "trainable_parameters": sum(math.prod(shape) for shape in trainable(setup.space).values()),
-        "budget_bytes": setup.budgets.device_bytes,
+        "budget_bytes": setup.resolved.budgets.device_bytes,
         "profile": config.profile,
         "predicted_peak_bytes": None if setup.plan is None else setup.plan.peak_bytes,
         "measured_peak_bytes": measured_peak_bytes,

@@ -68,9 +68,9 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
     return Source(
         name or where,
         checkpoint,
-        saved.saved_kind(run) or kinds.find_kind(str(checkpoint.folder), None, None),
+        saved.kind_of(run, checkpoint.folder),
         build.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
-        # as `setup.load_model`: spaces that train weights need scales in float32
+        # as `Resolved.double_quant`: spaces that train weights need scales in float32
         (config is None or config.double_quant) and changes is None,
         labels or 2,
         0 if config is None else config.seed,
