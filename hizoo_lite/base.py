@@ -157,9 +157,9 @@ class Curvature(ABC):
     """
 
     name: str
-    #: False where `see` must be given all rows at once, in a tensor that stays as it is until `observe`.
+    #: False if `see` must be given all rows at once, in a tensor that stays as it is until `observe`.
     sees_tiles: ClassVar[bool] = True
-    #: True where the update divides by the H that this step's observation made (the published code).
+    #: True if the update divides by the H that this step's observation made (the published code).
     updates_with_new_scale: bool = False
 
     @abstractmethod
@@ -271,7 +271,7 @@ class Optimizer(Protocol):
 class LinearDelta(ABC):
     """The trainable part of one linear layer; how each branch's own parameters enter its product."""
 
-    #: True where the delta computes the whole product itself (no shared base product is wanted).
+    #: True if the delta computes the whole product itself (no shared base product is wanted).
     replaces_base: bool = False
 
     @abstractmethod
@@ -279,7 +279,7 @@ class LinearDelta(ABC):
         """Add this layer's part for every branch to `y` in place and return it.
 
         x: (branches, tokens, in_features) float32. y: (branches, tokens, out_features) float32, the
-        shared base product; None where `replaces_base`, then the whole product is returned.
+        shared base product; None if `replaces_base`, then the whole product is returned.
         """
 
 
@@ -299,7 +299,7 @@ class AttachedSpace(Protocol):
 
     @property
     def weights(self) -> TrainedWeights | None:
-        """What is trained inside the blocks; None where nothing is."""
+        """What is trained inside the blocks; None if nothing is."""
         ...
 
     def save(self, folder: Any) -> None:
@@ -363,7 +363,7 @@ class Residency(Protocol):
     def discard(self, block: int) -> bool:
         """Called while block `block` is present and in part changed, which is not to last.
 
-        Whether it will be as it was before when it is next present; False where it stays as it is.
+        Whether it will be as it was before when it is next present; False if it stays as it is.
         """
         ...
 

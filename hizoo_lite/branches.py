@@ -191,9 +191,9 @@ class BranchState:
     def kept(self, hidden: Tensor, rows: slice) -> Tensor | None:
         """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.
 
-        Indices into the rows' tokens, (tokens,) int64 on their device. None where that is all, or so much
+        Indices into the rows' tokens, (tokens,) int64 on their device. None if that is all, or so much
         that leaving out the rest costs more than it saves, or nothing (the rows of empty texts), which no
-        layer need know how to treat, or where nobody has said.
+        layer need know how to treat, or if nobody has said.
         """
         mask, count = self._mask, self.branches.count
         if mask is None or tuple(hidden.shape[:2]) != (count * mask.shape[0], mask.shape[1]):
@@ -213,7 +213,7 @@ class BranchState:
 
     @property
     def rows(self) -> int | None:
-        """Folded sequences that layers are given now; None where nobody has said."""
+        """Folded sequences that layers are given now; None if nobody has said."""
         return None if self._rows is None else self._rows[0]
 
     def is_folded(self, shape: Shape) -> bool:

@@ -256,7 +256,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def refuse(found: Sequence[str], heading: str = "") -> None:
-    """UserError with every problem on a line of its own; nothing where there is none."""
+    """UserError with every problem on a line of its own; nothing if there is none."""
     if found:
         _raise(heading, found)
 

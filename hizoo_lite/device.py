@@ -62,7 +62,7 @@ class Stream(Protocol):
 
 
 class Kind(ABC):
-    """One kind of device. `device` always has its index where there is one."""
+    """One kind of device. `device` always has its index if there is one."""
 
     type: ClassVar[str]  # as in torch.device(type)
     like: Literal["cpu", "cuda"]  # whose figures hold
@@ -91,7 +91,7 @@ class Kind(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Once before its first use. `UserError` where the environment makes it compute otherwise."""
+        """Once before its first use. `UserError` if the environment makes it compute otherwise."""
 
     # -------------------------------------------------------------------------------------------- order
 
@@ -163,7 +163,7 @@ class Cpu(Kind):
         return int(psutil.virtual_memory().available)
 
     def taken_bytes(self, device: torch.device) -> int:
-        """Anonymous memory; all of it where the system does not tell."""
+        """Anonymous memory; all of it if the system does not tell."""
         now = resident()
         return now.total_bytes if now.anon_bytes is None else now.anon_bytes
 
@@ -255,7 +255,7 @@ class Gpu(Kind):
         return contextlib.nullcontext()
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """Of its instructions, such as (8, 9); (0, 0) where there is no such number."""
+        """Of its instructions, such as (8, 9); (0, 0) if there is no such number."""
         return 0, 0
 
     # ------------------------------------------------------------------------------------------- memory
@@ -315,7 +315,7 @@ class Gpu(Kind):
 
     @abstractmethod
     def page_lock(self, pointer: int, nbytes: int, device: torch.device) -> int:
-        """Lock these bytes of the host; an error's number, 0 where it was done."""
+        """Lock these bytes of the host; an error's number, 0 if it was done."""
 
     @abstractmethod
     def page_unlock(self, pointer: int, device: torch.device) -> None:
@@ -475,9 +475,9 @@ def like(device: torch.device | str) -> Literal["cpu", "cuda"]:
 
 
 def choose_type(wanted: str) -> tuple[str, int | None]:
-    """Type and index of a wanted device; `auto` is CUDA where there is one, else CPU.
+    """Type and index of a wanted device; `auto` is CUDA if there is one, else CPU.
 
-    Raises `UserError` where the device is not there, or is one GPU of several processes.
+    Raises `UserError` if the device is not there, or is one GPU of several processes.
     """
     _set_defaults()
     if wanted == "auto":

@@ -20,7 +20,7 @@ _MOST_NAME_BYTES = 255  # of a part of a path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file; it is on disk when this returns. OSError, with the old file kept, where that fails."""
+    """Replace a file; it is on disk when this returns. OSError, with the old file kept, if that fails."""
     beside = aside(path)
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """UserError where the disk of `folder`, which need not exist, has no room for so much."""
+    """UserError if the disk of `folder`, which need not exist, has no room for so much."""
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -80,7 +80,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` of what others may have written: ValueError also where it is nested too deeply."""
+    """`json.loads` of what others may have written: ValueError also if it is nested too deeply."""
     try:
         return json.loads(text, **options)
     except RecursionError as error:
@@ -88,7 +88,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """`tomllib.loads` of what others may have written: ValueError also where it is nested too deeply."""
+    """`tomllib.loads` of what others may have written: ValueError also if it is nested too deeply."""
     try:
         return tomllib.loads(text)
     except RecursionError as error:
@@ -117,7 +117,7 @@ def is_inside(name: object) -> bool:
 
 
 def read_json(path: Path, wanted: str) -> dict[str, Any]:
-    """The object in a file, which is `wanted`. UserError naming it where it is missing or something else."""
+    """The object in a file, which is `wanted`. UserError naming it if it is missing or something else."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: {wanted}, at most {_MOST_BYTES}")

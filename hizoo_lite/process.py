@@ -9,7 +9,7 @@ fresh pages are then a large part of a layer's time. Told to keep them (`keep_he
 that the layer before has just freed. That halves a short step (605 -> 313 ms, 3 x 64 tokens of a 2-layer
 Llama 4096/11008). The price is a heap with holes: buffers of different sizes come and go, and what is
 resident is more than what was ever alive together, by an amount that changes from run to run (one forward of
-4 x 256 tokens of a 3-layer Llama 2048/5632, 121 MiB alive at most: 145 to 194 MiB). Where memory counts,
+4 x 256 tokens of a 3-layer Llama 2048/5632, 121 MiB alive at most: 145 to 194 MiB). If memory counts,
 `map_large` has every buffer above 1 MiB mapped and unmapped on its own: the peak is what is alive (125 MiB),
 every time, for up to a third more time. A run with a budget is loaded so.
 
@@ -34,7 +34,7 @@ _RESET_PEAK = "5"
 
 
 class Resident(NamedTuple):
-    """Resident memory in bytes. None where the system does not tell."""
+    """Resident memory in bytes. None if the system does not tell."""
 
     total_bytes: int
     peak_bytes: int | None  # VmHWM: the most since the start, or since `reset_peak`
@@ -70,7 +70,7 @@ def thread_count() -> int:
 
 
 def reset_peak() -> bool:
-    """Set VmHWM back to the resident size; False where the system does not permit it."""
+    """Set VmHWM back to the resident size; False if the system does not permit it."""
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:

@@ -62,7 +62,7 @@ class Run:
     folder: Path
     summary: dict[str, Any]  # as in summary.json
     setup: Setup
-    before: Evaluation | None  # with predictions on setup.splits.test; None where this process made none
+    before: Evaluation | None  # with predictions on setup.splits.test; None if this process made none
     after: Evaluation | None
 
     @property
@@ -168,7 +168,7 @@ def fit(
     resolved = Resolved(config, parts.find_task(config.task) if found is None else found, loaded)
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
-        map_large()  # which `load` does where it is told the budget
+        map_large()  # which `load` does if it is told the budget
     with threads(config.threads), enforced(limits.device_bytes, resolved.device) as cap:
         with loading():
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}

@@ -197,7 +197,7 @@ def add_padded(values: Tensor, first_row: int, bundle: int, sums: Tensor) -> Non
 
 
 def batch_tensors(batch: Batch) -> Batch:
-    """A batch of tensors, over the same memory where it is one of numpy arrays."""
+    """A batch of tensors, over the same memory if it is one of numpy arrays."""
     made: dict[str, Any] = {
         name: torch.as_tensor(value) for name, value in batch._asdict().items() if not isinstance(value, str)
         and value is not None
@@ -209,7 +209,7 @@ def page_lock(data: Tensor, device: torch.device) -> bool:
     """For copies to and from `device`, a GPU.
 
     Exactly these bytes, where torch's pinned allocator rounds up to a power of two. They are unlocked when
-    `data` itself is gone. Where it is refused, copies are slower; False then.
+    `data` itself is gone. If it is refused, copies are slower; False then.
     """
     pointer = data.data_ptr()
     gpu = gpu_of(device)

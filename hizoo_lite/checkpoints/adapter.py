@@ -53,7 +53,7 @@ _REMEDIES = {
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The adapter folder of a run folder, or the path itself. UserError where nothing tuned is in it."""
+    """The adapter folder of a run folder, or the path itself. UserError if nothing tuned is in it."""
     for folder in (Path(path) / "adapter", Path(path)):
         if (folder / PEFT_FILE).is_file() or (folder / SPACE_FILE).is_file():
             return folder
@@ -68,7 +68,7 @@ def find_adapter(path: Path | str) -> Path:
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter. UserError, naming the field, where it is of another form."""
+    """adapter_config.json of a LoRA adapter. UserError, naming the field, if it is of another form."""
     path = folder / PEFT_FILE
     config = read_json(path, "the settings of a LoRA adapter of PEFT, a JSON object")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
@@ -95,7 +95,7 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
 
 
 def check_heads(path: Path, names: Iterable[str], kind: ModelKind, trunk: str) -> None:
-    """UserError where an adapter in `path` has other parameters in full than those of a classifier's head.
+    """UserError if an adapter in `path` has other parameters in full than those of a classifier's head.
 
     names: of the model's parameters, but for A and B. trunk: name of the module below the head. PEFT's
     `modules_to_save` may name an embedding, a norm or a causal model's head, which may be tied: none of
@@ -117,7 +117,7 @@ def scaling(config: dict[str, Any]) -> float:
 
 
 def peft_weights(folder: Path | str) -> Path:
-    """The adapter's tensors. UserError where the folder has none."""
+    """The adapter's tensors. UserError if the folder has none."""
     path = Path(folder) / PEFT_WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; a PEFT adapter folder holds {PEFT_WEIGHTS}")

@@ -54,15 +54,15 @@ class Checkpoint:
     ) -> None:
         self.folder = folder
         self.config = config
-        self.metadata: Mapping[str, Any] = metadata or {}  # of the index; empty where there is none
+        self.metadata: Mapping[str, Any] = metadata or {}  # of the index; empty if there is none
         self._files = files  # by tensor name
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Open a local folder or a Hub id (downloaded first, `revision` a branch, tag or commit).
 
-        Raises `UserError`, naming the file, where config.json or weights are missing, where only pickled
-        weights are there, and where a file is truncated or malformed. Of a single file and an index beside
+        Raises `UserError`, naming the file, if config.json or weights are missing, if only pickled
+        weights are there, and if a file is truncated or malformed. Of a single file and an index beside
         it, the file is read, as transformers does.
         """
         folder = hub.resolve(source, revision)
@@ -182,7 +182,7 @@ class Checkpoint:
 
     @cached_property
     def quantized_bits(self) -> Bits | None:
-        """How bitsandbytes has quantized this checkpoint; None where it is in 16 or 32 bits.
+        """How bitsandbytes has quantized this checkpoint; None if it is in 16 or 32 bits.
 
         Its tensors say so: models that were merged by hand often keep the config.json of the quantized base,
         which is logged. Raises `UserError` for other quantization methods, naming them.

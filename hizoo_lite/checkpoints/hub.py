@@ -30,8 +30,8 @@ INDEX_FILE = "model.safetensors.index.json"
 def resolve(source: str | Path, revision: str | None) -> Path:
     """The local folder of `source`: the folder itself, or the Hub's files in its cache.
 
-    A path that exists is never looked up on the Hub. Raises `UserError`, saying which, where `source`
-    is neither, where it needs a network that is not there, and where access is refused.
+    A path that exists is never looked up on the Hub. Raises `UserError`, saying which, if `source`
+    is neither, if it needs a network that is not there, and if access is refused.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -47,7 +47,7 @@ def resolve(source: str | Path, revision: str | None) -> Path:
 
 
 def resolve_small(source: str | Path, revision: str | None) -> Path:
-    """A folder with the config.json of a Hub id, and the index of its weights where there is one."""
+    """A folder with the config.json of a Hub id, and the index of its weights if there is one."""
     return _download(str(source), revision, ["config.json", INDEX_FILE])
 
 

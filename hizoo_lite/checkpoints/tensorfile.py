@@ -136,7 +136,7 @@ def read_header(path: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     """The tensors of a file by name. `sizes`: bytes of a value of each dtype that is allowed.
 
     The header is not trusted: ranges must lie in the file, fit shape and dtype, and not overlap. Raises
-    `UserError`, naming the file, where it is not valid.
+    `UserError`, naming the file, if it is not valid.
     """
     with reading(path) as file:
         size = os.fstat(file.fileno()).st_size

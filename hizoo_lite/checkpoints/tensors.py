@@ -53,7 +53,7 @@ class TensorFile:
     """One safetensors file. Holds the header, no open file: reads may come from several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header. Raises `UserError`, naming the file, where it is not valid."""
+        """Read and check the header. Raises `UserError`, naming the file, if it is not valid."""
         self.path = path
         sizes = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
         self.entries = {
@@ -97,7 +97,7 @@ class TensorFile:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of the tensors, from whatever device. `StorageError` where it cannot be written."""
+    """A safetensors file of the tensors, from whatever device. `StorageError` if it cannot be written."""
     try:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:  # the library's word for what the system says
@@ -105,7 +105,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. `UserError` naming it where it is missing or damaged."""
+    """The tensors of a safetensors file. `UserError` naming it if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:

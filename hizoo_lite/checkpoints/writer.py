@@ -52,7 +52,7 @@ class ShardWriter:
     def __init__(
         self, path: Path, tensors: Mapping[str, Form], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Begin the file beside `path`. Raises `UserError`, naming it, where it cannot be written."""
+        """Begin the file beside `path`. Raises `UserError`, naming it, if it cannot be written."""
         self.path = path
         self.sha256 = ""
         self._forms = dict(tensors)
@@ -88,7 +88,7 @@ class ShardWriter:
         self._append(name, flat)
 
     def close(self) -> None:
-        """Finish the file. Raises ValueError, with the file removed, where tensors are not complete."""
+        """Finish the file. Raises ValueError, with the file removed, if tensors are not complete."""
         try:
             missing = [name for name, form in self._forms.items() if self._written[name] != form.nbytes]
             if missing:
@@ -168,7 +168,7 @@ def file_bytes(tensors: Mapping[str, Form], metadata: Mapping[str, str] | None =
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file as a whole. Raises `UserError`, naming it, where that fails."""
+    """Replace a JSON file as a whole. Raises `UserError`, naming it, if that fails."""
     with named_errors(path):
         write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -42,7 +42,7 @@ def command(
     """Evaluate a model on a task. With the adapter of a run, its settings are the defaults.
 
     The splits are those of a training run with the same seed, so that a run's test examples stay unseen.
-    Exit code 1 where the loss is not a finite number.
+    Exit code 1 if the loss is not a finite number.
 
     Examples:
 

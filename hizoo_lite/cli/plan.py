@@ -59,7 +59,7 @@ def command(
         str | None, typer.Option(metavar="FILE.png", help="a picture, one bar a residency")
     ] = None,
 ) -> None:
-    """Predict memory and least time of a run, from a model's headers alone. Exit code 3 where nothing fits.
+    """Predict memory and least time of a run, from a model's headers alone. Exit code 3 if nothing fits.
 
     Examples:
 
@@ -112,7 +112,7 @@ def _hardware(profile: str | None) -> Hardware | None:
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
-    """The budget of this machine where nothing else was said, and where the budget is from."""
+    """The budget of this machine if nothing else was said, and where it is from."""
     if hardware is not None:
         return config, hardware.name
     if config.device_budget or config.host_budget:

@@ -25,7 +25,7 @@ def command(
     """Rebuild what a run had trained after any of its steps, bit for bit, from its journal.
 
     No example is read and no loss computed; a LoRA run does not even need its model. What the run folder has
-    of the same step is compared; exit code 1 where something differs.
+    of the same step is compared; exit code 1 if something differs.
 
     Examples:
 

@@ -18,5 +18,5 @@ get = CURVATURES.make
 
 
 def for_estimator(config: Any, estimator: Estimator) -> Curvature:
-    """The curvature of a `TrainConfig`; the identity where its estimator measures none in all its steps."""
+    """The curvature of a `TrainConfig`; the identity if its estimator measures none in all its steps."""
     return CURVATURES.configured(config) if estimator.measures_within(config.steps) else NoCurvature()

@@ -70,7 +70,7 @@ class Grouped(Curvature):
         prior: float = 1.0,
         drift: float = 0.3,
     ) -> None:
-        """A group is a tensor, or a row of it (an element where it has one dimension), see MOST_ROW_GROUPS.
+        """A group is a tensor, or a row of it (an element if it has one dimension), see MOST_ROW_GROUPS.
 
         `clip` > 1 bounds the ratio of a group's curvature to the mean, both ways. `prior` > 0 is the
         standard deviation of that ratio before any evidence. `drift` in [0, 1], times the smoothing, is the
@@ -186,7 +186,7 @@ class Grouped(Curvature):
         return rows, math.prod(shape) // max(rows, 1)
 
     def _rows_per_group(self) -> int:
-        """1 per row where there are few; the next power of two that keeps the groups few; all per tensor."""
+        """1 per row if there are few; the next power of two that keeps the groups few; all per tensor."""
         rows = [self._rows(shape)[0] for shape in self._shapes.values()]
         if self.per == "tensor":
             return max(rows, default=1)

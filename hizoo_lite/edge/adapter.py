@@ -42,7 +42,7 @@ class Converted(NamedTuple):
 def convert(export: Export, source: Path | str) -> Converted:
     """The adapter of a run, or a PEFT folder.
 
-    Raises `UserError` where it was made for another base, or does not fit this one.
+    Raises `UserError` if it was made for another base, or does not fit this one.
     """
     folder = find_adapter(source)
     if (folder / SPACE_FILE).is_file():
@@ -55,7 +55,7 @@ def convert(export: Export, source: Path | str) -> Converted:
 def add_adapter(export: Export, source: Path | str, name: str) -> None:
     """Write the adapter of a run (or a PEFT folder) to the export, and name it in export.json.
 
-    Rewrites nothing else. Raises `UserError` where the name is taken or not allowed, where the adapter was
+    Rewrites nothing else. Raises `UserError` if the name is taken or not allowed, if the adapter was
     made for another base, or does not fit this one.
     """
     converted = convert(export, source)
@@ -91,7 +91,7 @@ def remove_adapter(export: Export, name: str) -> None:
 
 
 def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:
-    """UserError where an adapter was made for another model, or for its weights in another form."""
+    """UserError if an adapter was made for another model, or for its weights in another form."""
     base, made_for = export.record["base"], str(config.get("base_model_name_or_path") or "")
     folder = Path(made_for)
     known = made_for != "" and (folder / "config.json").is_file()
@@ -146,7 +146,7 @@ def _check_shape(path: Path, name: str, got: tuple[int, ...], wanted: tuple[int,
 
 
 def check_name(name: str) -> None:
-    """UserError where an adapter cannot be called so: the name becomes a file's."""
+    """UserError if an adapter cannot be called so: the name becomes a file's."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"--name: got {name!r}, which is the run folder's name where none is given; give --name with "
@@ -155,7 +155,7 @@ def check_name(name: str) -> None:
 
 
 def _tuned_bits(source: Path) -> str | None:
-    """The bits that a run's config.toml names; None where it names none, or there is none."""
+    """The bits that a run's config.toml names; None if it names none, or there is none."""
     path = source / "config.toml"
     if not path.is_file():
         return None

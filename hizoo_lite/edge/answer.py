@@ -22,7 +22,7 @@ from hizoo_lite.train.progress import Progress
 
 
 def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """The settings of the run that made the adapter, where it is a run folder; the flags on top."""
+    """The settings of the run that made the adapter, if it is a run folder; the flags on top."""
     chosen = {**given, "model": str(folder)}
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         return replace(RunFolder(adapter).config(), resume=False, **chosen)

@@ -19,8 +19,8 @@ def render(
 ) -> str:
     """The text of a conversation. `where` names the template in messages.
 
-    Raises UserError where jinja2 is not installed or too old to be trusted with a template of others (before
-    3.1.6 its sandbox leaked), and where the template refuses the conversation.
+    Raises UserError if jinja2 is not installed or too old to be trusted with a template of others (before
+    3.1.6 its sandbox leaked), and if the template refuses the conversation.
     """
     try:
         import jinja2

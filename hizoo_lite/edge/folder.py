@@ -57,7 +57,7 @@ class Export:
 
         Adapters are looked at when they are asked for (`find_adapter`). Of the weights the size alone is
         compared: they may be gigabytes; `verify` reads them too. Raises `UserError`, naming file and field,
-        where one is missing, truncated or changed.
+        if one is missing, truncated or changed.
         """
         export = cls(Path(path), read_record(Path(path) / RECORD))
         try:
@@ -90,7 +90,7 @@ class Export:
 
     @property
     def base(self) -> Base:
-        """The model that this is of. UserError where export.json does not say."""
+        """The model that this is of. UserError if export.json does not say."""
         return made_for(self.path / RECORD, self.record)
 
     @property
@@ -124,7 +124,7 @@ class Export:
         """Where an adapter is: the file of its name here, its own file, or that in the folder of an edge run.
 
         Without a file in it, the folder of a run or of PEFT, whose adapter `adapter.convert` takes.
-        UserError where there is none, or where the file of a name is not as it was written.
+        UserError if there is none, or if the file of a name is not as it was written.
         """
         if adapter in self.record["adapters"]:
             about = self.record["adapters"][adapter]
@@ -145,7 +145,7 @@ class Export:
         return given
 
     def write(self) -> None:
-        """Replace export.json: a reader sees the old one or the new one. StorageError where that fails."""
+        """Replace export.json: a reader sees the old one or the new one. StorageError if that fails."""
         path = self.path / RECORD
         with storing(path):
             write_text(path, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
@@ -193,7 +193,7 @@ def _check_content(path: Path, about: Mapping[str, Any], *, hashed: bool = True)
 
 
 def made_for(path: Path, record: Mapping[str, Any]) -> Base:
-    """The model that an export.json, in the file `path`, says that it is of. UserError where it does not."""
+    """The model that an export.json, in the file `path`, says that it is of. UserError if it does not."""
     base = record["base"]
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str):
         raise UserError(f"{path}: base: not as export writes it, with model and fingerprint")
@@ -201,7 +201,7 @@ def made_for(path: Path, record: Mapping[str, Any]) -> Base:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of an export.json. UserError, naming file and field, where it is none."""
+    """The content of an export.json. UserError, naming file and field, if it is none."""
     record = read_json(path, "a folder of: hizoo-lite export --to onnx")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: format: got {record.get('format')!r}, allowed: {FORMAT}")

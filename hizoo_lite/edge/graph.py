@@ -51,18 +51,18 @@ class Record:
     kind: ModelKind
     bits: str
     loss: Loss  # that the graph computes
-    positions: int | None  # tokens that the position codes reach; None where the model does not say
+    positions: int | None  # tokens that the position codes reach; None if the model does not say
     shapes: dict[str, tuple[int, ...]]  # of all tensors of the adapter, by PEFT name
     trained: frozenset[str]  # those of them that a run moves
     peft_config: dict[str, Any]  # adapter_config.json as PEFT wants it
     onnx_names: dict[str, dict[str, Any]]  # by PEFT name: input of model.onnx, transpose, scale
-    base: Base | None  # None where an earlier version has written it
+    base: Base | None  # None if an earlier version has written it
     id2label: Any = None  # names of a classifier's outputs
-    vocabulary: int | None = None  # tokens that the model knows; None where it does not say
+    vocabulary: int | None = None  # tokens that the model knows; None if it does not say
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """UserError naming file and key where something is missing or of another form."""
+        """UserError naming file and key if something is missing or of another form."""
         path = folder / RECORD
         found = read_json(path, _EXPORTED)
         if found.get("format") != FORMAT:
@@ -108,7 +108,7 @@ class TrainGraph:
     write = None  # there are no logits to write with
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
-        """Open the graph and read the initial parameters. UserError where something does not fit."""
+        """Open the graph and read the initial parameters. UserError if something does not fit."""
         self.record = Record.read(folder)
         self.session = Graph(folder / GRAPH, threads)
         missing = [name for name in self.record.shapes if name not in self.session.inputs]

@@ -24,7 +24,7 @@ Phase = Literal["evaluate", "inference", "train", "save"]
 
 
 def held_bytes() -> int:
-    """Anonymous memory now; all that is resident where the system does not tell."""
+    """Anonymous memory now; all that is resident if the system does not tell."""
     now = resident()
     return now.total_bytes if now.anon_bytes is None else now.anon_bytes
 

@@ -161,7 +161,7 @@ class OnnxModel:
 
 
 def positions_of(folder: Path) -> int | None:
-    """Tokens that the position codes of the folder's config.json reach; None where it does not say."""
+    """Tokens that the position codes of the folder's config.json reach; None if it does not say."""
     config = _model_config(folder)
     most, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
     if type(most) is not int or most < 1:
@@ -171,7 +171,7 @@ def positions_of(folder: Path) -> int | None:
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """How many tokens the model has, by the folder's config.json; None where it does not say."""
+    """How many tokens the model has, by the folder's config.json; None if it does not say."""
     count = _model_config(folder).get("vocab_size")
     return count if type(count) is int and count > 0 else None
 

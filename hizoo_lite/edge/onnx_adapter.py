@@ -1,4 +1,4 @@
-"""An .onnx_adapter: written as a whole, and loaded where it is of the export's base. Needs no torch.
+"""An .onnx_adapter: written as a whole, and loaded if it is of the export's base. Needs no torch.
 
 The file itself says nothing of its base. What lies beside it does: run.json in the folder of a run on a
 device, and export.json of the export that it is named in.
@@ -63,7 +63,7 @@ def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:
 def load_adapter(export: Export, path: Path) -> Any:
     """The `LoraAdapter` in a file.
 
-    Raises `UserError`, naming file and tensor, where it is damaged, of another base or does not fit.
+    Raises `UserError`, naming file and tensor, if it is damaged, of another base or does not fit.
     """
     base = None if path.is_relative_to(export.path) else base_of(path)
     if base is not None and base.fingerprint != export.base.fingerprint:
@@ -87,7 +87,7 @@ def load_adapter(export: Export, path: Path) -> Any:
 
 
 def base_of(path: Path) -> Base | None:
-    """What an .onnx_adapter was made for; None where nothing beside it says so."""
+    """What an .onnx_adapter was made for; None if nothing beside it says so."""
     path = path.resolve()
     folder = path.parent
     if path.name == RUN_ADAPTER and (folder / _RUN).is_file():

@@ -45,7 +45,7 @@ class Graph:
     """
 
     def __init__(self, path: Path, threads: int | None = None, *, sparing: bool = False) -> None:
-        """UserError naming the file, and what is wrong, where it cannot be opened."""
+        """UserError naming the file, and what is wrong, if it cannot be opened."""
         ort = runtime()
         if not path.is_file():
             raise UserError(f"{path}: no such file; allowed: a folder that hizoo-lite export has written")
@@ -96,7 +96,7 @@ class Graph:
     ) -> list[Any]:
         """Some outputs by name, or all of them. `adapter`: a `LoraAdapter` that is active in this run.
 
-        UserError where onnxruntime refuses, as it does an adapter of another model.
+        UserError if onnxruntime refuses, as it does an adapter of another model.
         """
         options = runtime().RunOptions()
         if adapter is not None:
@@ -117,7 +117,7 @@ class Session:
     """Runs an export; adapters are loaded when they are first used. threads, sparing: as for `Graph`."""
 
     def __init__(self, export: Export, *, threads: int | None = None, sparing: bool = False) -> None:
-        """UserError where onnxruntime cannot load the graph."""
+        """UserError if onnxruntime cannot load the graph."""
         self.export = export
         self.graph = Graph(export.graph, threads, sparing=sparing)
         self._adapters: dict[str, Any] = {}
@@ -136,7 +136,7 @@ class Session:
         return self.graph.run(outputs, feeds, None if adapter is None else self.adapter(adapter))
 
     def adapter(self, adapter: str) -> Any:
-        """The `LoraAdapter` of what `Export.find_adapter` finds. UserError where it is damaged or unfit."""
+        """The `LoraAdapter` of what `Export.find_adapter` finds. UserError if it is damaged or unfit."""
         if adapter not in self._adapters:
             path = self.export.find_adapter(adapter)
             found = self._converted(path) if path.is_dir() else load_adapter(self.export, path)

@@ -19,7 +19,7 @@ from hizoo_lite.files import read_json
 _FILE, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_UNLIMITED = int(1e30)  # what transformers says where no length is given
+_UNLIMITED = int(1e30)  # what transformers says if no length is given
 #: transformers' clean-up of decoded WordPiece text, in its order.
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -30,7 +30,7 @@ class EdgeTokenizer:
     is_fast = True
 
     def __init__(self, folder: Path, *, token_types: bool = False) -> None:
-        """UserError where `tokenizers` is not installed or a file is missing or not valid."""
+        """UserError if `tokenizers` is not installed or a file is missing or not valid."""
         self.folder, self._token_types = folder, token_types
         config = read_json(folder / _CONFIG, "a tokenizer's settings") if (folder / _CONFIG).is_file() else {}
         if (folder / _SPECIAL).is_file():
@@ -51,12 +51,12 @@ class EdgeTokenizer:
 
     @property
     def eos_token(self) -> str | None:
-        """The text of the end-of-sequence token, where there is one."""
+        """The text of the end-of-sequence token, if there is one."""
         return self._tokens["eos_token"]
 
     @property
     def mask_token(self) -> str | None:
-        """The text of the mask, where there is one."""
+        """The text of the mask, if there is one."""
         return self._tokens["mask_token"]
 
     @property
@@ -91,7 +91,7 @@ class EdgeTokenizer:
         truncation: bool = False,
         verbose: bool = False,
     ) -> dict[str, Any]:
-        """`input_ids`, `token_type_ids` where the model has them, `offset_mapping` where it is asked for."""
+        """`input_ids`, `token_type_ids` if the model has them, `offset_mapping` if it is asked for."""
         assert not truncation
         pair = pair or None  # transformers takes an empty second text for none
         try:

@@ -66,7 +66,7 @@ class Budget:
     def fitting(self, work: Callable[[], Result]) -> Result:
         """What `work` gives, repeated in smaller chunks for as long as memory runs out.
 
-        Raises `BudgetError` where nothing smaller exists.
+        Raises `BudgetError` if nothing smaller exists.
         """
         self.cap.renew()
         while True:
@@ -83,7 +83,7 @@ class Budget:
     def check(self, peak_bytes: int, host_peak_bytes: int | None = None) -> None:
         """After a step: chunks become smaller where its peak was over the budget.
 
-        host_peak_bytes: of anonymous memory; None where the device is the host.
+        host_peak_bytes: of anonymous memory; None if the device is the host.
         """
         if _is_over(peak_bytes, self.limits.device_bytes):
             self._smaller(f"a peak of {format_bytes(peak_bytes)} was over the budget", stop=False)
@@ -185,7 +185,7 @@ class _DataCap(Cap):
 
 @contextmanager
 def _data_cap(limit_bytes: int) -> Iterator[Cap]:
-    """A `_DataCap`; nothing where the system has no such limit."""
+    """A `_DataCap`; nothing if the system has no such limit."""
     taken, mapped = resident().anon_bytes, private_bytes()
     if taken is None or mapped is None:
         yield Cap()

@@ -41,7 +41,7 @@ _ROWS_AND_HEADS = frozenset({"alibi"})
 
 
 #: The part of a block that treats every token alike, by what the blocks of most architectures call it; or the
-#: calls it consists of, one after the other, where it is no module of its own (OPT).
+#: calls it consists of, one after the other, if it is no module of its own (OPT).
 _TOKENWISE = (("mlp",), ("fc1", "activation_fn", "fc2"))
 
 
@@ -131,7 +131,7 @@ class SlicedMLP:
 
 
 def slice_mlp(block: nn.Module, state: BranchState) -> SlicedMLP | None:
-    """Make the MLP of a block sliceable; None where its block has none by a known name."""
+    """Make the MLP of a block sliceable; None if its block has none by a known name."""
     for names in _TOKENWISE:
         if all(isinstance(block._modules.get(name), nn.Module) for name in names):
             return SlicedMLP(block, names, state)
@@ -185,7 +185,7 @@ def has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def cut(
     tensor: Tensor, name: str, branches: int, rows: int, part: slice, of_branches: slice = slice(None)
 ) -> Tensor:
-    """Rows `part` of what a block is given by that name, in some branches; all of it where it has no rows."""
+    """Rows `part` of what a block is given by that name, in some branches; all of it if it has no rows."""
     folded = branches * rows
     heads = tensor.shape[0] // folded if name in _ROWS_AND_HEADS and tensor.ndim else 1
     if name in _WITHOUT_ROWS or tensor.ndim < 2 or tensor.shape[0] != folded * heads:
@@ -197,7 +197,7 @@ def cut(
 def mapped(
     function: Callable[[Tensor, str], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`function` on every tensor that a block is given, with its name, "" where it has none."""
+    """`function` on every tensor that a block is given, with its name, "" if it has none."""
     named = {name: _mapped(function, value, name) for name, value in kwargs.items()}
     return tuple(_mapped(function, value, "") for value in args), named
 
@@ -214,7 +214,7 @@ def _mapped(function: Callable[[Tensor, str], Tensor], value: Any, name: str) ->
 def _room(chunk: Any, hidden: Tensor | None, branches: int, rows: int) -> Any:
     """Where a block's output goes, of the form of a chunk's; tensors are (branches, rows, ...).
 
-    That is over `hidden`, where there is one.
+    That is over `hidden`, if there is one.
     """
     if isinstance(chunk, Tensor):
         if hidden is not None:

@@ -51,7 +51,7 @@ def is_alike(
 def run_for_one(
     model: Model, run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_last: bool
 ) -> Any:
-    """What a block gives of one branch, `OneBranch`; where it is the last such block, of all branches.
+    """What a block gives of one branch, `OneBranch`; if it is the last such block, of all branches.
 
     run: the block. args, kwargs: its own, of all branches but for what blocks before it have given.
     """
@@ -105,7 +105,7 @@ def _one_branch(tensor: Tensor, name: str, branches: int, rows: int, hidden: Ten
 
 
 def _all_branches(tensor: Tensor, branches: int, room: Tensor | None) -> Tensor:
-    """Once a branch; in `room`, where there is one that takes it."""
+    """Once a branch; in `room`, if there is one that takes it."""
     whole = None if room is None else readable(room)
     if whole is None or whole.shape[1:] != tensor.shape[1:] or whole.dtype != tensor.dtype:
         return tensor.repeat(branches, *(1 for _ in tensor.shape[1:]))

@@ -74,7 +74,7 @@ def generated(
     """The prompts with the likeliest tokens behind them, (rows, tokens) int64 on the model's device.
 
     ids, mask: (rows, length) int64. more: what else `generate` takes. transformers takes the first
-    parameter's device for the model's; where blocks stream that one is offloaded, of which it would warn.
+    parameter's device for the model's; if blocks stream that one is offloaded, of which it would warn.
     """
     with warnings.catch_warnings(), _few_rows(model):
         warnings.filterwarnings("ignore", ".*`input_ids` being on a device type different", UserWarning)

@@ -36,7 +36,7 @@ from hizoo_lite.units import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Share of the host's free memory that blocks may take where no budget says so.
+#: Share of the host's free memory that blocks may take if no budget says so.
 _HOST_SHARE = 0.8
 _BYTES_AN_ELEMENT: dict[Bits, float] = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "none": 2.0}
 

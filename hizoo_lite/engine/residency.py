@@ -3,7 +3,7 @@
 A residency is called around every block of a traversal (see `block.py`); it brings the weights in and lets
 them go. `Streamed` keeps as many blocks on the compute device as the budget allows and moves the others
 through two buffers of the largest block's size: while one block computes, the next one is fetched; while the
-head runs, the first of the next pass. (With one buffer, where memory counts more than time, nothing is
+head runs, the first of the next pass. (With one buffer, if memory counts more than time, nothing is
 fetched ahead.) Only packed bytes travel. ZO2 (arXiv 2503.12668) streams 16-bit blocks of hand-written models
 from RAM in the same manner; ours takes any model, quantized, from RAM or disk.
 """
@@ -91,7 +91,7 @@ class Streamed:
         self._prefetch(block, other_than=slot)
 
     def prepare(self) -> Fetcher:
-        """Lay everything out, where that is not done yet. Raises `BudgetError` where it does not fit."""
+        """Lay everything out, if that is not done yet. Raises `BudgetError` if it does not fit."""
         return self._fetcher or self._start()
 
     def mark_dirty(self, block: int) -> None:
@@ -198,7 +198,7 @@ class Streamed:
         return host
 
     def _affordable(self, device: torch.device, largest_bytes: int) -> int:
-        """How many blocks may stay on the device. Raises `BudgetError` where not even the slots fit."""
+        """How many blocks may stay on the device. Raises `BudgetError` if not even the slots fit."""
         if self.budget_bytes is None:
             return 0
         sizes = [layout.nbytes for layout in self._layouts]

@@ -128,7 +128,7 @@ class DiskSource(Source):
         self._files, self._overlay, self._changed, self._lost = {}, None, set(), set()
 
     def _fill(self, readings: Sequence[_Reading]) -> None:
-        """All of them; where one fails the others have ended too, since the buffer may be gone after that."""
+        """All of them; if one fails the others have ended too, since the buffer may be gone after that."""
         if self._readers is None:
             for reading in readings:
                 _read(*reading)
@@ -196,7 +196,7 @@ class HostSource(Source):
 
 
 def _runs(checkpoint: Checkpoint, layout: Layout) -> list[_Run]:
-    """What to read for a block, adjacent bytes of a file together. UserError where a tensor does not fit."""
+    """What to read for a block, adjacent bytes of a file together. UserError if a tensor does not fit."""
     pieces = []
     for place in layout.places:
         if place.source is None:

@@ -59,7 +59,7 @@ class HiZOO(Estimator):
 
         directions: of a step; 1 is a pair, more have one-sided points beside one base.
 
-        `UserError` where `every` < 1, or above 1 with "predictions", which are there at every step; and where
+        `UserError` if `every` < 1, or above 1 with "predictions", which are there at every step; and if
         `directions` < 1, or above 1 with "losses".
         """
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:

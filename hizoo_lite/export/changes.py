@@ -47,7 +47,7 @@ class Changes(Protocol):
 
 
 def read_changes(folder: Path) -> Changes:
-    """Those of an adapter folder. Raises `UserError`, naming the file, where they cannot be read."""
+    """Those of an adapter folder. Raises `UserError`, naming the file, if they cannot be read."""
     return InPlaceChanges(folder) if (folder / SPACE_FILE).is_file() else LoRAChanges(folder)
 
 
@@ -75,13 +75,13 @@ class LoRAChanges:
             self.linears.add(linear)
 
     def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
-        """The base itself. Raises `UserError` where the adapter has another shape."""
+        """The base itself. Raises `UserError` if the adapter has another shape."""
         if linear in self.linears:
             self._check_shape(linear, base.shape)
         return base
 
     def check_fits(self, module: nn.Module, model: Path, kind: ModelKind) -> None:
-        """UserError, naming a layer or a tensor, where this is no adapter of `module`, which is empty."""
+        """UserError, naming a layer or a tensor, if this is no adapter of `module`, which is empty."""
         check_heads(self._file.path, self.heads, kind, str(module.base_model_prefix))
         layers = dict(module.named_modules())
         parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -120,7 +120,7 @@ class InPlaceChanges:
     """Weights that were trained where they are: scales, codes, or a difference beside them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `UserError`, naming the file, where something is missing or not valid."""
+        """Raises `UserError`, naming the file, if something is missing or not valid."""
         record = read_record(folder)
         self.space, self.heads = str(record["space"]), {}
         self.linears = set(record["targets"])
@@ -141,7 +141,7 @@ class InPlaceChanges:
             self.heads = {name: head.read(name).float() for name in head.entries}
 
     def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
-        """With the saved buffers. Raises `UserError` where they are of another model."""
+        """With the saved buffers. Raises `UserError` if they are of another model."""
         files = self._saved.get(linear, {})
         saved = {buffer: file.read(f"{linear}.{buffer}") for buffer, file in files.items()}
         where = next((str(file.path) for file in files.values()), "")
@@ -174,7 +174,7 @@ class InPlaceChanges:
 
 
 def check_head(path: Path, name: str, got: Tensor, wanted: Tensor) -> None:
-    """UserError where a parameter that was trained in full, read from `path`, has another shape."""
+    """UserError if a parameter that was trained in full, read from `path`, has another shape."""
     if got.shape != wanted.shape:
         raise UserError(f"{path}: {name} has shape {tuple(got.shape)}, the model wants {tuple(wanted.shape)}")
 

@@ -61,7 +61,7 @@ def prepare(
     on such a base. dtype: of what is written. bits: nf4, fp4 or int8 quantizes the blocks' matrices again,
     `double_quant` with their scales in 8 bits; what the quantizer's grid cannot hold of the change is lost.
 
-    Raises `UserError` where run and model do not fit, and where `out` is not a new or empty folder, or one
+    Raises `UserError` if run and model do not fit, and if `out` is not a new or empty folder, or one
     of the same call.
     """
     if dtype not in _DTYPES:
@@ -246,7 +246,7 @@ class Merged:
     # ---------------------------------------------------------------------------- what there is
 
     def _collect(self) -> None:
-        """Where each parameter of the module comes from. Raises `UserError` where something does not fit."""
+        """Where each parameter of the module comes from. Raises `UserError` if something does not fit."""
         check_heads(
             self._changes.files[-1], self._changes.heads, self._base.kind, str(self._module.base_model_prefix)
         )

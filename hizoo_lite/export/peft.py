@@ -116,7 +116,7 @@ def _card(
 
 
 def _figures(summary: Mapping[str, Any]) -> str:
-    """A table of what is known; nothing where nothing is."""
+    """A table of what is known; nothing if nothing is."""
     shown = dict(_FIGURES)
     metric = summary.get("metric")
     if metric not in (None, "loss"):
@@ -149,7 +149,7 @@ def _snippet(config: Mapping[str, Any], kind: ModelKind, arguments: list[str]) -
 
 
 def _labels(kind: ModelKind, changes: LoRAChanges) -> int | None:
-    """How many classes the head that was tuned knows; None where none was."""
+    """How many classes the head that was tuned knows; None if none was."""
     matrices = [value for value in changes.heads.values() if value.ndim == 2]
     return min(value.shape[0] for value in matrices) if kind == "classifier" and matrices else None
 
@@ -165,7 +165,7 @@ def _arguments(config: Mapping[str, Any], labels: int | None) -> list[str]:
 
 
 def _quantization(base: Path, settings: TrainConfig | None, module: nn.Module) -> list[str]:
-    """The argument that quantizes a base in 16 bits as the run did; none where nothing is to be told."""
+    """The argument that quantizes a base in 16 bits as the run did; none if nothing is to be told."""
     content = json.loads((base / "config.json").read_text(encoding="utf-8"))
     bits = "none" if settings is None else build.choose_bits(settings.bits, None)
     if settings is None or bits == "none" or "quantization_config" in content:
@@ -181,7 +181,7 @@ def _quantization(base: Path, settings: TrainConfig | None, module: nn.Module) -
 
 
 def _skipped(module: nn.Module) -> list[str]:
-    """The linears outside of the blocks, which a run leaves as they are; none where transformers does too.
+    """The linears outside of the blocks, which a run leaves as they are; none if transformers does too.
 
     By itself it leaves the output embeddings and what comes last.
     """

@@ -15,7 +15,7 @@ from hizoo_lite.files import storing
 
 
 def find_place(out: Path | str) -> Path:
-    """`out` with all links followed. UserError where that is no folder, and none can be made there."""
+    """`out` with all links followed. UserError if that is no folder, and none can be made there."""
     try:
         place = Path(out).resolve()
     except (OSError, RuntimeError) as error:
@@ -31,7 +31,7 @@ def find_place(out: Path | str) -> Path:
 
 
 def check_empty(place: Path, allowed: str = "a new or empty folder") -> None:
-    """UserError where there is something in the folder that `find_place` gave."""
+    """UserError if there is something in the folder that `find_place` gave."""
     if place.exists() and any(place.iterdir()):
         raise UserError(f"--out: {place} is not empty; allowed: {allowed}")
 
@@ -49,8 +49,8 @@ def check_new(place: Path, allowed: str = "a new or empty folder") -> None:
 def workplace(place: Path) -> Iterator[Path]:
     """A folder beside `place`, empty but for its lock, that is gone afterwards; no other process has it.
 
-    What an export that was killed has left of it is removed. UserError where another process exports to
-    `place` now, and where the folder cannot be made; later failures to write are a `StorageError`.
+    What an export that was killed has left of it is removed. UserError if another process exports to
+    `place` now, and if the folder cannot be made; later failures to write are a `StorageError`.
     """
     path = place.with_name(f".{place.name}.work")
     with named_errors(place.parent):

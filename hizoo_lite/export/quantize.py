@@ -93,7 +93,7 @@ class Quantization:
         double_quant: bool = True,
         revision: str | None = None,
     ) -> None:
-        """Look at source and target, touching nothing. Raises `UserError` where the work cannot begin.
+        """Look at source and target, touching nothing. Raises `UserError` if the work cannot begin.
 
         A source that is no folder and no Hub id may be written as it is, with `bits="none"`.
         """
@@ -132,7 +132,7 @@ class Quantization:
         return len(self._done)
 
     def run(self, progress: Progress | None = None) -> None:
-        """Write what is missing. Raises `UserError`, naming the file, where the disk refuses.
+        """Write what is missing. Raises `UserError`, naming the file, if the disk refuses.
 
         After that, or after an interrupt, the finished files stay and the same call goes on behind them.
         """

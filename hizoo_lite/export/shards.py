@@ -62,7 +62,7 @@ def lay_out(
 ) -> Layout:
     """Distribute a checkpoint's tensors over the files.
 
-    shapes: of the stored tensors. module: the empty model. folder: for messages. Raises `UserError` where
+    shapes: of the stored tensors. module: the empty model. folder: for messages. Raises `UserError` if
     tensors are missing or have other shapes, and for blocks with weights that are no linear layers.
     """
     blocks, names = find_blocks(module), Names(shapes, module)
@@ -263,7 +263,7 @@ def split_linears(module: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def skip_patterns(outside: Iterable[str], inside: list[str]) -> list[str]:
-    """Names as transformers matches them: from the start, or as an ending; anchored where one is both."""
+    """Names as transformers matches them: from the start, or as an ending; anchored if one is both."""
 
     def hits(name: str) -> bool:
         return any(linear.endswith(name) or linear.startswith(name + ".") for linear in inside)

@@ -48,8 +48,8 @@ def tokenizer_files(base: Path) -> list[Path]:
 def write_tokenizer(tokenizer: Any | None, files: Iterable[Path], out: Path) -> None:
     """Copy `files` to `out`, and see that the ids read there are those of transformers' `tokenizer`.
 
-    tokenizer.json is written from the tokenizer itself where there is none, or where it gives other ids.
-    None for a model without one: nothing is compared. Raises `ExportError`, naming a text, where the ids
+    tokenizer.json is written from the tokenizer itself if there is none, or if it gives other ids.
+    None for a model without one: nothing is compared. Raises `ExportError`, naming a text, if the ids
     differ all the same.
     """
     with storing(out):
@@ -75,7 +75,7 @@ def write_tokenizer(tokenizer: Any | None, files: Iterable[Path], out: Path) -> 
 
 
 def _other_ids(tokenizer: Any, out: Path) -> str | None:
-    """A text whose ids in `out` are others; None where there is none."""
+    """A text whose ids in `out` are others; None if there is none."""
     written = EdgeTokenizer(out)
     special = f"a {' b '.join(tokenizer.all_special_tokens)} c"
     for text in (*_TEXTS, special):

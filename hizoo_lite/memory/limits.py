@@ -15,7 +15,7 @@ Place = Literal["resident", "host", "disk"]
 
 
 class Budgets(NamedTuple):
-    """Memory that a run may take, in bytes; None where nothing was said."""
+    """Memory that a run may take, in bytes; None if nothing was said."""
 
     device_bytes: int | None  # of the compute device; on a CPU that is the host
     host_bytes: int | None

@@ -116,7 +116,7 @@ class Profiler:
         most_samples: int = MOST_SAMPLES,
     ) -> None:
         self.device, self.meter = device, meter
-        # is told the peak of steps, and that of the host where it is not the device
+        # is told the peak of steps, and that of the host if it is not the device
         self.on_peak: Callable[[int, int | None], None] = lambda peak_bytes, host_peak_bytes: None
         self._read, self._clock = read or make_reader(device), clock
         self._traversals: list[list[dict[str, Any]]] = []  # samples by step, or by batch of an evaluation
@@ -180,7 +180,7 @@ class Profiler:
         self.meter.restart()
 
     def close(self) -> None:
-        """End the watching thread, where there is one."""
+        """End the watching thread, if there is one."""
         if self._watcher is not None:
             self._watcher.close()
 

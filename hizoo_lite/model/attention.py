@@ -1,6 +1,6 @@
 """Attention of grouped-query models on a GPU, without a (length x length) matrix.
 
-transformers hands groups to torch as they are (`enable_gqa`) where there is no mask. For float32, which
+transformers hands groups to torch as they are (`enable_gqa`) if there is no mask. For float32, which
 activations are here, no fused kernel of torch 2.13 takes them so on CUDA: flash attention refuses the dtype
 and memory-efficient attention the groups, and torch computes it plainly, without a word and with a matrix of
 every query and key (pytorch#181528): 12.6 GiB for one row of 4096 tokens of Llama-3-8B in three branches.

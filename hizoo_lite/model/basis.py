@@ -3,7 +3,7 @@
 A step needs the tiny differences of its losses. Rounding each branch to bf16 before a product destroys
 them; rounding the differences themselves does not. So a linear layer multiplies
 
-    common = x0                       (or (x+ + x-)/2 of the first pair where there is no base branch)
+    common = x0                       (or (x+ + x-)/2 of the first pair if there is no base branch)
     odd    = (x+ - x-)                (twice the odd part)
     even   = (x+ + x-) - 2 common     (twice the even part)
 
@@ -53,7 +53,7 @@ def split(x: Tensor, out: Tensor, branches: Branches, gain: Gains) -> None:
     """Write the operands of a shared product.
 
     x: (branches, tokens, features) float32. out: (branches, tokens, features) in the product's dtype:
-    common, then odd and even of every pair (only odd for the first pair where there is no base), then what
+    common, then odd and even of every pair (only odd for the first pair if there is no base), then what
     every one-sided point differs from the base by.
     """
     if branches.directions == 0:

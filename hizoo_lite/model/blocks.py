@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 def find_blocks(module: nn.Module) -> Blocks:
     """The transformer blocks of a Hugging Face model, in order.
 
-    Raises `UserError` where no list of layers qualifies.
+    Raises `UserError` if no list of layers qualifies.
     """
     named = set(getattr(module, "_no_split_modules", None) or ())
     total = sum(p.numel() for p in module.parameters())

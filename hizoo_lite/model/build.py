@@ -75,12 +75,12 @@ def read_config(folder: Path, kind: ModelKind, num_labels: int) -> Any:
 
 
 def vocabulary_of(config: Any) -> int | None:
-    """How many tokens a model of this configuration has embeddings for; None where it does not say."""
+    """How many tokens a model of this configuration has embeddings for; None if it does not say."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def build(config: Any, kind: ModelKind) -> nn.Module:
-    """The module with parameters on meta, in eval mode. Raises `UserError` where there is none of `kind`.
+    """The module with parameters on meta, in eval mode. Raises `UserError` if there is none of `kind`.
 
     Attention is torch's scaled_dot_product_attention, which keeps no (length x length) matrix; eager
     where an architecture has none, or caps its attention logits (Gemma2): it cannot do that, and
@@ -126,7 +126,7 @@ def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The folder's tokenizer, None where it has none. Raises `UserError` where it cannot be read."""
+    """The folder's tokenizer, None if it has none. Raises `UserError` if it cannot be read."""
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
@@ -142,7 +142,7 @@ def read_generation_config(folder: Path, module: nn.Module) -> None:
     """Give the module the tokens that begin, end and fill its texts.
 
     Nothing else of generation_config.json and config.json: the most likely token is that of the logits, as in
-    an export, without penalties, beams or a least length. Raises `UserError` where generation_config.json
+    an export, without penalties, beams or a least length. Raises `UserError` if generation_config.json
     cannot be read.
     """
     own = getattr(module, "generation_config", None)
@@ -166,7 +166,7 @@ def read_generation_config(folder: Path, module: nn.Module) -> None:
 def choose_bits(wanted: Bits | None, stored: Bits | None) -> Bits:
     """The bits of the linears: those of an already quantized checkpoint, else what is wanted, else nf4.
 
-    Raises `UserError` where both are given and differ, and for unknown bits.
+    Raises `UserError` if both are given and differ, and for unknown bits.
     """
     if wanted is not None and wanted not in get_args(Bits):
         raise UserError(f"bits: got {wanted!r}, allowed are {', '.join(get_args(Bits))}")

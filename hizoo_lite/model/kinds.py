@@ -27,7 +27,7 @@ _KINDS: dict[str, ModelKind] = {
 }
 
 
-#: Where no ending says it (BertGenerationDecoder): transformers' own lists, model type -> class.
+#: If no ending says it (BertGenerationDecoder): transformers' own lists, model type -> class.
 _CLASSES: dict[ModelKind, Mapping[str, Any]] = {
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,

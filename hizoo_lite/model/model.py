@@ -27,7 +27,7 @@ class Model:
     """Made by `load`. The module is in eval mode and nothing in it requires a gradient."""
 
     module: nn.Module  # the Hugging Face model; its linears are `BranchLinear`s
-    tokenizer: Any | None  # None where the folder has none
+    tokenizer: Any | None  # None if the folder has none
     kind: ModelKind
     config: Any  # transformers' PretrainedConfig
     bits: Bits  # of the linears inside the blocks
@@ -64,12 +64,12 @@ class Model:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens have an embedding; None where the configuration does not say."""
+        """How many tokens have an embedding; None if the configuration does not say."""
         return vocabulary_of(self.config)
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the position codes reach; None where the configuration does not say."""
+        """Tokens that the position codes reach; None if the configuration does not say."""
         most = getattr(self.config, "max_position_embeddings", None)
         return None if most is None else int(most) - first_position(self.module)
 

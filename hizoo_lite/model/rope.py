@@ -23,7 +23,7 @@ _TYPES = frozenset({"longrope", "dynamic"})
 
 @final
 class RowPositions:
-    """Hooks on the position codes of a model that depend on lengths; does nothing where there are none."""
+    """Hooks on the position codes of a model that depend on lengths; does nothing if there are none."""
 
     def __init__(self, module: nn.Module, state: BranchState) -> None:
         self.state = state
@@ -98,7 +98,7 @@ def _of_row(codes: Any, row: int, length: int) -> Any:
 
 
 def _types(layer: nn.Module) -> dict[str | None, str]:
-    """The rope type by the type of attention layer, None where all have one; empty for other modules."""
+    """The rope type by the type of attention layer, None if all have one; empty for other modules."""
     types = getattr(layer, "rope_type", None)
     if isinstance(types, str):
         return {None: types}

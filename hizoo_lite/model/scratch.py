@@ -71,7 +71,7 @@ class Scratch:
         how: Hashable,
         *sources: Tensor | None,
     ) -> Tensor:
-        """As `take`, and filled; not again where it was last filled from the same `sources` in the same way.
+        """As `take`, and filled; not again if it was last filled from the same `sources` in the same way.
 
         Nobody but `fill` may write to what is given.
         """

@@ -42,7 +42,7 @@ _TRAVELLING = frozenset({"weight", "weight.absmax", "weight.nested_absmax", "SCB
 #: A parameter of a block that is no linear and no embedding may have this many elements.
 SMALL_ELEMENTS = 1 << 16
 
-#: Elements of embedding and head compared at a time where both of a tied pair are stored.
+#: Elements of embedding and head compared at a time if both of a tied pair are stored.
 _COMPARED_ELEMENTS = 1 << 19
 
 
@@ -86,7 +86,7 @@ class WeightLoader:
         self._embeddings: dict[str, Tensor] = {}  # by the checkpoint's name, for heads tied to them
 
     def fill(self) -> dict[str, BranchLinear]:
-        """Fill the module on its device. Raises `UserError` where the checkpoint does not fit it."""
+        """Fill the module on its device. Raises `UserError` if the checkpoint does not fit it."""
         self._refuse_unpackable()
         layers = list(self.module.named_modules())
         for name, layer in layers:
@@ -282,7 +282,7 @@ class WeightLoader:
                 buffer.copy_(self.checkpoint.read(stored))
 
     def _small(self, name: str, parameter: Tensor) -> Tensor | None:
-        """The float32 tensor of a parameter on the device; None, noted, where it is missing."""
+        """The float32 tensor of a parameter on the device; None, noted, if it is missing."""
         stored = self._find(name, parameter, may_be_new=True)
         if stored is not None:
             return self._read_float(stored).to(self.device, torch.float32)

@@ -34,6 +34,6 @@ class SGD:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """`UserError` where the saved run's optimizer had a state."""
+        """`UserError` if the saved run's optimizer had a state."""
         if state:
             raise UserError(f"optimizer sgd: keeps nothing, the saved state has {', '.join(sorted(state))}")

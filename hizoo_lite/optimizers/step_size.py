@@ -119,7 +119,7 @@ class AutoRate:
       |c| counts up to LARGEST_RISE times the level; beyond SUDDEN times the level it lowers the rate of its
       own step directly.
     - The rate starts small: it is ramped over the first `ramp` measured curvatures, while the mean is
-      uncertain. Where no curvature was found there is no rate either, or `ceiling`, which it never exceeds.
+      uncertain. If no curvature was found there is no rate either, or `ceiling`, which it never exceeds.
     - One huge projected gradient does not throw the parameters away: the length of a step is rate * |g| *
       |d|, with E|d|^2 fixed by the curvature, so |g| beyond `guard` times its running root mean square
       lowers the rate until the product is back at it.

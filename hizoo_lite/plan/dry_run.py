@@ -169,7 +169,7 @@ class Held:
 
 
 class DryRun:
-    """A model with few blocks and, where one is given, a space on it: ready to be run on any batch."""
+    """A model with few blocks and, if one is given, a space on it: ready to be run on any batch."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class DryRun:
         self.blocks = [_TwoChunks(cast(PresentBlock, present), model.state) for present in model.blocks]
 
     def run(self, wanted: Pass) -> Activations:
-        """One traversal, with the branches' directions where it has some and an update where one may wait."""
+        """One traversal, with the branches' directions if it has some and an update where one may wait."""
         with meta_as(self.device):
             return until_suited(self.model, lambda: self._run(wanted))
 

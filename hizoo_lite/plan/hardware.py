@@ -53,7 +53,7 @@ class Hardware:
 
     @property
     def host_budget_bytes(self) -> int | None:
-        """What a run may take of the host; None where the device is the host."""
+        """What a run may take of the host; None if the device is the host."""
         return self.host_memory_bytes - self.host_reserved_bytes if self.device == "cuda" else None
 
     @property

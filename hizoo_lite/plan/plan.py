@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def seconds_lower_bound(self) -> float | None:
-        """Of a step: computing and moving go on beside each other. None where no rates are known."""
+        """Of a step: computing and moving go on beside each other. None if no rates are known."""
         if not self.bounds:
             return None
         moving = max(self.bounds.get("host_to_device", 0.0), self.bounds.get("disk", 0.0))

@@ -37,7 +37,7 @@ CUDA_HOST_BYTES = 1200 << 20
 LOADING_BYTES = 16_000_000
 #: Share of what a pass makes that glibc holds beside it where it keeps freed memory; measured: 0.2 to 0.6.
 HEAP_SHARE = 0.5
-#: Largest batch that is chosen where none is asked for.
+#: Largest batch that is chosen if none is asked for.
 LARGEST_BATCH = 16
 #: What is tried where a batch is chosen.
 _BATCHES = (16, 8, 4, 2, 1)
@@ -66,7 +66,7 @@ def plan_run(
     workload: what the examples make, and the longest of them, in place of the configuration's `max_length`.
     hardware: the machine, with its budgets and rates; None is this one, without rates. choose_batch: take the
     largest batch that fits, up to 16, in place of the configuration's. framework: bytes of the imported
-    libraries, measured where it is None.
+    libraries, measured if it is None.
 
     Raises `UserError` for bits, targets and residencies that contradict the checkpoint, and its `CannotPlan`
     for a model whose forward fails on tensors without memory. An architecture that is not known gives a plan
@@ -201,7 +201,7 @@ def _unaccounted(subject: Subject) -> tuple[str, ...]:
 
 
 def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
-    """Least seconds of a step, by what takes them; empty where no rates are known."""
+    """Least seconds of a step, by what takes them; empty if no rates are known."""
     machine = subject.hardware
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(subject.compute, "float32")
     # a dtype that the machine has no products in takes at least the time of those that it has
@@ -277,7 +277,7 @@ def _choose(subject: Subject, choose_batch: bool) -> Plan:
 
 
 def _best(subject: Subject, option: Option) -> Plan:
-    """The configuration with the largest chunks that fit; the smallest where none do."""
+    """The configuration with the largest chunks that fit; the smallest if none do."""
     has_budget = subject.budgets.device_bytes is not None
 
     def halved(times: int) -> Plan:
@@ -376,7 +376,7 @@ def _needs(plan: Plan) -> str:
 
 
 def _nearest(subject: Subject, plan: Plan) -> Plan | None:
-    """The first change that makes it fit: residency, batch, length; None where none does."""
+    """The first change that makes it fit: residency, batch, length; None if none does."""
     places = [plan.residency]
     if subject.config.residency != "auto":
         places += [

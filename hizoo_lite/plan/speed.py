@@ -61,7 +61,7 @@ def profile_text(measured: dict[str, Any], device: torch.device, name: str) -> s
 
 
 def write_profile(path: Path, measured: dict[str, Any], device: torch.device) -> None:
-    """Write the profile. `UserError` where the file is there already or cannot be written."""
+    """Write the profile. `UserError` if the file is there already or cannot be written."""
     if path.exists():
         raise UserError(f"--out: {path} is there already; allowed: a new file")
     try:
@@ -71,7 +71,7 @@ def write_profile(path: Path, measured: dict[str, Any], device: torch.device) ->
 
 
 def _used(device: torch.device) -> dict[str, torch.dtype]:
-    """fp16 products are of no use on a CPU, bf16 ones where it has no instructions for them."""
+    """fp16 products are of no use on a CPU, bf16 ones if it has no instructions for them."""
     from hizoo_lite.model.build import choose_compute
 
     chosen = choose_compute("auto", device)

@@ -19,11 +19,11 @@ class Workload(NamedTuple):
 
     training: Demand = Demand()
     evaluation: Demand = Demand()
-    length: int | None = None  # tokens of the longest row; None where only the limit is known
-    written: int = 0  # tokens of a prompt and its completion, in evaluations that write; 0 where none does
+    length: int | None = None  # tokens of the longest row; None if only the limit is known
+    written: int = 0  # tokens of a prompt and its completion, in evaluations that write; 0 if none does
 
 
-#: Where nothing is known about the examples.
+#: If nothing is known about the examples.
 ONE_ROW = Workload()
 
 

@@ -90,7 +90,7 @@ class FourBitWeight(Opaque, PackedWeight):
     ) -> FourBitWeight:
         """Quantize a matrix row chunk by row chunk, on `device`; bit-identical to quantizing it whole.
 
-        Raises `UserError`, naming `name`, where values are not finite.
+        Raises `UserError`, naming `name`, if values are not finite.
         """
         elements = shape[0] * shape[1]
         codes = torch.empty((elements + 1) // 2, dtype=torch.uint8, device=device)
@@ -157,7 +157,7 @@ class FourBitWeight(Opaque, PackedWeight):
         """Decode rows `first_row` .. into `out` (rows, in_features), contiguous bf16, fp16 or float32.
 
         Bit-equal to `bitsandbytes.functional.dequantize_4bit` to the same dtype where that is right.
-        Raises ValueError where `out` does not fit.
+        Raises ValueError if `out` does not fit.
         """
         check_out(out, self.shape, first_row)
         blocks = self.blocks(first_row, out.shape[0])
@@ -170,7 +170,7 @@ class FourBitWeight(Opaque, PackedWeight):
         return out
 
     def product(self, rows: Tensor) -> Tensor | None:
-        """rows W' without an unpacked weight; None where unpacking is as good, or all there is.
+        """rows W' without an unpacked weight; None if unpacking is as good, or all there is.
 
         rows: (rows, in_features), contiguous, in 16 or 32 bits. Gives (rows, out_features) in their dtype.
         """
@@ -221,7 +221,7 @@ class FourBitWeight(Opaque, PackedWeight):
         packed.copy_(joined)
 
     def scales(self) -> Tensor:
-        """absmax of every block, (blocks,) float32, decoded where it is in 8 bits."""
+        """absmax of every block, (blocks,) float32, decoded if it is in 8 bits."""
         return self._absmax(0, self.absmax.numel())
 
     def undo_double_quant(self) -> None:
@@ -235,7 +235,7 @@ class FourBitWeight(Opaque, PackedWeight):
         del self.nested_absmax, self.nested_table, self.offset
 
     def stored(self) -> list[Stored]:
-        """Codes and absmax; absmax of the absmax where it is in 8 bits."""
+        """Codes and absmax; absmax of the absmax if it is in 8 bits."""
         found = [Stored(self, "codes", "weight"), Stored(self, "absmax", "weight.absmax")]
         if self.double_quant:
             found.append(Stored(self, "nested_absmax", "weight.nested_absmax"))

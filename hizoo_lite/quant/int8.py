@@ -30,7 +30,7 @@ class Int8Weight(Opaque, PackedWeight):
     scb: Tensor
 
     def __init__(self, codes: Tensor, scb: Tensor) -> None:
-        """Raises ValueError where sizes or dtypes are wrong."""
+        """Raises ValueError if sizes or dtypes are wrong."""
         super().__init__()
         if codes.ndim != 2 or codes.dtype != torch.int8 or scb.numel() != codes.shape[0]:
             raise ValueError(
@@ -53,7 +53,7 @@ class Int8Weight(Opaque, PackedWeight):
     ) -> Int8Weight:
         """Quantize row chunk by row chunk, from float16 as bitsandbytes does; rows are independent.
 
-        Raises `UserError`, naming `name`, where values are not finite or too large for float16.
+        Raises `UserError`, naming `name`, if values are not finite or too large for float16.
         """
         codes = torch.empty(shape, dtype=torch.int8, device=device)
         scb = torch.empty(shape[0], dtype=torch.float32, device=device)

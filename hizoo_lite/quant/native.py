@@ -133,7 +133,7 @@ def multiply_packed(
 def launch_all(device: torch.device, compute: torch.dtype) -> None:
     """Launch everything of bitsandbytes that a model may use, and a product, once on a GPU.
 
-    A kernel is brought to the device at its first launch. Where there is no memory left for that,
+    A kernel is brought to the device at its first launch. If there is no memory left for that,
     bitsandbytes ends the process (csrc/compat.cuh), with nothing saved and no error raised. So it is done
     while there is.
     """

@@ -46,7 +46,7 @@ class PackedWeight(ABC):
         """
 
     def ready(self, dtype: torch.dtype) -> Tensor | None:
-        """The stored matrix itself where it needs no unpacking for a product in `dtype`, else None."""
+        """The stored matrix itself if it needs no unpacking for a product in `dtype`, else None."""
         return None
 
     @property
@@ -72,7 +72,7 @@ class PackedWeight(ABC):
 
         What the stored form cannot hold is rounded at random so that the expectation of what is decoded
         is `values`; `rounding` is on their device. Values that were decoded are stored as they were.
-        Where memory is refused, nothing has been changed.
+        If memory is refused, nothing has been changed.
         """
 
     @abstractmethod

@@ -85,7 +85,7 @@ def from_checkpoint(tensors: Mapping[str, Tensor], *, name: str = "weight") -> P
 
     4-bit: weight, weight.absmax, weight.quant_map, weight.quant_state.*, weight.nested_*; 8-bit: weight,
     SCB, weight_format; otherwise weight alone, in 16 or 32 bits. The bytes are used as they are.
-    Raises `UserError`, naming `name`, where they do not fit together.
+    Raises `UserError`, naming `name`, if they do not fit together.
     """
     if any(key.startswith("weight.quant_state.") for key in tensors):
         return FourBitWeight.from_checkpoint(tensors, name)

@@ -41,6 +41,6 @@ def check_out(out: Tensor, shape: tuple[int, int], first_row: int) -> None:
 
 
 def check_finite(absmax: Tensor, name: str, stored_as: str) -> None:
-    """Raise `UserError` where a block's or row's largest magnitude is not a finite number."""
+    """Raise `UserError` if a block's or row's largest magnitude is not a finite number."""
     if not bool(torch.isfinite(absmax).all()):
         raise UserError(f"{name}: holds values that are not finite (in {stored_as}); it cannot be quantized")

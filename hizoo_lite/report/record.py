@@ -43,7 +43,7 @@ class RunRecord:
 
 
 def read_run(path: Path | str) -> RunRecord:
-    """The record of a run folder. UserError where there is none, or where a file of it is not valid."""
+    """The record of a run folder. UserError if there is none, or if a file of it is not valid."""
     path = Path(path)
     if not path.is_dir() or not any((path / name).is_file() for name in (_CONFIG, _METRICS, _SUMMARY)):
         raise UserError(f"RUN: got {str(path)!r}, allowed: a run folder (with {_CONFIG} and {_METRICS})")
@@ -68,7 +68,7 @@ def number(value: Any) -> float | None:
 
 
 def table(value: Any) -> dict[str, Any]:
-    """The value where it is a table, else an empty one."""
+    """The value if it is a table, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -78,7 +78,7 @@ def rows(value: Any) -> list[dict[str, Any]]:
 
 
 def _shallow(value: Any, levels: int = _MOST_LEVELS) -> Any:
-    """The value; ValueError where it is nested more deeply than what a report walks through."""
+    """The value; ValueError if it is nested more deeply than what a report walks through."""
     if isinstance(value, dict | list):
         if levels == 0:
             raise ValueError("it is nested too deeply")

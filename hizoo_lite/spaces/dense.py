@@ -80,7 +80,7 @@ class DensePart(Part):
             raise UserError(f"{where}: {name} differs from the model's: it was made for another one")
 
     def _row_factor(self, factors: Factors, tile: Tile) -> Tensor:
-        """(rows, 1), or (1,) where there is one value for all rows."""
+        """(rows, 1), or (1,) if there is one value for all rows."""
         return factors.rows[self.rows(tile)] if factors.rows.ndim == 2 else factors.rows.view(1)
 
 

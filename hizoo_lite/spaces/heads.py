@@ -88,7 +88,7 @@ def beside_heads(model: Model, heads: Sequence[str]) -> dict[str, Tensor]:
 
 
 def saved_modules(heads: Sequence[str], trunk: str, unsaved: Collection[str]) -> list[str]:
-    """What PEFT is to have in full: whole children of the model, or those layers alone where some is unsaved.
+    """What PEFT is to have in full: whole children of the model, or those layers alone if some is unsaved.
 
     heads: linear layers. trunk: the child that is no head. unsaved: parameters that the file has not.
     """

@@ -57,7 +57,7 @@ class InPlaceSpace(Space):
 
     @abstractmethod
     def part(self, model: Model, linear: BranchLinear) -> Part:
-        """Prepare one layer's weight and say what is trained of it. `UserError` where it cannot be."""
+        """Prepare one layer's weight and say what is trained of it. `UserError` if it cannot be."""
 
     def options(self) -> dict[str, Any]:
         """What a space of this name must be made with to read what this one saved, beside the targets."""
@@ -106,7 +106,7 @@ class InPlaceSpace(Space):
         (folder / SPACE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path | str) -> None:
-        """Read what `save` wrote; `UserError`, naming the file, where it does not fit."""
+        """Read what `save` wrote; `UserError`, naming the file, if it does not fit."""
         assert self.weights is not None
         folder = Path(folder)
         record = read_record(folder)
@@ -142,7 +142,7 @@ class InPlaceSpace(Space):
 
 
 def with_own_scales(linear: BranchLinear) -> None:
-    """Give a 4-bit weight its scales in float32; `UserError` where they are offloaded, in 8 bits."""
+    """Give a 4-bit weight its scales in float32; `UserError` if they are offloaded, in 8 bits."""
     weight = linear.weight
     if isinstance(weight, FourBitWeight) and weight.double_quant:
         try:
@@ -156,7 +156,7 @@ def with_own_scales(linear: BranchLinear) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """hizoo_space.json of a folder; `UserError` where it is missing, not valid or of another version."""
+    """hizoo_space.json of a folder; `UserError` if it is missing, not valid or of another version."""
     path = folder / SPACE_FILE
     record = read_json(path, "what a run writes of the weights that it tuned, a JSON object")
     missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)

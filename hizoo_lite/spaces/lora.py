@@ -34,7 +34,7 @@ _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    names: of A, None where it is the same in all branches, and of B.
+    names: of A, None if it is the same in all branches, and of B.
     """
 
     def __init__(self, a: Tensor, b: Tensor, names: tuple[str | None, str], scaling: float) -> None:
@@ -147,7 +147,7 @@ class LoRA(Space):
     def load(self, folder: Path | str) -> None:
         """Read `adapter_model.safetensors` into the attached parameters.
 
-        Raises `UserError`, before any is changed, where the file is damaged or does not fit.
+        Raises `UserError`, before any is changed, if the file is damaged or does not fit.
         """
         path = peft_weights(folder)
         tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(path).items()}

@@ -72,7 +72,7 @@ class Scales(InPlaceSpace):
     clip = 100.0  # as QZO has it
 
     def part(self, model: Model, linear: BranchLinear) -> ScalesPart:
-        """The weight's scales, in float32. `UserError` where it has none."""
+        """The weight's scales, in float32. `UserError` if it has none."""
         if not isinstance(linear.weight, FourBitWeight | Int8Weight):
             raise UserError(
                 f"--space scales: {linear.name} has no scales to train; allowed: --bits nf4, fp4 or int8"

@@ -50,7 +50,7 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
 
     "auto" is the top third, all where a name says which block it is of. Directions in the lowest third
     of SmolLM2-135M hold most of the curvature and a fifth of the progress a step: with one direction for all,
-    they set the rate of the others (tools/LOG.md). Raises UserError where `targets` chooses nothing.
+    they set the rate of the others (tools/LOG.md). Raises UserError if `targets` chooses nothing.
     """
     inside = [name for name in model.linears if name.startswith(model.block_prefix + ".")]
     chosen = _chosen(model, targets, inside)

@@ -26,7 +26,7 @@ from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool, name: str) -> str:
     """The conversation as text; with `prompt` it ends where the assistant's next turn begins.
 
-    `name` is the example's, for messages. Raises UserError where the tokenizer's template refuses it: some
+    `name` is the example's, for messages. Raises UserError if the tokenizer's template refuses it: some
     take no system turns, or only turns that alternate.
     """
     if tokenizer.chat_template:
@@ -55,7 +55,7 @@ def assistant_tokens(
 ) -> tuple[list[int], list[int]]:
     """(token ids of the conversation, positions of the assistant's tokens).
 
-    `name` is the example's, for messages. Raises UserError where the template renders the last turn in a way
+    `name` is the example's, for messages. Raises UserError if the template renders the last turn in a way
     that does not begin with its own generation prompt, so that the assistant's tokens cannot be told apart.
     """
     whole = chat_text(tokenizer, messages, False, name)

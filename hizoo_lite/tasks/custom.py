@@ -161,7 +161,7 @@ def _metric_problems(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _task(keys: Mapping[str, Any]) -> Task:
-    """The task of checked keys. Data of its own: dev and test come from its own files where it has them."""
+    """The task of checked keys. Data of its own: dev and test come from its own files if it has them."""
     kind = keys["kind"]
     if kind == "chat":
         return Task(

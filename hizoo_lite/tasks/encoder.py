@@ -50,10 +50,10 @@ class Encoder:
         loss: "choice" (cross-entropy over the answers' scores; the default of choice tasks, as MeZO's
             train_as_classification) or "answer" (likelihood of the gold answer's tokens; the default of the
             others). Not for classifiers, whose loss is "class".
-        order: a classifier's output for each of the task's classes; None where output i is class i.
+        order: a classifier's output for each of the task's classes; None if output i is class i.
         vocabulary: how many tokens the model has embeddings for; None checks no token.
 
-    Raises UserError where task, model kind, tokenizer and loss do not go together.
+    Raises UserError if task, model kind, tokenizer and loss do not go together.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Encoder:
 
     @property
     def stop(self) -> str | None:
-        """The text that ends a completion; None where the end-of-sequence token does."""
+        """The text that ends a completion; None if the end-of-sequence token does."""
         return self.task.stop
 
     def encode(self, example: Example, *, training: bool) -> Encoded:
         """The example as tokens. All answers are scored, except in training on the gold answer only.
 
-        Raises UserError, naming the example, where it cannot be, and for tokens that the model does not have.
+        Raises UserError, naming the example, if it cannot be, and for tokens that the model does not have.
         """
         encoded = self._encode(example, training)
         self._check_known(example, chain(*encoded.rows, (token for _, token, _ in encoded.tokens)))

@@ -57,7 +57,7 @@ class Row:
         raise UserError(f"{self.where}: field {wanted} is missing; the fields here are: {columns}")
 
     def check_unicode(self, name: str, found: Any) -> None:
-        """UserError where a text, or one of a list, holds half of a surrogate pair; no tokenizer takes it."""
+        """UserError if a text, or one of a list, holds half of a surrogate pair; no tokenizer takes it."""
         for text in found if isinstance(found, list) else (found,):
             if isinstance(text, str) and not is_unicode(text):
                 raise UserError(
@@ -203,7 +203,7 @@ def _json_document(path: Path) -> Iterator[Row]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError where a key is there twice: Python would take the last one in silence."""
+    """A JSON object. ValueError if a key is there twice: Python would take the last one in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} is there twice in one object")
@@ -267,7 +267,7 @@ def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def find_split(data: Path, split: Split) -> Path | None:
-    """The file of a split, or None where the folder has none.
+    """The file of a split, or None if the folder has none.
 
     A file stands for every split. In a folder the split's word must be part of the name (`train.tsv`,
     `orig_dev.tsv`, `valid.jsonl`, `dev_matched.tsv`, `train-v1.1.json`); plain names come first, then
@@ -304,7 +304,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _rank(stem: str, split: Split) -> int | None:
-    """How well a file name fits a split (0 is best), or None where it does not."""
+    """How well a file name fits a split (0 is best), or None if it does not."""
     words = SPLIT_WORDS[split]
     if stem in words or _SPECIAL_STEMS.get(stem) == split:
         return 0

@@ -26,7 +26,7 @@ class HubSource(NamedTuple):
 def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
     """The rows of a split.
 
-    Raises UserError where `datasets` is missing, the hub is out of reach, or it has no such split.
+    Raises UserError if `datasets` is missing, the hub is out of reach, or it has no such split.
     """
     wanted = source.split(split)
     if wanted is None:

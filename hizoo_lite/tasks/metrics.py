@@ -42,7 +42,7 @@ def accuracy(examples: Sequence[Example], predictions: Sequence[Prediction]) -> 
 
 
 def label_f1(label: int, examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
-    """F1 of one label: 2 TP / (2 TP + FP + FN); 0 where the label is neither present nor predicted."""
+    """F1 of one label: 2 TP / (2 TP + FP + FN); 0 if the label is neither present nor predicted."""
     pairs = [
         (example.gold == label, choice == label)
         for example, choice in zip(examples, predictions, strict=True)
@@ -175,7 +175,7 @@ def _spans_f1(prediction: str, reference: str) -> float:
 
 
 def _bag_f1(predicted: set[str], expected: set[str]) -> float:
-    """F1 of two sets of words; 0 where the expected span has numbers and none of them was predicted."""
+    """F1 of two sets of words; 0 if the expected span has numbers and none of them was predicted."""
     numbers = {word for word in expected if _is_number(word)}
     if numbers and not numbers & {word for word in predicted if _is_number(word)}:
         return 0.0

@@ -21,7 +21,7 @@ _NO_NAME = re.compile(r"label[ _]?\d+|\d+")
 
 
 def output_order(task: Task, named: Any) -> tuple[int, ...] | None:
-    """The classifier's output for each class of the task; None where output i is class i.
+    """The classifier's output for each class of the task; None if output i is class i.
 
     named: `id2label`, of a configuration or of config.json. Names that say something else than the task's are
     logged, and numbers count then.
@@ -42,7 +42,7 @@ def output_order(task: Task, named: Any) -> tuple[int, ...] | None:
 
 
 def _names(named: Any) -> list[str] | None:
-    """The names of outputs 0, 1, ...; None where that is not what is said."""
+    """The names of outputs 0, 1, ...; None if that is not what is said."""
     if not isinstance(named, Mapping):
         return None
     by_number = {str(number): _plain(str(name)) for number, name in named.items()}

@@ -109,7 +109,7 @@ def _name_the_rest(data: Path | str | Records | None) -> None:
 
 
 def _official(task: Task, data: Path | str | Records | None) -> tuple[Split | None, Split | None]:
-    """The official files of the dev and of the test part; None where it comes out of the train file."""
+    """The official files of the dev and of the test part; None if it comes out of the train file."""
     order: tuple[Split, Split] = ("test", "dev") if task.test_from == "test" else ("dev", "test")
     test = next((split for split in order if task.has(data, split)), None)
     dev: Split | None = "dev" if task.dev_from == "dev" and test != "dev" and task.has(data, "dev") else None
@@ -146,7 +146,7 @@ def _carve(
 def _few_shot(
     task: Task, pool: list[Example], k_shot: int, wanted: _Wanted
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """k of each class for train, up to k for dev (none where dev has a file of its own), and the rest."""
+    """k of each class for train, up to k for dev (none if dev has a file of its own), and the rest."""
     if task.num_labels is None:
         raise UserError(f"k_shot: task {task.name} has no fixed classes; use train_examples")
     train: list[Example] = []

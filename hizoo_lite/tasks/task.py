@@ -36,22 +36,22 @@ class Task:
         name: as given to `tasks.get`.
         kind: "choice" picks one of `Example.answers`; "completion" writes a text; "lm" has no answer, only
             a loss (`metric` is then "loss" and `score` refuses).
-        build: the examples of one row of a file or of the hub; none where the row is to be dropped.
+        build: the examples of one row of a file or of the hub; none if the row is to be dropped.
         scorers: metric name -> function; the first is the task's main metric.
         causal: the prompt of a causal model. `Example.answers` continue it literally, with their own leading
             space; a prompt therefore never ends in a space.
-        masked: the prompt of a masked model, with one `{mask}`; None where the task has none. The words at
+        masked: the prompt of a masked model, with one `{mask}`; None if the task has none. The words at
             the mask are the answers without their outer white space.
-        text, text_pair: a classifier's input; `text` None where the task does not fit a classifier.
-        num_labels: how many classes; None where every example has its own answers.
-        labels: their names in the data, in the order of `Example.gold`; none where they have none.
+        text, text_pair: a classifier's input; `text` None if the task does not fit a classifier.
+        num_labels: how many classes; None if every example has its own answers.
+        labels: their names in the data, in the order of `Example.gold`; none if they have none.
         cut: the field that is shortened where a prompt is longer than the limit; "" for none.
         cut_side: which end of that field goes.
         stop: a completion ends before this text; None: at the end-of-sequence token.
         max_new_tokens: how many tokens a completion may have.
         chat: the fields hold `messages`, put into text by the tokenizer's chat template.
         headerless: the columns of a table without a header line.
-        text_reader: how to read `.txt` and `.label` files, where they are not tables.
+        text_reader: how to read `.txt` and `.label` files, if they are not tables.
         dev_from, test_from: the official file that `make_splits` takes each split from.
     """
 
@@ -78,7 +78,7 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The name of the main metric; "loss" where there is nothing to predict."""
+        """The name of the main metric; "loss" if there is nothing to predict."""
         return next(iter(self.scorers), "loss")
 
     def has(self, data: Path | str | Records | None, split: Split) -> bool:

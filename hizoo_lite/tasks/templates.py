@@ -50,7 +50,7 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
 def fields_of(template: str) -> list[str]:
     """The field names a template uses, in order, each once.
 
-    Raises ValueError where the template is malformed: unbalanced braces, a name that is not an
+    Raises ValueError if the template is malformed: unbalanced braces, a name that is not an
     identifier, a format specification, or a conversion other than !o, !l, !u.
     """
     found: list[str] = []

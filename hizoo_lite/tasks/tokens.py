@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
 
 
 def token_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
-    """The ids of a text, with the special tokens that the tokenizer adds by itself where `special`."""
+    """The ids of a text, with the special tokens that the tokenizer adds by itself if `special`."""
     return list(tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
 
 
@@ -109,7 +109,7 @@ def word_id(tokenizer: Tokenizer, word: str) -> int:
     """The one token of a word at a mask.
 
     LM-BFF's rule: the token of the word behind a space ("Ġgreat" for RoBERTa; WordPiece ignores the space),
-    else of the bare word. Raises UserError naming the word where neither is one known token.
+    else of the bare word. Raises UserError naming the word if neither is one known token.
     """
     for text in (" " + word, word):
         ids = token_ids(tokenizer, text, special=False)
@@ -143,7 +143,7 @@ def fit(
     As many tokens go as are too many, from the given end of the field (words in proportion, where the
     tokenizer has no offsets); since tokens can join differently around the cut, this is repeated until the
     whole fits. Nothing but that field changes. UserError naming
-    the example where even the empty field does not fit, or where there is no such field.
+    the example if even the empty field does not fit, or if there is no such field.
     """
     fields: Fields = example.fields
     needed = length(fields)
@@ -200,7 +200,7 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens of a prompt.
 
-    UserError where there are none, more than the model has positions for, or others than it knows.
+    UserError if there are none, more than the model has positions for, or others than it knows.
     """
     if not is_unicode(prompt):
         raise UserError(f"--prompt: got {prompt!r:.80}, which has half of a character; allowed: UTF-8 text")

@@ -62,14 +62,14 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, None where there is none."""
+    """The checkpoint with the most steps, None if there is none."""
     return next(iter(every(folder)), None)
 
 
 def sound(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with those after it.
 
-    Raises UserError where there are checkpoints and none is sound.
+    Raises UserError if there are checkpoints and none is sound.
     """
     refused: dict[Path, UserError] = {}
     for path in every(folder):
@@ -105,7 +105,7 @@ def check(path: Path) -> dict[str, Any]:
 def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) -> Path:
     """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept.
 
-    halvings: of the chunks in which the run computes. `StorageError` where it cannot be written; then nothing
+    halvings: of the chunks in which the run computes. `StorageError` if it cannot be written; then nothing
     of it is left.
     """
     path = path_of(folder, position.step)
@@ -196,7 +196,7 @@ def set_aside(path: Path) -> None:
 
 
 def load(path: Path, stepper: Stepper) -> Position:
-    """Bring `stepper` to the state of a checkpoint. UserError where files are missing or do not fit."""
+    """Bring `stepper` to the state of a checkpoint. UserError if files are missing or do not fit."""
     record = _state(path)
     curvature = tensorfile.load(path / _CURVATURE)
     optimizer = tensorfile.load(path / _OPTIMIZER) if _OPTIMIZER in record["files"] else {}
@@ -230,7 +230,7 @@ def numbers(path: Path) -> dict[str, Any]:
 def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     """Remove all but the newest `limit` checkpoints, that of the start, and those after `also` steps.
 
-    limit: 0 keeps all. `StorageError` where one cannot be removed.
+    limit: 0 keeps all. `StorageError` if one cannot be removed.
     """
     if limit < 1:
         return
@@ -250,7 +250,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """The entries of state.json, checked. UserError where they are not what was written for `path`."""
+    """The entries of state.json, checked. UserError if they are not what was written for `path`."""
     try:
         record = parse_json((path / STATE).read_text(encoding="utf-8"))
         found: dict[str, Any] = {

@@ -52,7 +52,7 @@ def flag(name: str) -> str:
 
 
 def find(path_or_name: str) -> Path:
-    """The file behind `--config`. UserError naming the profiles where there is none."""
+    """The file behind `--config`. UserError naming the profiles if there is none."""
     path = Path(path_or_name)
     if os.path.isfile(path):  # False also where no file can have such a name
         return path
@@ -104,7 +104,7 @@ def read(path: Path) -> TrainConfig:
 def with_profile(values: Mapping[str, Any], found: list[str] | None = None) -> dict[str, Any]:
     """The settings and, for those that are not given, the profile's that they name.
 
-    UserError where there is no such profile; with `found` that is added to it.
+    UserError if there is no such profile; with `found` that is added to it.
     """
     name = values.get("profile")
     if not isinstance(name, str):
@@ -129,7 +129,7 @@ def _is_own(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
-    """The configuration of the run that is to be resumed. UserError where there is no run."""
+    """The configuration of the run that is to be resumed. UserError if there is no run."""
     if flags.get("resume") is not True or "out" not in flags:
         return None
     path = Path(str(flags["out"])) / "config.toml"
@@ -172,7 +172,7 @@ def parsed(flags: Mapping[str, str | bool]) -> dict[str, Any]:
 
 
 def _parsed(name: str, text: str | bool) -> Any:
-    """A flag's text as its field's type; the text itself where it is none, for `problems` to report."""
+    """A flag's text as its field's type; the text itself if it is none, for `problems` to report."""
     accepted = members(kinds()[name])
     if isinstance(text, bool) or text in choices(kinds()[name]):
         return text
@@ -241,7 +241,7 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
-    """The settings in a run.json, none where it has none. UserError where it is not valid."""
+    """The settings in a run.json, none if it has none. UserError if it is not valid."""
     wanted = "the run.json of the run, or no file: then nothing is compared"
     found = read_json(path, wanted).get(_LASTING, {}) if path.is_file() else {}
     if not isinstance(found, dict):

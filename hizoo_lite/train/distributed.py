@@ -68,7 +68,7 @@ class LaunchedRanks(Ranks):
 
 
 def join(device_type: str) -> Ranks:
-    """The ranks that this process is one of, each with its own GPU; `ONE` where no launcher started it."""
+    """The ranks that this process is one of, each with its own GPU; `ONE` if no launcher started it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return ONE
     state = PartialState(cpu=device_type != "cuda")

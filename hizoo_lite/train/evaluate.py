@@ -46,7 +46,7 @@ class Writer(BranchLosses, Protocol):
 
     @property
     def write(self) -> Write | None:
-        """None where there are losses alone (a training graph); a completion task then has no metric."""
+        """None if there are losses alone (a training graph); a completion task then has no metric."""
         ...
 
 
@@ -61,7 +61,7 @@ class Evaluation(NamedTuple):
 
     @property
     def metric(self) -> Metric:
-        """The main metric; the loss itself where the task has no other."""
+        """The main metric; the loss itself if the task has no other."""
         return self.metrics[0] if self.metrics else Metric("loss", self.loss)
 
 
@@ -125,7 +125,7 @@ def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: s
 
 
 def check_result(result: Mapping[str, Any]) -> None:
-    """`TooManyBadSteps` where what was evaluated computes nothing. result: of `report`."""
+    """`TooManyBadSteps` if what was evaluated computes nothing. result: of `report`."""
     loss = result["scores"]["loss"]
     if not math.isfinite(loss):
         raise TooManyBadSteps(

@@ -30,7 +30,7 @@ _LINES: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def next_free(name: str) -> Path:
-    """`name`, or `name-2`, `name-3`, ... where that exists already."""
+    """`name`, or `name-2`, `name-3`, ... if that exists already."""
     path, number = Path(name), 2
     while path.exists():
         path, number = Path(f"{name}-{number}"), number + 1
@@ -85,9 +85,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """While this is open, no other process runs in this folder, which is made where it is not there.
+        """While this is open, no other process runs in this folder, which is made if it is not there.
 
-        UserError where one does, or the folder cannot be made. The system ends the lock with the process,
+        UserError if one does, or the folder cannot be made. The system ends the lock with the process,
         however that ends.
         """
         if not self.writes:
@@ -104,7 +104,7 @@ class RunFolder:
             yield
 
     def config(self) -> TrainConfig:
-        """The settings of the run that is here. UserError where there is none.
+        """The settings of the run that is here. UserError if there is none.
 
         Once read they stay: a rank still needs the old ones when the main one has written the new ones.
         """
@@ -118,7 +118,7 @@ class RunFolder:
         return self._settings
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, where it is not there, and write the settings."""
+        """Make the folder, if it is not there, and write the settings."""
         if not self.writes:
             return
         with storing(self._config):
@@ -127,7 +127,7 @@ class RunFolder:
         self._settings = config
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of metrics.jsonl, in order. UserError where one is damaged."""
+        """Every complete line of metrics.jsonl, in order. UserError if one is damaged."""
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_bytes().split(b"\n")
@@ -214,5 +214,5 @@ class RunFolder:
             write_text(path, json.dumps(plain(value), indent=indent, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """What `write_summary` wrote; empty where nothing was."""
+        """What `write_summary` wrote; empty if nothing was."""
         return read_json(self._summary, "the summary of a run") if self._summary.is_file() else {}

@@ -113,7 +113,7 @@ def _with_budgets(config: TrainConfig) -> TrainConfig:
 
 
 def _residency(model: Model, wanted: str) -> str:
-    """Of a loaded model: as it was loaded. UserError where another is asked for."""
+    """Of a loaded model: as it was loaded. UserError if another is asked for."""
     if wanted not in ("auto", model.residency.name):
         raise UserError(
             f"residency: got {wanted!r}, but the model was loaded with its blocks {model.residency.name}; "
@@ -123,7 +123,7 @@ def _residency(model: Model, wanted: str) -> str:
 
 
 def check_device(model: Model, device: torch.device, ranks: Ranks) -> None:
-    """UserError where a loaded model is on the device of another rank; `device` is this one's."""
+    """UserError if a loaded model is on the device of another rank; `device` is this one's."""
     if ranks.count > 1 and is_gpu(device) and model.device != device:
         raise UserError(
             f"device: the model was loaded on {model.device}, but that of rank {ranks.rank} is {device}; "

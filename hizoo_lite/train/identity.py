@@ -103,7 +103,7 @@ def of_model(folder: Path) -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The entries of a run.json; none where there is no such file. UserError where it is not valid."""
+    """The entries of a run.json; none if there is no such file. UserError if it is not valid."""
     if not path.is_file():  # made by an earlier version, or killed before its first step
         return {}
     try:

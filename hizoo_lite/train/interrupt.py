@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The run was asked to end; raised by `Interrupt.check` where nothing is half done."""
+    """The run was asked to end; raised by `Interrupt.check` if nothing is half done."""
 
 
 class Interrupt:

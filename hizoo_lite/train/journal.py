@@ -53,7 +53,7 @@ class Record(NamedTuple):
     position: int  # examples that earlier steps have drawn: where in the data's order this step begins
     losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.reduce` gives them
     coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
-    curvatures: tuple[float, ...] | None  # along each; None where it was not measured
+    curvatures: tuple[float, ...] | None  # along each; None if it was not measured
     smoothing: float  # weight of that observation
     lr: float  # 0.0 in a skipped step
     decay: float  # of the weights, already times lr
@@ -81,8 +81,8 @@ class Journal:
     def __init__(self, path: Path, branches: int, directions: int = 1) -> None:
         """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
 
-        What does not hold at its end is cut off. Raises `UserError` where it is another kind of journal, or
-        for more branches than a record counts, `StorageError` where it cannot be written.
+        What does not hold at its end is cut off. Raises `UserError` if it is another kind of journal, or
+        for more branches than a record counts, `StorageError` if it cannot be written.
         """
         if branches > MOST_BRANCHES:
             raise UserError(
@@ -181,7 +181,7 @@ class Found(NamedTuple):
 
 
 def read(path: Path) -> list[Record]:
-    """The records up to the first that does not hold, in order. `UserError` where the file is no journal."""
+    """The records up to the first that does not hold, in order. `UserError` if the file is no journal."""
     return scan(path).records
 
 
@@ -213,7 +213,7 @@ def _header(form: Form, version: int = VERSION) -> bytes:
 
 
 def _form(path: Path) -> tuple[int, Form] | None:
-    """Version and form of the records, from the header; None where that never reached the disk."""
+    """Version and form of the records, from the header; None if that never reached the disk."""
     try:
         with path.open("rb") as file:
             data = file.read(_HEADER.size)
@@ -265,7 +265,7 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
 
 
 def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, int]:
-    """The inverse of `_packed`; None where the checksum is not that of the bytes."""
+    """The inverse of `_packed`; None if the checksum is not that of the bytes."""
     body = data[: -_CHECKSUM.size]
     checksum = zlib.crc32(body, checksum)
     if data[-_CHECKSUM.size :] != _CHECKSUM.pack(checksum, bytes(4)):

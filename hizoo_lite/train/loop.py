@@ -115,7 +115,7 @@ class Loop:
     def run(self) -> None:
         """To the end.
 
-        Raises `Interrupted` where a signal came or a callback failed, `TooManyBadSteps` where losses stay NaN
+        Raises `Interrupted` if a signal came or a callback failed, `TooManyBadSteps` if losses stay NaN
         or the result is.
         """
         splits, total = self.setup.splits, self.setup.config.steps
@@ -141,7 +141,7 @@ class Loop:
         self._check_result(self.after.loss)
 
     def _check_result(self, loss: float) -> None:
-        """`TooManyBadSteps` where nothing was trained, or what was trained computes nothing."""
+        """`TooManyBadSteps` if nothing was trained, or what was trained computes nothing."""
         bad, total = self.position.bad_steps, self.setup.config.steps
         if not math.isfinite(loss):
             raise TooManyBadSteps(
@@ -177,7 +177,7 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether there is no other step: all were taken, or a callback wants no more.
 
-        Raises `Interrupted` where one has failed or a signal came. All ranks end after the same step.
+        Raises `Interrupted` if one has failed or a signal came. All ranks end after the same step.
         """
         control, failed = self.callbacks.control, self.callbacks.failure is not None
         interrupted, stopped = self._any(self.interrupt.requested or failed, control.should_training_stop)

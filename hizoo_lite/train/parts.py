@@ -63,7 +63,7 @@ def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> 
 
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
-    """The first `limit` examples of a part of the data. UserError where it is empty."""
+    """The first `limit` examples of a part of the data. UserError if it is empty."""
     part: list[Example] = getattr(make_splits(config, task), split)[:limit]
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
@@ -73,7 +73,7 @@ def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -
 def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:
     """The examples without texts of a single token, which are counted in the log.
 
-    UserError where none is left.
+    UserError if none is left.
     """
     kept = [example for example in examples if encoder.teaches(example)]
     if len(kept) < len(examples):

@@ -26,13 +26,13 @@ from hizoo_lite.units import format_bytes
 
 _log = logging.getLogger(__name__)
 
-#: Examples of a part that are encoded beforehand, about half a millisecond each. Where there are more, the
+#: Examples of a part that are encoded beforehand, about half a millisecond each. If there are more, the
 #: longest row is taken to be as long as the limit allows.
 MOST_ENCODED = 4096
 
 
 def plan(resolved: Resolved, workload: Workload) -> Plan | None:
-    """The plan of a run on such examples. Raises `BudgetError` where there is a budget that cannot be met.
+    """The plan of a run on such examples. Raises `BudgetError` if there is a budget that cannot be met.
 
     None for a model that cannot be run dry; with a budget that is an error, without one it only goes
     without a prediction.

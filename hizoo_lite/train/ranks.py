@@ -28,7 +28,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This rank's part of `items`, the parts in the order of the ranks; none where there are too few."""
+        """This rank's part of `items`, the parts in the order of the ranks; none if there are too few."""
         bounds = [len(items) * rank // self.count for rank in (self.rank, self.rank + 1)]
         return items[bounds[0] : bounds[1]]
 

@@ -87,7 +87,7 @@ def replay(
     out: by default `replayed` in the run folder; the checkpoint is `out/step-000123`. What the run folder has
     of the same step (a checkpoint; the adapter) is compared bit for bit. `stepped` is told how many steps of
     how many are done. Raises UserError for a step that the journal does not have, a run that this machine
-    cannot replay, or an `out` that another process uses; `StorageError` where the checkpoint cannot be
+    cannot replay, or an `out` that another process uses; `StorageError` if the checkpoint cannot be
     written.
     """
     folder = RunFolder(run)
@@ -109,7 +109,7 @@ def replay(
 
 
 def _records(folder: RunFolder, step: int | None) -> list[Record]:
-    """Those of the steps before number `step`, None: of all. UserError where one of them is lost."""
+    """Those of the steps before number `step`, None: of all. UserError if one of them is lost."""
     found = scan(folder.journal)
     records = [record for number, record in enumerate(found.records) if record.step == number]
     most = len(records)

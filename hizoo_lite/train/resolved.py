@@ -23,7 +23,7 @@ from hizoo_lite.tasks import Task
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """Settings with a task and, where one is loaded already, the model, which then answers for itself."""
+    """Settings with a task and, if one is loaded already, the model, which then answers for itself."""
 
     config: TrainConfig
     task: Task

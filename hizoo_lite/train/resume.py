@@ -39,7 +39,7 @@ def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Jou
 def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str], None]) -> Start:
     """Bring `stepper` to the last step that was recorded, of a run that is to have `steps`.
 
-    `tell` is given a line for what was passed over or is lost. Raises UserError where the files are not of
+    `tell` is given a line for what was passed over or is lost. Raises UserError if the files are not of
     one run, no checkpoint is sound, or more steps have been taken, with nothing changed.
     """
     found, refused = checkpoint.sound(folder.checkpoints)

@@ -68,7 +68,7 @@ def base_model(path: Path | str) -> str:
 def saved_kind(path: Path | str) -> ModelKind | None:
     """The kind of model that an adapter was made for, as its run or it itself says.
 
-    None where neither does: PEFT's adapters have no task type by default, nor one of masked language models.
+    None if neither does: PEFT's adapters have no task type by default, nor one of masked language models.
     """
     run, folder = saved_config(path), find_adapter(path)
     if run is not None and run.kind != "auto":
@@ -89,7 +89,7 @@ def attach_adapter(
     """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
     `path` as for `find_adapter`. `prepare` is called before blocks are first asked for, to say how much
-    memory a pass will need. `train_a`: of LoRA, where it is trained further. Raises UserError where what was
+    memory a pass will need. `train_a`: of LoRA, if it is trained further. Raises UserError if what was
     saved does not fit the model, or is of a form that is not supported.
     """
     folder = find_adapter(path)
@@ -212,7 +212,7 @@ def measured(
     progress: Progress,
     model: Model | None = None,
 ) -> tuple[Evaluation, Model]:
-    """The result on the examples `part`, and the model that is loaded for it where none is given."""
+    """The result on the examples `part`, and the model that is loaded for it if none is given."""
     resolved = Resolved(config, task, model)
     with enforced(resolved.budgets.device_bytes if model is None else None, resolved.device) as cap:
         with loading():

@@ -45,7 +45,7 @@ class Setup:
     traversal: Traversal
     space: Space
     stepper: Stepper
-    plan: Plan | None  # of its memory; None where the model could not be run dry
+    plan: Plan | None  # of its memory; None if the model could not be run dry
 
     @property
     def config(self) -> TrainConfig:
@@ -99,7 +99,7 @@ def _residency(resolved: Resolved, plan: Plan | None) -> ResidencyName:
 
 
 def planned(resolved: Resolved, splits: Splits) -> tuple[Plan | None, Workload]:
-    """The plan of the run, and what its examples make; `BudgetError` where it does not fit."""
+    """The plan of the run, and what its examples make; `BudgetError` if it does not fit."""
     encoder = planning.find_encoder(resolved)
     workload = ONE_ROW
     if encoder is not None:
@@ -110,7 +110,7 @@ def planned(resolved: Resolved, splits: Splits) -> tuple[Plan | None, Workload]:
 def prepare_blocks(model: Model, resolved: Resolved, workload: Workload, plan: Plan | None = None) -> None:
     """Lay out the blocks of a streamed model for passes over such examples; without a plan they evaluate.
 
-    Raises `BudgetError` where the budget does not allow it, before anything is written.
+    Raises `BudgetError` if the budget does not allow it, before anything is written.
     """
     config = resolved.config
     model.branch_chunk = config.branch_chunk
@@ -134,7 +134,7 @@ def _evaluation_bytes(model: Model, config: TrainConfig, workload: Workload) -> 
 
 
 def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") -> Encoder:
-    """The task's encoder for the model's tokenizer. UserError where the model has none."""
+    """The task's encoder for the model's tokenizer. UserError if the model has none."""
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
     limit = min(max_length, model.positions or max_length)

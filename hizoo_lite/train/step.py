@@ -58,7 +58,7 @@ class StepRecord(NamedTuple):
     forwards: int  # branches evaluated
     skipped: bool  # a loss was not finite: nothing was changed
     clipped: bool = False  # a coefficient was cut to the limit
-    smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 where none was measured
+    smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 if none was measured
     decay: float = 0.0  # of the weights, already times lr
     tokens: int = 0  # of the batch, on all ranks
     predicted: bool = False  # the curvature is from predictions, not from losses
@@ -74,7 +74,7 @@ class StepRecord(NamedTuple):
         return mean_or_none(self.curvatures)
 
     def metrics(self) -> dict[str, Any]:
-        """The line of metrics.jsonl; what each direction gave is there where there are several."""
+        """The line of metrics.jsonl; what each direction gave is there if there are several."""
         found = self._asdict()
         one = {"projected_grad": self.projected_grad, "curvature": self.curvature}
         each = {"projected_grads": found.pop("coefficients"), "curvatures": found.pop("curvatures")}
@@ -96,7 +96,7 @@ class Stepper:
         clip: largest size of a coefficient.
 
     Raises:
-        UserError: where the parts do not go together.
+        UserError: if the parts do not go together.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Stepper:
     def replay(self, record: Record) -> None:
         """Take the step that a record of the journal is of, without its losses: the same state, bit for bit.
 
-        Raises UserError where the record does not follow from this state and these settings.
+        Raises UserError if the record does not follow from this state and these settings.
         """
         if record.seed != self.seed:
             raise UserError(f"journal.bin: step {record.step}: seed {record.seed}, the run has {self.seed}")

@@ -94,7 +94,7 @@ def _streaming(model: Model) -> dict[str, Any]:
 
 
 def _last(metrics: Sequence[Mapping[str, Any]], when: str) -> Mapping[str, Any]:
-    """The newest evaluation of this name; empty where there was none."""
+    """The newest evaluation of this name; empty if there was none."""
     return next((line for line in reversed(metrics) if line.get("when") == when), {})
 
 

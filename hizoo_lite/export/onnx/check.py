@@ -64,7 +64,7 @@ def run_check(
 ) -> list[dict[str, Any]]:
     """Compare in a process without torch; one entry each run. work: an empty folder for what it reads.
 
-    sparing: as of `Session`. Raises `ExportError` where onnxruntime computes something else, or cannot run
+    sparing: as of `Session`. Raises `ExportError` if onnxruntime computes something else, or cannot run
     the architecture.
     """
     write_request(work, export.path, references, sparing)

@@ -21,7 +21,7 @@ from hizoo_lite.edge.session import Session
 from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.process import map_large
 
-#: The largest difference of a logit that float32 sums in another order may make, where no logit is above 1;
+#: The largest difference of a logit that float32 sums in another order may make, if no logit is above 1;
 #: times the largest one otherwise, as rounding is relative.
 LIMIT = 1e-4
 #: Tokens of a decoding that are given at once; the others come one by one.

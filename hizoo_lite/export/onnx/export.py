@@ -92,7 +92,7 @@ def export_onnx(
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
     the weights, in `dtype` (fp16 by default). base_bits, model: as of `read_source`.
 
-    Raises `UserError` before anything is written where something does not fit, and `ExportError` where
+    Raises `UserError` before anything is written if something does not fit, and `ExportError` if
     onnxruntime computes something else, or cannot run the model.
     """
     run, out, progress = Path(run), Path(out), progress or Progress()
@@ -134,7 +134,7 @@ def _check_options(format: Format | None, merge: bool, dtype: MergedDtype | None
 
 
 def _check_takes(export: Export, format: Format | None, merge: bool) -> None:
-    """UserError where an adapter cannot be added to this export, or not in this way."""
+    """UserError if an adapter cannot be added to this export, or not in this way."""
     record, out = export.record, export.path
     if record["form"] != "base":
         raise UserError(
@@ -317,7 +317,7 @@ def _mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def _limit(export: Export) -> float | None:
-    """The largest difference that is allowed; None where it is measured alone."""
+    """The largest difference that is allowed; None if it is measured alone."""
     return None if export.record["products"] == "fast" else LIMIT
 
 

@@ -67,7 +67,7 @@ def interface(model: Model, skeleton: Skeleton, takes_adapters: bool = True) -> 
 
 
 def encoder_inputs(model: Model) -> list[str]:
-    """The token inputs of a masked model or classifier; token types only where there is more than one."""
+    """The token inputs of a masked model or classifier; token types only if there is more than one."""
     typed = "token_type_ids" in inspect.signature(model.module.forward).parameters
     several = typed and getattr(model.config, "type_vocab_size", 0) > 1
     return ["input_ids", "attention_mask", *(["token_type_ids"] if several else [])]

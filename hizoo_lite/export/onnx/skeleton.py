@@ -49,7 +49,7 @@ def make_skeleton(model: Model, format: Format = "exact", changes: Changes | Non
     """The model's architecture with an `ExportLinear` for every linear; nothing is read.
 
     Every value will be the loaded model's own, from its tensors, or from its files if it streams;
-    of layers in `changes`, what was tuned. Raises `UserError` where a layer has a form that cannot be
+    of layers in `changes`, what was tuned. Raises `UserError` if a layer has a form that cannot be
     exported.
     """
     source = _Source(model, changes)

@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def read_source(run: Path, base_bits: Bits | None = None, model: str | None = None) -> Source:
-    """That of a run or an adapter folder. Raises `UserError` where its model is not there, or another one.
+    """That of a run or an adapter folder. Raises `UserError` if its model is not there, or another one.
 
     base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default. model: folder or Hub
     id where the model is now.
@@ -79,7 +79,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
 
 
 def _check_same(run: Path, checkpoint: Checkpoint, where: str) -> None:
-    """UserError where run.json knows the model, and this is another one."""
+    """UserError if run.json knows the model, and this is another one."""
     path = RunFolder(run).identity
     made_of = identity.read(path)
     if made_of.get("library") == NumpyArrays.name:  # a run on a device, which knows its graph alone

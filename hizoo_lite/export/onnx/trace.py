@@ -78,7 +78,7 @@ def trace(
 
 @contextmanager
 def following(module: nn.Module) -> Iterator[None]:
-    """While this is open a model's own code runs on tensors without values; `UserError` where it cannot.
+    """While this is open a model's own code runs on tensors without values; `UserError` if it cannot.
 
     The reasons are as many as there are models: a choice by values (`.item()` of dynamic RoPE), a cache of
     its own kind, sizes that follow from each other.
@@ -154,7 +154,7 @@ def lazy(part: Part, name: str) -> ir.LazyTensor:
 def save(graph: ir.Model, path: Path, progress: Progress) -> None:
     """Write the graph to `path` and its weights, one by one, to a file beside it, PATH.data.
 
-    `UserError` where they cannot be written, before anything is where there is no room.
+    `UserError` if they cannot be written; if there is no room, before anything is.
     """
     weights = [value.const_value for value in graph.graph.initializers.values()]
     check_space(path.parent, sum(weight.nbytes for weight in weights if weight is not None))

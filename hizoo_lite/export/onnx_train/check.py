@@ -24,7 +24,7 @@ from hizoo_lite.noise import drawn_along
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 
-#: The largest difference of a loss or a score that float32 sums in another order may make, where none is
+#: The largest difference of a loss or a score that float32 sums in another order may make, if none is
 #: above 1; times the largest one otherwise, as rounding is relative.
 LIMIT = 1e-4
 #: The same for divergences, which are of the size of mu^2: relative to the largest one of the batch.
@@ -67,7 +67,7 @@ def cases(
 def compare(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
     """Run the cases on the graph in `folder`; what train.json says of it.
 
-    Raises `ExportError` where onnxruntime cannot run one, or a difference is above `LIMIT`.
+    Raises `ExportError` if onnxruntime cannot run one, or a difference is above `LIMIT`.
     """
     runs = []
     try:

@@ -58,7 +58,7 @@ def export_train(
 
     fresh: start from new parameters, those of the run's seed, as the run itself did. model: as of
     `read_source`. The run's data is read: a batch of it is the check. Raises `UserError` before anything is
-    written where something does not fit, and `ExportError` where onnxruntime computes other losses than the
+    written if something does not fit, and `ExportError` if onnxruntime computes other losses than the
     model.
     """
     run, progress, place = Path(run), progress or Progress(), find_place(out)
