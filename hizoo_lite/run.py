@@ -35,7 +35,7 @@ from hizoo_lite.process import map_large, run_module
 from hizoo_lite.tasks import Records
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
-from hizoo_lite.train import checkpoint, config_file, distributed, identity, parts, resume, saved
+from hizoo_lite.train import checkpoint, components, config_file, distributed, identity, resume, saved
 from hizoo_lite.train import evaluate as evaluation
 from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
@@ -165,7 +165,7 @@ def fit(
         config = replace(config, task=str(folder.task))
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(config, parts.find_task(config.task) if found is None else found, loaded)
+    resolved = Resolved(config, components.find_task(config.task) if found is None else found, loaded)
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
@@ -222,9 +222,9 @@ def evaluate(
         adapter = str(of) if saved.is_tuned(of) else None
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
         config = saved.eval_config(adapter, options)
-    found = parts.find_task(config.task) if given is None else given
+    found = components.find_task(config.task) if given is None else given
     if records is None:
-        part = parts.split_part(config, found, split, examples)
+        part = components.split_part(config, found, split, examples)
     else:
         part = found.load(records, split)[:examples]
     return saved.measured(config, found, part, adapter, Progress(), model)[0]

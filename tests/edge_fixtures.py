@@ -30,7 +30,7 @@ from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
 from hizoo_lite.tensors import batch_tensors
-from hizoo_lite.train import config_file, parts
+from hizoo_lite.train import components, config_file
 
 DEMO = Path(hizoo_lite.__file__).parent / "demo"
 #: Of the embedded model, as the records say it.
@@ -111,8 +111,8 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
     space.attach(model, config.seed)
     space.save(folder / "adapter")
     tensors = tensors_of(space)
-    task = parts.find_task(config.task)
-    examples = parts.make_splits(config, task).train[:2]
+    task = components.find_task(config.task)
+    examples = components.make_splits(config, task).train[:2]
     encoder = Encoder(AutoTokenizer.from_pretrained(DEMO), "causal", task, config.max_length)
     batch = batch_tensors(encoder.collate([encoder.encode(example, training=True) for example in examples]))
     plain = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()

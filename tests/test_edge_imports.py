@@ -25,7 +25,7 @@ MODULES = [
     "hizoo_lite.train.folder",
     "hizoo_lite.train.interrupt",
     "hizoo_lite.train.loop",
-    "hizoo_lite.train.parts",
+    "hizoo_lite.train.components",
     "hizoo_lite.optimizers.step_size",
     "hizoo_lite.train.step",
     "hizoo_lite.train.summary",

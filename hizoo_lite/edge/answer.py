@@ -15,7 +15,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
-from hizoo_lite.train import parts
+from hizoo_lite.train import components
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
@@ -41,15 +41,15 @@ def evaluate_export(
     if limit is not None and limit < 1:
         raise UserError(f"--examples: got {limit}, allowed: a whole number of 1 or more")
     progress = progress or Progress()
-    task = parts.find_task(config.task)
-    examples = parts.split_part(config, task, split, limit)
+    task = components.find_task(config.task)
+    examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
     order = output_order(task, model.id2label) if model.kind == "classifier" else None
-    encoder = parts.task_encoder(
+    encoder = components.task_encoder(
         model.tokenizer, model.kind, task, most, config.loss, order=order, vocabulary=model.vocabulary
     )
-    examples = parts.learnable(encoder, examples)
+    examples = components.learnable(encoder, examples)
     if model.kind == "classifier":
         model.session.graph.check_classes(task, model.session.graph.outputs[0])
     progress.phase("evaluate", len(examples))

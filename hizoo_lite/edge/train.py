@@ -23,7 +23,7 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
-from hizoo_lite.train import checkpoint, config_file, identity, parts, resume
+from hizoo_lite.train import checkpoint, components, config_file, identity, resume
 from hizoo_lite.train.callbacks import Callbacks, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.folder import RunFolder, next_free
@@ -111,14 +111,14 @@ def _trained(setup: EdgeSetup) -> int:
 
 
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
-    task = parts.find_task(config.task)
-    splits = parts.run_splits(config, task)
+    task = components.find_task(config.task)
+    splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
     most = min(config.max_length, graph.record.positions or config.max_length)
     record = graph.record
     order = output_order(task, record.id2label) if record.kind == "classifier" else None
-    encoder = parts.task_encoder(
+    encoder = components.task_encoder(
         tokenizer, record.kind, task, most, config.loss, order=order, vocabulary=record.vocabulary
     )
     if encoder.loss != graph.record.loss:
@@ -128,8 +128,8 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
         )
     if graph.record.kind == "classifier":
         graph.session.check_classes(task, SCORES)
-    stepper = parts.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
-    splits = parts.learnable_splits(encoder, splits)
+    stepper = components.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
+    splits = components.learnable_splits(encoder, splits)
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 
 

@@ -38,7 +38,7 @@ from hizoo_lite.train.step import Stepper, StepRecord
 MOST_BAD_STEPS = 20
 
 
-class Parts(Protocol):
+class Components(Protocol):
     """What a run is made of, as far as the loop needs it."""
 
     @property
@@ -83,7 +83,7 @@ class Loop:
 
     def __init__(
         self,
-        setup: Parts,
+        setup: Components,
         folder: RunFolder,
         position: Position,
         journal: Journal | None,

@@ -20,7 +20,7 @@ from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
 from hizoo_lite.tasks import Encoder, Splits
-from hizoo_lite.train.parts import task_encoder
+from hizoo_lite.train.components import task_encoder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.units import format_bytes
 

@@ -22,7 +22,7 @@ from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.train import checkpoint, identity, parts
+from hizoo_lite.train import checkpoint, components, identity
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.journal import Record, scan
@@ -152,7 +152,7 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
     space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays, config.train_a)
-    return parts.make_stepper(config, None, arrays, space)
+    return components.make_stepper(config, None, arrays, space)
 
 
 def _arrays(library: str, where: Path) -> Arrays:
@@ -173,10 +173,10 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train.resolved import Resolved
 
-    model = Resolved(config, parts.find_task(config.task)).model()
+    model = Resolved(config, components.find_task(config.task)).model()
     space = SPACES.configured(config)
     space.attach(model, config.seed)
-    stepper = parts.make_stepper(config, None, TorchArrays(model.device), space)
+    stepper = components.make_stepper(config, None, TorchArrays(model.device), space)
     found = {**identity.of_model(model.folder), "library": stepper.library}
     identity.check(folder.identity, {**found, **identity.of_device(model.device, drawn=True)})
     return stepper

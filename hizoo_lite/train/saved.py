@@ -35,7 +35,7 @@ from hizoo_lite.plan.workload import cache_bytes
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import Task
-from hizoo_lite.train import parts, planning, setup
+from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
@@ -197,8 +197,8 @@ def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
-    task = parts.find_task(config.task)
-    part = parts.split_part(config, task, split, limit)
+    task = components.find_task(config.task)
+    part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
     return report(found, config, adapter, split) | about
@@ -218,7 +218,7 @@ def measured(
         with loading():
             model = resolved.model()
         encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-        part = parts.learnable(encoder, part)
+        part = components.learnable(encoder, part)
         prepare = partial(setup.prepare_blocks, model, resolved, planning.evaluated(encoder, part))
         if adapter is not None:
             attach_adapter(model, adapter, prepare)

@@ -40,7 +40,7 @@ from hizoo_lite.process import trim
 from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.train import config_file, parts, saved, setup
+from hizoo_lite.train import components, config_file, saved, setup
 from hizoo_lite.train.progress import Progress
 
 CONFIG = "config.toml"
@@ -69,8 +69,8 @@ def export_train(
     config = saved.saved_config(run)
     if config is None:
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
-    task = parts.find_task(config.task)
-    examples = parts.make_splits(config, task).train
+    task = components.find_task(config.task)
+    examples = components.make_splits(config, task).train
     source = read_source(run, model=model)
     with workplace(place) as work:
         check_new(place)  # another process may have made it just now
@@ -78,7 +78,7 @@ def export_train(
         aside.mkdir()
         loaded = load_base(source, stored_folder(source, work, progress))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
-        examples = parts.learnable(encoder, examples)[: config.batch_size]
+        examples = components.learnable(encoder, examples)[: config.batch_size]
         space = saved.attach_adapter(loaded, run, train_a=config.train_a)
         assert isinstance(space, LoRA)
         if fresh:

@@ -1,4 +1,4 @@
-"""The parts of a run that need no torch: its data, its encoder, its method. `setup.py` adds the model."""
+"""The components of a run that need no torch: data, encoder, method. `setup.py` adds the model."""
 
 from __future__ import annotations
 
