@@ -40,11 +40,11 @@ _MEANINGS = {
 class Graph:
     """A graph that is ready to run; `inputs` are the names that every run gives, in order.
 
-    threads: of a product; None is onnxruntime's choice. sparing: use weights as they are in the mapped file,
-    in place of copies in the form that is fastest.
+    threads: of a product; None is onnxruntime's choice. low_memory: use weights as they are in the mapped
+    file, in place of copies in the form that is fastest.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, *, sparing: bool = False) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, low_memory: bool = False) -> None:
         """UserError naming the file, and what is wrong, if it cannot be opened."""
         ort = runtime()
         if not path.is_file():
@@ -54,7 +54,7 @@ class Graph:
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # its fusion is lossy
         if threads is not None:
             options.intra_op_num_threads = threads
-        if sparing:
+        if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         self.path = path
@@ -63,7 +63,7 @@ class Graph:
                 str(path),
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"] if sparing else None,
+                disabled_optimizers=["ConstantFolding"] if low_memory else None,
             )
         except Exception as error:  # onnxruntime's own classes have no public common base
             raise _explained(path, error) from error
@@ -114,12 +114,12 @@ class Graph:
 
 @final
 class Session:
-    """Runs an export; adapters are loaded when they are first used. threads, sparing: as for `Graph`."""
+    """Runs an export; adapters are loaded when they are first used. threads, low_memory: as for `Graph`."""
 
-    def __init__(self, export: Export, *, threads: int | None = None, sparing: bool = False) -> None:
+    def __init__(self, export: Export, *, threads: int | None = None, low_memory: bool = False) -> None:
         """UserError if onnxruntime cannot load the graph."""
         self.export = export
-        self.graph = Graph(export.graph, threads, sparing=sparing)
+        self.graph = Graph(export.graph, threads, low_memory=low_memory)
         self._adapters: dict[str, Any] = {}
 
     def run(

@@ -60,14 +60,14 @@ def reference(model: Model, tokens: Tokens) -> np.ndarray:
 
 
 def run_check(
-    export: Export, references: Sequence[Reference], work: Path, *, sparing: bool
+    export: Export, references: Sequence[Reference], work: Path, *, low_memory: bool
 ) -> list[dict[str, Any]]:
     """Compare in a process without torch; one entry each run. work: an empty folder for what it reads.
 
-    sparing: as of `Session`. Raises `ExportError` if onnxruntime computes something else, or cannot run
+    low_memory: as of `Session`. Raises `ExportError` if onnxruntime computes something else, or cannot run
     the architecture.
     """
-    write_request(work, export.path, references, sparing)
+    write_request(work, export.path, references, low_memory)
     done = run_module("hizoo_lite.export.onnx.compare", str(work))
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -125,9 +125,9 @@ def _failed(
     )
 
 
-def write_request(folder: Path, export: Path, references: Sequence[Reference], sparing: bool) -> None:
+def write_request(folder: Path, export: Path, references: Sequence[Reference], low_memory: bool) -> None:
     """Leave in `folder` what `main` reads."""
-    request: dict[str, Any] = {"export": str(export.absolute()), "sparing": sparing, "references": []}
+    request: dict[str, Any] = {"export": str(export.absolute()), "low_memory": low_memory, "references": []}
     for number, reference in enumerate(references):
         named = reference._asdict()
         named["cases"] = [case.decoded for case in reference.cases]
@@ -156,7 +156,7 @@ def main(folder: Path) -> dict[str, Any]:
     request = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     export = Export.open(request["export"])
     try:
-        session = Session(export, sparing=request["sparing"])
+        session = Session(export, low_memory=request["low_memory"])
     except UserError as error:
         return {"error": str(error), "at": "load"}
     runs: list[dict[str, Any]] = []

@@ -325,7 +325,7 @@ def _run_check(export: Export, references: list[Reference], work: Path) -> list[
     place = work / "check"
     place.mkdir()
     # fast products need the weights in a form of their own, which is held
-    return run_check(export, references, place, sparing=export.record["products"] == "exact")
+    return run_check(export, references, place, low_memory=export.record["products"] == "exact")
 
 
 def _summary(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
