@@ -21,7 +21,7 @@ _MOST_NAME_BYTES = 255  # of a part of a path
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file; it is on disk when this returns. OSError, with the old file kept, if that fails."""
-    beside = aside(path)
+    beside = temporary_path(path)
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """While this is open, a failure to write is a `StorageError` that names the file, or else `path`."""
     try:
         yield
@@ -44,7 +44,7 @@ def storing(path: Path) -> Iterator[None]:
         raise StorageError(f"{where}: cannot be written: {error.strerror or error}") from error
 
 
-def aside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where a file is written before it is renamed."""
     return path.with_name(f".{path.name}.tmp")
 

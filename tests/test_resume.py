@@ -20,7 +20,7 @@ from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.curvature import Grouped
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError, StorageError, UserError
-from hizoo_lite.files import storing
+from hizoo_lite.files import storage_errors
 from hizoo_lite.report.report import write_report
 from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces import LoRA
@@ -547,7 +547,7 @@ def refusing(plain: Any, first: int) -> Any:
         calls[0] += 1
         found = plain(self, *rest)
         if calls[0] >= first:
-            with storing(Path("/full")):
+            with storage_errors(Path("/full")):
                 raise OSError(28, "No space left on device", "/full/file")
         return found
 

@@ -238,7 +238,7 @@ def _read_checkpoint(folder: Path) -> None:
         checkpoint.parameters(path)
         assert checkpoint.halvings(path) >= 0
         tensorfile.load(path / "curvature.safetensors")
-    checkpoint.sound(folder)
+    checkpoint.newest_valid(folder)
 
 
 _METRICS = (

@@ -85,10 +85,10 @@ def main() -> None:
             made = Path(scratch) / "made"
             make(made, Path(scratch))
             arguments.folder.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f".{name}")
-            shutil.rmtree(aside, ignore_errors=True)  # of a call that was killed
-            shutil.copytree(made, aside)
-            aside.replace(target)
+            temporary = target.with_name(f".{name}")
+            shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+            shutil.copytree(made, temporary)
+            temporary.replace(target)
         print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e6:.0f} MB")
 
 

@@ -107,12 +107,12 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         begin += value.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for value in values.values():
             file.write(value.tobytes())
-    os.replace(aside, path)
+    os.replace(temporary, path)
 
 
 def equal(first: Path, second: Path) -> bool:

@@ -1,9 +1,9 @@
 """Write safetensors files tensor by tensor, a few rows at a time, and never a half-written one.
 
 The header is written first, from the declared dtypes and shapes; every tensor then has its place, so the
-order of writing is free. A file is written aside, forced to disk and renamed: under its final name there is
-a whole file or none. Tensors lie by falling size of their elements, then by name: the library maps files
-and wants every tensor aligned without holes (https://github.com/huggingface/safetensors, "Format").
+order of writing is free. A file is written beside its place, forced to disk and renamed: under its final name
+there is a whole file or none. Tensors lie by falling size of their elements, then by name: the library maps
+files and wants every tensor aligned without holes (https://github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hizoo_lite.checkpoints.tensors import DTYPE_NAMES
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import aside, sync_folder, write_text
+from hizoo_lite.files import sync_folder, temporary_path, write_text
 
 HASHED_CHUNK_BYTES = 8_000_000  # read at a time where a file is hashed
 
@@ -60,9 +60,9 @@ class ShardWriter:
         self._written = dict.fromkeys(self._forms, 0)
         self._hash, self._hashed = hashlib.sha256(), 0  # bytes from the start that are hashed already
         self.nbytes = file_bytes(self._forms, metadata)
-        self._aside = aside(path)
+        self._temporary = temporary_path(path)
         with named_errors(path):
-            self._file = open(self._aside, "w+b", buffering=0)  # noqa: SIM115 - closed by close
+            self._file = open(self._temporary, "w+b", buffering=0)  # noqa: SIM115 - closed by close
         try:
             self._put(memoryview(header), 0)
         except BaseException:
@@ -97,7 +97,7 @@ class ShardWriter:
                 os.fsync(self._file.fileno())
                 self._hash_the_rest()
                 self._file.close()
-                os.replace(self._aside, self.path)
+                os.replace(self._temporary, self.path)
                 sync_folder(self.path.parent)
         except BaseException:
             self._abandon()
@@ -152,7 +152,7 @@ class ShardWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
-            self._aside.unlink()
+            self._temporary.unlink()
 
 
 def _write_at(file: io.FileIO, content: memoryview, offset: int) -> None:

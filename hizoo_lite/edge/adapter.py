@@ -26,7 +26,7 @@ from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.edge.folder import ADAPTER_SUFFIX, ADAPTERS, RECORD, Export, describe
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.files import parse_toml, storing
+from hizoo_lite.files import parse_toml, storage_errors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
@@ -64,7 +64,7 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
         if name.casefold() == known.casefold():  # one file, where disks take both for the same name
             raise UserError(f"--name: {known!r} is in {export.path / RECORD} already; give another name")
     path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
-    with storing(path):
+    with storage_errors(path):
         path.parent.mkdir(exist_ok=True)
     save_adapter(path, converted.values)
     export.record["adapters"][name] = {

@@ -18,7 +18,7 @@ from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, read_json, storing, write_text
+from hizoo_lite.files import is_inside, read_json, storage_errors, write_text
 
 FORMAT = 1
 RECORD, GRAPH, WEIGHTS, ADAPTERS = "export.json", "model.onnx", "model.onnx.data", "adapters"
@@ -147,7 +147,7 @@ class Export:
     def write(self) -> None:
         """Replace export.json: a reader sees the old one or the new one. StorageError if that fails."""
         path = self.path / RECORD
-        with storing(path):
+        with storage_errors(path):
             write_text(path, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hizoo_lite.edge.folder import RECORD, RUN_ADAPTER, Base, Export, is_export, made_for, read_record
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.files import aside, storing, sync_file
+from hizoo_lite.files import storage_errors, sync_file, temporary_path
 from hizoo_lite.train import identity
 
 _RUN = "run.json"
@@ -38,14 +38,14 @@ def save_adapter(path: Path, values: Mapping[str, np.ndarray]) -> None:
 
     Raises `StorageError` naming the file, with nothing of it left and what was there before kept.
     """
-    ort, beside = runtime(), aside(path)
+    ort, beside = runtime(), temporary_path(path)
     whole = {name: np.ascontiguousarray(value) for name, value in values.items()}  # OrtValues only borrow
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(_VERSION)
     adapter.set_model_version(_VERSION)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in whole.items()})
     try:
-        with storing(path):
+        with storage_errors(path):
             adapter.export_adapter(str(beside))
             sync_file(beside)
             ort.AdapterFormat.read_adapter(str(beside))  # which sees that it is whole

@@ -18,7 +18,7 @@ from torch import nn
 from hizoo_lite.base import ModelKind
 from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, find_adapter, read_peft_config
-from hizoo_lite.checkpoints.writer import aside, named_errors, write_json, write_text
+from hizoo_lite.checkpoints.writer import named_errors, temporary_path, write_json, write_text
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.changes import LoRAChanges
@@ -95,8 +95,8 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
 
 def _copy(file: Path, target: Path) -> None:
     with named_errors(target):
-        shutil.copyfile(file, aside(target))
-        aside(target).replace(target)
+        shutil.copyfile(file, temporary_path(target))
+        temporary_path(target).replace(target)
 
 
 def _card(

@@ -11,7 +11,7 @@ from pathlib import Path
 from hizoo_lite import locks
 from hizoo_lite.checkpoints.writer import named_errors
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import storing
+from hizoo_lite.files import storage_errors
 
 
 def find_place(out: Path | str) -> Path:
@@ -56,7 +56,7 @@ def workplace(place: Path) -> Iterator[Path]:
     with named_errors(place.parent):
         path.mkdir(parents=True, exist_ok=True)
     busy = f"--out: another export into {place} is under way; wait for it, end it, or use another folder"
-    with locks.held(path, busy), storing(place):
+    with locks.held(path, busy), storage_errors(place):
         try:
             _empty(path)
             yield path

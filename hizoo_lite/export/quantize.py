@@ -33,7 +33,7 @@ from hizoo_lite.checkpoints.writer import (
 )
 from hizoo_lite.errors import UserError
 from hizoo_lite.export import shards
-from hizoo_lite.files import aside, check_space, read_json
+from hizoo_lite.files import check_space, read_json, temporary_path
 from hizoo_lite.model import build
 from hizoo_lite.quant.fourbit import BLOCKSIZE
 from hizoo_lite.quant.packing import pack_rows
@@ -174,7 +174,7 @@ class Quantization:
             raise UserError(f"--out: {self.out} is a file; allowed: a new or empty folder")
         note = self.out / PROGRESS_FILE
         if not note.is_file():
-            if any(path != aside(note) for path in self.out.iterdir()):
+            if any(path != temporary_path(note) for path in self.out.iterdir()):
                 raise UserError(f"--out: {self.out} is not empty; allowed: a new or empty folder")
             return {}
         content = read_json(note, "what hizoo-lite quantize writes")
@@ -325,8 +325,8 @@ class Quantization:
         for path in self._small_files():
             target = self.out / path.name
             with named_errors(target):
-                shutil.copyfile(path, aside(target))
-                aside(target).replace(target)
+                shutil.copyfile(path, temporary_path(target))
+                temporary_path(target).replace(target)
 
     def _write_config(self) -> None:
         first = next(iter(self.layout.linears), None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import ExportError, UserError
-from hizoo_lite.files import storing, write_text
+from hizoo_lite.files import storage_errors, write_text
 
 _TOKENIZER = "tokenizer.json"
 _PATTERNS = (
@@ -52,7 +52,7 @@ def write_tokenizer(tokenizer: Any | None, files: Iterable[Path], out: Path) -> 
     None for a model without one: nothing is compared. Raises `ExportError`, naming a text, if the ids
     differ all the same.
     """
-    with storing(out):
+    with storage_errors(out):
         for path in files:
             shutil.copyfile(path, out / path.name)
         if tokenizer is None:

@@ -180,13 +180,13 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
     refuse(
         [
             f"{flag}: got {got}, allowed: {allowed}"
-            for flag, got, sound, allowed in (
+            for flag, got, valid, allowed in (
                 ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of 1 or more"),
                 ("--temperature", temperature, 0 <= temperature < math.inf, "a finite number of 0 or more"),
                 ("--top-p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
                 ("--seed", seed, 0 <= seed <= _MOST_SEED, f"a whole number from 0 to {_MOST_SEED}"),
             )
-            if not sound
+            if not valid
         ]
     )
 

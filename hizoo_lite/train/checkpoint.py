@@ -3,9 +3,9 @@
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
 `curvature.safetensors`, `optimizer.safetensors` if the optimizer has a state, and `state.json` with the step
 size's state, a checksum of every other file and one of itself. Noise and batches need no state: they are
-functions of (seed, step). A checkpoint is written aside, forced to the disk and renamed: one that has its
-name is complete. One whose checksums are wrong is passed over for an older one, and renamed once the run goes
-on from there. `step-000000` of a space in memory is where `replay` begins.
+functions of (seed, step). A checkpoint is written beside its place, forced to the disk and renamed: one that
+has its name is complete. One whose checksums are wrong is passed over for an older one, and renamed once the
+run goes on from there. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hizoo_lite.base import AttachedSpace
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.fingerprint import sha256_of
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import is_inside, parse_json, storing, sync_file, sync_folder
+from hizoo_lite.files import is_inside, parse_json, storage_errors, sync_file, sync_folder
 from hizoo_lite.train.step import Stepper
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -66,10 +66,10 @@ def newest(folder: Path) -> Path | None:
     return next(iter(every(folder)), None)
 
 
-def sound(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
+def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, UserError]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with those after it.
 
-    Raises UserError if there are checkpoints and none is sound.
+    Raises UserError if there are checkpoints and none is valid.
     """
     refused: dict[Path, UserError] = {}
     for path in every(folder):
@@ -111,28 +111,28 @@ def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) 
     path = path_of(folder, position.step)
     if path.exists():
         return path
-    with storing(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-        aside = folder / f".{path.name}.tmp"
-        aside.mkdir()
+        temporary = folder / f".{path.name}.tmp"
+        temporary.mkdir()
         try:
-            _write(aside, position, stepper, halvings)
+            _write(temporary, position, stepper, halvings)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its room back
             raise
-        os.replace(aside, path)
+        os.replace(temporary, path)
         sync_folder(folder)
     return path
 
 
-def _write(aside: Path, position: Position, stepper: Stepper, halvings: int) -> None:
+def _write(temporary: Path, position: Position, stepper: Stepper, halvings: int) -> None:
     """The files of a checkpoint, forced to the disk."""
-    stepper.space.save(aside / ADAPTER)
-    _save_state(aside / _CURVATURE, stepper.curvature.state_dict())
+    stepper.space.save(temporary / ADAPTER)
+    _save_state(temporary / _CURVATURE, stepper.curvature.state_dict())
     if state := stepper.optimizer.state_dict():
-        _save_state(aside / _OPTIMIZER, state)
-    written = sorted(file for file in aside.rglob("*") if file.is_file())
+        _save_state(temporary / _OPTIMIZER, state)
+    written = sorted(file for file in temporary.rglob("*") if file.is_file())
     record: dict[str, Any] = {
         "format": _FORMAT,
         **position._asdict(),
@@ -140,11 +140,11 @@ def _write(aside: Path, position: Position, stepper: Stepper, halvings: int) -> 
         "halvings": halvings,
         "library": stepper.library,
         "parameters": list(stepper.space.parameters),
-        "files": {file.relative_to(aside).as_posix(): sha256_of(file) for file in written},
+        "files": {file.relative_to(temporary).as_posix(): sha256_of(file) for file in written},
     }
     record["checksum"] = _checksum(record)
-    (aside / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _sync(aside)
+    (temporary / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _sync(temporary)
 
 
 def _save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -158,21 +158,21 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 def save_adapter(space: AttachedSpace, folder: Path) -> None:
     """Replace the folder with what the space saves now, as a whole. `StorageError` leaves the old one."""
-    aside, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
-    with storing(folder):
+    temporary, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("tmp", "old"))
+    with storage_errors(folder):
         if old.exists() and not folder.exists():  # killed between the two renames
             os.replace(old, folder)
-        for left in (aside, old):
+        for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
         try:
-            space.save(aside)
-            _sync(aside)
+            space.save(temporary)
+            _sync(temporary)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         if folder.exists():
             os.replace(folder, old)
-        os.replace(aside, folder)
+        os.replace(temporary, folder)
         sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -191,7 +191,7 @@ def set_aside(path: Path) -> None:
     """Give a damaged checkpoint another name, so that it is looked at no more and can be made again."""
     name = path.name.replace("step-", "damaged-step-")
     shutil.rmtree(path.with_name(name), ignore_errors=True)
-    with storing(path):
+    with storage_errors(path):
         os.replace(path, path.with_name(name))
 
 
@@ -237,10 +237,10 @@ def keep(folder: Path, limit: int, also: Iterable[int] = ()) -> None:
     kept = {0, *also}
     for path in every(folder)[limit:]:
         if steps_of(path) not in kept:
-            aside = folder / f".{path.name}.old"
-            with storing(path):
-                os.replace(path, aside)  # so that a killed process leaves no half checkpoint under its name
-            shutil.rmtree(aside, ignore_errors=True)
+            temporary = folder / f".{path.name}.old"
+            with storage_errors(path):
+                os.replace(path, temporary)  # a killed process leaves no half checkpoint under its name
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from hizoo_lite import locks
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import aside, parse_json, read_json, storing, sync_file, write_text
+from hizoo_lite.files import parse_json, read_json, storage_errors, sync_file, temporary_path, write_text
 from hizoo_lite.train import config_file
 
 _NUMBER = (int, float, type(None))
@@ -80,7 +80,7 @@ class RunFolder:
             raise UserError(
                 f"--out: {self.path} holds a run already; allowed: a new or empty folder, or --resume"
             )
-        if {path.name for path in self.path.iterdir()} - {aside(self._config).name, locks.NAME}:
+        if {path.name for path in self.path.iterdir()} - {temporary_path(self._config).name, locks.NAME}:
             raise UserError(f"--out: {self.path} is not empty; allowed: a new or empty folder")
 
     @contextmanager
@@ -121,7 +121,7 @@ class RunFolder:
         """Make the folder, if it is not there, and write the settings."""
         if not self.writes:
             return
-        with storing(self._config):
+        with storage_errors(self._config):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self._config, config_file.write(config))
         self._settings = config
@@ -171,7 +171,7 @@ class RunFolder:
         self._write_metrics(sorted(found, key=lambda line: (line["step"], line["kind"] == "step")))
 
     def _write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        with storing(self.metrics):
+        with storage_errors(self.metrics):
             write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -181,13 +181,13 @@ class RunFolder:
             self.evaluations().append(line)
         if not self.writes:
             return
-        with storing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sync_metrics(self) -> None:
         """Force what was appended to the disk."""
         if self.metrics.is_file():
-            with storing(self.metrics):
+            with storage_errors(self.metrics):
                 sync_file(self.metrics)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -210,7 +210,7 @@ class RunFolder:
     def _write_json(self, path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
         if not self.writes:
             return
-        with storing(path):
+        with storage_errors(path):
             write_text(path, json.dumps(plain(value), indent=indent, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any]:

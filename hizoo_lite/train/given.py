@@ -15,7 +15,7 @@ from hizoo_lite.base import Curvature, Estimator, Space
 from hizoo_lite.config import TrainConfig, refuse
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import storing, write_text
+from hizoo_lite.files import storage_errors, write_text
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
@@ -41,7 +41,7 @@ class Given(NamedTuple):
 
     def write(self, folder: RunFolder) -> None:
         """task.toml and data/."""
-        with storing(folder.path):
+        with storage_errors(folder.path):
             if self.task is not None:
                 write_text(folder.task, tomli_w.dumps(self.task))
             if self.data is not None:

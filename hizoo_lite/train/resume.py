@@ -1,6 +1,6 @@
 """Where a run begins: at zero, or where an earlier process was killed, to the bit.
 
-The newest sound checkpoint is loaded and the journal's later records are replayed, so that no step is lost
+The newest valid checkpoint is loaded and the journal's later records are replayed, so that no step is lost
 and none is computed twice. After a power failure the disk may have lost the end of the journal: those steps
 are computed again; or of metrics.jsonl: its lines of steps are written again from the journal.
 """
@@ -40,9 +40,9 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     """Bring `stepper` to the last step that was recorded, of a run that is to have `steps`.
 
     `tell` is given a line for what was passed over or is lost. Raises UserError if the files are not of
-    one run, no checkpoint is sound, or more steps have been taken, with nothing changed.
+    one run, no checkpoint is valid, or more steps have been taken, with nothing changed.
     """
-    found, refused = checkpoint.sound(folder.checkpoints)
+    found, refused = checkpoint.newest_valid(folder.checkpoints)
     for error in refused.values():
         tell(f"{error}; an older checkpoint is taken")
     held = journal.scan(folder.journal) if folder.journal.is_file() else Found([], 0, 0)

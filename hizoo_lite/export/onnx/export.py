@@ -112,12 +112,12 @@ def export_onnx(
             source_or_why = _find_source(run, base_bits, model)
             export.verify()
             return _add(export, run, name, source_or_why, work, progress)
-        aside = work / "export"
-        aside.mkdir()
-        export, references = _write(plan, aside, work, progress)
+        temporary = work / "export"
+        temporary.mkdir()
+        export, references = _write(plan, temporary, work, progress)
         trim()
         _check(export, references, work, progress)
-        aside.replace(place)
+        temporary.replace(place)
     return Export(out, export.record)
 
 

@@ -74,8 +74,8 @@ def export_train(
     source = read_source(run, model=model)
     with workplace(place) as work:
         check_new(place)  # another process may have made it just now
-        aside = work / "export"
-        aside.mkdir()
+        temporary = work / "export"
+        temporary.mkdir()
         loaded = load_base(source, stored_folder(source, work, progress))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
         examples = components.learnable(encoder, examples)[: config.batch_size]
@@ -86,19 +86,21 @@ def export_train(
         branches = Branches(ESTIMATORS.configured(config).points(0))
         batches = cases(loaded, space, encoder, examples, config.seed, branches)
         token_types = batches[0].batch.token_type_ids is not None
-        _write_settings(loaded, config, aside)
-        _write_graph(loaded, space, encoder, token_types, aside, progress)
-        space.save(aside / ADAPTER)
-        shutil.copyfile(adapter / PEFT_FILE, aside / ADAPTER / PEFT_FILE)  # names the base as the run does
-        record = _record(loaded, space, encoder, source, aside)
-        write_json(aside / RECORD, record)
+        _write_settings(loaded, config, temporary)
+        _write_graph(loaded, space, encoder, token_types, temporary, progress)
+        space.save(temporary / ADAPTER)
+        shutil.copyfile(
+            adapter / PEFT_FILE, temporary / ADAPTER / PEFT_FILE
+        )  # names the base as the run does
+        record = _record(loaded, space, encoder, source, temporary)
+        write_json(temporary / RECORD, record)
         if isinstance(loaded.residency, Streamed):
             loaded.residency.close()
         trim()
         progress.message("running the export in onnxruntime")
-        record["check"] = compare(aside, batches)
-        write_json(aside / RECORD, record)
-        aside.replace(place)
+        record["check"] = compare(temporary, batches)
+        write_json(temporary / RECORD, record)
+        temporary.replace(place)
     return record
 
 
