@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.model import attention
-from hizoo_lite.plan.tally import KernelMemory, Tally
+from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
 
@@ -91,10 +91,10 @@ def test_repeated_keys_and_values_are_planned() -> None:
     key = torch.empty(3, 8, 128, 64, device="meta")
     peaks = []
     for repeats in (False, True):
-        tally = Tally()
-        with KernelMemory(repeats), tally:
+        meter = MemoryMeter()
+        with KernelMemory(repeats), meter:
             nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
-        peaks.append(tally.peak_bytes)
+        peaks.append(meter.peak_bytes)
     size = query.numel() * query.itemsize
     assert peaks[1] - peaks[0] == 2 * size
     assert peaks[1] < 4 * size  # and no matrix of every query and key

@@ -30,10 +30,10 @@ from hizoo_lite.model import build
 from hizoo_lite.noise import generator
 from hizoo_lite.plan import ledger, planner
 from hizoo_lite.plan.dry_run import DryRun, Pass, Source, pass_bytes
-from hizoo_lite.plan.outline import Outline
+from hizoo_lite.plan.inventory import Inventory
+from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan
-from hizoo_lite.plan.tally import KernelMemory, Tally
 from hizoo_lite.plan.workload import ONE_ROW
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
@@ -155,19 +155,19 @@ def test_a_dry_run_makes_the_tensors_of_a_real_pass(name: str, branches: Branche
     traversal = Traversal(model)
     traversal.losses(batch, branches, 1e-3, directions)  # scratch is there from now on
     scratch = sum(buffer.numel() for buffer in model.scratch._buffers.values())
-    with Tally() as tally, KernelMemory():
+    with MemoryMeter() as meter, KernelMemory():
         traversal.losses(batch, branches, 1e-3, directions)
     dry = dry_run(tmp_path, SPACES.configured(config) if trains else None)
     made = dry.run(Pass(rows, length, branches, rows))
     assert sum(made.scratch.values()) == scratch
-    assert made.peak_bytes - scratch == pytest.approx(tally.peak_bytes, rel=0.03)
+    assert made.peak_bytes - scratch == pytest.approx(meter.peak_bytes, rel=0.03)
 
 
 def dry_run(folder: Path, space: Any, bits: Any = "nf4") -> DryRun:
     config = build.read_config(folder, "causal", 2)
-    outline = Outline.of(Checkpoint.open(folder))
+    inventory = Inventory.of(Checkpoint.open(folder))
     source = Source(
-        outline, config, "causal", bits, space is None or space.name == "lora", torch.bfloat16, "cpu"
+        inventory, config, "causal", bits, space is None or space.name == "lora", torch.bfloat16, "cpu"
     )
     return DryRun(source, "resident", build.build(config, "causal"), space, CURVATURES.make("none"))
 
@@ -179,7 +179,7 @@ def test_encoders_and_classifiers_can_be_planned(name: str, kind: Any, tmp_path:
     plan = planned(tmp_path, kind)
     assert plan.fits
     assert plan.ledger.device["adapters"] > 0
-    assert plan.moments["attention"] > 0
+    assert plan.peaks["attention"] > 0
 
 
 def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_update_is_planned_with_the_bytes_that_it_makes(bits: Any, update: An
     planned = dry.run(Pass(1, 4, Branches.of(), 1))
     scratch = {name: buffer.nbytes for (name, _), buffer in model.scratch._buffers.items()}
     assert {name: planned.scratch[name] for name in scratch} == scratch
-    assert planned.moments["update"] > made  # it is made while a pass runs
+    assert planned.peaks["update"] > made  # it is made while a pass runs
     with meta_as("cpu"):
         assert update_bytes(dry.space) == made
 
@@ -224,9 +224,9 @@ def update_bytes(space: Any) -> int:
     space.weights.drop()
     space.weights.begin(0, 0, curvature, measured=False)
     space.weights.update(1e-4, 0.1)
-    with torch.no_grad(), Tally() as tally:
+    with torch.no_grad(), MemoryMeter() as meter:
         assert space.weights.apply(0)
-    return tally.peak_bytes
+    return meter.peak_bytes
 
 
 # ---------------------------------------------------------------------------------- what fits
@@ -280,15 +280,15 @@ def test_nothing_fits_into_nothing_and_quantizing_is_proposed(tmp_path: Path) ->
 
 def test_a_batch_that_is_left_open_is_the_largest_that_fits(streamable: Path) -> None:
     config = config_of(streamable, max_length=256, residency="resident", branch_chunk=1)
-    outline = Outline.of(Checkpoint.open(streamable))
+    inventory = Inventory.of(Checkpoint.open(streamable))
 
     def choose(budget: int) -> Plan:
         sized = replace(config, device_budget=f"{budget}B")
-        return planner.plan_run(sized, outline, "causal", choose_batch=True, framework=FRAMEWORK)
+        return planner.plan_run(sized, inventory, "causal", choose_batch=True, framework=FRAMEWORK)
 
     assert choose(100 << 30).batch_size == 16
     four = replace(config, batch_size=16, device_budget="100GiB")
-    whole = planner.plan_run(four, outline, "causal", framework=FRAMEWORK).peak_bytes
+    whole = planner.plan_run(four, inventory, "causal", framework=FRAMEWORK).peak_bytes
     assert choose(whole - (1 << 20)).batch_size < 16
 
 
@@ -297,10 +297,12 @@ def test_a_batch_that_is_left_open_is_the_largest_that_fits(streamable: Path) ->
 
 def test_unknown_dtypes_are_reported_and_never_taken_for_known_ones(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, dtype=torch.bfloat16)
-    outline = Outline.of(Checkpoint.open(tmp_path))
+    inventory = Inventory.of(Checkpoint.open(tmp_path))
     name = "model.layers.1.mlp.up_proj.weight"
-    forms = {**outline.forms, name: Form(torch.float8_e4m3fn, outline.forms[name].shape)}
-    plan = planner.plan_run(config_of(tmp_path), outline._replace(forms=forms), "causal", framework=FRAMEWORK)
+    forms = {**inventory.forms, name: Form(torch.float8_e4m3fn, inventory.forms[name].shape)}
+    plan = planner.plan_run(
+        config_of(tmp_path), inventory._replace(forms=forms), "causal", framework=FRAMEWORK
+    )
     assert any(name in text and "float8_e4m3fn" in text for text in plan.unaccounted)
 
 
@@ -337,25 +339,25 @@ def test_what_cannot_be_streamed_is_refused_with_what_to_do(tmp_path: Path) -> N
 # --------------------------------------------------------------------------------- large models
 
 
-def large(shape: str, folder: Path) -> Outline:
+def large(shape: str, folder: Path) -> Inventory:
     """Headers as `hizoo-lite quantize` would write them, of a model that is not there."""
     config = make_random_model._config(shape, None, {})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     module = build.build(config, "causal")
-    plain = Outline.of_shapes(folder, {"dtype": "bfloat16"}, module)
+    plain = Inventory.of_shapes(folder, {"dtype": "bfloat16"}, module)
     forms: dict[str, Form] = {}
     for name, form in plain.forms.items():
         inside = ".layers." in name and len(form.shape) == 2
         linear = Linear(name, form.shape, False) if inside else None  # type: ignore[arg-type]
         forms |= linear_forms(linear, "nf4", True, b"{}") if linear else {name: form}
-    return Outline(folder, plain.config, forms, "nf4")
+    return Inventory(folder, plain.config, forms, "nf4")
 
 
 def test_a_70b_model_is_planned_from_its_shapes_alone(tmp_path: Path) -> None:
-    outline = large("llama-2-70b", tmp_path)
+    inventory = large("llama-2-70b", tmp_path)
     config = config_of(tmp_path, compute_dtype="bf16", batch_size=16, max_length=256, device_budget="24GiB")
-    plan = planner.plan_run(config, outline, "causal", framework=FRAMEWORK)
+    plan = planner.plan_run(config, inventory, "causal", framework=FRAMEWORK)
     assert plan.fits
     assert plan.residency == "disk"
     assert 0 < plan.blocks_on_device < 80

@@ -15,7 +15,7 @@ from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.cli import app
 from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware, planner, speed
-from hizoo_lite.plan.outline import Outline
+from hizoo_lite.plan.inventory import Inventory
 from tests.architectures import save_tiny
 from tests.test_plan import config_of, large
 
@@ -29,12 +29,12 @@ FAST = {"edge-4gb-cpu", "rtx3060-12gb", "h200-141gb", "jetson-orin-8gb"}
 
 
 @pytest.fixture(scope="module")
-def outlines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outline]:
+def inventories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Inventory]:
     """A tiny checkpoint that is there, and two large ones that are not."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "tiny").mkdir()
     save_tiny("llama", folder / "tiny", dtype=torch.bfloat16)
-    found = {"tiny": Outline.of(Checkpoint.open(folder / "tiny"))}
+    found = {"tiny": Inventory.of(Checkpoint.open(folder / "tiny"))}
     for shape in ("llama-2-7b", "llama-2-70b"):
         (folder / shape).mkdir()
         found[shape] = large(shape, folder / shape)
@@ -48,18 +48,20 @@ def test_the_shipped_profiles_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=[] if one in FAST else [pytest.mark.grid]) for one in sorted(SHIPPED)]
 )
-def test_every_profile_plans_a_tiny_and_two_large_models(name: str, outlines: dict[str, Outline]) -> None:
+def test_every_profile_plans_a_tiny_and_two_large_models(
+    name: str, inventories: dict[str, Inventory]
+) -> None:
     machine = hardware.find(name)
-    for model, outline in outlines.items():
+    for model, inventory in inventories.items():
         config = config_of(
-            outline.folder,
+            inventory.folder,
             compute_dtype="auto",
             device="auto",
             batch_size=1,
             eval_batch_size=1,
             max_length=64,
         )
-        plan = planner.plan_run(config, outline, "causal", hardware=machine)
+        plan = planner.plan_run(config, inventory, "causal", hardware=machine)
         assert plan.device_type == machine.device
         assert plan.seconds_lower_bound is not None
         assert plan.seconds_lower_bound > 0
@@ -72,9 +74,11 @@ def test_every_profile_plans_a_tiny_and_two_large_models(name: str, outlines: di
             assert plan.bounds["host_to_device"] > 0
 
 
-def test_a_24_gb_card_streams_70b_from_host_memory(outlines: dict[str, Outline]) -> None:
-    config = config_of(outlines["llama-2-70b"].folder, compute_dtype="auto", device="auto")
-    plan = planner.plan_run(config, outlines["llama-2-70b"], "causal", hardware=hardware.find("rtx4090-24gb"))
+def test_a_24_gb_card_streams_70b_from_host_memory(inventories: dict[str, Inventory]) -> None:
+    config = config_of(inventories["llama-2-70b"].folder, compute_dtype="auto", device="auto")
+    plan = planner.plan_run(
+        config, inventories["llama-2-70b"], "causal", hardware=hardware.find("rtx4090-24gb")
+    )
     assert plan.fits
     assert plan.residency == "host"
     assert "resident needs" in plan.why

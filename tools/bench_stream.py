@@ -291,13 +291,13 @@ def device_bytes(shape: str, rows: int, length: int, branches: int = 3, rank: in
     from hizoo_lite.branches import Branches
     from hizoo_lite.model.build import build
     from hizoo_lite.plan.dry_run import DryRun, Held, Pass, Source
-    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.plan.inventory import Inventory
     from hizoo_lite.spaces import LoRA
 
     config = getattr(transformers, SHAPES[shape].config_class)(**SHAPES[shape].arguments)
     module = build(config, "causal")
-    outline = Outline.of_shapes(Path(), {"dtype": "bfloat16"}, module)
-    source = Source(outline, config, "causal", "nf4", True, torch.bfloat16, "cuda")
+    inventory = Inventory.of_shapes(Path(), {"dtype": "bfloat16"}, module)
+    source = Source(inventory, config, "causal", "nf4", True, torch.bfloat16, "cuda")
     held = Held(source, "host", module, LoRA(rank=rank, blocks="all"))
     wanted = Pass(rows, length, Branches.of(base=branches % 2 == 1, pairs=branches // 2), rows)
     dry = DryRun(source, "host", build(config, "causal"), LoRA(rank=rank, blocks="all"))

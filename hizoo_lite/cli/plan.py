@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import ModelKind
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.plan.hardware import Hardware
-    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.plan.inventory import Inventory
     from hizoo_lite.plan.plan import Plan
     from hizoo_lite.plan.workload import Workload
 
@@ -89,18 +89,18 @@ def command(
 
     hardware = _hardware(profile)
     config, budget_of = _with_budget(config, hardware)
-    outline, found = find_outline(config)
+    inventory, found = find_inventory(config)
     each = Demand(rows_per_example, rows_per_example)
     workload = Workload(each, each)
     plan = planner.plan_run(
-        config, outline, found, workload, hardware=hardware, choose_batch=batch_size is None
+        config, inventory, found, workload, hardware=hardware, choose_batch=batch_size is None
     )
     if json:
         output.print_json({"model": model, "profile": profile, **plan.to_json()})
     else:
         _print(plan, config, budget_of)
     if out is not None:
-        _draw(Path(out), config, outline, found, workload, hardware, plan)
+        _draw(Path(out), config, inventory, found, workload, hardware, plan)
     if not plan.fits:
         raise BudgetError(f"nothing fits: {plan.why}")
 
@@ -131,14 +131,14 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
     return replace(config, device_budget=f"{free}B"), "this machine's free memory"
 
 
-def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
+def find_inventory(config: TrainConfig) -> tuple[Inventory, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
     from hizoo_lite.checkpoints import hub
     from hizoo_lite.checkpoints.checkpoint import Checkpoint
     from hizoo_lite.errors import UserError
     from hizoo_lite.files import read_json
     from hizoo_lite.model import build, kinds
-    from hizoo_lite.plan.outline import Outline
+    from hizoo_lite.plan.inventory import Inventory
 
     source = kinds.model_path(config.model)
     folder = Path(source).expanduser()
@@ -147,14 +147,14 @@ def find_outline(config: TrainConfig) -> tuple[Outline, ModelKind]:
     has_weights = (folder / hub.INDEX_FILE).is_file() or (folder / hub.SINGLE_FILE).is_file()
     if has_weights and Path(source).expanduser().exists():
         checkpoint = Checkpoint.open(folder)
-        return Outline.of(checkpoint), _kind(config, checkpoint.config)
+        return Inventory.of(checkpoint), _kind(config, checkpoint.config)
     content = read_json(folder / "config.json", "a JSON object, in the folder of a Hugging Face model")
     kind = _kind(config, content)
     try:
         module = build.build(build.read_config(folder, kind, 2), kind)
     except UserError:  # the planner says what it does not know
-        return Outline(folder, content, {}, None), kind
-    return Outline.of_shapes(folder, content, module), kind
+        return Inventory(folder, content, {}, None), kind
+    return Inventory.of_shapes(folder, content, module), kind
 
 
 def _kind(config: TrainConfig, content: Any) -> ModelKind:
@@ -183,7 +183,7 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
 def _draw(
     path: Path,
     config: TrainConfig,
-    outline: Outline,
+    inventory: Inventory,
     kind: ModelKind,
     workload: Workload,
     hardware: Hardware | None,
@@ -196,14 +196,14 @@ def _draw(
         return
     sized = replace(config, batch_size=plan.batch_size, eval_batch_size=plan.eval_batch_size)
     places = ["resident", *(["host"] if plan.device_type == "cuda" else [])]
-    bits = config.bits or outline.bits
-    if (outline.bits or "none") == (bits or "nf4"):
+    bits = config.bits or inventory.bits
+    if (inventory.bits or "none") == (bits or "nf4"):
         places.append("disk")
     bars = {}
     for place in places:
         one: Any = place
         bars[place] = planner.plan_run(
-            replace(sized, residency=one), outline, kind, workload, hardware=hardware
+            replace(sized, residency=one), inventory, kind, workload, hardware=hardware
         )
     from hizoo_lite.plan import picture  # it imports matplotlib, which would count in the plans
 

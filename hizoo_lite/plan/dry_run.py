@@ -2,7 +2,7 @@
 
 The loader, the space, the traversal, the chunks, the linears and the update of weights are those of a run; so
 is the Hugging Face model. Only tensors have no memory, and a meter counts those that a pass makes
-(`tally.py`). The meta device stands for the one that is planned for, which need not be here: what depends on
+(`meter.py`). The meta device stands for the one that is planned for, which need not be here: what depends on
 the kind of device, such as the size of a tile, is that one's. There are no formulas of an architecture here.
 
 A pass is run with the model's first blocks, and each of them on two chunks of a batch; of a weight the first
@@ -38,9 +38,9 @@ from hizoo_lite.model.blocks import Blocks
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.model.weights import WeightLoader
+from hizoo_lite.plan.inventory import Described, Inventory
 from hizoo_lite.plan.ledger import held
-from hizoo_lite.plan.outline import Described, Outline
-from hizoo_lite.plan.tally import KernelMemory, Tally
+from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.tensors import TorchArrays
@@ -67,7 +67,7 @@ class Activations(NamedTuple):
     """Bytes of what a traversal makes."""
 
     worst: Mapping[str, int]  # alive at the worst moment: between, attention, mlp, logits, update
-    moments: Mapping[str, int]  # the most that was alive while that part ran
+    peaks: Mapping[str, int]  # the most that was alive while that part ran
     scratch: Mapping[str, int]  # reused buffers by name
     peak_bytes: int  # of worst and scratch together
 
@@ -75,7 +75,7 @@ class Activations(NamedTuple):
 class Source(NamedTuple):
     """What a model is made of, before it is: what the loader is told."""
 
-    outline: Outline
+    inventory: Inventory
     config: Any  # transformers' PretrainedConfig
     kind: ModelKind
     bits: Bits
@@ -104,7 +104,7 @@ def load(source: Source, place: Place, module: nn.Module, few: bool, buffers: Sc
 
     module: the empty one, which is taken over. few: without the blocks that a pass need not be run with.
     """
-    described = Described(source.outline, module, source.kind)
+    described = Described(source.inventory, module, source.kind)
     where: Literal["device", "host"] = "device" if place == "resident" else "host"
     told = source.kind, source.bits, source.double_quant, source.compute, META, 0, where
     loader = WeightLoader(described, module, *told)
@@ -113,7 +113,7 @@ def load(source: Source, place: Place, module: nn.Module, few: bool, buffers: Sc
         layers: Any = module.get_submodule(loader.blocks.prefix)
         loader.blocks = Blocks(loader.blocks.prefix, list(layers))
     loader.scratch = buffers or Scratch()
-    model = assemble(loader, source.config, str(source.outline.folder))
+    model = assemble(loader, source.config, str(source.inventory.folder))
     model.residency = _Placed(place)
     for name in loader.absent:  # it has no memory, and as it is on the meta device that must be said
         embedding: Any = module.get_submodule(name.removesuffix(".weight"))
@@ -186,7 +186,7 @@ class DryRun:
             pads.pad_token_id = 0
             module.config.get_text_config().pad_token_id = 0  # type: ignore[union-attr, operator]
         with meta_as(self.device):
-            self.buffers, self.tally = _Buffers(), Tally()
+            self.buffers, self.meter = _Buffers(), MemoryMeter()
             self.model = model = load(source, place, module, True, self.buffers)
             self._see_owners()
             install(model)
@@ -217,12 +217,12 @@ class DryRun:
         parameters = {} if self.space is None or not along else self.space.parameters
         directions = {name: torch.empty(along, *p.shape, device=META) for name, p in parameters.items()}
         self._let_an_update_wait()
-        self.tally = tally = Tally()
-        with torch.no_grad(), KernelMemory(is_gpu(self.device)), tally:
+        self.meter = meter = MemoryMeter()
+        with torch.no_grad(), KernelMemory(is_gpu(self.device)), meter:
             Traversal(model).outcome(self._batch(wanted), wanted.branches, 1e-3, directions)
         scratch = {name: buffer.nbytes for (name, _), buffer in self.buffers._buffers.items()}
-        made = sum(tally.worst.values()) + sum(scratch.values())
-        return Activations(dict(tally.worst), dict(tally.moments), scratch, made)
+        made = sum(meter.worst.values()) + sum(scratch.values())
+        return Activations(dict(meter.worst), dict(meter.peaks), scratch, made)
 
     def _batch(self, wanted: Pass) -> Batch:
         """All tokens differ, so that the most rows of an embedding are asked for; one is padding."""
@@ -272,7 +272,7 @@ class DryRun:
         self._enter(category)
 
     def _enter(self, category: str) -> None:
-        self.tally.category = category
+        self.meter.category = category
 
 
 def _first(tiles: Callable[[torch.device], Iterator[Any]], device: torch.device) -> Iterator[Any]:
@@ -357,7 +357,13 @@ def pass_bytes(model: Model, rows: int, length: int, branches: Branches, sites: 
     """
     config = copy.deepcopy(model.config)
     source = Source(
-        Outline.of(model.checkpoint), config, model.kind, model.bits, False, model.compute, model.device.type
+        Inventory.of(model.checkpoint),
+        config,
+        model.kind,
+        model.bits,
+        False,
+        model.compute,
+        model.device.type,
     )
     place: Place = "host" if model.offloaded else "resident"
     sites = rows if sites is None else sites

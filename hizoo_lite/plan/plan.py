@@ -41,7 +41,7 @@ class Plan:
     device_budget_bytes: int | None
     host_budget_bytes: int | None
     gives_back: bool  # the allocator gives large buffers back: see process.map_large
-    moments: Mapping[str, int] = field(default_factory=dict)  # activations while each part runs, at most
+    peaks: Mapping[str, int] = field(default_factory=dict)  # activations while each part runs, at most
     moved_bytes: int = 0  # to the device, each step
     bounds: Mapping[str, float] = field(default_factory=dict)  # least seconds of a step, by what takes them
     why: str = ""
@@ -95,7 +95,7 @@ class Plan:
             "host_budget_bytes": self.host_budget_bytes,
             "gives_back": self.gives_back,
             "ledger": self.ledger.to_json(),
-            "moments": dict(self.moments),
+            "moments": dict(self.peaks),
             "moved_bytes": self.moved_bytes,
             "bounds": dict(self.bounds),
             "seconds_lower_bound": self.seconds_lower_bound,

@@ -24,8 +24,8 @@ from hizoo_lite.engine.chunks import MOST_SLICES, Chunks, plan_chunks
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Place
 from hizoo_lite.plan.hardware import Hardware
+from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.ledger import Ledger
-from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.subject import Option, Subject, Unknown
 from hizoo_lite.plan.workload import ONE_ROW, Workload
@@ -53,7 +53,7 @@ class CannotPlan(UserError):
 
 def plan_run(
     config: TrainConfig,
-    checkpoint: Checkpoint | Outline,
+    checkpoint: Checkpoint | Inventory,
     kind: ModelKind,
     workload: Workload = ONE_ROW,
     *,
@@ -72,16 +72,16 @@ def plan_run(
     for a model whose forward fails on tensors without memory. An architecture that is not known gives a plan
     that does not fit, with what is not accounted for.
     """
-    outline = checkpoint if isinstance(checkpoint, Outline) else Outline.of(checkpoint)
+    inventory = checkpoint if isinstance(checkpoint, Inventory) else Inventory.of(checkpoint)
     try:
-        return _choose(Subject(config, outline, kind, workload, hardware, framework), choose_batch)
+        return _choose(Subject(config, inventory, kind, workload, hardware, framework), choose_batch)
     except Unknown as error:
-        return _unknown(config, outline, str(error))
+        return _unknown(config, inventory, str(error))
     except UserError:
         raise
     except _DRY_RUN_ERRORS as error:
         raise CannotPlan(
-            f"{outline.folder}: cannot be planned: its forward fails on tensors without memory ({error}); "
+            f"{inventory.folder}: cannot be planned: its forward fails on tensors without memory ({error}); "
             "allowed: a run without a budget, which goes without a plan"
         ) from error
 
@@ -148,7 +148,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         device_budget_bytes=subject.budgets.device_bytes,
         host_budget_bytes=host_budget,
         gives_back=gives_back,
-        moments=training.moments,
+        peaks=training.peaks,
         moved_bytes=moved,
         bounds=_bounds(subject, option, moved),
         unaccounted=_unaccounted(subject),
@@ -417,7 +417,7 @@ def _refusal(subject: Subject, plan: Plan, nearest: Plan | None) -> str:
 
 def _remedy(subject: Subject) -> str:
     """What makes a checkpoint streamable."""
-    if subject.needs_own_scales and subject.outline.bits is not None:
+    if subject.needs_own_scales and subject.inventory.bits is not None:
         return (
             "to train the weights of a streamed model they must be quantized with --no-double-quant, "
             "or use --dense-update residual"
@@ -430,9 +430,9 @@ def _remedy(subject: Subject) -> str:
     )
 
 
-def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
+def _unknown(config: TrainConfig, inventory: Inventory, reason: str) -> Plan:
     """What can be said about an architecture that transformers does not know: the size of its files."""
-    weights = sum(form.nbytes for form in outline.forms.values())
+    weights = sum(form.nbytes for form in inventory.forms.values())
     return Plan(
         fits=False,
         ledger=Ledger({"resident_blocks": weights}),
@@ -449,5 +449,5 @@ def _unknown(config: TrainConfig, outline: Outline, reason: str) -> Plan:
         host_budget_bytes=None,
         gives_back=False,
         why=f"it cannot be planned: {reason}",
-        unaccounted=(f"{reason}: everything but the bytes of its tensors", *outline.unaccounted),
+        unaccounted=(f"{reason}: everything but the bytes of its tensors", *inventory.unaccounted),
     )

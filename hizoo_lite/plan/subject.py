@@ -22,8 +22,8 @@ from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
 from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source
 from hizoo_lite.plan.hardware import Hardware
+from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.ledger import tensor_bytes
-from hizoo_lite.plan.outline import Outline
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.process import resident
 from hizoo_lite.registry import ESTIMATORS, SPACES
@@ -64,16 +64,16 @@ class Subject:
     def __init__(
         self,
         config: TrainConfig,
-        outline: Outline,
+        inventory: Inventory,
         kind: ModelKind,
         workload: Workload,
         hardware: Hardware | None,
         framework: int | None,
     ) -> None:
-        self.config, self.outline, self.kind, self.hardware = config, outline, kind, hardware
+        self.config, self.inventory, self.kind, self.hardware = config, inventory, kind, hardware
         self.workload = workload
         self.length = workload.length or config.max_length  # tokens of the longest row
-        self.bits: Bits = build.choose_bits(config.bits, outline.bits)
+        self.bits: Bits = build.choose_bits(config.bits, inventory.bits)
         self.device = hardware.device if hardware else like(choose_device(config.device))
         self.compute = self._compute()
         self.budgets = self._budgets()
@@ -84,11 +84,11 @@ class Subject:
         self.in_weights = SPACES.lines[config.space].in_weights
         double_quant = config.double_quant and not self.in_weights
         try:
-            model_config = build.read_config(outline.folder, kind, num_labels=2)
+            model_config = build.read_config(inventory.folder, kind, num_labels=2)
             self.module = build.build(model_config, kind)
         except UserError as error:
             raise Unknown(str(error)) from error
-        known = outline, model_config, kind, self.bits, double_quant, self.compute, self.device
+        known = inventory, model_config, kind, self.bits, double_quant, self.compute, self.device
         self.source = Source(*known)
         self._held: dict[Place, Held] = {}
         self._runs: dict[tuple[Place, bool], DryRun] = {}
@@ -97,9 +97,9 @@ class Subject:
         self.length = min(self.length, self.held(self.place).model.positions or self.length)
         self.space = self.held(self.place).space
         self.shapes = trainable(self.space)
-        twice = any(name.endswith(".nested_absmax") for name in outline.forms)
+        twice = any(name.endswith(".nested_absmax") for name in inventory.forms)
         self.needs_own_scales = self.space.needs_own_scales and twice
-        self.can_stream = self.bits == (outline.bits or "none") and not self.needs_own_scales
+        self.can_stream = self.bits == (inventory.bits or "none") and not self.needs_own_scales
 
     # ------------------------------------------------------------------------------------- settings
 

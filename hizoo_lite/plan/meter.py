@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Tally(TorchDispatchMode):
-    """`live` is what is alive now by category; `worst` a copy of it at the peak; `moments` peaks by category.
+class MemoryMeter(TorchDispatchMode):
+    """`live` is what is alive now by category; `worst` a copy of it at the peak; `peaks` peaks by category.
 
-    A tensor belongs to the category that is set when it is made; a moment is named after the category then.
+    A tensor belongs to the category that is set when it is made; a peak is named after the category then.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Tally(TorchDispatchMode):
         self.category = "between"
         self.live: dict[str, int] = {}
         self.worst: dict[str, int] = {}
-        self.moments: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
         self._known: dict[int, Any] = {}  # storages by address
 
     @property
@@ -62,7 +62,7 @@ class Tally(TorchDispatchMode):
             return
         self.live[self.category] = self.live.get(self.category, 0) + size
         total = sum(self.live.values())
-        self.moments[self.category] = max(self.moments.get(self.category, 0), total)
+        self.peaks[self.category] = max(self.peaks.get(self.category, 0), total)
         if total > self.peak_bytes:
             self.worst = dict(self.live)
 

@@ -29,7 +29,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _STATE = ".quant_state.bitsandbytes__"
 
 
-class Outline(NamedTuple):
+class Inventory(NamedTuple):
     """A checkpoint's tensors as they are declared, and its config.json."""
 
     folder: Path
@@ -39,7 +39,7 @@ class Outline(NamedTuple):
     unaccounted: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Outline:
+    def of(cls, checkpoint: Checkpoint) -> Inventory:
         """From the headers of its files."""
         forms = {name: Form(checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint}
         try:
@@ -55,7 +55,7 @@ class Outline(NamedTuple):
         return cls(checkpoint.folder, checkpoint.config, forms, bits)
 
     @classmethod
-    def of_shapes(cls, folder: Path, config: Mapping[str, Any], module: nn.Module) -> Outline:
+    def of_shapes(cls, folder: Path, config: Mapping[str, Any], module: nn.Module) -> Inventory:
         """A checkpoint in 16 or 32 bits of which only the configuration is known. module: the empty model."""
         name = str(config.get("dtype") or config.get("torch_dtype") or "none given").removeprefix("torch.")
         dtype = getattr(torch, name, None)
@@ -73,15 +73,15 @@ class Outline(NamedTuple):
 
 
 class Described(Checkpoint):
-    """An outline in the place of a checkpoint; what is missing or unknown is replaced, and named."""
+    """An inventory in the place of a checkpoint; what is missing or unknown is replaced, and named."""
 
     device = torch.device("meta")
 
-    def __init__(self, outline: Outline, module: nn.Module, kind: ModelKind) -> None:
+    def __init__(self, inventory: Inventory, module: nn.Module, kind: ModelKind) -> None:
         """module: the empty model."""
-        super().__init__(outline.folder, dict(outline.config), {})
-        self.forms = dict(outline.forms)
-        self.unaccounted = list(outline.unaccounted)
+        super().__init__(inventory.folder, dict(inventory.config), {})
+        self.forms = dict(inventory.forms)
+        self.unaccounted = list(inventory.unaccounted)
         self._names = Names(list(self.forms), module)
         self._shapes: dict[str, tuple[int, ...]] = {}  # of matrices, by stored name
         self._buffers = {self._names.find(name) for name, _ in module.named_buffers()}
