@@ -255,13 +255,13 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
-    model, splits, compute = setup.model, setup.splits, str(setup.model.compute).removeprefix("torch.")
+    model, compute = setup.model, str(setup.model.compute).removeprefix("torch.")
     count = sum(math.prod(shape) for shape in trainable(setup.space).values())
     tell(
         f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
         f"on {model.device}, products in {compute}, {count:,} trainable parameters"
     )
-    tell(f"{setup.task.name}: {len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test")
+    tell(f"{setup.task.name}, {setup.splits}")
 
 
 def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:

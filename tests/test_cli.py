@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
-from hizoo_lite.cli import app, doctor
+from hizoo_lite.cli import app, doctor, plan
 from hizoo_lite.cli.progress import Bars, Lines
 from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.engine.generate import generate
@@ -306,6 +306,30 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
     report = doctor.examine()
     assert report["hub"] == "off (HF_HUB_OFFLINE)"
     assert any("nf4 quantization wrong" in text and "reinstall" in text for text in report["problems"])
+
+
+def test_doctor_calls_nothing_a_problem_that_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hizoo_lite.model.build.choose_compute", lambda wanted, device: torch.float32)
+    monkeypatch.setattr("hizoo_lite.device.choose_device", lambda wanted: torch.device("cpu"))
+    monkeypatch.setattr(doctor, "_LITTLE_DISK_BYTES", 2**60)
+    report = doctor.examine()
+    assert report["notes"] == ["this CPU has no bf16 products: float32 is used, steps are slower"]
+    assert any("make room, or work in a folder on another disk" in text for text in report["problems"])
+    shown = call("doctor").stdout
+    assert "note: this CPU has no bf16 products" in shown
+    assert "problem: less than 5 GiB" in shown
+
+
+def test_plan_explains_its_flags_as_train_does() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    texts = {
+        name: {parameter.name: getattr(parameter, "help", None) for parameter in commands[name].params}
+        for name in ("train", "plan")
+    }
+    assert all(texts["plan"].values())
+    assert set(plan.SHARED) < set(texts["plan"])
+    same = [name for name in plan.SHARED if texts["plan"][name] == texts["train"][name]]
+    assert set(plan.SHARED) - set(same) == {"model", "task", "batch_size", "profile", "device_budget"}
 
 
 @pytest.mark.parametrize("kind", [Bars, Lines])

@@ -90,6 +90,30 @@ def test_splits_are_a_function_of_the_seed(tmp_path):
     assert wheres(first.train) != wheres(other.train)
 
 
+def test_own_rows_are_all_used_and_their_division_is_told(tmp_path):
+    texts = [f"row {number % 55}" for number in range(60)]  # five are there twice
+    lines = "".join(f"{text}\t{number % 2}\n" for number, text in enumerate(texts))
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + lines)
+    splits = make_splits(SST2, tmp_path)
+    parts = [
+        {text for example in part for name, text in example.fields.items() if name != WHERE}
+        for part in (splits.train, splits.dev, splits.test)
+    ]
+    assert len(splits.train) + len(splits.dev) + len(splits.test) == 60
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 55
+    assert (splits.unused, splits.shared) == (0, True)
+    assert str(splits).startswith(f"60 examples: {len(splits.train)} train, {len(splits.dev)} dev, ")
+    assert "taken from train in proportion to their limits" in str(splits)
+
+
+def test_what_is_beyond_the_limits_is_counted(tmp_path):
+    sst2_file(tmp_path, "train", 2000)
+    sst2_file(tmp_path, "dev", 30)
+    splits = make_splits(SST2, tmp_path, train_examples=100, dev_examples=20, test_examples=10)
+    assert splits.unused == 1880 + 20
+    assert str(splits).startswith("2,030 examples: 100 train, 20 dev, 10 test, 1,900 not used (beyond")
+
+
 def test_dev_examples_equal_to_a_train_example_are_left_out(tmp_path):
     sst2_file(tmp_path, "train", 40, same=True)
     splits = make_splits(SST2, tmp_path, train_examples=5, dev_examples=5, test_examples=5)

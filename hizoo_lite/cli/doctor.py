@@ -45,11 +45,13 @@ def command(
     rows = [
         [name.removesuffix("_bytes"), _shown(name, value)]
         for name, value in report.items()
-        if name != "problems"
+        if name not in ("problems", "notes")
     ]
-    output.print_table("hizoo-lite doctor", ["", ""], rows)
+    output.print_table("hizoo-lite doctor", ["what", "here"], rows)
     for problem in report["problems"]:
         typer.echo(f"problem: {problem}")
+    for note in report["notes"]:
+        typer.echo(f"note: {note}")
     if not report["problems"]:
         typer.echo("no problems found")
 
@@ -68,7 +70,7 @@ def _measure(out: str | None) -> dict[str, Any]:
 
 
 def examine() -> dict[str, Any]:
-    """The whole report; `problems` is a list of sentences, each with what to do."""
+    """The whole report; `problems` are sentences with what to do, `notes` ask for nothing."""
     import psutil
 
     from hizoo_lite.device import choose_device
@@ -91,7 +93,7 @@ def examine() -> dict[str, Any]:
         "quantization": quantization,
         "hub": "off (HF_HUB_OFFLINE)" if _offline() else "on",
     }
-    report["problems"] = _problems(report)
+    report["problems"], report["notes"] = _problems(report), _notes(report)
     return report
 
 
@@ -171,19 +173,21 @@ def _problems(report: dict[str, Any]) -> list[str]:
     ]
     if not report["cuda"] and shutil.which("nvidia-smi"):
         found.append("an NVIDIA driver is here but torch sees no GPU; install a CUDA build of torch")
-    found += _rounding()
-    if report["device"] == "cpu" and report["compute_dtype"] == "float32":
-        found.append("this CPU has no bf16 products: float32 is used, steps are slower; nothing to do")
+    if os.environ.get("NVIDIA_TF32_OVERRIDE", "") not in ("", "0"):
+        found.append("NVIDIA_TF32_OVERRIDE is set: no model is loaded on a GPU with it; unset it")
     if report["disk_free_bytes"] < _LITTLE_DISK_BYTES:
-        found.append("less than 5 GiB of disk are free here; models and runs may not fit")
+        found.append(
+            "less than 5 GiB of disk are free here: models and runs may not fit; make room, or work in a "
+            "folder on another disk"
+        )
     return found
 
 
-def _rounding() -> list[str]:
-    """What rounds the float32 products of a GPU to 10 bits (TF32), wherever it is set."""
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What is slower here, and what would round products on a GPU to 10 bits (TF32) but does not."""
     found = []
-    if os.environ.get("NVIDIA_TF32_OVERRIDE", "") not in ("", "0"):
-        found.append("NVIDIA_TF32_OVERRIDE is set: no model is loaded on a GPU with it; unset it")
+    if report["device"] == "cpu" and report["compute_dtype"] == "float32":
+        found.append("this CPU has no bf16 products: float32 is used, steps are slower")
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "") not in ("", "0"):
         found.append("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: runs go without TF32 all the same")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in ("NO", ""):

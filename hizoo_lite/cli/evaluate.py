@@ -86,5 +86,5 @@ def command(
     else:
         rows = [[name, output.number(float(value))] for name, value in result["scores"].items()]
         title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
-        output.print_table(title, ["", "value"], rows)
+        output.print_table(title, ["score", "value"], rows)
     check_result(result)

@@ -7,7 +7,7 @@ its TOML file are reported together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
 from typing import Annotated, Any, Optional
 
@@ -48,28 +48,35 @@ def refuse_with_onnx(given: Mapping[str, object]) -> None:
     refuse([f"{flag(name)}: got {given[name]!r}, not allowed with --onnx" for name in odd if name in given])
 
 
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """`function(settings, ...)` as a command with one flag a field; `settings` gets those that were given."""
+def with_settings(
+    function: Callable[..., None], names: Sequence[str] | None = None, help: Mapping[str, str] | None = None
+) -> Callable[..., None]:
+    """`function(settings, ...)` as a command with one flag a field; `settings` gets those that were given.
+
+    names: of the fields; None: all. help: of those that mean something else to this command.
+    """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    shown = settings() if names is None else {name: settings()[name] for name in names}
 
     def command(**given: Any) -> None:
-        flags = {name: given.pop(name) for name in settings()}
+        flags = {name: given.pop(name) for name in shown}
         function({name: value for name, value in flags.items() if value is not None}, **given)
 
-    parameters = [*own, *(_parameter(name, field) for name, field in settings().items())]
+    texts = {name: _help(field) for name, field in shown.items()} | dict(help or {})
+    parameters = [*own, *(_parameter(name, field, texts[name]) for name, field in shown.items())]
     command.__doc__ = function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 
-def _parameter(name: str, field: Field[Any]) -> inspect.Parameter:
+def _parameter(name: str, field: Field[Any], help: str) -> inspect.Parameter:
     is_switch = bool in members(kinds()[name])
     spelled = f"{flag(name)}/--no-{flag(name)[2:]}" if is_switch else flag(name)
     option = typer.Option(
         None,
         spelled,
-        help=_help(field),
+        help=help,
         metavar=None if is_switch else _metavar(name),
         rich_help_panel=field.metadata["group"],
         show_default=False,

@@ -41,7 +41,9 @@ def print_run(summary: Mapping[str, Any]) -> None:
     rows = [["loss", number(summary["loss_before"]), number(summary["loss_after"])]]
     if metric != "loss":
         rows.append([metric, percent(summary["metric_before"]), percent(summary["metric_after"])])
-    print_table(f"{summary['task']}, {summary['test_examples']} test examples", ["", "before", "after"], rows)
+    print_table(
+        f"{summary['task']}, {summary['test_examples']} test examples", ["score", "before", "after"], rows
+    )
     speed = summary["seconds_per_step"]
     typer.echo(
         f"{summary['steps']} steps ({summary['estimator']}, {summary['curvature']}), "

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hizoo_lite.cli.options import with_settings
+
 if TYPE_CHECKING:
     from hizoo_lite.base import ModelKind
     from hizoo_lite.config import TrainConfig
@@ -17,42 +19,25 @@ if TYPE_CHECKING:
     from hizoo_lite.plan.workload import Workload
 
 
-def command(
-    model: Annotated[
-        str, typer.Option(help="folder or hub id (of which only config.json and index are read)")
-    ],
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE", help="machine, see `hizoo-lite profiles`; else this one"),
-    ] = None,
-    device_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="e.g. 24GiB")] = None,
-    host_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="e.g. 32GiB")] = None,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
-    kind: Annotated[str, typer.Option(metavar="auto|causal|masked|classifier")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
-    task: Annotated[
-        str, typer.Option(help="lm and chat read logits at every token, others at labels")
-    ] = "sst2",
-    bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
-    double_quant: Annotated[bool | None, typer.Option("--double-quant/--no-double-quant")] = None,
-    compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
-    space: Annotated[str | None, typer.Option(metavar="lora|dense|scales")] = None,
-    dense_update: Annotated[str | None, typer.Option(metavar="requantize|residual")] = None,
-    rank: Annotated[str | None, typer.Option(metavar="INT")] = None,
-    targets: Annotated[str | None, typer.Option(metavar="auto|attention|all-linear|NAMES")] = None,
-    estimator: Annotated[str | None, typer.Option(metavar="hizoo|mezo")] = None,
-    train_a: Annotated[bool | None, typer.Option("--train-a/--no-train-a")] = None,
-    blocks: Annotated[str | None, typer.Option(metavar="INT|all|auto", help="trained, from the top")] = None,
-    curvature: Annotated[str | None, typer.Option(metavar="none|diagonal|grouped|factored")] = None,
-    curvature_from: Annotated[str | None, typer.Option(metavar="predictions|losses")] = None,
-    directions: Annotated[str | None, typer.Option(metavar="N|auto")] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="INT", help="without it the largest that fits, up to 16")
-    ] = None,
-    eval_batch_size: Annotated[str | None, typer.Option(metavar="INT")] = None,
-    max_length: Annotated[str | None, typer.Option(metavar="INT")] = None,
-    branch_chunk: Annotated[str | None, typer.Option(metavar="auto|INT")] = None,
-    residency: Annotated[str | None, typer.Option(metavar="auto|resident|host|disk")] = None,
+#: Settings of a run that its plan depends on.
+SHARED = (
+    *("model", "revision", "kind", "task", "bits", "double_quant", "compute_dtype", "device", "space"),
+    *("dense_update", "rank", "train_a", "targets", "blocks", "estimator", "curvature", "curvature_from"),
+    *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
+    *("profile", "device_budget", "host_budget"),
+)
+#: What a few of them are to a plan, where that is something else.
+_HELP = {
+    "model": "folder or hub id of a Hugging Face model, of which only config.json and index are read",
+    "task": "lm and chat read logits at every token, others at labels (default: sst2)",
+    "batch_size": "examples of a step; without it the largest that fits, up to 16",
+    "profile": "machine, by the name of a hardware profile or its file; without it this one",
+    "device_budget": "memory of the device that the run may take, e.g. 24GiB; without it what is free",
+}
+
+
+def plan(
+    settings: dict[str, str | bool],
     rows_per_example: Annotated[int, typer.Option(min=1, help="token sequences of an example")] = 1,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     out: Annotated[
@@ -71,44 +56,37 @@ def command(
     """
     from hizoo_lite.train.config_file import resolve
 
-    names = (
-        "device_budget host_budget device revision task bits double_quant compute_dtype space dense_update "
-        "rank train_a targets blocks estimator curvature curvature_from directions batch_size "
-        "eval_batch_size max_length branch_chunk residency kind model"
-    )
-    flags = locals()
-    given = {name: flags[name] for name in names.split() if flags[name] is not None}
-    if estimator == "mezo":
+    profile = settings.pop("profile", None)
+    given = {"task": "sst2", **settings}
+    if given.get("estimator") == "mezo":
         given["lr"] = "1e-6"  # mezo has no automatic one; it does not matter here
     config = resolve(None, given)
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
     from hizoo_lite.errors import BudgetError
     from hizoo_lite.plan import planner
+    from hizoo_lite.plan.hardware import find
     from hizoo_lite.plan.workload import Demand, Workload
 
-    hardware = _hardware(profile)
+    hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
-    inventory, found = find_inventory(config)
+    inventory, kind = find_inventory(config)
     each = Demand(rows_per_example, rows_per_example)
     workload = Workload(each, each)
-    plan = planner.plan_run(
-        config, inventory, found, workload, hardware=hardware, choose_batch=batch_size is None
+    found = planner.plan_run(
+        config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
     if json:
-        output.print_json({"model": model, "profile": profile, **plan.to_json()})
+        output.print_json({"model": config.model, "profile": profile, **found.to_json()})
     else:
-        _print(plan, config, budget_of)
+        _print(found, config, budget_of)
     if out is not None:
-        _draw(Path(out), config, inventory, found, workload, hardware, plan)
-    if not plan.fits:
-        raise BudgetError(f"nothing fits: {plan.why}")
+        _draw(Path(out), config, inventory, kind, workload, hardware, found)
+    if not found.fits:
+        raise BudgetError(f"nothing fits: {found.why}")
 
 
-def _hardware(profile: str | None) -> Hardware | None:
-    from hizoo_lite.plan import hardware
-
-    return None if profile is None else hardware.find(profile)
+command = with_settings(plan, SHARED, _HELP)
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
@@ -169,7 +147,7 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
 
     typer.echo(f"{config.model}: {config.space}, {plan.settings()}")
     verdict = "fits" if plan.fits else "does not fit"
-    output.print_table(f"{verdict}: {budget_of}", ["category", "size", ""], plan.table())
+    output.print_table(f"{verdict}: {budget_of}", ["category", "size", "what it is"], plan.table())
     typer.echo(f"why: {plan.why}")
     if plan.seconds_lower_bound is not None:
         parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in plan.bounds.items())
@@ -177,7 +155,7 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
     if plan.moved_bytes:
         typer.echo(f"moved to the device each step: {format_bytes(plan.moved_bytes)}")
     for text in plan.unaccounted:
-        typer.echo(f"not accounted for: {text}")
+        typer.echo(f"not counted: {text}")
 
 
 def _draw(

@@ -99,6 +99,7 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
         f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
     )
+    calls.message(f"{setup.task.name}, {setup.splits}")
     try:
         return run.path, _run(setup, run, folder, calls, start_bytes)
     finally:

@@ -70,7 +70,7 @@ def plan_run(
 
     Raises `UserError` for bits, targets and residencies that contradict the checkpoint, and its `CannotPlan`
     for a model whose forward fails on tensors without memory. An architecture that is not known gives a plan
-    that does not fit, with what is not accounted for.
+    that does not fit, with what is not counted.
     """
     inventory = checkpoint if isinstance(checkpoint, Inventory) else Inventory.of(checkpoint)
     try:

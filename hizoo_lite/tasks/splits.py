@@ -5,7 +5,7 @@ file is the test set, because the official test sets have no public labels. SST-
 are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their own dev and test files where
 they have them. What has no file is carved out of the train file. Counts are upper limits: where the train
 file is too small for the parts taken from it, they share it in proportion (CB: 250 examples, 1 000 + 500
-wanted, so 167 + 83).
+wanted, so 167 + 83). An example that is there twice is in one part, both times.
 """
 
 from __future__ import annotations
@@ -36,6 +36,18 @@ class Splits:
     train: list[Example]
     dev: list[Example]
     test: list[Example]
+    unused: int = 0  # examples of the files that were read and are in no part
+    shared: bool = False  # the train file was too small for what was to be taken from it
+
+    def __str__(self) -> str:
+        """How the examples were divided, in one line."""
+        total = self.unused + len(self.train) + len(self.dev) + len(self.test)
+        words = f"{total:,} examples: {len(self.train)} train, {len(self.dev)} dev, {len(self.test)} test"
+        if self.unused:
+            words += f", {self.unused:,} not used (beyond the limits, or equal to one of another part)"
+        if self.shared:
+            words += "; parts without a file of their own are taken from train in proportion to their limits"
+        return words
 
 
 #: Classes of which none has more than this many times another's examples count as equally frequent.
@@ -87,17 +99,21 @@ def make_splits(
     _name_the_rest(data)
     dev_file, test_file = _official(task, data)
     pool = _shuffled(task.load(data, "train"), seed, 0)
-    test = None if test_file is None else _shuffled(task.load(data, test_file), seed, 1)[:test_examples]
-    dev = None if dev_file is None else _shuffled(task.load(data, dev_file), seed, 2)[:dev_examples]
+    tests = [] if test_file is None else _shuffled(task.load(data, test_file), seed, 1)
+    devs = [] if dev_file is None else _shuffled(task.load(data, dev_file), seed, 2)
+    test = None if test_file is None else tests[:test_examples]
+    dev = None if dev_file is None else devs[:dev_examples]
     wanted = _Wanted(
         train_examples, 0 if dev is not None else dev_examples, 0 if test is not None else test_examples
     )
     if k_shot is not None:
         train, carved_dev, rest = _few_shot(task, pool, k_shot, wanted)
-        carved_test = rest[: wanted.test]
+        carved_test, shared = rest[: wanted.test], False
     else:
-        train, carved_dev, carved_test = _carve(pool, _sizes(len(pool), wanted))
-    return Splits(train, carved_dev if dev is None else dev, carved_test if test is None else test)
+        *sizes, shared = _sizes(len(pool), wanted)
+        train, carved_dev, carved_test = _carve(pool, sizes, wanted)
+    parts = train, carved_dev if dev is None else dev, carved_test if test is None else test
+    return Splits(*parts, len(pool) + len(devs) + len(tests) - sum(map(len, parts)), shared)
 
 
 def _name_the_rest(data: Path | str | Records | None) -> None:
@@ -121,8 +137,8 @@ def _shuffled(examples: list[Example], seed: int, stream: int) -> list[Example]:
     return [examples[index] for index in order]
 
 
-def _sizes(available: int, wanted: _Wanted) -> tuple[int, int, int]:
-    """How much of the train file each part gets."""
+def _sizes(available: int, wanted: _Wanted) -> tuple[int, int, int, bool]:
+    """How much of the train file each part gets, and whether that is less than was wanted."""
     fifth = available // 5
     dev = fifth if wanted.dev is None else wanted.dev
     test = fifth if wanted.test is None else wanted.test
@@ -131,16 +147,18 @@ def _sizes(available: int, wanted: _Wanted) -> tuple[int, int, int]:
     if total > available:
         dev, test = dev * available // total, test * available // total
         train = available - dev - test
-    return train, dev, test
+    return train, dev, test, dev + test > 0 and total > available
 
 
 def _carve(
-    pool: list[Example], sizes: tuple[int, int, int]
+    pool: list[Example], sizes: Sequence[int], wanted: _Wanted
 ) -> tuple[list[Example], list[Example], list[Example]]:
+    """Train, dev and test. What equals an example of an earlier part goes there, up to that part's limit."""
     train = pool[: sizes[0]]
-    rest = _without(pool[sizes[0] :], train)
+    rest, twins = _parted(pool[sizes[0] :], train)
     dev = rest[: sizes[1]]
-    return train, dev, _without(rest[sizes[1] :], dev)[: sizes[2]]
+    rest, dev_twins = _parted(rest[sizes[1] :], dev)
+    return (train + twins)[: wanted.train], (dev + dev_twins)[: wanted.dev], rest[: sizes[2]]
 
 
 def _few_shot(
@@ -168,8 +186,17 @@ def _few_shot(
 
 def _without(examples: list[Example], taken: list[Example]) -> list[Example]:
     """The examples whose fields equal none of those taken."""
+    return _parted(examples, taken)[0]
+
+
+def _parted(examples: list[Example], taken: list[Example]) -> tuple[list[Example], list[Example]]:
+    """The same, and the others."""
     seen = {_key(example) for example in taken}
-    return [example for example in examples if _key(example) not in seen]
+    others: list[Example] = []
+    twins: list[Example] = []
+    for example in examples:
+        (twins if _key(example) in seen else others).append(example)
+    return others, twins
 
 
 def _key(example: Example) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:
 
 def learnable_splits(encoder: Encoder, splits: Splits) -> Splits:
     """`learnable` of every part."""
-    return Splits(*(learnable(encoder, part) for part in (splits.train, splits.dev, splits.test)))
+    train, dev, test = (learnable(encoder, part) for part in (splits.train, splits.dev, splits.test))
+    return replace(splits, train=train, dev=dev, test=test)
 
 
 def task_encoder(

@@ -131,7 +131,7 @@ def _refusal(found: Plan) -> str:
     budgets = [format_bytes(size) for size in (found.device_budget_bytes, found.host_budget_bytes) if size]
     lines = [f"--device-budget: the run does not fit {' and '.join(dict.fromkeys(budgets))}"]
     lines += [f"  {row[0]:<22}{row[1]:>12}" for row in found.table()]
-    lines += [f"  not accounted for: {text}" for text in found.unaccounted]
+    lines += [f"  not counted: {text}" for text in found.unaccounted]
     if found.nearest is not None:
         near = found.nearest
         lines.append(
