@@ -313,7 +313,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
         summary: dict[str, Any] = {}
         try:
             if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
-                setup.model.halvings = loop.halvings
+                setup.model.chunk_halvings = loop.chunk_halvings
             if loop.is_whole:
                 loop.save()
                 checkpoint.save_adapter(setup.stepper.space, folder.adapter)
@@ -405,7 +405,7 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
         for words in identity.changes(folder.identity, made_of):
             tell(f"{words}: steps from here on may round otherwise than the ones before")
         start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
-        setup.model.halvings = max(setup.model.halvings, start.halvings)
+        setup.model.chunk_halvings = max(setup.model.chunk_halvings, start.chunk_halvings)
         tell(f"resuming after {start.position.step} of {setup.config.steps} steps")
     folder.create(replace(setup.resolved.settings, resume=False, out=str(folder.path)))
     if folder.writes:

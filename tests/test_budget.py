@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.engine.budget import MOST_HALVINGS, Budget, Cap, enforced, is_out_of_memory
+from hizoo_lite.engine.budget import MOST_CHUNK_HALVINGS, Budget, Cap, enforced, is_out_of_memory
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import BudgetError
@@ -70,7 +70,7 @@ def test_where_nothing_smaller_exists_the_pass_fails(tmp_path: Path) -> None:
 
     with pytest.raises(BudgetError, match="nothing of a pass can be made smaller"):
         budget.fitting(never)
-    assert budget.retries == MOST_HALVINGS + 1
+    assert budget.retries == MOST_CHUNK_HALVINGS + 1
     with pytest.raises(RuntimeError, match="another"):
         budget.fitting(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
@@ -95,7 +95,7 @@ def test_a_limit_that_rose_is_tried_before_smaller_chunks(tmp_path: Path) -> Non
 
     assert budget.fitting(work) == "done"
     assert asked == [False, True, True]
-    assert (model.halvings, budget.retries) == (1, 1)
+    assert (model.chunk_halvings, budget.retries) == (1, 1)
 
 
 def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> None:
@@ -104,12 +104,12 @@ def test_a_peak_over_the_budget_makes_later_chunks_smaller(tmp_path: Path) -> No
     reports: list[str] = []
     budget = Budget(Budgets(10**6, 10**6), model, reports.append)
     budget.check(10**6)
-    assert (model.halvings, budget.retries) == (0, 0)
+    assert (model.chunk_halvings, budget.retries) == (0, 0)
     budget.check(2 * 10**6)
-    assert (model.halvings, budget.retries) == (1, 1)
+    assert (model.chunk_halvings, budget.retries) == (1, 1)
     assert "1.91 MiB was over the budget" in reports[0]
     Budget(Budgets(None, None), model).check(10**12)
-    assert model.halvings == 1
+    assert model.chunk_halvings == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux alone")

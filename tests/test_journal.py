@@ -32,7 +32,7 @@ def records(directions: int) -> st.SearchStrategy[Record]:
         decay=FLOATS,
         skipped=st.booleans(),
         clipped=st.booleans(),
-        halvings=st.integers(0, 10),
+        chunk_halvings=st.integers(0, 10),
         predicted=st.booleans(),
     ).map(lambda r: r._replace(coefficients=()) if r.skipped else r)
 

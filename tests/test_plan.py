@@ -240,7 +240,7 @@ def test_a_budget_of_the_peak_fits_and_one_byte_less_does_not(residency: Any, st
     same = planned(streamable, device_budget=f"{least.peak_bytes}B", **large)
     less = planned(streamable, device_budget=f"{least.peak_bytes - 1}B", **large)
     assert usual.fits
-    assert not usual.halvings
+    assert not usual.chunk_halvings
     assert least.peak_bytes < usual.peak_bytes
     assert same.fits
     assert same.peak_bytes == least.peak_bytes
@@ -255,7 +255,7 @@ def test_chunks_are_halved_no_more_than_the_budget_asks_for(streamable: Path) ->
     usual = planned(streamable, device_budget="100GiB", **large)
     once = planned(streamable, device_budget=f"{usual.peak_bytes - 1}B", **large)
     assert once.fits
-    assert once.halvings == 1
+    assert once.chunk_halvings == 1
     assert "chunks 1/2 of the usual" in once.settings()
 
 

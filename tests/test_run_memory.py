@@ -383,9 +383,9 @@ def test_a_host_peak_over_its_budget_makes_chunks_smaller() -> None:
     budget = Budget(Budgets(1000, 100), model, told.append)
     budget.check(900)
     budget.check(900, 100)
-    assert (model.halvings, told) == (0, [])
+    assert (model.chunk_halvings, told) == (0, [])
     budget.check(900, 101)
-    assert (model.halvings, budget.retries) == (1, 1)
+    assert (model.chunk_halvings, budget.retries) == (1, 1)
     assert "on the host was over its budget" in told[0]
 
 

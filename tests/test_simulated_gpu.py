@@ -291,7 +291,7 @@ def test_refused_memory_halves_the_chunks(share: float, most: int, tmp_path: Pat
     traversal.guard = Budget(Budgets(None, None), model, told.append).fitting
     memory.cap_bytes = memory.live_bytes + int(share * needed)
     got = traversal.losses(batch, Branches.of(), 1e-3, {}).per_example
-    assert 1 <= len(told) == model.halvings <= most
+    assert 1 <= len(told) == model.chunk_halvings <= most
     assert memory.refusals == len(told)
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)  # products with fewer rows round otherwise
 

@@ -48,7 +48,7 @@ class Case(NamedTuple):
     rows: int
     length: int
     budget_bytes: int = AMPLE
-    halvings: int | None = None  # of chunks; None is what the plan says
+    chunk_halvings: int | None = None  # of chunks; None is what the plan says
 
     @property
     def name(self) -> str:
@@ -140,9 +140,9 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
 
     found: dict[str, Any] = {"framework": sampler.now()}
     config = config_of(case, folder)
-    halvings = case.halvings
-    if halvings is None:
-        halvings = planner.plan_run(config, Checkpoint.open(folder), "causal").halvings
+    chunk_halvings = case.chunk_halvings
+    if chunk_halvings is None:
+        chunk_halvings = planner.plan_run(config, Checkpoint.open(folder), "causal").chunk_halvings
     trim()
     limit = None if case.budget_bytes == AMPLE else case.budget_bytes
     with enforced(limit, torch.device("cpu")) as cap:
@@ -151,7 +151,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
             device_budget=config.device_budget,
         )  # fmt: skip
         found |= {"loaded": sampler.now(), "load_peak": sampler.peak_bytes}
-        model.halvings = halvings
+        model.chunk_halvings = chunk_halvings
         traversal, batch = Traversal(model), make_batch(case.rows, case.length)
         budget = Budget(Budgets(limit, limit), model, cap=cap)
         traversal.guard = budget.fitting
@@ -169,7 +169,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         for _ in range(_STEPS):
             traversal.losses(batch)
     scratch = {key[0]: value.numel() for key, value in model.scratch._buffers.items()}
-    return {**found, "halvings": model.halvings, "retries": budget.retries, "scratch": scratch}
+    return {**found, "halvings": model.chunk_halvings, "retries": budget.retries, "scratch": scratch}
 
 
 def run_backprop(case: Case, folder: str) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     usual, usual_plan = ask("train", folder, case), ask("plan", folder, case)
     held = case._replace(budget_bytes=int(HELD * inference["measured_bytes"]))
     plan = ask("plan", folder, held)
-    training = ask("train", folder, held if plan["fits"] else case._replace(halvings=plan["halvings"]))
+    training = ask("train", folder, held if plan["fits"] else case._replace(chunk_halvings=plan["halvings"]))
     row = {
         "config": case.name,
         "predicted_bytes": plan["peak_bytes"],

@@ -236,7 +236,7 @@ def _read_checkpoint(folder: Path) -> None:
         checkpoint.check(path)
         checkpoint.numbers(path)
         checkpoint.parameters(path)
-        assert checkpoint.halvings(path) >= 0
+        assert checkpoint.chunk_halvings(path) >= 0
         tensorfile.load(path / "curvature.safetensors")
     checkpoint.newest_valid(folder)
 

@@ -64,7 +64,7 @@ class EdgeSetup:
     encoder: Encoder
     traversal: TrainGraph
     stepper: Stepper
-    halvings: int = 0  # onnxruntime takes a batch as a whole
+    chunk_halvings: int = 0  # onnxruntime takes a batch as a whole
 
 
 def resolve(folder: Path, flags: Mapping[str, str | bool]) -> TrainConfig:

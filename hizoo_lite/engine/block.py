@@ -57,7 +57,7 @@ class PresentBlock(nn.Module):
             branches,
             model.device.type,
             redrawn=model.pending is not None,
-            halvings=model.halvings,
+            chunk_halvings=model.chunk_halvings,
         )
         if not is_alike(model, self.index, hidden, args, kwargs):
             return self._run(rows, chunks, args, kwargs)

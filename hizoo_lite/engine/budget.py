@@ -28,7 +28,7 @@ from hizoo_lite.units import format_bytes
 Result = TypeVar("Result")
 
 #: Halvings after which nothing of a pass is left to be made smaller: see `Model.chunks`.
-MOST_HALVINGS = 10
+MOST_CHUNK_HALVINGS = 10
 
 #: What C++ allocators say when they are refused; on CPU there is no exception type of its own. The last are
 #: the words of oneDNN and of cuBLAS and cuSPARSE, whose own memory is beside torch's.
@@ -93,7 +93,7 @@ class Budget:
 
     def _smaller(self, why: str, stop: bool = True) -> None:
         self.retries += 1
-        if self.model.halvings >= MOST_HALVINGS:
+        if self.model.chunk_halvings >= MOST_CHUNK_HALVINGS:
             if stop:
                 given = self.limits.device_bytes
                 limit = "the memory there is" if given is None else format_bytes(given)
@@ -101,8 +101,8 @@ class Budget:
                     f"--device-budget: {why} and nothing of a pass can be made smaller; {limit} is not enough"
                 )
             return
-        self.model.halvings += 1
-        self.report(f"{why}: going on with smaller chunks (halved {self.model.halvings} times)")
+        self.model.chunk_halvings += 1
+        self.report(f"{why}: going on with smaller chunks (halved {self.model.chunk_halvings} times)")
 
     def _give_back(self) -> None:
         self.model.scratch.clear()

@@ -64,13 +64,13 @@ def plan_chunks(
     branches: int,
     device_type: str,
     redrawn: bool = False,
-    halvings: int = 0,
+    chunk_halvings: int = 0,
 ) -> Chunks:
     """For a batch of `rows` sequences of `length` tokens, folded `branches` times.
 
     auto: a few rows, fewer than the batch has, since all branches of all rows lie between the blocks.
-    redrawn: the noise of weights is drawn in each chunk. halvings: how often chunks have been halved because
-    memory ran out.
+    redrawn: the noise of weights is drawn in each chunk. chunk_halvings: how often chunks have been halved
+    because memory ran out.
     """
     if wanted != "auto":
         together, slices = min(wanted, rows), 1
@@ -80,9 +80,9 @@ def plan_chunks(
         least_slice = (LEAST_SLICE_REDRAWN if redrawn else LEAST_SLICE)[kind]
         together = min(rows, max(-(-rows // branches**2), -(-least // (branches * length))))
         slices = -(-branches * length // max(least_slice, rows * length)) if together == 1 else 1
-    while halvings and together > 1:
-        together, halvings = -(-together // 2), halvings - 1
-    return Chunks(together, min(slices << halvings, MOST_SLICES, length))
+    while chunk_halvings and together > 1:
+        together, chunk_halvings = -(-together // 2), chunk_halvings - 1
+    return Chunks(together, min(slices << chunk_halvings, MOST_SLICES, length))
 
 
 class SlicedMLP:

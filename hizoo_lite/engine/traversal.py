@@ -136,9 +136,9 @@ class Traversal:
         out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
         model, vocabulary = self.model, self.model.config.vocab_size
         limits = (
-            LOGITS_BYTES >> model.halvings,
+            LOGITS_BYTES >> model.chunk_halvings,
             self._offloaded_head(),
-            HELD_BYTES[like(device)] >> model.halvings,
+            HELD_BYTES[like(device)] >> model.chunk_halvings,
         )
         for part, logits in logits_at(
             model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, *limits

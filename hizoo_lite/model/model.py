@@ -55,7 +55,7 @@ class Model:
     reads_again: bool = False  # inputs of blocks, after the block, so that they cannot be overwritten
     folds_first: bool = False  # all branches go through every block, since the model's own code needs them
     blocks_alike: int = 0  # the first ones, which one branch goes through for all: in a traversal
-    halvings: int = 0  # of chunks and logits, because memory ran out
+    chunk_halvings: int = 0  # of chunks and logits, because memory ran out
 
     @property
     def trunk_name(self) -> str:

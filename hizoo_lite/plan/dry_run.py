@@ -60,7 +60,7 @@ class Pass(NamedTuple):
     branches: Branches
     sites: int  # positions whose logits are read, over all rows
     chunk: int | Literal["auto"] = "auto"
-    halvings: int = 0  # of chunks and logits, so that it fits
+    chunk_halvings: int = 0  # of chunks and logits, so that it fits
 
 
 class Activations(NamedTuple):
@@ -209,7 +209,7 @@ class DryRun:
 
     def _run(self, wanted: Pass) -> Activations:
         model = self.model
-        model.branch_chunk, model.halvings = wanted.chunk, wanted.halvings
+        model.branch_chunk, model.chunk_halvings = wanted.chunk, wanted.chunk_halvings
         self.buffers.clear()
         for block in self.blocks:
             block.calls = 0
@@ -240,8 +240,8 @@ class DryRun:
     def _sites(self, wanted: Pass, vocabulary: int) -> int:
         """As many as make two chunks of logits, and of chunks that wait together all, and one more."""
         each = 4 * wanted.branches.count * vocabulary
-        chunk = max(1, (LOGITS_BYTES >> wanted.halvings) // each)
-        together = max(1, (HELD_BYTES[like(self.device)] >> wanted.halvings) // (each * chunk))
+        chunk = max(1, (LOGITS_BYTES >> wanted.chunk_halvings) // each)
+        together = max(1, (HELD_BYTES[like(self.device)] >> wanted.chunk_halvings) // (each * chunk))
         return min(wanted.sites, chunk * max(2, together + 1))
 
     def _let_an_update_wait(self) -> None:
@@ -367,5 +367,5 @@ def pass_bytes(model: Model, rows: int, length: int, branches: Branches, sites: 
     )
     place: Place = "host" if model.offloaded else "resident"
     sites = rows if sites is None else sites
-    wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.halvings)
+    wanted = Pass(rows, length, branches, sites, model.branch_chunk, model.chunk_halvings)
     return DryRun(source, place, build.build(config, model.kind)).run(wanted).peak_bytes

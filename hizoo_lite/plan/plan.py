@@ -36,7 +36,7 @@ class Plan:
     eval_batch_size: int
     max_length: int
     branch_chunk: int | Literal["auto"]
-    halvings: int  # of chunks and logits, so that a pass fits
+    chunk_halvings: int  # of chunks and logits, so that a pass fits
     device_type: str
     device_budget_bytes: int | None
     host_budget_bytes: int | None
@@ -87,7 +87,7 @@ class Plan:
             "eval_batch_size": self.eval_batch_size,
             "max_length": self.max_length,
             "branch_chunk": self.branch_chunk,
-            "halvings": self.halvings,
+            "halvings": self.chunk_halvings,
             "device": self.device_type,
             "peak_bytes": self.peak_bytes,
             "host_peak_bytes": self.host_peak_bytes,
@@ -129,6 +129,6 @@ class Plan:
         elif self.residency != "resident":
             where = f"{self.blocks_on_device} of {self.blocks} blocks on the device, the others from {where}"
         chunk = "" if self.branch_chunk == "auto" else f", branch chunk {self.branch_chunk}"
-        if self.halvings:
-            chunk += f", chunks 1/{2**self.halvings} of the usual"
+        if self.chunk_halvings:
+            chunk += f", chunks 1/{2**self.chunk_halvings} of the usual"
         return f"{where}, batch {self.batch_size} x {self.max_length}{chunk}"

@@ -143,7 +143,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         eval_batch_size=subject.eval_batch(option.batch),
         max_length=option.length,
         branch_chunk=subject.config.branch_chunk,
-        halvings=option.halvings,
+        chunk_halvings=option.chunk_halvings,
         device_type=subject.device,
         device_budget_bytes=subject.budgets.device_bytes,
         host_budget_bytes=host_budget,
@@ -251,7 +251,7 @@ def _chunks(subject: Subject, option: Option) -> Chunks:
         count,
         subject.device,
         subject.in_weights,
-        option.halvings,
+        option.chunk_halvings,
     )
 
 
@@ -281,7 +281,7 @@ def _best(subject: Subject, option: Option) -> Plan:
     has_budget = subject.budgets.device_bytes is not None
 
     def halved(times: int) -> Plan:
-        return _evaluate(subject, option._replace(halvings=times), gives_back=has_budget)
+        return _evaluate(subject, option._replace(chunk_halvings=times), gives_back=has_budget)
 
     too_few, enough = 0, _chunks(subject, option).rows.bit_length() + MOST_SLICES.bit_length()
     if has_budget and not _may_fit(subject, option):
@@ -358,7 +358,7 @@ def _reasons(subject: Subject, best: Plan, plans: Sequence[Plan], choose_batch: 
     parts.append(
         f"{best.settings()}: {format_bytes(best.peak_bytes)} of {format_bytes(best.device_budget_bytes)}"
     )
-    if best.halvings:
+    if best.chunk_halvings:
         parts.append("smaller chunks than usual, so that it fits: every weight is unpacked more often")
     most = (subject.hardware.batch_size if subject.hardware else None) or LARGEST_BATCH
     if choose_batch and best.batch_size < most:
@@ -443,7 +443,7 @@ def _unknown(config: TrainConfig, inventory: Inventory, reason: str) -> Plan:
         eval_batch_size=config.eval_batch_size,
         max_length=config.max_length,
         branch_chunk=config.branch_chunk,
-        halvings=0,
+        chunk_halvings=0,
         device_type=config.device,
         device_budget_bytes=None,
         host_budget_bytes=None,

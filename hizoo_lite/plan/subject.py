@@ -55,7 +55,7 @@ class Option(NamedTuple):
     place: Place
     batch: int
     length: int
-    halvings: int = 0  # of chunks and logits
+    chunk_halvings: int = 0  # of chunks and logits
 
 
 class Subject:
@@ -216,7 +216,7 @@ class Subject:
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
         sites = self.sites(batch, demand, option.length)
         rows, chunk = batch * demand.rows, self.config.branch_chunk
-        return Pass(rows, option.length, branches, sites, chunk, option.halvings)
+        return Pass(rows, option.length, branches, sites, chunk, option.chunk_halvings)
 
     def _with_cache(self, evaluation: Activations, batch: int, option: Option) -> Activations:
         """Where an evaluation writes, keys and values are beside what its passes make."""

@@ -102,11 +102,11 @@ def check(path: Path) -> dict[str, Any]:
     return state
 
 
-def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) -> Path:
+def save(folder: Path, position: Position, stepper: Stepper, chunk_halvings: int = 0) -> Path:
     """Write the state after `position.step` steps; the checkpoint's path. One that exists is kept.
 
-    halvings: of the chunks in which the run computes. `StorageError` if it cannot be written; then nothing
-    of it is left.
+    chunk_halvings: of the chunks in which the run computes. `StorageError` if it cannot be written; then
+    nothing of it is left.
     """
     path = path_of(folder, position.step)
     if path.exists():
@@ -117,7 +117,7 @@ def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) 
         temporary = folder / f".{path.name}.tmp"
         temporary.mkdir()
         try:
-            _write(temporary, position, stepper, halvings)
+            _write(temporary, position, stepper, chunk_halvings)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its room back
             raise
@@ -126,7 +126,7 @@ def save(folder: Path, position: Position, stepper: Stepper, halvings: int = 0) 
     return path
 
 
-def _write(temporary: Path, position: Position, stepper: Stepper, halvings: int) -> None:
+def _write(temporary: Path, position: Position, stepper: Stepper, chunk_halvings: int) -> None:
     """The files of a checkpoint, forced to the disk."""
     stepper.space.save(temporary / ADAPTER)
     _save_state(temporary / _CURVATURE, stepper.curvature.state_dict())
@@ -137,7 +137,7 @@ def _write(temporary: Path, position: Position, stepper: Stepper, halvings: int)
         "format": _FORMAT,
         **position._asdict(),
         "step_size": stepper.step_size.state_dict(),
-        "halvings": halvings,
+        "halvings": chunk_halvings,
         "library": stepper.library,
         "parameters": list(stepper.space.parameters),
         "files": {file.relative_to(temporary).as_posix(): sha256_of(file) for file in written},
@@ -207,7 +207,7 @@ def load(path: Path, stepper: Stepper) -> Position:
     return Position(record["step"], record["bad_steps"])
 
 
-def halvings(path: Path) -> int:
+def chunk_halvings(path: Path) -> int:
     """Those of the chunks in which the run computed when the checkpoint was made."""
     return int(_state(path)["halvings"])
 

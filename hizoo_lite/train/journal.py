@@ -59,7 +59,7 @@ class Record(NamedTuple):
     decay: float  # of the weights, already times lr
     skipped: bool = False  # a loss was not finite: nothing was changed
     clipped: bool = False  # a coefficient was cut to the limit
-    halvings: int = 0  # of the chunks that the losses were computed in
+    chunk_halvings: int = 0  # of the chunks that the losses were computed in
     predicted: bool = False  # the curvature is from predictions, not from losses
 
 
@@ -247,7 +247,7 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
         record.seed & _MASK,
         record.position,
         len(record.losses),
-        record.halvings,
+        record.chunk_halvings,
         flags,
         bytes(5),
         coefficients[0],
@@ -270,7 +270,7 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
     checksum = zlib.crc32(body, checksum)
     if data[-_CHECKSUM.size :] != _CHECKSUM.pack(checksum, bytes(4)):
         return None, checksum
-    step, seed, position, count, halvings, flags, _, coefficient, curvature, smoothing, lr, decay = (
+    step, seed, position, count, chunk_halvings, flags, _, coefficient, curvature, smoothing, lr, decay = (
         _FIXED.unpack(body[: _FIXED.size])
     )
     if count > form.branches:
@@ -290,7 +290,7 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
         decay,
         skipped,
         bool(flags & _CLIPPED),
-        halvings,
+        chunk_halvings,
         bool(flags & _PREDICTED),
     )
     return record, checksum

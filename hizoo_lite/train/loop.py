@@ -57,7 +57,7 @@ class Components(Protocol):
     def stepper(self) -> Stepper: ...
 
     @property
-    def halvings(self) -> int:
+    def chunk_halvings(self) -> int:
         """How often the chunks that losses are computed in were halved, so that they fit into memory."""
         ...
 
@@ -106,7 +106,7 @@ class Loop:
         self.after: Evaluation | None = None
         self.is_whole = True
         self.adapter_step = position.step  # after which the parameters in memory are those
-        self.halvings = setup.halvings  # of the chunks in which the last step was computed
+        self.chunk_halvings = setup.chunk_halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
         balanced = setup.config.balanced == "auto" and setup.encoder.task.kind == "choice"
         self._labels = [example.gold for example in setup.splits.train] if balanced else None
@@ -172,7 +172,9 @@ class Loop:
         if self.journal is not None:
             self.journal.sync()
             self.folder.sync_metrics()
-            checkpoint.save(self.folder.checkpoints, self.position, self.setup.stepper, self.setup.halvings)
+            checkpoint.save(
+                self.folder.checkpoints, self.position, self.setup.stepper, self.setup.chunk_halvings
+            )
 
     def _is_over(self) -> bool:
         """Whether there is no other step: all were taken, or a callback wants no more.
@@ -231,7 +233,7 @@ class Loop:
         line = self._record(record, time.perf_counter() - began)
         bad = self.position.bad_steps + 1 if record.skipped else 0
         self.position, self.is_whole = Position(number + 1, bad), True
-        self.adapter_step, self.halvings = number + 1, self.setup.halvings
+        self.adapter_step, self.chunk_halvings = number + 1, self.setup.chunk_halvings
         self.callbacks.step_end(record, line)
         if bad >= MOST_BAD_STEPS:
             raise TooManyBadSteps(
@@ -327,7 +329,7 @@ class Loop:
             decay=record.decay,
             skipped=record.skipped,
             clipped=record.clipped,
-            halvings=self.setup.halvings,
+            chunk_halvings=self.setup.chunk_halvings,
             predicted=record.predicted,
         )
 

@@ -25,7 +25,7 @@ class Start(NamedTuple):
     """Where a run goes on."""
 
     position: Position
-    halvings: int = 0  # of chunks, in the steps before: the same ones round alike
+    chunk_halvings: int = 0  # of chunks, in the steps before: the same ones round alike
 
 
 def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Journal:
@@ -46,9 +46,9 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     for error in refused.values():
         tell(f"{error}; an older checkpoint is taken")
     held = journal.scan(folder.journal) if folder.journal.is_file() else Found([], 0, 0)
-    position, halvings = Position(), 0
+    position, chunk_halvings = Position(), 0
     if found is not None:
-        position, halvings = Position(checkpoint.steps_of(found)), checkpoint.halvings(found)
+        position, chunk_halvings = Position(checkpoint.steps_of(found)), checkpoint.chunk_halvings(found)
     later = _judged(folder, _following(held.records, position.step))
     taken = position.step + len(later)
     if taken > steps:
@@ -58,19 +58,19 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     if found is not None:
         position = checkpoint.load(found, stepper)
     elif later and folder.writes and stepper.space.weights is None:
-        checkpoint.save(folder.checkpoints, position, stepper, later[0].halvings)  # for `replay`
+        checkpoint.save(folder.checkpoints, position, stepper, later[0].chunk_halvings)  # for `replay`
     if later:
         tell(f"taking {len(later)} steps from the journal")
     for record in later:
         stepper.replay(record)
         position = after(position, record)
-        halvings = record.halvings
+        chunk_halvings = record.chunk_halvings
     for path in refused if folder.writes else ():
         checkpoint.set_aside(path)
     folder.keep_metrics(position.step, ended=position.step == steps)
     points = stepper.estimator.points
     _restore_metrics(folder, held.records, position.step, lambda step: len(points(step)), tell)
-    return Start(position, halvings)
+    return Start(position, chunk_halvings)
 
 
 def where_it_stands(folder: RunFolder, position: Position) -> str:

@@ -58,9 +58,9 @@ class Setup:
         return self.resolved.task
 
     @property
-    def halvings(self) -> int:
-        """See `Components.halvings`."""
-        return self.model.halvings
+    def chunk_halvings(self) -> int:
+        """See `Components.chunk_halvings`."""
+        return self.model.chunk_halvings
 
 
 def build(
@@ -83,7 +83,7 @@ def build(
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
-        model.halvings = max(model.halvings, plan.halvings)
+        model.chunk_halvings = max(model.chunk_halvings, plan.chunk_halvings)
     prepare_blocks(model, resolved, workload, plan)
     return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan)
 
