@@ -286,15 +286,18 @@ class LinearDelta(ABC):
 class AttachedSpace(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
-    `parameters` are float32 leaves by PEFT name; the loop updates them in place. `frozen` are tensors in
-    memory that are saved and loaded with them and never move. A space without `weights` saves all of them in
-    one safetensors file, under these names (with PEFT's prefix or without): a replay has no more than that.
+    `parameters` are float32 leaves by PEFT name, which a step perturbs and updates in place. `exact` are
+    leaves of a head, whose gradient is computed in place of estimated: no branch perturbs them. `frozen` are
+    tensors in memory that are saved and loaded with them and never move. A space without `weights` saves
+    all of them in one safetensors file, under these names (with PEFT's prefix or without): a replay has no
+    more than that.
     """
 
     name: str
     #: The largest projected gradient of a step, where a run says none; None is no limit.
     clip: ClassVar[float | None] = None
     parameters: dict[str, Array]
+    exact: dict[str, Array]
     frozen: dict[str, Array]
 
     @property
@@ -325,13 +328,23 @@ class Space(AttachedSpace, Protocol):
     #: Full names of the linear layers that it is attached to.
     target_names: list[str]
 
-    def attach(self, model: Any, seed: int) -> None:
-        """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model."""
+    def attach(self, model: Any, seed: int, labels: Sequence[int] | None = None) -> None:
+        """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model.
+
+        labels: tokens of the vocabulary that the answers of the run's examples are made of, if they are few
+            and the same in all examples; see `LoRA`.
+        """
         ...
 
 
+def trained_count(space: AttachedSpace) -> int:
+    """How many values an attached space trains, those of a head with exact gradients too."""
+    shapes = [*trainable(space).values(), *(value.shape for value in space.exact.values())]
+    return sum(math.prod(shape) for shape in shapes)
+
+
 def trainable(space: AttachedSpace) -> dict[str, Shape]:
-    """The shapes of everything that an attached space trains, by name."""
+    """The shapes of what an attached space trains by estimated gradients, by name."""
     shapes = {name: value.shape for name, value in space.parameters.items()}
     return shapes if space.weights is None else {**shapes, **space.weights.shapes}
 
@@ -421,6 +434,10 @@ class BranchLosses(Protocol):
         branches: Branches = ...,
         mu: float = ...,
         directions: Mapping[str, Array] | None = ...,
+        exact: Mapping[str, Array] | None = ...,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` d by parameter name, on the device."""
+        """Losses of every branch on `batch`; `directions` d by parameter name, on the device.
+
+        exact: the parameters whose gradient is wanted, of an `AttachedSpace`.
+        """
         ...

@@ -52,6 +52,10 @@ class Losses(NamedTuple):
     # (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are compared along each
     # direction, of the distribution that the loss is of: "choice" over the example's slots, "class" over the
     # classes, "answer" over the vocabulary, there the mean over the gold slot's tokens.
+    exact: Array | None = None
+    # float64, (n,): of each parameter with an exact gradient, in the order of names, the gradient of the
+    # losses' sum at theta, flat, then its reach times the examples: how far an output moves at most if every
+    # value moves by one, the mean over its inputs x of sum |x|. None if no parameter has one.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""

@@ -117,6 +117,7 @@ class BranchState:
     """
 
     def __init__(self) -> None:
+        self.reaches: dict[str, Tensor] = {}
         self.set(EVALUATION, 0.0, {})
 
     def set(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> None:
@@ -237,6 +238,10 @@ class BranchState:
     def restore(self, mark: weakref.ref[Tensor] | None) -> None:
         """Forget what was learnt since `mark`."""
         self._first_input = mark
+
+    def reached(self, name: str, x: Tensor) -> None:
+        """Note the `Losses.exact` reach of a parameter that is multiplied by `x`, (..., in_features)."""
+        self.reaches[name] = x.detach().abs().sum(-1).mean()
 
     def same_in_all(self, x: Tensor) -> bool:
         """Whether `x` is known to be the same in all branches: no layer before it has made them differ."""

@@ -104,6 +104,13 @@ class TrainConfig:
     train_a: bool = _setting(
         False, "train A as well as B; without it A keeps its random start", group="Space"
     )
+    head: Literal["exact", "estimated", "none"] = _setting(
+        "exact",
+        "a classifier's head, or rows added to a language model's head for the tokens of label words: exact "
+        "has their gradient from the base branch; estimated perturbs a classifier's head, which a runtime "
+        "without gradients can do, and adds no rows",
+        group="Space",
+    )
     dense_update: Literal["requantize", "residual"] = _setting(
         "residual",
         "residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "

@@ -108,18 +108,18 @@ SPACES: Registry[Space] = Registry(
         "lora": Line(
             "hizoo_lite.spaces.lora:LoRA",
             "adapters",
-            _own("rank", "alpha", "rslora", "train_a", "targets", "blocks"),
+            _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "head"),
         ),
         "dense": Line(
             "hizoo_lite.spaces.dense:Dense",
             "the weights themselves",
-            _own("targets", "blocks", update="dense_update"),
+            _own("targets", "blocks", "head", update="dense_update"),
             in_weights=True,
         ),
         "scales": Line(
             "hizoo_lite.spaces.scales:Scales",
             "only the quantized weights' absmax (QZO)",
-            _own("targets", "blocks"),
+            _own("targets", "blocks", "head"),
             in_weights=True,
             of_scales=True,
         ),

@@ -9,7 +9,6 @@ trackers are accelerate's.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from hizoo_lite.base import Bits, Curvature, Estimator, Space, trainable
+from hizoo_lite.base import Bits, Curvature, Estimator, Space, trained_count
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
@@ -256,7 +255,7 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     model, compute = setup.model, str(setup.model.compute).removeprefix("torch.")
-    count = sum(math.prod(shape) for shape in trainable(setup.space).values())
+    count = trained_count(setup.space)
     tell(
         f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
         f"on {model.device}, products in {compute}, {count:,} trainable parameters"

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from hizoo_lite.train import journal
+
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260K"
 
 TASK = """name = "moods"
@@ -27,6 +29,13 @@ def stories() -> str:
     if not (STORIES / "config.json").is_file():
         pytest.skip("../shared/models/stories260K is not here")
     return str(STORIES)
+
+
+def record_size(run: Path) -> int:
+    """Bytes of a record of a run's journal."""
+    found = journal._form(run / "journal.bin")
+    assert found is not None
+    return journal.record_bytes(*found[1])
 
 
 def write_task(folder: Path) -> tuple[Path, Path]:

@@ -422,7 +422,7 @@ def test_a_head_that_nothing_has_values_for_is_refused(tmp_path):
     whole = save_tiny("bert", tmp_path / "whole", kind="classifier")
     whole.bert.save_pretrained(tmp_path / "base")
     model = load(tmp_path / "base", kind="classifier", bits="nf4", device="cpu")
-    tuned(model, "lora", head=False).save(tmp_path / "adapter")
+    tuned(model, "lora", head="none").save(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"classifier\.\w+ is neither in the checkpoint nor in what was"):
         merged.prepare(tmp_path / "adapter", tmp_path / "out", base_bits="nf4")
 

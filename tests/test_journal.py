@@ -16,7 +16,7 @@ from hizoo_lite.train.journal import MOST_BRANCHES, Journal, Record, read, recor
 FLOATS = st.floats(allow_nan=False)
 
 
-def records(directions: int) -> st.SearchStrategy[Record]:
+def records(directions: int, exact: int) -> st.SearchStrategy[Record]:
     """Any record of a step along so many directions; a skipped one has no slopes."""
     along = st.tuples(*[FLOATS] * directions)
     return st.builds(
@@ -34,7 +34,8 @@ def records(directions: int) -> st.SearchStrategy[Record]:
         clipped=st.booleans(),
         chunk_halvings=st.integers(0, 10),
         predicted=st.booleans(),
-    ).map(lambda r: r._replace(coefficients=()) if r.skipped else r)
+        exact=st.binary(min_size=4 * exact, max_size=4 * exact),
+    ).map(lambda r: r._replace(coefficients=(), exact=b"") if r.skipped else r)
 
 
 def record(step: int) -> Record:
@@ -48,18 +49,18 @@ def write(path: Path, count: int) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.integers(1, 3))
+@given(st.data(), st.integers(1, 3), st.integers(0, 3))
 def test_records_come_back_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, directions: int
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, directions: int, exact: int
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.bin"
-    found = data.draw(st.lists(records(directions), max_size=5, unique_by=lambda r: r.step))
+    found = data.draw(st.lists(records(directions, exact), max_size=5, unique_by=lambda r: r.step))
     wanted = sorted(found, key=lambda r: r.step)
-    with Journal(path, 3, directions) as journal:
+    with Journal(path, 3, directions, exact) as journal:
         for one in wanted:
             journal.append(one)
     assert read(path) == wanted
-    assert path.stat().st_size == 32 + len(wanted) * record_bytes(3, directions)
+    assert path.stat().st_size == 32 + len(wanted) * record_bytes(3, directions, exact)
 
 
 def test_the_most_branches_of_a_record_are_kept_and_more_are_refused(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_flipped_bit_ends_the_journal_or_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         if position < 32:
             with pytest.raises(
-                UserError, match=r"(damaged|not a journal|reads 1, 2, 3); move it away: --resume"
+                UserError, match=r"(damaged|not a journal|reads 1, 2, 3, 4); move it away: --resume"
             ):
                 scan(path)
             continue
@@ -178,7 +179,9 @@ def test_what_is_not_this_journal_is_refused(tmp_path: Path) -> None:
         Journal(path, 3)
     path.unlink()
     write(path, 1)
-    with pytest.raises(UserError, match="made for 3 branches a step along 1, this run has 2 along 1"):
+    with pytest.raises(
+        UserError, match="made for 3 branches a step along 1, this run has 2 branches a step along 1"
+    ):
         Journal(path, 2)
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "nowhere.bin")

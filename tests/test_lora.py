@@ -198,8 +198,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     model = load(tmp_path / "base", bits="nf4", device="cpu")
     with pytest.raises(UserError, match="no linear layer named 'qproj'; allowed are attention, all-linear"):
         LoRA(targets="qproj").attach(model, seed=0)
-    with pytest.raises(UserError, match="only a classifier's head"):
-        LoRA(head=True).attach(model, seed=0)
+    with pytest.raises(UserError, match="--head: got 'guess', allowed: exact, estimated, none"):
+        LoRA(head="guess")
     space = LoRA(rank=4)
     space.attach(model, seed=0)
     with pytest.raises(UserError, match=r"adapter_model.safetensors: no such file"):

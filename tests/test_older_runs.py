@@ -23,6 +23,7 @@ OLDER = {
     "balanced": "off",
     "by_length": "off",
     "directions": 1,
+    "head": "estimated",
 }
 FORM = journal.Form(branches=3, directions=1)
 

@@ -31,7 +31,7 @@ from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.replay import replay
 from hizoo_lite.train.step import StepRecord
-from tests.run_fixtures import short_run, write_task
+from tests.run_fixtures import record_size, short_run, write_task
 
 STEPS = 6
 MEASURED = ("seconds", "inference_peak_bytes")
@@ -270,7 +270,7 @@ def test_records_of_zeros_at_the_end_are_computed_again(
 ) -> None:
     run = stopped(tmp_path, save_every=0)
     path = run / "journal.bin"
-    data, size = path.read_bytes(), journal.record_bytes(2)
+    data, size = path.read_bytes(), record_size(path.parent)
     path.write_bytes(data[: -lost * size] + bytes(lost * size))
     told = Told()
     assert resumed(tmp_path, told, save_every=0) == left_alone
@@ -287,7 +287,7 @@ def test_a_damaged_record_before_a_checkpoint_ends_replay_but_not_the_run(
     run = stopped(tmp_path)
     path = run / "journal.bin"
     data = bytearray(path.read_bytes())
-    data[32 + journal.record_bytes(2) + 60] ^= 1
+    data[32 + record_size(path.parent) + 60] ^= 1
     path.write_bytes(data)
     told = Told()
     found = resumed(tmp_path, told)
@@ -312,8 +312,10 @@ def test_steps_behind_a_gap_of_the_journal_are_computed_again(
     run = stopped(tmp_path)
     path = run / "journal.bin"
     records = journal.read(path)
+    found = journal._form(path)
+    assert found is not None
     path.unlink()
-    with journal.Journal(path, 2) as file:
+    with journal.Journal(path, *found[1]) as file:
         for record in records:
             if record.step != 2:
                 file.append(record)

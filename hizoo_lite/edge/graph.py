@@ -130,8 +130,12 @@ class TrainGraph:
         branches: Branches = EVALUATION,
         mu: float = 0.0,
         directions: Mapping[str, np.ndarray] | None = None,
+        exact: Mapping[str, np.ndarray] | None = None,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` d by parameter name, (directions, *shape)."""
+        """Losses of every branch on `batch`; `directions` d by parameter name, (directions, *shape).
+
+        exact: nothing, as `GraphSpace` has it.
+        """
         feeds = {name: value for name, value in batch._asdict().items() if name in self.session.inputs}
         for name, value in {**self.frozen, **self.parameters}.items():
             feeds[name] = np.repeat(value[None], branches.count, axis=0)
@@ -153,6 +157,7 @@ class GraphSpace(AttachedSpace):
 
     def __init__(self, name: str, graph: TrainGraph) -> None:
         self.name, self.graph = name, graph
+        self.exact: dict[str, np.ndarray] = {}  # the graph has no gradients
         self.parameters, self.frozen = graph.parameters, graph.frozen
 
     def save(self, folder: Path | str) -> None:

@@ -69,8 +69,9 @@ class OnnxModel:
         branches: Branches = EVALUATION,
         mu: float = 0.0,
         directions: Mapping[str, np.ndarray] | None = None,
+        exact: Mapping[str, np.ndarray] | None = None,
     ) -> Losses:
-        """Losses on `batch`; one branch alone."""
+        """Losses on `batch`; one branch alone, and nothing that is trained."""
         assert branches == EVALUATION
         if self.kind == "classifier":
             logits = np.concatenate([logits for _, logits in self._logits(batch)]).astype(np.float64)

@@ -82,8 +82,12 @@ def _stand_in(module: nn.Module, trunk_name: str, output: Any) -> Iterator[_Stan
 def head_of(linears: Mapping[str, BranchLinear], trunk_name: str, vocabulary: int) -> BranchLinear | None:
     """The linear layer that makes the logits; None if its products cannot be made apart from it."""
     outside = [layer for name, layer in linears.items() if not name.startswith(trunk_name + ".")]
-    found = [layer for layer in outside if layer.out_features == vocabulary and layer.delta is None]
+    found = [layer for layer in outside if layer.out_features == vocabulary and not _is_replaced(layer)]
     return found[0] if len(found) == 1 else None
+
+
+def _is_replaced(layer: BranchLinear) -> bool:
+    return layer.delta is not None and layer.delta.replaces_base
 
 
 def logits_at(

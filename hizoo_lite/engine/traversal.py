@@ -22,10 +22,20 @@ from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.device import like
 from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.engine.exact import (
+    RECORDED_HALVINGS,
+    class_gradients,
+    flat_gradients,
+    recorded,
+    theta,
+    token_gradients,
+    with_reaches,
+)
 from hizoo_lite.engine.fanout import blocks_alike
 from hizoo_lite.engine.generate import Ended, write
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.engine.overwritten import until_suited
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import OffloadedWeight
@@ -35,6 +45,7 @@ from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 _HOST = TorchArrays()
+_NONE: Mapping[str, Tensor] = {}
 
 
 class Traversal:
@@ -57,27 +68,41 @@ class Traversal:
         branches: Branches = EVALUATION,
         mu: float = 0.0,
         directions: Mapping[str, Tensor] | None = None,
+        exact: Mapping[str, Tensor] | None = None,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` as in `BranchState`."""
+        """See `BranchLosses.losses`; `directions` as in `BranchState`."""
         made = batch_tensors(batch)
-        work = partial(self._losses, made, branches, mu, directions or {})
+        work = partial(self._losses, made, branches, mu, directions or {}, exact or {})
         return self.guard(lambda: until_suited(self.model, work))
 
     def _losses(
-        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
+        self,
+        batch: Batch,
+        branches: Branches,
+        mu: float,
+        directions: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor],
     ) -> Losses:
-        found = self.outcome(batch, branches, mu, directions)
+        found = self.outcome(batch, branches, mu, directions, exact)
+        made = brought(found, torch.device("cpu"))  # in one copy: the host waits once
         if self.model.kind == "classifier":
-            return _class_losses(found[0], batch.gold, branches)
-        scored, divergences = brought(found, torch.device("cpu"))  # in one copy: the host waits once
-        return _slot_losses(scored, divergences, batch, branches)
+            losses = _class_losses(made[0], batch.gold, branches)
+        else:
+            losses = _slot_losses(made[0], made[1], batch, branches)
+        return losses._replace(exact=made[-1]) if exact else losses
 
     def outcome(
-        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Tensor]
+        self,
+        batch: Batch,
+        branches: Branches,
+        mu: float,
+        directions: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor] = _NONE,
     ) -> tuple[Tensor, ...]:
-        """What losses are made of, on the model's device.
+        """What losses are made of, on the model's device, float64.
 
-        Of a classifier its logits, (branches, examples, classes); else `_scored_log_probabilities`.
+        Of a classifier its logits, (branches, examples, classes); else `_scored_log_probabilities`. Behind
+        that, if there are parameters with one, the exact gradients: `Losses.exact`.
         Raises `Unsuited` where the model is first found to be.
         """
         with self._branches(branches, mu, directions):
@@ -88,13 +113,20 @@ class Traversal:
             lengths = batch.attention_mask.sum(1).tolist()
             with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
                 if self.model.kind == "classifier":
-                    logits = self.model.module(**inputs).logits
-                    return (logits.view(branches.count, batch.examples, -1),)
+                    with recorded(exact):
+                        logits = self.model.module(**inputs).logits
+                        logits = logits.view(branches.count, batch.examples, -1).double()
+                        if not exact:
+                            return (logits,)
+                        return logits.detach(), class_gradients(logits, batch.gold, branches, exact, state)
                 trunk = self.model.module.get_submodule(self.model.trunk_name)
                 output = trunk(**inputs, **self._no_cache())
             hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
             output = with_hidden(output, hidden)  # what else it has need not live on
-            return self._scored_log_probabilities(output, hidden, batch, branches)
+            found = self._scored_log_probabilities(output, hidden, batch, branches)
+            if not exact:
+                return found
+            return *found, self._label_gradients(output, hidden, batch, branches, found[0], exact)
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
@@ -156,6 +188,47 @@ class Traversal:
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
         return unsorted, divergences
+
+    def _label_gradients(
+        self,
+        output: Any,
+        hidden: Tensor,
+        batch: Batch,
+        branches: Branches,
+        scored: Tensor,
+        exact: Mapping[str, Tensor],
+    ) -> Tensor:
+        """`Losses.exact`: the head is run once more at theta, with gradients for what is beside its matrix.
+
+        scored: as `_scored_log_probabilities` gives it. Without a base branch both points of the first pair
+        stand for theta, which is off by O(mu^2).
+        """
+        if batch.loss != "choice":
+            raise UserError(
+                f"--head: exact has rows for labels, but the loss is {batch.loss!r}, not 'choice'"
+            )
+        at_theta = list(theta(branches))
+        weights = token_gradients(scored[at_theta], batch) / len(at_theta)
+        device, model, state = hidden.device, self.model, self.model.state
+        rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
+        order = torch.argsort(batch.token_site)
+        sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
+        weights = _sent(weights[:, order], device)
+        limit = max(1, LOGITS_BYTES >> (model.chunk_halvings + RECORDED_HALVINGS))
+        found: list[Tensor] = []
+        state.set(EVALUATION, 0.0, {})
+        for own, branch in zip(weights, at_theta, strict=True):
+            with recorded(exact):
+                for part, logits in logits_at(
+                    model.module, model.trunk_name, output, hidden[branch : branch + 1], rows, positions,
+                    model.config.vocab_size, limit, self._offloaded_head(),
+                ):  # fmt: skip
+                    first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
+                    at = _sent(sites[first:last] - part.start, device)
+                    log_p = logits[0].double().log_softmax(-1)[at, ids[first:last]]
+                    found.append(flat_gradients((log_p * own[first:last]).sum(), exact))
+        total = torch.stack(found).sum(0)
+        return with_reaches(total, exact, state, batch.examples)
 
     def _offloaded_head(self) -> BranchLinear | None:
         """The head, where its matrix is not on the device."""

@@ -3,7 +3,8 @@
 Every matrix of the blocks is W + (alpha / r) B A, computed in float32 from the values that the run has seen:
 those that the quantized base stands for, not the 16-bit ones that it was once made from, because the adapter
 was tuned on the former and makes up for their errors. Of spaces that train weights, the changed ones.
-Everything else is the base's: embeddings, norms, a tied head, unless a classifier's was trained.
+Everything else is the base's: embeddings, norms, a tied head, unless a classifier's was trained, or rows for
+labels, with which a tied head becomes a matrix of its own.
 
 The values are made a few rows at a time, when the writer of `quantize.py` asks for them: beside the packed
 form of one matrix nothing large is held (GPT-2's transposed ones: the matrix in float32). Files are whole or
@@ -260,11 +261,17 @@ class Merged:
         for parameter in self._module.state_dict():
             stored = self._names.find(parameter)
             name = self._written_name(parameter, stored)
+            tuned = parameter in linears and linears[parameter][0] in self._changes.linears
+            tied = self._names.find_tied(parameter) if tuned else None
+            if tied is not None:  # a head, which has rows of its own by now
+                stored, self._untied = stored or tied, True
             if parameter in self._changes.heads:
                 self._add_head(name, parameter, parameters[parameter])
             elif stored is None:
                 self._check_may_lack(parameter, parameters)
-            elif parameter in linears and (parameter.startswith(inside) or self._names.beside(stored)):
+            elif parameter in linears and (
+                tuned or parameter.startswith(inside) or self._names.beside(stored)
+            ):
                 linear, layer = linears[parameter]
                 first, second = layer.weight.shape
                 transposed = isinstance(layer, Conv1D)
@@ -273,7 +280,7 @@ class Merged:
                 self._matrices[name] = _Matrix(linear, stored, shape, transposed, is_inside)
             elif not self._is_copy_of_tied(parameter, stored):
                 self._copied[name] = stored
-        here = {matrix.linear for matrix in self._matrices.values() if matrix.is_inside}
+        here = {matrix.linear for matrix in self._matrices.values()}
         unknown = sorted((self._changes.linears - here) | (set(self._changes.heads) - set(parameters)))
         if unknown:
             raise UserError(

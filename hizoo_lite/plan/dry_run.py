@@ -12,7 +12,7 @@ tile, the largest, is multiplied, perturbed and updated. What would follow is li
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
@@ -43,6 +43,7 @@ from hizoo_lite.plan.ledger import held
 from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.spaces.inplace import InPlaceSpace
+from hizoo_lite.tasks.collate import Loss
 from hizoo_lite.tensors import TorchArrays
 
 META = torch.device("meta")
@@ -147,10 +148,12 @@ def _constants_to_meta(model: Model, shared: bool) -> None:
 class Held:
     """A model and a space as a run holds them after loading, by category, in bytes."""
 
-    def __init__(self, source: Source, place: Place, module: nn.Module, space: Space) -> None:
+    def __init__(
+        self, source: Source, place: Place, module: nn.Module, space: Space, labels: Sequence[int] | None
+    ) -> None:
         with meta_as(source.device):
             self.model, self.space = load(source, place, module, few=False), space
-            space.attach(self.model, 0)
+            space.attach(self.model, 0, labels)
             self.categories = held(self.model, space)
             self.unaccounted = tuple(dict.fromkeys(self.model.checkpoint.unaccounted))  # type: ignore[attr-defined]
             if place == "resident":
@@ -178,8 +181,12 @@ class DryRun:
         module: nn.Module,
         space: Space | None = None,
         curvature: Curvature | None = None,
+        labels: Sequence[int] | None = None,
     ) -> None:
-        """`module` is taken over. curvature: of a space that trains weights, for their Sigma; not started."""
+        """`module` is taken over. curvature: of a space that trains weights, for their Sigma; not started.
+
+        labels: as `Space.attach` takes them.
+        """
         self.device, self.space = source.device, space
         pads: Any = source.config.get_text_config()
         if source.kind == "classifier" and pads.pad_token_id is None:  # the encoder will say
@@ -191,7 +198,7 @@ class DryRun:
             self._see_owners()
             install(model)
             if space is not None:
-                space.attach(model, 0)
+                space.attach(model, 0, labels)
         self.curvature = curvature
         if isinstance(space, InPlaceSpace) and space.weights is not None:
             assert curvature is not None
@@ -218,11 +225,16 @@ class DryRun:
         directions = {name: torch.empty(along, *p.shape, device=META) for name, p in parameters.items()}
         self._let_an_update_wait()
         self.meter = meter = MemoryMeter()
+        given = self._batch(wanted), wanted.branches, 1e-3, directions, self._exact(along)
         with torch.no_grad(), KernelMemory(is_gpu(self.device)), meter:
-            Traversal(model).outcome(self._batch(wanted), wanted.branches, 1e-3, directions)
+            Traversal(model).outcome(*given)
         scratch = {name: buffer.nbytes for (name, _), buffer in self.buffers._buffers.items()}
         made = sum(meter.worst.values()) + sum(scratch.values())
         return Activations(dict(meter.worst), dict(meter.peaks), scratch, made)
+
+    def _exact(self, directions: int) -> Mapping[str, Tensor]:
+        """Parameters with exact gradients, in a step."""
+        return self.space.exact if self.space is not None and directions else {}
 
     def _batch(self, wanted: Pass) -> Batch:
         """All tokens differ, so that the most rows of an embedding are asked for; one is padding."""
@@ -234,7 +246,9 @@ class DryRun:
         sites = torch.arange(self._sites(wanted, vocabulary))
         zeros, examples = torch.zeros_like(sites), torch.zeros(rows, dtype=torch.int64)
         at = sites.remainder(rows), sites.div(rows, rounding_mode="floor").remainder(length)
-        loss: Literal["answer", "class"] = "class" if self.model.kind == "classifier" else "answer"
+        loss: Loss = "class" if self.model.kind == "classifier" else "answer"
+        if loss == "answer" and self._exact(wanted.branches.directions):
+            loss = "choice"
         return Batch(ids, mask, None, *at, sites, zeros, sites, zeros, examples, loss)
 
     def _sites(self, wanted: Pass, vocabulary: int) -> int:

@@ -97,7 +97,9 @@ def _held(model: Model, space: Space, count: _Count) -> dict[str, int]:
         s.tensor for n, x in model.linears.items() if model.block_of(n) is not None for s in x.weight.stored()
     ]
     return {
-        "adapters": count.tensors([*space.parameters.values(), *space.frozen.values()]),
+        "adapters": count.tensors(
+            [*space.parameters.values(), *space.exact.values(), *space.frozen.values()]
+        ),
         "resident_blocks": count.tensors(stored),
         "embeddings_and_head": count.tensors(_outside(model)),
         "small_parameters": count.tensors([*model.module.parameters(), *model.module.buffers()]),

@@ -72,6 +72,7 @@ class Subject:
     ) -> None:
         self.config, self.inventory, self.kind, self.hardware = config, inventory, kind, hardware
         self.workload = workload
+        self.labels = range(workload.labels) if workload.labels else None  # which ones does not matter
         self.length = workload.length or config.max_length  # tokens of the longest row
         self.bits: Bits = build.choose_bits(config.bits, inventory.bits)
         self.device = hardware.device if hardware else like(choose_device(config.device))
@@ -131,7 +132,7 @@ class Subject:
         """The whole model as a run holds it."""
         if place not in self._held:
             space = SPACES.configured(self.config)
-            self._held[place] = Held(self.source, place, copy.deepcopy(self.module), space)
+            self._held[place] = Held(self.source, place, copy.deepcopy(self.module), space, self.labels)
         return self._held[place]
 
     def _run(self, place: Place, trains: bool) -> DryRun:
@@ -141,7 +142,7 @@ class Subject:
             leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.space.target_names}))
             space = SPACES.configured(self.config, targets=leaves, blocks="all") if trains else None
             module = copy.deepcopy(self.module)
-            self._runs[key] = DryRun(self.source, place, module, space, self._curvature())
+            self._runs[key] = DryRun(self.source, place, module, space, self._curvature(), self.labels)
         return self._runs[key]
 
     def _curvature(self) -> Curvature:

@@ -23,6 +23,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.noise import Uniform
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.quant.packed import Stored
+from hizoo_lite.spaces.heads import HeadMode
 from hizoo_lite.spaces.inplace import InPlaceSpace, with_own_scales
 from hizoo_lite.spaces.targets import Blocks
 from hizoo_lite.spaces.weights import Factors, Part, Tile
@@ -97,7 +98,7 @@ class Dense(InPlaceSpace):
         self,
         targets: str | Sequence[str] = "all-linear",
         update: Literal["requantize", "residual"] = "residual",
-        head: bool | None = None,
+        head: HeadMode = "estimated",
         blocks: Blocks = "all",
     ) -> None:
         super().__init__(targets, head, blocks)

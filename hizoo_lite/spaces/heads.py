@@ -1,8 +1,22 @@
-"""Classification heads, trained in full and in memory beside whatever else a space trains."""
+"""Heads beside the blocks: a classifier's layers in full, or the rows of a language model's head for labels.
+
+The gradient of a head is known exactly for the price of the base branch: it is (p - y) h', with h the hidden
+states that the branch has anyway. With "exact" no branch perturbs the head, and a step moves it along that
+gradient (`optimizers/exact.py`). Of several layers only the last one moves, whose gradient a journal can
+keep; a new pooler below it stays as it was drawn: trained as well, it learns no more from a thousand
+sentences and its loss is the worse for it (tools/LOG.md). "estimated" perturbs a classifier's head like all
+else, which is what a runtime without gradients can do.
+
+A language model that answers with label words has no head of its own. What takes its place are rows added to
+its output matrix, one for every token that the answers are made of: as a LoRA adapter of the head, with A the
+rows and B their places. At the start the prior of the labels is wrong first of all, and in these rows it is
+mended in a few steps (tools/LOG.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +26,19 @@ from hizoo_lite.branches import BranchState
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 
+HeadMode = Literal["exact", "estimated", "none"]
 
-def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
+
+def branch_values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
     """The parameter at every branch: (branches, *shape) float32.
 
-    A direction of the parameter's own shape is the only one.
+    A direction of the parameter's own shape is the only one. name: None of one that no branch perturbs.
     """
     points = state.branches.points
-    out = value.expand(len(points), *value.shape).clone()
+    out = value.expand(len(points), *value.shape)
+    if name is None:
+        return out
+    out = out.clone()
     for branch, (direction, offset) in enumerate(points):
         if offset:
             along = state.directions[name].view(-1, *value.shape)[direction]
@@ -28,42 +47,54 @@ def branch_values(value: Tensor, name: str, state: BranchState) -> Tensor:
 
 
 class HeadDelta(LinearDelta):
-    """A layer trained in full: every branch has its own weight (out, in) and bias, float32."""
+    """A layer trained in full: every branch has its own weight (out, in) and bias, float32.
+
+    exact: they are the same in all branches, and have gradients.
+    """
 
     replaces_base = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
-        self.weight, self.bias, self.names = weight, bias, names
+    def __init__(self, weight: Tensor, bias: Tensor | None, names: tuple[str, str], exact: bool) -> None:
+        self.weight, self.bias, self.names, self.exact = weight, bias, names, exact
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
-        weight = branch_values(self.weight, self.names[0], state)
+        if self.weight.requires_grad:
+            state.reached(self.names[0], x)
+            state.reached(self.names[1], torch.ones(1, 1, device=x.device))
+        weight_name, bias_name = (None, None) if self.exact else self.names
+        weight = branch_values(self.weight, weight_name, state)
         if self.bias is None:
             return torch.bmm(x, weight.transpose(1, 2))
-        bias = branch_values(self.bias, self.names[1], state)
+        bias = branch_values(self.bias, bias_name, state)
         return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
 
-def attach_head(model: Model, wanted: bool | None, parameters: dict[str, Tensor]) -> list[str]:
-    """Make the classification head trainable, adding to `parameters`; the names of its linear layers.
+def attach_head(
+    model: Model,
+    mode: HeadMode,
+    parameters: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    frozen: dict[str, Tensor],
+) -> list[str]:
+    """Make the classification head trainable; the names of its linear layers. Nothing for another model.
 
-    wanted: None means classifiers only.
+    Adds its weights to `parameters`; with "exact" the last layer's to `exact` and the others' to `frozen`.
     """
-    if wanted is False or (wanted is None and model.kind != "classifier"):
+    if mode == "none":
         return []
-    if model.kind != "classifier":
-        raise UserError(f"head: only a classifier's head can be trained, the model is {model.kind!r}")
     found = head_layers(model)
     for name in found:
         linear = model.linears[name]
         weight = torch.empty(linear.out_features, linear.in_features, device=model.device)
         linear.weight.unpack(weight)
         names = (f"{name}.weight", f"{name}.bias")
-        parameters[names[0]] = weight
+        into = parameters if mode == "estimated" else exact if name == found[-1] else frozen
+        into[names[0]] = weight
         bias = None if linear.bias is None else linear.bias.clone()
         if bias is not None:
-            parameters[names[1]] = bias
-        linear.delta = HeadDelta(weight, bias, names)
+            into[names[1]] = bias
+        linear.delta = HeadDelta(weight, bias, names, mode == "exact")
     return found
 
 
@@ -76,6 +107,13 @@ def head_layers(model: Model) -> list[str]:
         return []
     trunk, new = model.trunk_name + ".", set(model.new_parameters)
     return [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
+
+
+def check_mode(mode: HeadMode) -> HeadMode:
+    """`mode`; UserError for what is none."""
+    if mode not in ("exact", "estimated", "none"):
+        raise UserError(f"--head: got {mode!r}, allowed: exact, estimated, none")
+    return mode
 
 
 def beside_heads(model: Model, heads: Sequence[str]) -> dict[str, Tensor]:

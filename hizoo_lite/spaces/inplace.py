@@ -26,7 +26,7 @@ from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.quant.packed import Stored
-from hizoo_lite.spaces.heads import attach_head
+from hizoo_lite.spaces.heads import HeadMode, attach_head, check_mode
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 
@@ -37,8 +37,7 @@ _HEAD = "head.safetensors"
 class InPlaceSpace(Space):
     """Trains parts of the chosen linear layers' weights, and classification heads in memory.
 
-    targets, blocks: as for LoRA, "all-linear" of all blocks by default. head: train the head outside the
-    trunk in full; None does so for classifiers only.
+    targets, blocks, head: as for LoRA, "all-linear" of all blocks by default; no rows for labels.
     """
 
     weights: Weights | None = None
@@ -47,12 +46,13 @@ class InPlaceSpace(Space):
     def __init__(
         self,
         targets: str | Sequence[str] = "all-linear",
-        head: bool | None = None,
+        head: HeadMode = "estimated",
         blocks: Blocks = "all",
     ) -> None:
-        self.targets, self.head = targets, head
+        self.targets, self.head = targets, check_mode(head)
         self.blocks: Blocks = "all" if blocks == "auto" else blocks
         self.parameters: dict[str, Tensor] = {}  # of heads
+        self.exact: dict[str, Tensor] = {}  # likewise
         self.frozen: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -63,21 +63,21 @@ class InPlaceSpace(Space):
         """What a space of this name must be made with to read what this one saved, beside the targets."""
         return {}
 
-    def attach(self, model: Model, seed: int) -> None:
+    def attach(self, model: Model, seed: int, labels: Sequence[int] | None = None) -> None:
         """Hang a delta on each target, in place of others. The weights start as they are; no seed is used."""
         if isinstance(model.residency, Streamed) and model.residency.is_laid_out:
             raise UserError(
                 f"--space {self.name}: the blocks of this model have been streamed already; load it anew"
             )
         release(model)
-        self.model, self.parameters = model, {}
+        self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         parts = [self.part(model, model.linears[target]) for target in self.target_names]
         self.weights = Weights(model, parts)
         for part in parts:
             part.linear.delta = WeightDelta(part, self.weights)
         model.pending = self.weights
-        self.head_names = attach_head(model, self.head, self.parameters)
+        self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
 
     def detach(self) -> None:
         """Take every delta off again. The weights keep what they have learnt."""
@@ -91,8 +91,8 @@ class InPlaceSpace(Space):
         for block in each_block(self.model):  # which applies what waits
             tensors = {key: stored.tensor for key, stored in self._changed(block).items()}
             save_tensors(tensors, folder / _block_file(block))
-        if self.parameters:
-            save_tensors(self.parameters, folder / _HEAD)
+        if self.head_names:
+            save_tensors(self._head(), folder / _HEAD)
         record = {
             "format": FORMAT,
             "space": self.name,
@@ -115,12 +115,15 @@ class InPlaceSpace(Space):
         for key, value in wanted.items():
             if record[key] != value:
                 raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record[key]!r}, this run {value!r}")
-        if self.parameters:
-            _copy(load_tensors(folder / _HEAD), self.parameters, folder / _HEAD)
+        if self.head_names:
+            _copy(load_tensors(folder / _HEAD), self._head(), folder / _HEAD)
         self.weights.drop()
         for block in each_block(self.model):
             self._restore(block, folder / _block_file(block))
             self.model.residency.mark_dirty(block)
+
+    def _head(self) -> dict[str, Tensor]:
+        return {**self.frozen, **self.exact, **self.parameters}
 
     def _restore(self, block: int, path: Path) -> None:
         assert self.weights is not None

@@ -3,6 +3,10 @@
 A branch uses B + k*mu*dB, with k its point's offset, in float32 beside the shared base product; the adapter
 products are batched over the branches. Saved in PEFT's own format, under PEFT's own names.
 
+A classifier's head, or rows of a language model's head for the tokens of the answers, are trained beside
+them (`heads.py`): those rows are an adapter of the head like any other in the saved file, with A the rows and
+B their places, divided by the scaling.
+
 A stays at its random start (as in LoRA-FA, 2308.03303) unless `train_a`. With B alone trained the adapter is
 linear in its parameters, and the curvature along them keeps its size. Trained together, A grows with B and
 the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone.
@@ -15,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
 
@@ -22,10 +27,18 @@ from hizoo_lite.base import LinearDelta, Space
 from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, check_fits, peft_weights
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
+from hizoo_lite.engine.head import head_of
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
-from hizoo_lite.spaces.heads import attach_head, beside_heads, branch_values, saved_modules
+from hizoo_lite.spaces.heads import (
+    HeadMode,
+    attach_head,
+    beside_heads,
+    branch_values,
+    check_mode,
+    saved_modules,
+)
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
 
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
@@ -34,15 +47,18 @@ _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    names: of A, None if it is the same in all branches, and of B.
+    names: of A and of B, None if it is the same in all branches. A that is the same may have a gradient.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, names: tuple[str | None, str], scaling: float) -> None:
+    def __init__(self, a: Tensor, b: Tensor, names: tuple[str | None, str | None], scaling: float) -> None:
         self.a, self.b, self.names, self.scaling = a, b, names, scaling
+        self.a_name = ""
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
         assert y is not None
+        if self.a.requires_grad:
+            state.reached(self.a_name, x)
         if self.names[0] is None:
             inner = x @ self.a.t()
         else:
@@ -52,8 +68,10 @@ class LoRADelta(LinearDelta):
         return y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
 
 
-def _values(value: Tensor, name: str, state: BranchState) -> Tensor:
+def _values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
     """The parameter at every branch, made once for all chunks of a block."""
+    if name is None:
+        return branch_values(value, name, state)
     return state.once(name, lambda: branch_values(value, name, state))
 
 
@@ -63,7 +81,8 @@ class LoRA(Space):
     rank: r. alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
     targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
     or names of linear layers (full, or the last part, such as "q_proj").
-    head: train the head outside the trunk in full; None does so for classifiers only.
+    head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`): those of
+    a language model have exact gradients or are not there.
     train_a: train A as well as B.
     blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`).
     """
@@ -77,27 +96,33 @@ class LoRA(Space):
         alpha: float | None = None,
         targets: str | Sequence[str] = "attention",
         rslora: bool = False,
-        head: bool | None = None,
+        head: HeadMode = "estimated",
         train_a: bool = False,
         blocks: Blocks = "auto",
     ) -> None:
         if rank < 1:
             raise UserError(f"--rank: got {rank}, allowed is a whole number of 1 or more")
-        self.rank, self.rslora, self.head, self.train_a = rank, rslora, head, train_a
+        self.rank, self.rslora, self.head, self.train_a = rank, rslora, check_mode(head), train_a
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.targets, self.blocks = targets, blocks
         self.parameters: dict[str, Tensor] = {}
+        self.exact: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
+        self.label_layer: str | None = None
 
     @property
     def scaling(self) -> float:
         """The factor of the adapter product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def attach(self, model: Model, seed: int) -> None:
-        """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others."""
+    def attach(self, model: Model, seed: int, labels: Sequence[int] | None = None) -> None:
+        """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others.
+
+        labels: tokens that have a row of the head, at most `rank`; none without any, or if the head cannot
+            take an adapter. An empty sequence makes as many rows as an adapter may have, to be loaded.
+        """
         release(model)
-        self.model, self.parameters, self.frozen = model, {}, {}
+        self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         for target in self.target_names:
             linear = model.linears[target]
@@ -110,13 +135,38 @@ class LoRA(Space):
             (self.parameters if self.train_a else self.frozen)[names[0]] = a
             self.parameters[names[1]] = b
             linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
-        self.head_names = attach_head(model, self.head, self.parameters)
+        self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
+        self.label_layer = None
+        if labels is not None and self.head == "exact" and len(labels) <= self.rank:
+            self._attach_labels(labels)
+
+    def _attach_labels(self, labels: Sequence[int]) -> None:
+        """A row of the head for each token, at zero."""
+        model = self.model
+        head = head_of(model.linears, model.trunk_name, model.config.vocab_size)
+        if model.kind == "classifier" or head is None:
+            return
+        self.label_layer = head.name
+        count = len(labels) or self.rank
+        a = torch.zeros(count, head.in_features, device=model.device)
+        b = torch.zeros(head.out_features, count, device=model.device)
+        for row, token in enumerate(labels):
+            b[token, row] = 1 / self.scaling
+        a_name, b_name = (f"{head.name}.lora_{half}.weight" for half in "AB")
+        self.exact[a_name], self.frozen[b_name] = a, b
+        head.delta = LoRADelta(a, b, (None, None), self.scaling)
+        head.delta.a_name = a_name
 
     def detach(self) -> None:
         """Take every delta off the model again."""
-        for name in [*self.target_names, *self.head_names]:
+        for name in [*self.adapted, *self.head_names]:
             self.model.linears[name].delta = None
         restore(self.model)
+
+    @property
+    def adapted(self) -> list[str]:
+        """The layers that have A and B."""
+        return [*self.target_names, *([] if self.label_layer is None else [self.label_layer])]
 
     def peft_config(self) -> LoraConfig:
         """The adapter as PEFT describes it."""
@@ -129,7 +179,7 @@ class LoRA(Space):
             lora_alpha=self.alpha,
             lora_dropout=0.0,
             use_rslora=self.rslora,
-            target_modules=list(self.target_names),
+            target_modules=self.adapted,
             modules_to_save=heads or None,
             fan_in_fan_out=self.model.config.model_type == "gpt2",
             bias="none",
@@ -153,7 +203,7 @@ class LoRA(Space):
         tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(path).items()}
         found = {name: value.shape for name, value in tensors.items()}
         beside = {n: p for n, p in beside_heads(self.model, self.head_names).items() if n in tensors}
-        own = {**self._tensors(), **beside}
+        own = {**self._tensors(), **beside}  # those of the labels' rows are copies, of the adapters' rank
         check_fits(path, found, {name: value.shape for name, value in own.items()})
         for name, value in tensors.items():
             if not value.is_floating_point():
@@ -161,9 +211,15 @@ class LoRA(Space):
         for name, value in beside.items():
             self.model.originals.setdefault(name, value.clone())
         self.frozen |= beside
-        for name, value in own.items():
-            value.copy_(tensors[name])
+        for name, value in {**self.frozen, **self.exact, **self.parameters}.items():
+            value.copy_(tensors[name][tuple(map(slice, value.shape))])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that PEFT's file holds."""
-        return {**self.frozen, **self.parameters}
+        """All that PEFT's file holds, of one rank: the adapter of label rows has zeros behind them."""
+        found = {**self.frozen, **self.exact, **self.parameters}
+        if self.label_layer is not None:
+            a_name, b_name = (f"{self.label_layer}.lora_{half}.weight" for half in "AB")
+            missing = self.rank - len(found[a_name])
+            found[a_name] = F.pad(found[a_name], (0, 0, 0, missing))
+            found[b_name] = F.pad(found[b_name], (0, missing))
+        return found

@@ -37,6 +37,8 @@ from hizoo_lite.tasks.tokens import (
 
 #: No token of any vocabulary is longer.
 _MOST_TOKEN_CHARACTERS = 1024
+#: Examples that are encoded to find the tokens of the answers.
+_MOST_LOOKED_AT = 64
 
 
 class Encoder:
@@ -129,6 +131,17 @@ class Encoder:
         if self.task.kind == "lm":
             return self._text(example)
         return self._causal(example, only_gold=training and self.loss == "answer")
+
+    def label_tokens(self, examples: Sequence[Example]) -> list[int] | None:
+        """The tokens that the answers are made of, if the loss is "choice" and all have the same answers.
+
+        None otherwise. Of many examples some are looked at: the tokens of an answer may depend on the text
+        before it, but hardly do.
+        """
+        if self.loss != "choice" or len({tuple(example.answers) for example in examples}) != 1:
+            return None
+        found = (self.encode(example, training=True).tokens for example in examples[:_MOST_LOOKED_AT])
+        return sorted({token for tokens in found for _, token, _ in tokens})
 
     def teaches(self, example: Example) -> bool:
         """Whether there is a token to predict: a text of one token alone has none."""

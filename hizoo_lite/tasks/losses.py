@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from hizoo_lite.arrays import Array, Arrays
 
 
@@ -27,6 +29,13 @@ def slot_means(arrays: Arrays, by_token: Array, token_slot: Array, slots: int) -
     ones = xp.ones_like(token_slot, dtype=xp.float64)
     counts = arrays.group_sums(ones[None], token_slot, xp.zeros((1, slots), dtype=xp.float64))
     return arrays.group_sums(by_token, token_slot, zeros) / counts
+
+
+def score_gradients(losses: ChoiceLosses, gold: Array) -> np.ndarray:
+    """d loss / d score of every slot, on the host: (branches, slots) float64."""
+    found = np.exp(np.asarray(losses.log_p))
+    found[:, np.asarray(gold)] -= 1.0
+    return found
 
 
 def choice_losses(arrays: Arrays, scores: Array, slot_example: Array, gold: Array) -> ChoiceLosses:

@@ -1,11 +1,11 @@
 """Checkpoints: everything that a step reads and changes, so that a resumed run is bitwise the same.
 
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
-`curvature.safetensors`, `optimizer.safetensors` if the optimizer has a state, and `state.json` with the step
-size's state, a checksum of every other file and one of itself. Noise and batches need no state: they are
-functions of (seed, step). A checkpoint is written beside its place, forced to the disk and renamed: one that
-has its name is complete. One whose checksums are wrong is passed over for an older one, and renamed once the
-run goes on from there. `step-000000` of a space in memory is where `replay` begins.
+`curvature.safetensors`, `optimizer.safetensors` and `head.safetensors` if these have a state, and
+`state.json` with the step size's state, a checksum of every other file and one of itself. Noise and batches
+need no state: they are functions of (seed, step). A checkpoint is written beside its place, forced to the
+disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
+one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
+_HEAD = "head.safetensors"
 ADAPTER = "adapter"
 #: Of state.json: 1, without the entries `format` and `checksum`, was written up to version 0.1.
 _FORMAT = 2
@@ -132,6 +133,8 @@ def _write(temporary: Path, position: Position, stepper: Stepper, chunk_halvings
     _save_state(temporary / _CURVATURE, stepper.curvature.state_dict())
     if state := stepper.optimizer.state_dict():
         _save_state(temporary / _OPTIMIZER, state)
+    if state := stepper.head.state_dict():
+        _save_state(temporary / _HEAD, state)
     written = sorted(file for file in temporary.rglob("*") if file.is_file())
     record: dict[str, Any] = {
         "format": _FORMAT,
@@ -200,7 +203,9 @@ def load(path: Path, stepper: Stepper) -> Position:
     record = _state(path)
     curvature = tensorfile.load(path / _CURVATURE)
     optimizer = tensorfile.load(path / _OPTIMIZER) if _OPTIMIZER in record["files"] else {}
+    head = tensorfile.load(path / _HEAD) if _HEAD in record["files"] else {}
     stepper.space.load(path / ADAPTER)
+    stepper.head.load_state_dict(head)
     stepper.curvature.load_state_dict(curvature)
     stepper.optimizer.load_state_dict(optimizer)
     stepper.step_size.load_state_dict(record["step_size"])
@@ -220,6 +225,15 @@ def library(path: Path) -> str:
 def parameters(path: Path) -> list[str]:
     """The names of the parameters in memory, in the order in which the run has them."""
     return list(_state(path)["parameters"])
+
+
+def exact_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters with an exact gradient, by name."""
+    if _HEAD not in _state(path)["files"]:
+        return {}
+    entries = tensorfile.load(path / _HEAD)
+    found = {name.removesuffix(".first"): value for name, value in entries.items() if name.endswith(".first")}
+    return {name: tuple(value.shape) for name, value in found.items()}
 
 
 def numbers(path: Path) -> dict[str, Any]:

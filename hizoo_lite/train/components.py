@@ -145,4 +145,5 @@ def make_stepper(
         smoothing=smoothing,
         weight_decay=config.weight_decay,
         clip=space.clip if config.clip is None else config.clip,
+        course=course,
     )

@@ -39,6 +39,7 @@ OLDER: dict[str, Any] = {
     "balanced": "off",
     "by_length": "off",
     "directions": 1,
+    "head": "estimated",
 }
 
 

@@ -1,8 +1,9 @@
 """journal.bin: one checksummed record of fixed size a step, from which the trained state can be rebuilt.
 
-A step is a pure function of its scalars: z comes from (seed, step, name), so that the losses' few numbers are
-all that a run learns from its data. With the initial state they give every later one, without the model
-(`replay.py`); MeZO (2305.17333, section 2.1) notes the same of seeds and projected gradients.
+A step is a pure function of its record: z comes from (seed, step, name), so that the losses' few numbers are
+all that a run learns from its data, and the gradient of a head if that is exact. With the initial state they
+give every later one, without the model (`replay.py`); MeZO (2305.17333, section 2.1) notes the same of seeds
+and projected gradients.
 
 The file, little-endian: a header of 32 bytes (magic, version, branches, size of a record, checksum), then the
 records. A record's CRC-32 continues the one before it, so that one that is lost, doubled or moved is seen
@@ -25,15 +26,15 @@ from typing import NamedTuple
 from hizoo_lite.errors import StorageError, UserError
 
 MAGIC = b"HIZOOJNL"
-#: 3 holds several directions a step, 2 says of every curvature where it is from; in 1 it was from losses. All
-#: are read, and gone on with.
-VERSION = 3
-VERSIONS = (1, 2, VERSION)
-#: magic, version, branches, bytes of a record, directions (0 before version 3, which had one), nothing,
-#: CRC-32 of what is before it
-_HEADER = struct.Struct("<8sHHIH10sI")
+#: 4 holds exact gradients, 3 several directions a step, 2 says of every curvature where it is from; in 1 it
+#: was from losses. All are read, and gone on with.
+VERSION = 4
+VERSIONS = (1, 2, 3, VERSION)
+#: magic, version, branches, bytes of a record, directions (0 before version 3, which had one), values of the
+#: exact gradients (0 before version 4, which had none), nothing, CRC-32 of what is before it
+_HEADER = struct.Struct("<8sHHIHI6sI")
 #: step, seed, data position, losses, halvings, flags, nothing, coefficient, curvature, smoothing, lr, decay;
-#: the losses follow, then coefficient and curvature of each further direction
+#: the losses follow, then coefficient and curvature of each further direction, then exact gradients, float32
 _FIXED = struct.Struct("<QQQBBB5sddddd")
 _CHECKSUM = struct.Struct("<I4s")
 #: Losses of a step: a record counts them in a byte.
@@ -61,6 +62,7 @@ class Record(NamedTuple):
     clipped: bool = False  # a coefficient was cut to the limit
     chunk_halvings: int = 0  # of the chunks that the losses were computed in
     predicted: bool = False  # the curvature is from predictions, not from losses
+    exact: bytes = b""  # `Losses.exact` over the batch, float32, little-endian; nothing in a skipped step
 
 
 class Form(NamedTuple):
@@ -68,17 +70,18 @@ class Form(NamedTuple):
 
     branches: int  # at most
     directions: int
+    exact: int = 0  # values
 
 
-def record_bytes(branches: int, directions: int = 1) -> int:
+def record_bytes(branches: int, directions: int = 1, exact: int = 0) -> int:
     """Bytes of a record of a step with at most so many branches, along so many directions."""
-    return _FIXED.size + 8 * branches + 16 * (directions - 1) + _CHECKSUM.size
+    return _FIXED.size + 8 * branches + 16 * (directions - 1) + 4 * exact + _CHECKSUM.size
 
 
 class Journal:
     """The journal of a run that is going on: `append` once a step. A context manager."""
 
-    def __init__(self, path: Path, branches: int, directions: int = 1) -> None:
+    def __init__(self, path: Path, branches: int, directions: int = 1, exact: int = 0) -> None:
         """Open `path` for steps of at most `branches` branches, which it must have been made for; or make it.
 
         What does not hold at its end is cut off. Raises `UserError` if it is another kind of journal, or
@@ -89,7 +92,7 @@ class Journal:
                 f"estimator: got {branches} branches a step, a journal holds up to {MOST_BRANCHES} "
                 f"(--directions: up to {MOST_BRANCHES - 1})"
             )
-        self.path, self.form, self.version = path, Form(branches, directions), VERSION
+        self.path, self.form, self.version = path, Form(branches, directions, exact), VERSION
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
@@ -111,8 +114,7 @@ class Journal:
         self.version, form = found_form
         if form != self.form:
             raise UserError(
-                f"{self.path}: was made for {form.branches} branches a step along {form.directions}, "
-                f"this run has {self.form.branches} along {self.form.directions}"
+                f"{self.path}: was made for {_described(form)}, this run has {_described(self.form)}"
             )
         found = scan(self.path)
         end = _HEADER.size + len(found.records) * record_bytes(*form)
@@ -206,9 +208,15 @@ def scan(path: Path) -> Found:
     return Found(found, len(data) - len(found) * size, checksum)
 
 
+def _described(form: Form) -> str:
+    exact = f" and {form.exact} exact values" if form.exact else ""
+    return f"{form.branches} branches a step along {form.directions}{exact}"
+
+
 def _header(form: Form, version: int = VERSION) -> bytes:
     directions = form.directions if version >= 3 else 0
-    data = _HEADER.pack(MAGIC, version, form.branches, record_bytes(*form), directions, bytes(10), 0)[:-4]
+    known = MAGIC, version, form.branches, record_bytes(*form), directions, form.exact
+    data = _HEADER.pack(*known, bytes(6), 0)[:-4]
     return data + struct.pack("<I", zlib.crc32(data))
 
 
@@ -223,12 +231,13 @@ def _form(path: Path) -> tuple[int, Form] | None:
         return None
     if data[:8] != MAGIC:
         raise UserError(f"{path}: is not a journal; {_WITHOUT}")
-    _, version, branches, _, directions, _, _ = _HEADER.unpack(data)
+    _, version, branches, _, directions, exact, _, _ = _HEADER.unpack(data)
     if version not in VERSIONS:
         known = ", ".join(map(str, VERSIONS))
         raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
-    form = Form(int(branches), int(directions) if version >= 3 else 1)
-    if form.directions < 1 or data != _header(form, version):
+    form = Form(int(branches), int(directions) if version >= 3 else 1, int(exact))
+    sound = data[-4:] == struct.pack("<I", zlib.crc32(data[:-4]))
+    if not sound or form.directions < 1 or data != _header(form, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
     return int(version), form
 
@@ -260,6 +269,9 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
     data += b"".join(
         struct.pack("<2d", *along) for along in zip(coefficients[1:], curvatures[1:], strict=True)
     )
+    data += record.exact or bytes(4 * form.exact)
+    if len(data) + _CHECKSUM.size != record_bytes(*form):
+        raise ValueError(f"journal: {len(record.exact)} bytes of exact gradients, {4 * form.exact} wanted")
     checksum = zlib.crc32(data, checksum)
     return data + _CHECKSUM.pack(checksum, bytes(4)), checksum
 
@@ -275,7 +287,8 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
     )
     if count > form.branches:
         return None, checksum
-    values = struct.unpack(f"<{form.branches + 2 * (form.directions - 1)}d", body[_FIXED.size :])
+    end = len(body) - 4 * form.exact
+    values = struct.unpack(f"<{form.branches + 2 * (form.directions - 1)}d", body[_FIXED.size : end])
     losses, further = values[:count], values[form.branches :]
     skipped = bool(flags & _SKIPPED)
     record = Record(
@@ -292,5 +305,6 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
         bool(flags & _CLIPPED),
         chunk_halvings,
         bool(flags & _PREDICTED),
+        b"" if skipped else body[end:],
     )
     return record, checksum

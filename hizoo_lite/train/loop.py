@@ -331,6 +331,7 @@ class Loop:
             clipped=record.clipped,
             chunk_halvings=self.setup.chunk_halvings,
             predicted=record.predicted,
+            exact=record.exact,
         )
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:

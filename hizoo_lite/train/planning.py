@@ -89,7 +89,8 @@ def workload(encoder: Encoder, splits: Splits, *, dev: bool) -> Workload:
     evaluated = [*splits.test, *(splits.dev if dev else ())]
     training, longest = _demand(encoder, splits.train, training=True)
     evaluation, also = _demand(encoder, evaluated, training=False)
-    return _workload(encoder, training, evaluation, max(longest, also))
+    labels = len(encoder.label_tokens(splits.train) or ())
+    return _workload(encoder, training, evaluation, max(longest, also))._replace(labels=labels)
 
 
 def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
@@ -102,7 +103,7 @@ def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: i
     length = min(encoder.max_length, longest + 1)  # a row ends before the last token of its answer
     writes = encoder.task.kind == "completion" and encoder.model_kind == "causal"
     written = min(encoder.max_length, length + encoder.max_new_tokens) if writes else 0
-    return Workload(training, evaluation, length, written)
+    return Workload(training, evaluation, length, written=written)
 
 
 def _demand(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> tuple[Demand, int]:

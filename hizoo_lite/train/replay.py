@@ -9,14 +9,14 @@ that no setting says are not known here, and show in the comparison.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hizoo_lite.arrays import Arrays, NumpyArrays
+from hizoo_lite.arrays import Arrays, NumpyArrays, Shape
 from hizoo_lite.base import AttachedSpace
 from hizoo_lite.checkpoints import tensorfile
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
@@ -42,33 +42,42 @@ class Replayed(NamedTuple):
 class StoredSpace(AttachedSpace):
     """The parameters of a saved adapter, without the model that they are for, in the order of `names`.
 
-    Where A was not trained it is among the adapter's tensors alone.
+    exact: shapes of the parameters with an exact gradient, which may be the first rows of what is saved. If
+    A was not trained, it is among the adapter's tensors alone.
     """
 
     name, weights = "lora", None
 
-    def __init__(self, folder: Path, names: list[str], arrays: Arrays, train_a: bool) -> None:
+    def __init__(
+        self, folder: Path, names: list[str], exact: Mapping[str, Shape], arrays: Arrays, train_a: bool
+    ) -> None:
         self.folder, self._arrays = folder, arrays
         found = self._read(folder)
-        trained = {name for name in found if train_a or not name.endswith(".lora_A.weight")}
-        if set(names) != trained:
+        moved = [*names, *exact]
+        places = {name.replace(".lora_A.", ".lora_B.") for name in exact}  # of rows for labels
+        whole = {name for name in found if ".lora_" not in name}
+        below = whole - set(exact) if whole & set(exact) else set()  # layers of a head, below its last one
+        trained = {name for name in found if train_a or not name.endswith(".lora_A.weight")} - places - below
+        if set(moved) != trained | set(exact):
             raise UserError(f"{folder}: does not hold the parameters that state.json beside it names")
-        self.parameters = {name: arrays.on_device(arrays.copied(found[name])) for name in names}
-        self.frozen = {name: value for name, value in found.items() if name not in self.parameters}
+        self._moved = {name: arrays.on_device(arrays.copied(found[name])) for name in moved}
+        self.parameters = {name: self._moved[name] for name in names}
+        self.exact = {name: self._moved[name][: shape[0]] for name, shape in exact.items()}
+        self.frozen = {name: value for name, value in found.items() if name not in self._moved}
 
     def save(self, folder: Path | str) -> None:
         """Write the parameters beside the settings that they were read with."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.folder / PEFT_FILE, folder / PEFT_FILE)
-        moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self.parameters.items()}
+        moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self._moved.items()}
         tensors = {PEFT_PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
         tensorfile.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
         """Read another adapter of the same shapes."""
         found = self._read(Path(folder))
-        for name, value in self.parameters.items():
+        for name, value in self._moved.items():
             value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
@@ -151,7 +160,8 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     first = checkpoint.path_of(folder.checkpoints, 0)
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
-    space = StoredSpace(first / ADAPTER, checkpoint.parameters(first), arrays, config.train_a)
+    known = checkpoint.parameters(first), checkpoint.exact_shapes(first)
+    space = StoredSpace(first / ADAPTER, *known, arrays, config.train_a)
     return components.make_stepper(config, None, arrays, space)
 
 

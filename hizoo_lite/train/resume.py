@@ -17,7 +17,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.train import checkpoint, journal
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.folder import RunFolder
-from hizoo_lite.train.journal import Found, Journal, Record
+from hizoo_lite.train.journal import Form, Found, Journal, Record
 from hizoo_lite.train.step import Stepper, StepRecord
 
 
@@ -30,10 +30,15 @@ class Start(NamedTuple):
 
 def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Journal:
     """The journal of a run that stands at `position`. The folder must be there."""
-    branches = Branches(stepper.estimator.points(0))
-    opened = Journal(folder.journal, branches.count, branches.directions)
+    opened = Journal(folder.journal, *form_of(stepper))
     opened.truncate(position.step)
     return opened
+
+
+def form_of(stepper: Stepper) -> Form:
+    """What a record of its steps holds."""
+    branches = Branches(stepper.estimator.points(0))
+    return Form(branches.count, branches.directions, stepper.head.count)
 
 
 def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str], None]) -> Start:
@@ -53,7 +58,8 @@ def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str]
     taken = position.step + len(later)
     if taken > steps:
         raise UserError(f"--steps: got {steps}, the run has taken {taken} already; allowed: {taken} or more")
-    for line in _lost(folder, held, position.step, taken, Branches(stepper.estimator.points(0))):
+    size = journal.record_bytes(*form_of(stepper))
+    for line in _lost(folder, held, position.step, taken, size):
         tell(line)
     if found is not None:
         position = checkpoint.load(found, stepper)
@@ -107,10 +113,10 @@ def _judged(folder: RunFolder, records: list[Record]) -> list[Record]:
     return list(takewhile(may_follow, records))
 
 
-def _lost(folder: RunFolder, held: Found, start: int, taken: int, branches: Branches) -> Iterator[str]:
+def _lost(folder: RunFolder, held: Found, start: int, taken: int, size: int) -> Iterator[str]:
     """What is to be said of a journal that does not hold every step up to `start`, or holds too much."""
     last = len(_following(held.records, 0))
-    count = -(-held.lost_bytes // journal.record_bytes(branches.count, branches.directions))
+    count = -(-held.lost_bytes // size)
     if count:
         behind = f"{count} records after the first {len(held.records)}"
         yield f"{folder.journal}: {behind} do not hold, as after a power failure: dropped"

@@ -24,6 +24,7 @@ from hizoo_lite.checkpoints.adapter import (
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget, enforced, loading
+from hizoo_lite.engine.head import head_of
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
@@ -105,11 +106,11 @@ def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
         raise UserError(
             f"{folder / SPACE_FILE}: space: got {record['space']!r}, supported: {', '.join(known)}"
         )
-    options = {"targets": list(record["targets"])}
+    options: dict[str, Any] = {"targets": list(record["targets"])}
     if "update" in record:
         options["update"] = record["update"]
     if "head" in record:
-        options["head"] = record["head"]
+        options["head"] = "estimated" if record["head"] else "none"
     space = spaces.get(record["space"], **options)
     space.attach(model, seed=0)
     prepare()
@@ -132,6 +133,9 @@ def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
     path = peft_weights(folder)
     layers, heads = _tuned(path)
     check_heads(path, heads, model.kind, model.trunk_name)
+    head = head_of(model.linears, model.trunk_name, model.config.vocab_size)
+    of_labels = [layer for layer in layers if head is not None and layer == head.name]
+    layers = [layer for layer in layers if layer not in of_labels]
     unknown = [layer for layer in layers if layer not in model.linears or model.block_of(layer) is None]
     if unknown or not layers:
         first = f"first of {len(unknown)} that its blocks lack: {unknown[0]!r}" if unknown else "it has none"
@@ -143,8 +147,9 @@ def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
         rslora=bool(config.get("use_rslora")),
         train_a=train_a,
         blocks="all",
+        head="exact" if of_labels else "estimated",
     )
-    space.attach(model, seed=0)
+    space.attach(model, seed=0, labels=[] if of_labels else None)
     space.load(folder)
     return space
 

@@ -79,7 +79,7 @@ def build(
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
     space = space or SPACES.configured(config)
-    space.attach(model, config.seed)
+    space.attach(model, config.seed, encoder.label_tokens(splits.train))
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit

@@ -36,6 +36,7 @@ from hizoo_lite.batch import Batch
 from hizoo_lite.branches import Branches
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import StepNoise
+from hizoo_lite.optimizers.exact import ExactAdam
 from hizoo_lite.optimizers.step_size import Schedule
 from hizoo_lite.registry import CURVATURES, OPTIMIZERS, Registry
 from hizoo_lite.train.journal import Record
@@ -62,6 +63,7 @@ class StepRecord(NamedTuple):
     decay: float = 0.0  # of the weights, already times lr
     tokens: int = 0  # of the batch, on all ranks
     predicted: bool = False  # the curvature is from predictions, not from losses
+    exact: bytes = b""  # see `Record`
 
     @property
     def projected_grad(self) -> float:
@@ -76,6 +78,7 @@ class StepRecord(NamedTuple):
     def metrics(self) -> dict[str, Any]:
         """The line of metrics.jsonl; what each direction gave is there if there are several."""
         found = self._asdict()
+        del found["exact"]
         one = {"projected_grad": self.projected_grad, "curvature": self.curvature}
         each = {"projected_grads": found.pop("coefficients"), "curvatures": found.pop("curvatures")}
         several = each if len(self.coefficients) > 1 else {}
@@ -94,6 +97,7 @@ class Stepper:
         smoothing: weight of a new curvature observation, per step.
         weight_decay: decoupled, times lr, not on biases and norms.
         clip: largest size of a coefficient.
+        course: share of its rate that a head with exact gradients has at a step; None: all.
 
     Raises:
         UserError: if the parts do not go together.
@@ -114,6 +118,7 @@ class Stepper:
         smoothing: Schedule,
         weight_decay: float = 0.0,
         clip: float | None = None,
+        course: Schedule | None = None,
     ) -> None:
         self._arrays, self.traversal, self.space = arrays, traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
@@ -147,6 +152,7 @@ class Stepper:
         self.noise = StepNoise(seed, shapes, self._arrays, directions)
         curvature.start(trainable(space), self._arrays)
         self.optimizer.start(shapes, self._arrays)
+        self.head, self.course = ExactAdam(space.exact, arrays), course or Schedule()
 
     @property
     def library(self) -> str:
@@ -161,16 +167,17 @@ class Stepper:
     def _step(self, step: int, batches: Sequence[Batch]) -> StepRecord:
         z, branches = self.noise(step), Branches(self.estimator.points(step))
         directions = self._begin(step, z, measured=self.estimator.measures(step))
-        losses, divergences, tokens = self._mean_losses(step, batches, branches, directions)
+        losses, divergences, exact, tokens = self._mean_losses(step, batches, branches, directions)
         estimate = self.estimator.estimate(step, losses, divergences, self.mu)
         values = tuple(map(float, losses))
-        if not all(math.isfinite(value) for value in values):
+        if not all(map(math.isfinite, values)) or not np.isfinite(exact).all():
             return StepRecord(step, values, (), None, 0.0, branches.count, True, tokens=tokens)
         coefficients = tuple(map(self._clipped, estimate.coefficients))
         clipped = coefficients != estimate.coefficients
         estimate = estimate._replace(coefficients=coefficients)
         smoothing = 0.0 if estimate.curvatures is None else self.smoothing(step)
-        lr, decay = self._learn(step, z, directions, estimate, smoothing)
+        known = exact.astype("<f4").tobytes()
+        lr, decay = self._learn(step, z, directions, estimate, smoothing, known)
         return StepRecord(
             step,
             values,
@@ -183,6 +190,7 @@ class Stepper:
             decay,
             tokens,
             self.estimator.predicts,
+            known,
         )
 
     def replay(self, record: Record) -> None:
@@ -206,7 +214,7 @@ class Stepper:
             if self.space.weights is not None:
                 self.space.weights.see()
             estimate = Estimate(record.coefficients, record.curvatures)
-            found = self._learn(record.step, z, directions, estimate, record.smoothing)
+            found = self._learn(record.step, z, directions, estimate, record.smoothing, record.exact)
         if found != (record.lr, record.decay):
             raise UserError(
                 f"journal.bin: step {record.step}: learning rate and decay were {record.lr}, {record.decay}; "
@@ -215,25 +223,29 @@ class Stepper:
 
     def _mean_losses(
         self, step: int, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Reduced losses and divergences (directions,), float64, over all ranks' examples; their tokens.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Reduced losses, divergences (directions,), exact gradients, float64, over all ranks; their tokens.
 
         All that ranks tell each other in a step. Padding is no token.
         """
         assert self.traversal is not None
         losses = self.estimator.reduce(step, np.zeros((branches.count, 0)))
-        others = np.zeros(branches.directions + 2)  # divergences, examples, tokens
+        others = np.zeros(branches.directions + self.head.count + 2)  # with examples and tokens behind
+        exact = {"exact": self.space.exact} if self.head.count else {}
         for batch in batches:
-            found = self.traversal.losses(batch, branches, self.mu, directions)
+            found = self.traversal.losses(batch, branches, self.mu, directions, **exact)
             losses = losses + self.estimator.reduce(step, np.asarray(found.per_example))
-            others[:-2] += np.asarray(found.divergences).sum(axis=1)
+            others[: branches.directions] += np.asarray(found.divergences).sum(axis=1)
+            if found.exact is not None:
+                others[branches.directions : -2] += np.asarray(found.exact)
             others[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
             self.space.weights.see()  # where this rank had no examples
             self.space.weights.flush()  # now, while nothing has been learnt: it can fail
         sums = self.ranks.sum(np.concatenate([losses, others]))
         means = sums[:-2] / sums[-2]
-        return means[: len(losses)], means[len(losses) :], int(sums[-1])
+        parts = np.split(means, np.cumsum([len(losses), branches.directions]))
+        return parts[0], parts[1], parts[2], int(sums[-1])
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""
@@ -248,6 +260,7 @@ class Stepper:
         directions: Mapping[str, Array],
         estimate: Estimate,
         smoothing: float,
+        exact: bytes,
     ) -> tuple[float, float]:
         """What a step changes, from its scalars; the learning rate, and the decay of the weights."""
         for direction, curvature in enumerate(estimate.curvatures or ()):
@@ -263,6 +276,8 @@ class Stepper:
             for number, coefficient in enumerate(estimate.coefficients)
         ]
         self.optimizer.update(self.space.parameters, pieces, lr, decay)
+        if self.head.count:
+            self.head.update(exact, self.course(step))
         if self.space.weights is not None:
             self.space.weights.update(lr * estimate.coefficients[0], decay)
         return lr, decay

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hizoo_lite.base import trainable
+from hizoo_lite.base import trained_count
 from hizoo_lite.noise import GENERATORS
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def summarize(
     config, model = setup.config, setup.model
     return {
         **outcome(metrics, setup.task.metric),
-        "trainable_parameters": sum(math.prod(shape) for shape in trainable(setup.space).values()),
+        "trainable_parameters": trained_count(setup.space),
         "budget_bytes": setup.resolved.budgets.device_bytes,
         "profile": config.profile,
         "predicted_peak_bytes": None if setup.plan is None else setup.plan.peak_bytes,

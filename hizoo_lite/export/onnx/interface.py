@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hizoo_lite.engine.head import head_of
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import (
     AdapterDelta,
@@ -123,8 +124,11 @@ class _Encoder(nn.Module):
 def _adapter_inputs(model: Model, skeleton: Skeleton, values: InputValues) -> list[Input]:
     """Hang a delta on every layer that an adapter may change; their inputs."""
     found: list[Input] = []
-    inside = [name for name in skeleton.linears if model.block_of(name) is not None]
-    for number, name in enumerate(inside):
+    adapted = [name for name in skeleton.linears if model.block_of(name) is not None]
+    head = head_of(model.linears, model.trunk_name, model.config.vocab_size)
+    if head is not None and model.kind != "classifier":  # which may have rows for labels
+        adapted.append(head.name)
+    for number, name in enumerate(adapted):
         skeleton.linears[name].delta = AdapterDelta(values)
         rows, columns = model.linears[name].weight.shape
         a, b = lora_inputs(name)

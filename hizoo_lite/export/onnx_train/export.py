@@ -122,7 +122,7 @@ def _write_graph(
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
     write_tokenizer(model.tokenizer, tokenizer_files(model.folder), out)
-    settings = replace(config, out=None, resume=False)
+    settings = replace(config, out=None, resume=False, head="estimated")  # there are no gradients
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 
 
@@ -139,7 +139,7 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
         "positions": model.positions,
         "parameters": [
             {"name": name, "shape": list(value.shape), "trained": name in space.parameters}
-            for name, value in {**space.frozen, **space.parameters}.items()
+            for name, value in {**space.frozen, **space.exact, **space.parameters}.items()
         ],
         "lora": settings,
         "onnx_adapter": {"names": _adapter_inputs(space)},
@@ -154,7 +154,7 @@ def _record(model: Model, space: LoRA, encoder: Encoder, source: Source, out: Pa
 def _adapter_inputs(space: LoRA) -> dict[str, dict[str, Any]]:
     """What becomes of each parameter as an input of model.onnx (see `edge/onnx_adapter.py`)."""
     found: dict[str, dict[str, Any]] = {}
-    for name in space.target_names:
+    for name in space.adapted:
         for side, given in zip("AB", lora_inputs(name), strict=True):
             scale = 1.0 if side == "A" else space.scaling
             found[f"{name}.lora_{side}.weight"] = {"input": given, "transpose": True, "scale": scale}

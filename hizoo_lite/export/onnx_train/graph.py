@@ -77,9 +77,9 @@ def train_interface(
     inputs.append(
         Input("compared", torch.zeros(_SIZES["directions"], 2, dtype=torch.int64), {0: "directions"})
     )
-    tensors = {**space.frozen, **space.parameters}
+    tensors = {**space.frozen, **space.exact, **space.parameters}
     inputs += [_parameter(name, value) for name, value in tensors.items()]
-    for name in space.target_names:
+    for name in space.adapted:
         skeleton.linears[name].delta = BranchedAdapter(values, space.scaling)
     for name in space.head_names:
         skeleton.linears[name].delta = BranchedHead(values)
