@@ -26,7 +26,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.run import fit
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import setup
+from hizoo_lite.train import components, setup
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.resolved import Resolved
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
@@ -256,7 +256,7 @@ def test_rows_of_a_classifier_are_padded_with_what_it_takes_for_padding():
     padding = model.config.pad_token_id
     model.tokenizer.pad_token = None
     assert pad_id(model.tokenizer) != padding
-    assert setup.make_encoder(model, setup.find_task("embedded"), 32).pad_id == padding
+    assert setup.make_encoder(model, components.find_task("embedded"), 32).pad_id == padding
 
 
 def test_the_metric_of_a_run_is_that_of_its_merged_model(tmp_path):
@@ -268,10 +268,10 @@ def test_the_metric_of_a_run_is_that_of_its_merged_model(tmp_path):
     merge(tmp_path / "run", tmp_path / "out", dtype="float32")
     again = {**settings, "model": str(tmp_path / "out"), "bits": "none", "compute_dtype": "float32"}
     config = TrainConfig(**{**again, "out": str(tmp_path / "unused")})
-    task = setup.find_task("embedded")
+    task = components.find_task("embedded")
     model = Resolved(config, task).model()
     encoder = setup.make_encoder(model, task, config.max_length)
-    found = evaluate(Traversal(model), encoder, setup.make_splits(config, task).test, 50)
+    found = evaluate(Traversal(model), encoder, components.make_splits(config, task).test, 50)
     assert found.predictions == after.predictions
     assert found.metric == after.metric
     assert found.loss == pytest.approx(after.loss, abs=1e-5)  # of float32 sums in another order

@@ -37,7 +37,7 @@ from hizoo_lite.plan.planner import CannotPlan
 from hizoo_lite.plan.workload import ONE_ROW
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
-from hizoo_lite.train import planning, setup
+from hizoo_lite.train import components, planning
 from hizoo_lite.train.resolved import Resolved
 from tests.architectures import MAX_POSITIONS, TINY_CONFIGS, save_tiny
 
@@ -71,7 +71,7 @@ def live(config: TrainConfig, kind: Any) -> Any:
     )  # fmt: skip
     space = SPACES.configured(config)
     space.attach(model, seed=0)
-    stepper = setup.make_stepper(config, Traversal(model), TorchArrays(model.device), space)
+    stepper = components.make_stepper(config, Traversal(model), TorchArrays(model.device), space)
     batch = answer_batch(model.config.vocab_size, rows=4, length=16)
     for step in range(2):
         stepper.step(step, batch)

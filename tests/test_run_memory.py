@@ -29,7 +29,7 @@ from hizoo_lite.plan import hardware, planner
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.train import planning, setup
+from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.config_file import read, resolve
 from hizoo_lite.train.resolved import Resolved
 from tests.run_fixtures import flags, short_run
@@ -164,7 +164,7 @@ def test_eval_and_generate_take_a_profile(command: str, machine: Path, monkeypat
         return plain(source, **options)
 
     monkeypatch.setattr("hizoo_lite.train.saved.load", watched)
-    monkeypatch.setattr("hizoo_lite.train.setup.load", watched)
+    monkeypatch.setattr("hizoo_lite.train.resolved.load", watched)
     more = {
         "eval": ["--task", "embedded", "--data", "embedded", "--examples", "2"],
         "generate": ["--prompt", "The soup", "--max-new-tokens", "2"],
@@ -200,7 +200,7 @@ def test_eval_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **options: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("hizoo_lite.train.setup.load", never)
+    monkeypatch.setattr("hizoo_lite.train.resolved.load", never)
     found = CliRunner().invoke(app, [*call, "--device-budget", "2GiB"])
     assert found.exit_code == 3
     assert "memory ran out while the model was loaded" in found.stderr
@@ -281,8 +281,8 @@ def test_no_batch_of_a_run_is_larger_than_its_plan_counts(
 ) -> None:
     settings = written_task(tmp_path, kind, loss="answer", max_length=64, eval_every=3)
     config = TrainConfig(**settings)
-    task = setup.find_task(config.task)
-    _, workload = setup.planned(Resolved(config, task), setup.make_splits(config, task))
+    task = components.find_task(config.task)
+    _, workload = setup.planned(Resolved(config, task), components.make_splits(config, task))
     made: list[Batch] = []
     plain, encode = Encoder.collate, Encoder.encode
 
@@ -355,8 +355,8 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(**written_task(tmp_path, "choice", loss="choice", max_length=64))
-    task = setup.find_task(config.task)
-    splits = setup.make_splits(config, task)
+    task = components.find_task(config.task)
+    splits = components.make_splits(config, task)
     encoder = planning.find_encoder(config, Checkpoint.open(kinds.model_path("embedded")), "causal", task)
     assert encoder is not None
     whole = planning.workload(encoder, splits, dev=False)

@@ -136,7 +136,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     from hizoo_lite.process import trim
     from hizoo_lite.spaces import SPACES
     from hizoo_lite.tensors import TorchArrays
-    from hizoo_lite.train import setup
+    from hizoo_lite.train import components
 
     found: dict[str, Any] = {"framework": sampler.now()}
     config = config_of(case, folder)
@@ -159,7 +159,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         if training or case.space != "lora":
             space.attach(model, seed=0)
         arrays = TorchArrays(model.device)
-        stepper = setup.make_stepper(config, traversal, arrays, space) if training else None
+        stepper = components.make_stepper(config, traversal, arrays, space) if training else None
         trim()
         if stepper is not None:
             for step in range(_STEPS):

@@ -44,9 +44,9 @@ from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
+from hizoo_lite.train.components import find_task, make_splits
 from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.evaluate import evaluate
-from hizoo_lite.train.setup import find_task, make_splits
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 #: Evaluations on dev examples within a run.

@@ -25,11 +25,7 @@ from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import planning
-from hizoo_lite.train.components import data_path as data_path
-from hizoo_lite.train.components import find_task as find_task
-from hizoo_lite.train.components import learnable_splits, run_splits, task_encoder
-from hizoo_lite.train.components import make_splits as make_splits
-from hizoo_lite.train.components import make_stepper as make_stepper
+from hizoo_lite.train.components import learnable_splits, make_stepper, run_splits, task_encoder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
 

@@ -27,7 +27,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.process import map_large
 from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import identity, saved, setup
+from hizoo_lite.train import components, identity, saved
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
 
@@ -64,7 +64,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
     checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
     _check_same(run, checkpoint, where)
-    labels = None if config is None else setup.find_task(config.task).num_labels
+    labels = None if config is None else components.find_task(config.task).num_labels
     return Source(
         name or where,
         checkpoint,
