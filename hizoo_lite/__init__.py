@@ -42,9 +42,9 @@ __all__ = [
 _HOMES = {
     "Model": "model.model",
     "Run": "run",
-    "TooManyBadSteps": "base",
+    "TooManyBadSteps": "errors",
     "TrainConfig": "config",
-    "UserError": "base",
+    "UserError": "errors",
     "evaluate": "run",
     "fit": "run",
     "generate": "engine.generate",
