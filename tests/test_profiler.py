@@ -154,6 +154,7 @@ def test_a_sample_says_what_proc_status_says() -> None:
 
 def test_without_proc_a_sample_is_the_resident_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(profiler_module, "_STATM", tmp_path / "missing")
     held = make_reader(CPU)()
     assert held.keys() == {"total_bytes"}
     assert held["total_bytes"] > 10_000_000

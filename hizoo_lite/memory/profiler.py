@@ -22,11 +22,13 @@ memory.json has
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -40,27 +42,30 @@ Phase = Literal["evaluate", "inference", "train", "save"]
 Reader = Callable[[], dict[str, int]]
 #: Steps of a run and batches of an evaluation that are always sampled.
 FIRST_STEPS, FIRST_BATCHES = 3, 2
-#: Samples a second of the steps, on average. One takes 30 microseconds, on a GPU 100: below 0.2 %.
+#: Samples a second of the steps, on average. One takes 15 microseconds, on a GPU 100: below 0.2 %.
 RATE = 20
 MOST_SAMPLES = 3000  # of some 100 bytes of JSON each
 _POLL_SECONDS = 0.01
+_STATM = Path("/proc/self/statm")
 
 
 def make_reader(device: torch.device) -> Reader:
     """Reads what is held now: anon_bytes and file_bytes (or total_bytes), on a GPU allocated and reserved."""
 
     def read() -> dict[str, int]:
-        now = resident()
-        if now.anon_bytes is None or now.file_bytes is None:
-            held = {"total_bytes": now.total_bytes}
-        else:
-            held = {"anon_bytes": now.anon_bytes, "file_bytes": now.file_bytes}
+        held = _statm_bytes() if _STATM.is_file() else {"total_bytes": resident().total_bytes}
         if not is_gpu(device):
             return held
         allocated_bytes, reserved_bytes = gpu_of(device).held_bytes(device)
         return {"allocated_bytes": allocated_bytes, "reserved_bytes": reserved_bytes, **held}
 
     return read
+
+
+def _statm_bytes() -> dict[str, int]:
+    """A fifth of the time that /proc/self/status takes; file_bytes is RssFile and RssShmem together."""
+    total, shared = (int(pages) * mmap.PAGESIZE for pages in _STATM.read_bytes().split()[1:3])
+    return {"anon_bytes": total - shared, "file_bytes": shared}
 
 
 @final
