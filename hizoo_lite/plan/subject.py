@@ -105,12 +105,12 @@ class Subject:
     # ------------------------------------------------------------------------------------- settings
 
     def _compute(self) -> torch.dtype:
-        names = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-        if self.config.compute_dtype != "auto":
-            return names[self.config.compute_dtype]
-        if self.hardware is not None:
-            return names[self.hardware.compute]
-        return build.choose_compute("auto", choose_device(self.config.device))
+        """What was said, else the profile's, else what this machine multiplies fast."""
+        said = self.config.compute_dtype
+        if said == "auto" and self.hardware is not None:
+            said = self.hardware.compute
+        device = choose_device(self.config.device) if self.hardware is None else torch.device(self.device)
+        return build.choose_compute(said, device)
 
     def _budgets(self) -> Budgets:
         given = Budgets.parse(self.config.device_budget, self.config.host_budget, torch.device(self.device))
