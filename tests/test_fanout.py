@@ -8,17 +8,22 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.branches import Branches
+from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.engine import fanout
 from hizoo_lite.engine.chunks import Chunks
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.overwritten import FoldFirst, OneBranch
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import StorageError
+from hizoo_lite.model.build import build
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
+from hizoo_lite.plan import dry_run
+from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.registry import CURVATURES
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
@@ -279,3 +284,20 @@ def test_one_branch_goes_through_in_chunks_of_as_many_tokens() -> None:
     assert Chunks(1, 3).of_one_branch(1, 3) == Chunks(1, 1)
     assert Chunks(1, 12).of_one_branch(1, 3) == Chunks(1, 4)
     assert Chunks(1, 12).of_one_branch(2, 3) == Chunks(2, 8)
+
+
+def test_a_pass_holds_no_more_than_with_all_branches_in_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the planner counts on: it runs the first blocks as if all of them were trained."""
+    monkeypatch.setattr(dry_run, "_BLOCKS", 4)
+    save_tiny("llama", tmp_path, max_position_embeddings=1024, num_hidden_layers=4)
+    inventory, config = Inventory.of(Checkpoint.open(tmp_path)), AutoConfig.from_pretrained(tmp_path)
+    source = dry_run.Source(inventory, config, "causal", "nf4", False, torch.float32, "cpu")
+    spaces = (LoRA(targets="q_proj,v_proj", blocks=blocks) for blocks in (1, "all"))  # type: ignore[arg-type]
+    top, every = (dry_run.DryRun(source, "resident", build(config, "causal"), space) for space in spaces)
+    for rows, length in ((8, 256), (2, 64), (1, 512), (3, 400)):
+        wanted = dry_run.Pass(rows, length, Branches.of(), rows)
+        indices_bytes = 8 * rows * length  # which tokens exist, once more, of the chunks of one branch
+        assert top.run(wanted).peak_bytes <= every.run(wanted).peak_bytes + indices_bytes
+    assert not top.model.folds_first
