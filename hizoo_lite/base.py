@@ -88,11 +88,6 @@ class Estimator(ABC):
     measures_curvature: ClassVar[bool] = False
 
     @staticmethod
-    def left_open(config: Any) -> dict[str, Any]:
-        """Options in place of settings that a `TrainConfig` leaves open as "auto"."""
-        return {}
-
-    @staticmethod
     def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
         """What is wrong with options that are fine alone; `where` names an option as the user did."""
         return []
@@ -322,7 +317,7 @@ class Space(AttachedSpace, Protocol):
     """
 
     #: Reads a folder that it has saved, for exports that have the change in the weights; None: there is none.
-    changes: ClassVar[Callable[[Any], Any] | None] = None
+    changes: ClassVar[type[Any] | None] = None
     #: Whether scales or codes are changed, for which scales that are stored in 8 bits must become float32.
     needs_own_scales: bool = False
     #: Full names of the linear layers that it is attached to.

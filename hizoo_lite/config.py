@@ -45,7 +45,7 @@ def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:
 
 def _axis(registry: Registry[Any], help: str = "", *, group: str) -> Any:
     """A field that names a member of an axis."""
-    return field(default=registry.default, metadata={"help": help, "group": group, "axis": registry})
+    return field(default=next(iter(registry)), metadata={"help": help, "group": group, "axis": registry})
 
 
 @dataclass(frozen=True, kw_only=True)

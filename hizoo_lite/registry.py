@@ -25,7 +25,7 @@ class Line:
     """What is known of a member before its module is imported.
 
     Attributes:
-        path: "module:class".
+        path: its class; "module:class" where the module is not the one of the member's name in the folder.
         help: what it is, in a few words.
         settings: from the argument of its constructor (and the attribute of the same name) to the field of
             `TrainConfig`.
@@ -49,12 +49,12 @@ def _own(*same: str, **others: str) -> dict[str, str]:
 class Registry(Mapping[str, type[Member]], Generic[Member]):
     """Classes by name, the default one first. `axis` is the field of `TrainConfig` that names one."""
 
-    def __init__(self, axis: str, lines: Mapping[str, Line]) -> None:
-        self.axis, self.lines = axis, dict(lines)
+    def __init__(self, axis: str, folder: str, **lines: Line) -> None:
+        self.axis, self.folder, self.lines = axis, folder, lines
 
     def __getitem__(self, name: str) -> type[Member]:
-        module, _, attribute = self.lines[name].path.partition(":")
-        return getattr(import_module(module), attribute)
+        module, _, attribute = self.lines[name].path.rpartition(":")
+        return getattr(import_module(module or f"{self.folder}.{name}"), attribute)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self.lines
@@ -64,11 +64,6 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
 
     def __len__(self) -> int:
         return len(self.lines)
-
-    @property
-    def default(self) -> str:
-        """The name of the first."""
-        return next(iter(self))
 
     def make(self, name: str, **options: Any) -> Member:
         """The member called `name`, made with `options`. UserError for an unknown name or option."""
@@ -104,58 +99,36 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
 
 SPACES: Registry[Space] = Registry(
     "space",
-    {
-        "lora": Line(
-            "hizoo_lite.spaces.lora:LoRA",
-            "adapters",
-            _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "head"),
-        ),
-        "dense": Line(
-            "hizoo_lite.spaces.dense:Dense",
-            "the weights themselves",
-            _own("targets", "blocks", "head", update="dense_update"),
-            in_weights=True,
-        ),
-        "scales": Line(
-            "hizoo_lite.spaces.scales:Scales",
-            "only the quantized weights' absmax (QZO)",
-            _own("targets", "blocks", "head"),
-            in_weights=True,
-            of_scales=True,
-        ),
-    },
+    "hizoo_lite.spaces",
+    lora=Line("LoRA", "adapters", _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "head")),
+    dense=Line(
+        "Dense", "the weights", _own("targets", "blocks", "head", update="dense_update"), in_weights=True
+    ),
+    scales=Line(
+        "Scales",
+        "only their absmax (QZO)",
+        _own("targets", "blocks", "head"),
+        in_weights=True,
+        of_scales=True,
+    ),
 )
 
 ESTIMATORS: Registry[Estimator] = Registry(
     "estimator",
-    {
-        "hizoo": Line(
-            "hizoo_lite.estimators.hizoo:HiZOO",
-            "slope and curvature",
-            _own("curvature_from", "directions", every="curvature_every"),
-        ),
-        "mezo": Line("hizoo_lite.estimators.mezo:MeZO", "the slope alone"),
-    },
+    "hizoo_lite.estimators",
+    hizoo=Line("HiZOO", "slope and curvature", _own("curvature_from", "directions", every="curvature_every")),
+    mezo=Line("MeZO", "the slope alone"),
 )
 
 CURVATURES: Registry[Curvature] = Registry(
     "curvature",
-    {
-        "grouped": Line(
-            "hizoo_lite.curvature.grouped:Grouped",
-            "a value for each tensor or row",
-            _own(per="curvature_per"),
-        ),
-        "factored": Line("hizoo_lite.curvature.factored:Factored", "one for each row and column (HiZOO-L)"),
-        "diagonal": Line(
-            "hizoo_lite.curvature.diagonal:Diagonal",
-            "one for each parameter, as published",
-            _own(mode="curvature_mode"),
-        ),
-        "none": Line("hizoo_lite.curvature.none:NoCurvature", "Sigma is the identity"),
-    },
+    "hizoo_lite.curvature",
+    grouped=Line("Grouped", "a value for each tensor or row", _own(per="curvature_per")),
+    factored=Line("Factored", "one for each row and column (HiZOO-L)"),
+    diagonal=Line("Diagonal", "one for each parameter, as published", _own(mode="curvature_mode")),
+    none=Line("NoCurvature", "Sigma is the identity"),
 )
 
 OPTIMIZERS: Registry[Optimizer] = Registry(
-    "optimizer", {"sgd": Line("hizoo_lite.optimizers.sgd:SGD", "moves along the gradient")}
+    "optimizer", "hizoo_lite.optimizers", sgd=Line("SGD", "moves along the gradient")
 )

@@ -243,11 +243,6 @@ def test_none_answers_for_its_own_names_only():
         started(CURVATURES["none"]).scale("stranger")
 
 
-@pytest.mark.parametrize("name", sorted(CURVATURES))
-def test_get_makes_the_named_curvature(name):
-    assert get(name).name == name
-
-
 def test_unknown_curvature_is_an_error():
     with pytest.raises(UserError, match="unknown name 'full', allowed are diagonal, factored, grouped, none"):
         get("full")

@@ -13,7 +13,7 @@ import pytest
 
 import hizoo_lite
 from hizoo_lite.checkpoints import tensorfile
-from hizoo_lite.checkpoints.adapter import read_peft_config
+from hizoo_lite.checkpoints.adapter import read_peft_config, read_record
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.edge.folder import Export
@@ -21,7 +21,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_inside, parse_json, parse_toml
 from hizoo_lite.model import build
 from hizoo_lite.plan import hardware
-from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.units import parse_bytes
 

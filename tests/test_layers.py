@@ -1,13 +1,16 @@
-"""A file imports only from lower layers: no circle, no arrow up; also of imports inside of functions."""
+"""A file imports only from lower layers, and no file but its own says what a member of an axis is called."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hizoo_lite
+from hizoo_lite.config import AXES
+from hizoo_lite.registry import OPTIMIZERS, Registry
 
 PACKAGE = Path(hizoo_lite.__file__).parent
 #: From the ground up. What is in one line does not know of each other; a folder's files may.
@@ -66,6 +69,22 @@ def in_the_way(graph: dict[str, set[str]]) -> set[str]:
     return set(left)
 
 
+#: Of strings that are a member's name and mean something else, by file: why.
+OTHERWISE = {
+    ("edge/folder.py", "lora"): "an entry of export.json",
+    ("edge/graph.py", "lora"): "an entry of train.json",
+    ("export/onnx/export.py", "lora"): "an entry of export.json",
+    ("export/onnx_train/export.py", "lora"): "an entry of train.json",
+    ("export/onnx/linear.py", "scales"): "an operand of a product",
+}
+
+
+def texts(source: str) -> set[str]:
+    """The string constants of a file."""
+    nodes = ast.walk(ast.parse(source))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
 GRAPH = {module(path): imported(path.read_text(encoding="utf-8")) - {module(path)} for path in FILES}
 
 
@@ -82,6 +101,27 @@ def test_a_file_imports_from_lower_layers_only(name: str) -> None:
 
 def test_no_files_import_each_other() -> None:
     assert in_the_way(GRAPH) == set()
+
+
+@pytest.mark.parametrize("axis", [*AXES, OPTIMIZERS], ids=lambda axis: axis.axis)
+def test_no_member_is_named_outside_its_folder(axis: Registry[Any]) -> None:
+    folder = PACKAGE / axis.folder.partition(".")[2]
+    names = set(axis) - {"none"}  # of a curvature; everywhere else it is the word for nothing
+    named = {
+        (path.relative_to(PACKAGE).as_posix(), name)
+        for path in FILES
+        if folder not in path.parents
+        for name in texts(path.read_text(encoding="utf-8")) & names
+    }
+    assert named <= OTHERWISE.keys()
+    assert {name for name in OTHERWISE if name[1] in names} <= named
+
+
+@pytest.mark.parametrize("axis", [*AXES, OPTIMIZERS], ids=lambda axis: axis.axis)
+def test_no_members_file_is_imported_outside_its_folder(axis: Registry[Any]) -> None:
+    folder = axis.folder.partition(".")[2]
+    files = {f"{folder}.{name}" for name in axis}
+    assert {name for name, needs in GRAPH.items() if name.split(".")[0] != folder and needs & files} == set()
 
 
 def test_circles_and_imports_inside_of_functions_are_found() -> None:

@@ -44,8 +44,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "scales nf4": {"space": "scales", "bits": "nf4", "curvature_per": "row"},
     "scales int8": {"space": "scales", "bits": "int8", "targets": "attention"},
 }
-#: Every space, every update and, between them, other curvatures and stored forms.
-FAST = ("dense int8", "residual fp4", "scales nf4")
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -61,9 +59,8 @@ def saved(run: Run) -> dict[str, torch.Tensor]:
     return {f"{f.parent.name}/{f.name}/{k}": v for f in files for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.grid) for n in RUNS if n not in FAST)]
-)
+@pytest.mark.grid
+@every_run
 def test_six_steps_equal_three_and_three_resumed_bitwise(name: str, tmp_path: Path) -> None:
     straight = run_of(tmp_path / "a", name)
     run_of(tmp_path / "b", name, steps=3)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hizoo_lite import spaces, tasks
 from hizoo_lite.checkpoints import adapter, fingerprint, tensorfile
-from hizoo_lite.checkpoints.adapter import peft_weights
+from hizoo_lite.checkpoints.adapter import peft_weights, read_record
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.edge.folder import Export
@@ -33,7 +33,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import hardware
 from hizoo_lite.report.report import write_report
-from hizoo_lite.spaces.inplace import read_record
 from hizoo_lite.tasks import custom, files
 from hizoo_lite.train import checkpoint, config_file, identity, journal
 from hizoo_lite.train.folder import RunFolder

@@ -16,6 +16,7 @@ from hizoo_lite.files import read_json
 PEFT_FILE = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 SPACE_FILE = "hizoo_space.json"
+SPACE_FORMAT = 1
 #: In front of every name in PEFT's file of weights.
 PEFT_PREFIX = "base_model.model."
 #: Of that file.
@@ -84,6 +85,23 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
             shown = ", ".join(map(repr, values))
             raise UserError(f"{path}: {key}: got {config[key]!r}, supported: {shown}{_REMEDIES.get(key, '')}")
     return config
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """hizoo_space.json of a folder; `UserError` where it is missing, not valid or of another version."""
+    path = folder / SPACE_FILE
+    record = read_json(path, "what a run writes of the weights that it tuned, a JSON object")
+    missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if record["format"] != SPACE_FORMAT:
+        raise UserError(f"{path}: format: got {record['format']!r:.80}, this version reads {SPACE_FORMAT}")
+    targets = record["targets"]
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"{path}: targets: got {targets!r:.80}, allowed: a list of layers' names")
+    if not isinstance(record["space"], str):
+        raise UserError(f"{path}: space: got {record['space']!r:.80}, allowed: a space's name")
+    return record
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:

@@ -57,9 +57,8 @@ def plan(
     from hizoo_lite.train.config_file import resolve
 
     profile = settings.pop("profile", None)
-    given = {"task": "sst2", **settings}
-    if given.get("estimator") == "mezo":
-        given["lr"] = "1e-6"  # mezo has no automatic one; it does not matter here
+    # Not every estimator has an automatic learning rate; it does not matter here.
+    given = {"task": "sst2", "lr": "1e-6", **settings}
     config = resolve(None, given)
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output

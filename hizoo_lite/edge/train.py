@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.checkpoints import fingerprint
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory, held_bytes
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -34,21 +34,12 @@ from hizoo_lite.train.summary import outcome, versions
 
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
-    *("task", "data", "out", "estimator", "curvature_from", "directions"),
-    *("curvature", "curvature_mode", "curvature_per"),
+    *("task", "data", "out", "threads"),
     *(
-        "curvature_every",
-        "smoothing",
-        "smoothing_schedule",
-        "mu",
-        "lr",
-        "lr_schedule",
-        "warmup_steps",
-        "clip",
+        name
+        for name, field in settings().items()
+        if field.metadata["group"] in ("Method", "Run") and name not in ("loss", "tracker")
     ),
-    *("weight_decay", "steps", "batch_size", "balanced", "by_length", "accumulate", "max_length", "seed"),
-    *("train_examples", "dev_examples", "test_examples", "k_shot", "eval_every", "eval_batch_size"),
-    *("save_every", "save_total_limit", "keep", "threads", "resume"),
 )
 _CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"
 _PACKAGES = ("hizoo-lite", "numpy", "onnxruntime", "tokenizers")

@@ -76,7 +76,7 @@ class HiZOO(Estimator):
 
     @staticmethod
     def left_open(config: Any) -> dict[str, Any]:
-        """Two directions for parameters in memory, where curvature is from predictions."""
+        """What a `TrainConfig` leaves to it: 2 directions in memory, where curvature is from predictions."""
         several = config.curvature_from == "predictions" and not SPACES.lines[config.space].in_weights
         return {"directions": 2 if several else 1}
 

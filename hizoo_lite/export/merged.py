@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hizoo_lite.base import Bits, ModelKind
-from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter, read_record
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.changes import Changes, check_head, read_changes
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.blocks import find_blocks
@@ -35,7 +34,9 @@ from hizoo_lite.process import map_large
 from hizoo_lite.quant import from_checkpoint, pack_rows
 from hizoo_lite.quant.packed import PackedWeight
 from hizoo_lite.quant.rows import row_chunks
-from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.registry import SPACES
+from hizoo_lite.spaces import read_changes
+from hizoo_lite.spaces.changes import Changes, check_head
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import saved
 
@@ -87,8 +88,8 @@ def prepare(
         checkpoint,
         kind,
         build.choose_bits(wanted, checkpoint.quantized_bits),
-        # as `Resolved.double_quant`: spaces that train weights need scales in float32
-        (settings is None or settings.double_quant) and changes.space == "lora"
+        # as `Resolved.double_quant`
+        (settings is None or settings.double_quant) and not SPACES.lines[changes.space].in_weights
         if base_double_quant is None
         else base_double_quant,
     )

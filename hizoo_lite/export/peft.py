@@ -21,11 +21,11 @@ from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, 
 from hizoo_lite.checkpoints.writer import named_errors, temporary_path, write_json, write_text
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.changes import LoRAChanges
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files
 from hizoo_lite.model import build, kinds
+from hizoo_lite.spaces.changes import LoRAChanges
 from hizoo_lite.train import saved
 from hizoo_lite.train.folder import RunFolder
 

@@ -165,7 +165,7 @@ def _in_host_memory(model: Model, count: _Count) -> int:
 
 def _state(curvature: Any) -> dict[str, Any]:
     """Without the Sigma of the last step, which is dropped as the next one begins."""
-    return {name: value for name, value in vars(curvature).items() if name != "_drawn"}
+    return {name: value for name, value in vars(curvature).items() if not name.startswith("_drawn")}
 
 
 def _changed_bytes(model: Model) -> int:

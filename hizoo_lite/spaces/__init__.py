@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.base import Space
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, read_record
+from hizoo_lite.errors import UserError
+from hizoo_lite.model.model import Model
 from hizoo_lite.quant import native  # noqa: F401 - imports bitsandbytes quietly, before peft does so aloud
 from hizoo_lite.registry import SPACES
+from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.scales import Scales
 
-__all__ = ["SPACES", "Dense", "LoRA", "Scales", "get"]
+__all__ = ["SPACES", "Dense", "LoRA", "Scales", "get", "of_folder", "read_changes", "saved_in"]
 
 #: See `Registry.make`.
 get = SPACES.make
+
+
+def of_folder(folder: Path) -> type[Space]:
+    """The space that has saved an adapter folder; adapters of PEFT are LoRA's. UserError for another one."""
+    if not (folder / SPACE_FILE).is_file():
+        return LoRA
+    name, known = read_record(folder)["space"], [name for name in SPACES if name != LoRA.name]
+    if name not in known:
+        raise UserError(f"{folder / SPACE_FILE}: space: got {name!r}, supported: {', '.join(known)}")
+    return SPACES[name]
+
+
+def saved_in(folder: Path, model: Model, **options: Any) -> Space:
+    """A space that can load what is saved in an adapter folder, not yet attached; `options` are LoRA's own.
+
+    UserError where what was saved does not fit the model, or is of a form that is not supported.
+    """
+    name = of_folder(folder).name
+    if name == LoRA.name:
+        return LoRA.of_adapter(folder, model, **options)
+    record = read_record(folder)
+    kept = {key: record[key] for key in SPACES.lines[name].settings if key in record}
+    if "head" in record:
+        kept["head"] = "estimated" if record["head"] else "none"
+    return SPACES.make(name, **kept, blocks="all")
+
+
+def read_changes(folder: Path) -> Changes:
+    """What was tuned, to be merged into weights. UserError, naming the file, where it cannot be."""
+    member = of_folder(folder)
+    if member.changes is None:
+        raise UserError(f"{folder}: what --space {member.name} trains cannot be exported")
+    changes: Changes = member.changes(folder)
+    return changes

@@ -16,21 +16,20 @@ from typing import Any
 from torch import Tensor
 
 from hizoo_lite.base import Space
-from hizoo_lite.checkpoints.adapter import SPACE_FILE
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, SPACE_FORMAT, read_record
 from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
 from hizoo_lite.engine.block import each_block
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import read_json
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
 from hizoo_lite.quant.packed import Stored
+from hizoo_lite.spaces.changes import InPlaceChanges
 from hizoo_lite.spaces.heads import HeadMode, attach_head, check_mode
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
 from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
 
-FORMAT = 1
 _HEAD = "head.safetensors"
 
 
@@ -42,6 +41,7 @@ class InPlaceSpace(Space):
 
     weights: Weights | None = None
     needs_own_scales = True
+    changes = InPlaceChanges
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class InPlaceSpace(Space):
         if self.head_names:
             save_tensors(self._head(), folder / _HEAD)
         record = {
-            "format": FORMAT,
+            "format": SPACE_FORMAT,
             "space": self.name,
             **self.options(),
             "targets": self.target_names,
@@ -156,23 +156,6 @@ def with_own_scales(linear: BranchLinear) -> None:
                 "hizoo-lite quantize --no-double-quant, or use --residency host or resident, or "
                 "--space dense with --dense-update residual"
             ) from error
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """hizoo_space.json of a folder; `UserError` if it is missing, not valid or of another version."""
-    path = folder / SPACE_FILE
-    record = read_json(path, "what a run writes of the weights that it tuned, a JSON object")
-    missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
-    if record["format"] != FORMAT:
-        raise UserError(f"{path}: format: got {record['format']!r:.80}, this version reads {FORMAT}")
-    targets = record["targets"]
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise UserError(f"{path}: targets: got {targets!r:.80}, allowed: a list of layers' names")
-    if not isinstance(record["space"], str):
-        raise UserError(f"{path}: space: got {record['space']!r:.80}, allowed: a space's name")
-    return record
 
 
 def _block_file(block: int) -> str:

@@ -25,12 +25,21 @@ from torch import Tensor
 
 from hizoo_lite.base import LinearDelta, Space
 from hizoo_lite.branches import BranchState
-from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, check_fits, peft_weights
-from hizoo_lite.checkpoints.tensors import load_tensors, save_tensors
+from hizoo_lite.checkpoints.adapter import (
+    PEFT_METADATA,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    check_fits,
+    check_heads,
+    peft_weights,
+    read_peft_config,
+)
+from hizoo_lite.checkpoints.tensors import TensorFile, load_tensors, save_tensors
 from hizoo_lite.engine.head import head_of
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import generator
+from hizoo_lite.spaces.changes import LoRAChanges
 from hizoo_lite.spaces.heads import (
     HeadMode,
     attach_head,
@@ -88,6 +97,7 @@ class LoRA(Space):
     """
 
     name = "lora"
+    changes = LoRAChanges
     weights = None  # nothing inside the blocks is changed
 
     def __init__(
@@ -109,6 +119,34 @@ class LoRA(Space):
         self.exact: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
         self.label_layer: str | None = None
+
+    @classmethod
+    def of_adapter(cls, folder: Path, model: Model, train_a: bool = False) -> LoRA:
+        """One that an adapter of PEFT fits, not yet attached. UserError where the model lacks its layers."""
+        config, path = read_peft_config(folder), peft_weights(folder)
+        # The file says which layers, not `target_modules`: a pattern may have exceptions (`exclude_modules`).
+        names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
+        layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name))
+        heads = [name for name in names if ".lora_" not in name]
+        check_heads(path, heads, model.kind, model.trunk_name)
+        head = head_of(model.linears, model.trunk_name, model.config.vocab_size)
+        of_labels = head is not None and head.name in layers
+        layers = [layer for layer in layers if head is None or layer != head.name]
+        unknown = [layer for layer in layers if layer not in model.linears or model.block_of(layer) is None]
+        if unknown or not layers:
+            first = (
+                f"first of {len(unknown)} that its blocks lack: {unknown[0]!r}" if unknown else "it has none"
+            )
+            raise UserError(f"{path}: its linear layers are not those of {model.source}; {first}")
+        return cls(
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            layers,
+            bool(config.get("use_rslora")),
+            train_a=train_a,
+            blocks="all",
+            head="exact" if of_labels else "estimated",
+        )
 
     @property
     def scaling(self) -> float:

@@ -1,9 +1,9 @@
 """Rebuild what a run has trained, at any of its steps, from its initial state and its journal alone.
 
 No loss is computed: every step's z is drawn again and moved along by the scalars that the journal keeps. A
-LoRA run needs no model for that, since its initial parameters are in checkpoints/step-000000; a space inside
-the weights begins at the model's own. The method is that of config.toml: options of objects given to `fit`
-that no setting says are not known here, and show in the comparison.
+space in memory needs no model for that, since its initial parameters are in checkpoints/step-000000; one
+inside the weights begins at the model's own. The method is that of config.toml: options of objects given to
+`fit` that no setting says are not known here, and show in the comparison.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hizoo_lite.arrays import Arrays, NumpyArrays, Shape
+from hizoo_lite.arrays import Array, Arrays, NumpyArrays, Shape
 from hizoo_lite.base import AttachedSpace
 from hizoo_lite.checkpoints import tensorfile
-from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_METADATA, PEFT_PREFIX, PEFT_WEIGHTS, peft_weights
+from hizoo_lite.checkpoints.adapter import PEFT_METADATA, PEFT_PREFIX
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.registry import SPACES
 from hizoo_lite.train import checkpoint, components, identity
 from hizoo_lite.train.checkpoint import ADAPTER, Position
 from hizoo_lite.train.folder import RunFolder
@@ -40,49 +41,53 @@ class Replayed(NamedTuple):
 
 
 class StoredSpace(AttachedSpace):
-    """The parameters of a saved adapter, without the model that they are for, in the order of `names`.
+    """The parameters that a space in memory has saved, without the model that they are for.
 
-    exact: shapes of the parameters with an exact gradient, which may be the first rows of what is saved. If
-    A was not trained, it is among the adapter's tensors alone.
+    `parameters` are in the order of `names`. exact: shapes of those with an exact gradient, which may be the
+    first rows of what is saved. The file's other tensors were not trained.
     """
 
-    name, weights = "lora", None
+    weights = None
 
     def __init__(
-        self, folder: Path, names: list[str], exact: Mapping[str, Shape], arrays: Arrays, train_a: bool
+        self, name: str, folder: Path, names: list[str], exact: Mapping[str, Shape], arrays: Arrays
     ) -> None:
-        self.folder, self._arrays = folder, arrays
+        self.name, self.folder, self._arrays = name, folder, arrays
         found = self._read(folder)
-        moved = [*names, *exact]
-        places = {name.replace(".lora_A.", ".lora_B.") for name in exact}  # of rows for labels
-        whole = {name for name in found if ".lora_" not in name}
-        below = whole - set(exact) if whole & set(exact) else set()  # layers of a head, below its last one
-        trained = {name for name in found if train_a or not name.endswith(".lora_A.weight")} - places - below
-        if set(moved) != trained | set(exact):
+        self._keys = {key.removeprefix(PEFT_PREFIX): key for key in found}
+        if not {*names, *exact} <= set(self._keys):
             raise UserError(f"{folder}: does not hold the parameters that state.json beside it names")
-        self._moved = {name: arrays.on_device(arrays.copied(found[name])) for name in moved}
+        self._moved = {name: self._copied(found[self._keys[name]]) for name in (*names, *exact)}
         self.parameters = {name: self._moved[name] for name in names}
         self.exact = {name: self._moved[name][: shape[0]] for name, shape in exact.items()}
-        self.frozen = {name: value for name, value in found.items() if name not in self._moved}
+        self.frozen = {name: found[key] for name, key in self._keys.items() if name not in self._moved}
 
     def save(self, folder: Path | str) -> None:
         """Write the parameters beside the settings that they were read with."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.folder / PEFT_FILE, folder / PEFT_FILE)
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         moved = {name: np.asarray(self._arrays.on_host(value)) for name, value in self._moved.items()}
-        tensors = {PEFT_PREFIX + name: value for name, value in {**self.frozen, **moved}.items()}
-        tensorfile.save(folder / PEFT_WEIGHTS, tensors, PEFT_METADATA)
+        tensors = {self._keys[name]: value for name, value in {**self.frozen, **moved}.items()}
+        tensorfile.save(_tensors_in(Path(folder)), tensors, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
-        """Read another adapter of the same shapes."""
+        """Read others of the same shapes."""
         found = self._read(Path(folder))
         for name, value in self._moved.items():
-            value[...] = self._arrays.on_device(self._arrays.copied(found[name]))
+            value[...] = self._copied(found[self._keys[name]])
 
     def _read(self, folder: Path) -> dict[str, np.ndarray]:
-        found = tensorfile.load(peft_weights(folder))
-        return {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
+        return tensorfile.load(_tensors_in(folder))
+
+    def _copied(self, value: np.ndarray) -> Array:
+        return self._arrays.on_device(self._arrays.copied(value))
+
+
+def _tensors_in(folder: Path) -> Path:
+    """The one file with tensors. UserError where there is none, or another."""
+    found = list(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(f"{folder}: holds {len(found)} files of tensors, a space in memory saves one")
+    return found[0]
 
 
 def replay(
@@ -140,7 +145,8 @@ def _records(folder: RunFolder, step: int | None) -> list[Record]:
 def _stepper(folder: RunFolder, config: TrainConfig) -> Iterator[Stepper]:
     """The step of the run, in its initial state; it ends with this."""
     with _threads(identity.read(folder.identity).get("library", ""), config.threads):
-        made = _without_model(folder, config) if config.space == "lora" else _with_model(folder, config)
+        in_memory = not SPACES.lines[config.space].in_weights
+        made = _without_model(folder, config) if in_memory else _with_model(folder, config)
         try:
             yield made
         finally:
@@ -161,7 +167,7 @@ def _without_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     checkpoint.check(first)
     arrays = _arrays(checkpoint.library(first), first)
     known = checkpoint.parameters(first), checkpoint.exact_shapes(first)
-    space = StoredSpace(first / ADAPTER, *known, arrays, config.train_a)
+    space = StoredSpace(config.space, first / ADAPTER, *known, arrays)
     return components.make_stepper(config, None, arrays, space)
 
 
@@ -179,7 +185,6 @@ def _arrays(library: str, where: Path) -> Arrays:
 
 def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     """Blocks are brought in one after the other, as the updates want them. UserError for another model."""
-    from hizoo_lite.spaces import SPACES
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train.resolved import Resolved
 

@@ -8,23 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite import spaces
 from hizoo_lite.base import ModelKind, Space
 from hizoo_lite.batch import Example
 from hizoo_lite.branches import EVALUATION
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
-    PEFT_PREFIX,
     SPACE_FILE,
-    check_heads,
     find_adapter,
-    peft_weights,
     read_peft_config,
+    read_record,
 )
-from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget, enforced, loading
-from hizoo_lite.engine.head import head_of
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
@@ -33,8 +28,7 @@ from hizoo_lite.model import kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.workload import cache_bytes
-from hizoo_lite.spaces import LoRA
-from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.spaces import saved_in
 from hizoo_lite.tasks import Task
 from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
@@ -85,71 +79,18 @@ def kind_of(path: Path | str, base: Path) -> ModelKind:
 
 
 def attach_adapter(
-    model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None, train_a: bool = False
+    model: Model, path: Path | str, prepare: Callable[[], None] = lambda: None, **options: Any
 ) -> Space:
     """Hang a saved adapter on the model's linear layers, or give them their tuned weights.
 
     `path` as for `find_adapter`. `prepare` is called before blocks are first asked for, to say how much
-    memory a pass will need. `train_a`: of LoRA, if it is trained further. Raises UserError if what was
-    saved does not fit the model, or is of a form that is not supported.
+    memory a pass will need. options: of the space, beside those that were saved. Raises UserError if what
+    was saved does not fit the model, or is of a form that is not supported.
     """
     folder = find_adapter(path)
-    if (folder / SPACE_FILE).is_file():
-        return _weights(model, folder, prepare)
-    return _lora(model, folder, train_a)
-
-
-def _weights(model: Model, folder: Path, prepare: Callable[[], None]) -> Space:
-    record = read_record(folder)
-    known = ("dense", "scales")
-    if record["space"] not in known:
-        raise UserError(
-            f"{folder / SPACE_FILE}: space: got {record['space']!r}, supported: {', '.join(known)}"
-        )
-    options: dict[str, Any] = {"targets": list(record["targets"])}
-    if "update" in record:
-        options["update"] = record["update"]
-    if "head" in record:
-        options["head"] = "estimated" if record["head"] else "none"
-    space = spaces.get(record["space"], **options)
-    space.attach(model, seed=0)
+    space = saved_in(folder, model, **options)
+    space.attach(model, seed=0, labels=[])  # those that it has are saved
     prepare()
-    space.load(folder)
-    return space
-
-
-def _tuned(path: Path) -> tuple[list[str], list[str]]:
-    """The layers that a file of PEFT's has A and B of, and the parameters that it has as a whole.
-
-    The file says so, not `target_modules`, which may be a pattern with exceptions (`exclude_modules`).
-    """
-    names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
-    pairs = [name.partition(".lora_")[0] for name in names if ".lora_" in name]
-    return list(dict.fromkeys(pairs)), [name for name in names if ".lora_" not in name]
-
-
-def _lora(model: Model, folder: Path, train_a: bool) -> LoRA:
-    config = read_peft_config(folder)
-    path = peft_weights(folder)
-    layers, heads = _tuned(path)
-    check_heads(path, heads, model.kind, model.trunk_name)
-    head = head_of(model.linears, model.trunk_name, model.config.vocab_size)
-    of_labels = [layer for layer in layers if head is not None and layer == head.name]
-    layers = [layer for layer in layers if layer not in of_labels]
-    unknown = [layer for layer in layers if layer not in model.linears or model.block_of(layer) is None]
-    if unknown or not layers:
-        first = f"first of {len(unknown)} that its blocks lack: {unknown[0]!r}" if unknown else "it has none"
-        raise UserError(f"{path}: its linear layers are not those of {model.source}; {first}")
-    space = spaces.LoRA(
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        targets=layers,
-        rslora=bool(config.get("use_rslora")),
-        train_a=train_a,
-        blocks="all",
-        head="exact" if of_labels else "estimated",
-    )
-    space.attach(model, seed=0, labels=[] if of_labels else None)
     space.load(folder)
     return space
 

@@ -122,7 +122,7 @@ class Stepper:
     ) -> None:
         self._arrays, self.traversal, self.space = arrays, traversal, space
         self.estimator, self.curvature, self.step_size = estimator, curvature, step_size
-        self.optimizer = OPTIMIZERS.make(OPTIMIZERS.default) if optimizer is None else optimizer
+        self.optimizer = OPTIMIZERS.make(next(iter(OPTIMIZERS))) if optimizer is None else optimizer
         self.seed, self.mu, self.smoothing = seed, mu, smoothing
         self.weight_decay, self.clip = weight_decay, clip
         self.ranks = ONE  # the processes among which a batch is divided

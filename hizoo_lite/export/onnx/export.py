@@ -21,6 +21,7 @@ import transformers
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from hizoo_lite.base import Bits
+from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.checkpoints.hub import SMALL_FILES
 from hizoo_lite.checkpoints.writer import write_json
@@ -48,6 +49,7 @@ from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
+from hizoo_lite.spaces import of_folder
 from hizoo_lite.train import saved
 from hizoo_lite.train.progress import Progress
 
@@ -273,7 +275,7 @@ def _tuned(plan: _Plan) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"source": str(plan.run)}
     changes = plan.source.changes
-    found["space"] = "lora" if changes is None else changes.space
+    found["space"] = of_folder(find_adapter(plan.run)).name
     if changes is None or plan.form == "merged":
         return found | {"dtype": plan.dtype}
     residuals = len(changes.residuals)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.changes import Changes
 from hizoo_lite.export.onnx.linear import (
     ExportLinear,
     Format,
@@ -32,6 +31,7 @@ from hizoo_lite.model.names import Names
 from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.quant import FourBitWeight, Int8Weight, PlainWeight, from_checkpoint
 from hizoo_lite.quant.packed import PackedWeight
+from hizoo_lite.spaces.changes import Changes
 
 
 @final

@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import Bits, ModelKind
-from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter
+from hizoo_lite.checkpoints.adapter import SPACE_FILE, find_adapter, read_record
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.changes import Changes, read_changes
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import map_large
-from hizoo_lite.spaces.inplace import read_record
+from hizoo_lite.spaces import read_changes
+from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import components, identity, saved
 from hizoo_lite.train.folder import RunFolder

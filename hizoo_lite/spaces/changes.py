@@ -17,13 +17,13 @@ from hizoo_lite.checkpoints.adapter import (
     SPACE_FILE,
     check_heads,
     read_peft_config,
+    read_record,
     scaling,
 )
 from hizoo_lite.checkpoints.tensors import TensorFile
 from hizoo_lite.errors import UserError
 from hizoo_lite.quant import FourBitWeight, ResidualWeight
 from hizoo_lite.quant.packed import PackedWeight
-from hizoo_lite.spaces.inplace import read_record
 
 _HEAD = "head.safetensors"
 
@@ -44,11 +44,6 @@ class Changes(Protocol):
     def add(self, linear: str, rows: Tensor, first_row: int) -> None:
         """Add to rows `first_row` .. of a weight, (rows, in_features) float32, what is tuned beside it."""
         ...
-
-
-def read_changes(folder: Path) -> Changes:
-    """Those of an adapter folder. Raises `UserError`, naming the file, if they cannot be read."""
-    return InPlaceChanges(folder) if (folder / SPACE_FILE).is_file() else LoRAChanges(folder)
 
 
 class LoRAChanges:

@@ -1,0 +1,47 @@
+"""Every member of every axis, a line each: the settings of a run that `test_members.py` holds to all laws.
+
+A new member is a line here. `toy_space.py` and `test_members_estimator.py` have members of the tests' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES, Line, Registry
+
+
+class Case(NamedTuple):
+    """A run with a member, and what can be made of it."""
+
+    settings: dict[str, Any]
+    exports: tuple[str, ...] = ("peft", "merged")  # the other forms are refused
+
+
+_WEIGHTS = ("merged",)
+MEMBERS: dict[str, Case] = {
+    "lora": Case({"space": "lora", "targets": "all-linear", "blocks": "all", "smoothing_schedule": "linear"}),
+    "lora, train_a": Case({"space": "lora", "train_a": True, "alpha": 3.0, "rslora": True}),
+    "dense": Case({"space": "dense", "lr": 1e-4, "weight_decay": 0.1, "curvature": "factored"}, _WEIGHTS),
+    "dense, requantize": Case(
+        {"space": "dense", "dense_update": "requantize", "bits": "int8", "lr": 1e-4}, _WEIGHTS
+    ),
+    "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
+    "gains": Case({"space": "gains", "lr": 1e-2}, ()),
+    "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),
+    "hizoo, losses": Case({"estimator": "hizoo", "curvature_from": "losses", "curvature_every": 2}),
+    "mezo": Case({"estimator": "mezo", "lr": 1e-2, "weight_decay": 0.1}),
+    "grouped": Case({"curvature": "grouped", "curvature_per": "row", "smoothing": 0.5}),
+    "factored": Case({"curvature": "factored", "lr": 1e-2, "clip": 0.01, "smoothing": 0.1}),
+    "diagonal": Case({"curvature": "diagonal", "lr": 1e-2, "weight_decay": 0.1, "smoothing": 0.1}),
+    "diagonal, reference": Case({"curvature": "diagonal", "curvature_mode": "reference", "lr": 1e-3}),
+    "none": Case({"curvature": "none", "lr": 1e-2}),
+}
+#: Members of the tests' own, by axis.
+TOYS: tuple[tuple[Registry[Any], str, Line], ...] = (
+    (
+        SPACES,
+        "gains",
+        Line("tests.toy_space:Gains", "a gain for each row", {"targets": "targets", "blocks": "blocks"}),
+    ),
+)
+AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, CURVATURES)
