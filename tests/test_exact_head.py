@@ -29,6 +29,8 @@ from tests.batches import tiny_task_batch
 from tests.run_fixtures import short_run, stories
 
 LABELS = [7, 11, 30]
+#: A merged model's weights are not quantized again, and its products are in float32, as the run's.
+AS_IT_IS = {"bits": "none", "compute_dtype": "float32", "device": "cpu", "test_examples": 6}
 #: float32 products and sums in another order, of gradients of size 1e-2 to 1.
 TOLERANCE = 1e-5
 
@@ -184,3 +186,17 @@ def test_saved_rows_are_put_back(tmp_path: Path) -> None:
     run = fit(TrainConfig(**short_run(tmp_path, lr="auto")))
     again = hz.evaluate(run.folder)
     assert again.loss == pytest.approx(run.summary["loss_after"], abs=1e-6)
+
+
+def test_the_card_says_how_to_merge_rows_of_a_tied_head(tmp_path: Path) -> None:
+    run = fit(TrainConfig(**short_run(tmp_path, lr="auto")))
+    card = (run.export_peft(tmp_path / "peft") / "README.md").read_text()
+    assert "`merge_and_unload` would change both" in card
+    without = fit(TrainConfig(**short_run(tmp_path / "b", head="estimated")))
+    assert "merge_and_unload" not in (without.export_peft(tmp_path / "other") / "README.md").read_text()
+    merged = run.export_merged(tmp_path / "merged", dtype="float32")
+    assert hz.evaluate(run.folder).loss == pytest.approx(
+        hz.evaluate(merged, task=run.setup.config.task, data=run.setup.config.data, **AS_IT_IS).loss, abs=1e-5
+    )
+    module = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    assert module.lm_head.weight is not module.model.embed_tokens.weight

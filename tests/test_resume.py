@@ -443,7 +443,7 @@ def test_a_state_without_its_files_or_of_a_later_format_is_refused(tmp_path: Pat
         with pytest.raises(UserError, match=r"state.json: files: curvature.safetensors and those of adapter"):
             checkpoint.check(path.parent)
     for count in (-1, 1.0, "1", True):
-        write(chunk_halvings=count)
+        write(halvings=count)
         with pytest.raises(UserError, match=r"step-000002: not a complete checkpoint .* is not a count"):
             checkpoint.check(path.parent)
     write(format=3)

@@ -35,6 +35,11 @@ _CLASSES: dict[ModelKind, str] = {
     "masked": "AutoModelForMaskedLM",
 }
 
+_TIED = """
+The adapter has rows of the output matrix, which this model shares with its embeddings. PEFT's
+`merge_and_unload` would change both; `hizoo-lite export --to merged` gives the head a matrix of its own.
+"""
+
 #: Entries of summary.json that the card shows, by what they are called there.
 _FIGURES = {
     "task": "task",
@@ -88,9 +93,16 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
         _copy(file, out / file.name)
     how = [*_arguments(config, labels), *_quantization(base, settings, module)]
-    write_text(out / "README.md", _card(config, kind, RunFolder(run).read_summary(), how))
+    card = _card(config, kind, RunFolder(run).read_summary(), how)
+    write_text(out / "README.md", card + (_TIED if _has_tied_head(module, changes) else ""))
     write_json(out / PEFT_FILE, config)
     return out
+
+
+def _has_tied_head(module: nn.Module, changes: LoRAChanges) -> bool:
+    """Whether the adapter is of an output matrix that is the embeddings as well."""
+    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    return any(f"{name}.weight" in tied for name in changes.linears)
 
 
 def _copy(file: Path, target: Path) -> None:
