@@ -46,8 +46,8 @@ STEPS = 25
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("data")
-    settings = short_run(folder, steps=STEPS, bits="none", compute_dtype="float32", blocks="all")
-    return TrainConfig(**settings)
+    as_a_graph_has_it = {"bits": "none", "compute_dtype": "float32", "head": "estimated"}
+    return TrainConfig(**short_run(folder, steps=STEPS, blocks="all", **as_a_graph_has_it))
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,8 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """A run of the embedded model in NF4, and its training graph with the parameters it began with."""
     folder = tmp_path_factory.mktemp("demo")
-    run = fit(TrainConfig(**short_run(folder, steps=STEPS, bits="nf4", compute_dtype="float32")))
+    settings = {"bits": "nf4", "compute_dtype": "float32", "head": "estimated"}  # a graph has no gradients
+    run = fit(TrainConfig(**short_run(folder, steps=STEPS, **settings)))
     export_train(run.folder, folder / "graph", fresh=True)
     return run, folder / "graph"
 
@@ -180,11 +181,29 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     changes |= {"data": str(folder / "data"), "out": str(folder / "run")}
     # At mu = 1e-3 rounding is a tenth of this flat loss's curvature, from which the learning rate is taken;
     # at 1e-2 sums in another order still grow to 1e-5 or 2e-4 over the run, at 1e-1 to 4e-7.
-    changes |= {"bits": "int8", "compute_dtype": "float32", "steps": STEPS, "mu": 1e-1}
+    changes |= {"bits": "int8", "compute_dtype": "float32", "steps": STEPS, "mu": 1e-1, "head": "estimated"}
     (folder / "unused").mkdir()
     run = fit(TrainConfig(**short_run(folder / "unused", **changes)))
     export_train(run.folder, folder / "graph", fresh=True)
     return run, folder / "graph"
+
+
+def test_rows_for_labels_are_in_the_graph_and_stay(tmp_path: Path) -> None:
+    """The export itself compares losses with the model's, to 1e-4."""
+    run = fit(TrainConfig(**short_run(tmp_path, bits="nf4", compute_dtype="float32", lr="auto")))
+    record = export_train(run.folder, tmp_path / "graph")
+    trained = {entry["name"]: entry["trained"] for entry in record["parameters"]}
+    assert {name for name in trained if "lm_head" in name} == {
+        "lm_head.lora_A.weight", "lm_head.lora_B.weight"
+    }  # fmt: skip
+    assert not any(moves for name, moves in trained.items() if "lm_head" in name)
+    folder, _ = train(
+        tmp_path / "graph", resolve(tmp_path / "graph", {"out": str(tmp_path / "edge"), "steps": "2"})
+    )
+    before, after = (load_file(path / "adapter/adapter_model.safetensors") for path in (run.folder, folder))
+    for name, value in before.items():
+        same = bool((value == after[name]).all())
+        assert same == ("lm_head" in name or "lora_A" in name), name
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

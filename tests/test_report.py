@@ -119,6 +119,7 @@ def test_the_page_needs_nothing_but_itself(run: Run) -> None:
     assert not re.findall(r"url\((?!#)", page)
     assert {urlparse(url).netloc for url in re.findall(r"https?://[^\"' )]+", page)} == {"www.w3.org"}
     assert "default-src 'none'" in page
+    assert "mathdefault" not in page  # a label of an axis that matplotlib would have set as a formula
 
 
 def test_plots_have_the_colours_of_the_page_and_ids_of_their_own(run: Run) -> None:

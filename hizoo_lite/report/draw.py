@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from hizoo_lite.report.charts import Chart
 from hizoo_lite.report.headline import Category
@@ -113,6 +113,8 @@ def _draw(figure: Any, chart: Chart, width: int) -> None:
     axes.grid(visible=False, axis="x")
     if chart.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # without formulas
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if chart.zero:
         axes.set_ylim(bottom=0)
     if chart.names is None:

@@ -93,7 +93,8 @@ def _compared(graph: TrainGraph, case: Case) -> dict[str, Any]:
     rows, length = case.batch.input_ids.shape
     entry = {"branches": case.branches.count, "examples": case.batch.examples, "rows": rows, "length": length}
     worst = 0.0
-    for name, ours, theirs in zip(Losses._fields, got, map(np.asarray, case.losses), strict=True):
+    for name in ("per_example", "scores", "divergences"):  # a graph has no gradients
+        ours, theirs = getattr(got, name), np.asarray(getattr(case.losses, name))
         if not theirs.size:  # divergences of an evaluation, which has no direction
             continue
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
