@@ -199,10 +199,13 @@ def test_doctor_names_what_rounds_products(monkeypatch: pytest.MonkeyPatch) -> N
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ACCELERATE_DYNAMO_BACKEND")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert doctor._rounding() == []
+    sound = {"quantization": {}, "cuda": ["one"], "disk_free_bytes": 1 << 40, "device": "cuda"}
+    report = {**sound, "compute_dtype": "bf16"}
+    assert (doctor._problems(report), doctor._notes(report)) == ([], [])
     for name, value in zip(names, ("1", "1", "inductor"), strict=True):
         monkeypatch.setenv(name, value)
-    assert [text.split()[0] for text in doctor._rounding()] == list(names)
+    found = [*doctor._problems(report), *doctor._notes(report)]
+    assert [text.split()[0] for text in found] == list(names)
 
 
 def test_defaults_of_libraries_are_set_before_a_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def split(flat: Tensor, space: LoRA) -> dict[str, tuple[Tensor, float]]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert"])
 @pytest.mark.parametrize("branches", [Branches.of(True, 0, 2), Branches.of(False, 1)], ids=["base", "pair"])
 def test_rows_for_labels_have_the_gradient_of_autograd(name: str, branches: Branches, tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     config = TrainConfig(**written_task(tmp_path, "choice", loss="choice", max_length=64))
     task = components.find_task(config.task)
     splits = components.make_splits(config, task)
-    encoder = planning.find_encoder(config, Checkpoint.open(kinds.model_path("embedded")), "causal", task)
+    encoder = planning.find_encoder(Resolved(config, task))
     assert encoder is not None
     whole = planning.workload(encoder, splits, dev=False)
     assert whole.length is not None

@@ -32,7 +32,9 @@ from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import hardware
-from hizoo_lite.report.report import write_report
+from hizoo_lite.report.charts import make_charts
+from hizoo_lite.report.record import read_run
+from hizoo_lite.report.report import as_json, render
 from hizoo_lite.tasks import custom, files
 from hizoo_lite.train import checkpoint, config_file, identity, journal
 from hizoo_lite.train.folder import RunFolder
@@ -261,7 +263,10 @@ def _read_run(folder: Path) -> None:
     run.read_metrics()
     run.evaluations()
     run.read_summary()
-    write_report([folder])
+    records = [read_run(folder)]
+    make_charts(records)  # drawn they take a second and more
+    as_json(records)
+    render(records, [])
     run.keep_metrics(1, ended=True)
 
 

@@ -236,7 +236,7 @@ def _form(path: Path) -> tuple[int, Form] | None:
         known = ", ".join(map(str, VERSIONS))
         raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
     form = Form(int(branches), int(directions) if version >= 3 else 1, int(exact))
-    sound = data[-4:] == struct.pack("<I", zlib.crc32(data[:-4]))
+    sound = data[-4:] == struct.pack("<I", zlib.crc32(data[:-4])) and record_bytes(*form) < 1 << 32
     if not sound or form.directions < 1 or data != _header(form, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
     return int(version), form
