@@ -14,6 +14,7 @@ the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ from hizoo_lite.spaces.heads import (
 )
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
 
+_log = logging.getLogger(__name__)
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
@@ -175,8 +177,15 @@ class LoRA(Space):
             linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
         self.label_layer = None
-        if labels is not None and self.head == "exact" and len(labels) <= self.rank:
-            self._attach_labels(labels)
+        if labels is None or self.head != "exact":
+            return
+        if len(labels) > self.rank:
+            _log.warning(
+                "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
+                *(len(labels), self.rank),
+            )
+            return
+        self._attach_labels(labels)
 
     def _attach_labels(self, labels: Sequence[int]) -> None:
         """A row of the head for each token, at zero."""
