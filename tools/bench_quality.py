@@ -14,8 +14,8 @@ share DIR where each has other cells. The table, --json and --picture are of all
 
 Forwards are branches evaluated; a backpropagation step counts as three. `hizoo` has no tuned number. `mezo`
 has the rate of a grid with the lowest dev loss of the first seed (constant, its head estimated as published;
-A frozen as for hizoo, or trained), backpropagation AdamW's. Dev examples are of the training file; the test set is the
-official dev file.
+A frozen as for hizoo, or trained), backpropagation AdamW's. Dev examples are of the training file; the test
+set is the official dev file.
 """
 
 from __future__ import annotations
