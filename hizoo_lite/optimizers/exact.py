@@ -25,7 +25,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 class ExactAdam:
-    """Adam on flat float32 vectors where the parameters are; the state is 8 bytes a value."""
+    """Adam on float32 parameters, its state where they are: 8 bytes a value."""
 
     def __init__(self, parameters: Mapping[str, Array], arrays: Arrays) -> None:
         """parameters: float32, moved in place by `update`, in the order of their names."""

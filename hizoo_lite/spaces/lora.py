@@ -14,7 +14,6 @@ the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate th
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,25 +50,26 @@ from hizoo_lite.spaces.heads import (
 )
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
 
-_log = logging.getLogger(__name__)
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
 class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    names: of A and of B, None if it is the same in all branches. A that is the same may have a gradient.
+    names: of A and of B, None if it is the same in all branches. exact: the name of A
+    if it has an exact gradient.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, names: tuple[str | None, str | None], scaling: float) -> None:
-        self.a, self.b, self.names, self.scaling = a, b, names, scaling
-        self.a_name = ""
+    def __init__(
+        self, a: Tensor, b: Tensor, names: tuple[str | None, str | None], scaling: float, exact: str = ""
+    ) -> None:
+        self.a, self.b, self.names, self.scaling, self.exact = a, b, names, scaling, exact
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
         assert y is not None
         if self.a.requires_grad:
-            state.reached(self.a_name, x)
+            state.reached(self.exact, x)
         if self.names[0] is None:
             inner = x @ self.a.t()
         else:
@@ -177,15 +177,8 @@ class LoRA(Space):
             linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
         self.label_layer = None
-        if labels is None or self.head != "exact":
-            return
-        if len(labels) > self.rank:
-            _log.warning(
-                "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
-                *(len(labels), self.rank),
-            )
-            return
-        self._attach_labels(labels)
+        if labels is not None and self.head == "exact" and len(labels) <= self.rank:
+            self._attach_labels(labels)
 
     def _attach_labels(self, labels: Sequence[int]) -> None:
         """A row of the head for each token, at zero."""
@@ -201,8 +194,7 @@ class LoRA(Space):
             b[token, row] = 1 / self.scaling
         a_name, b_name = (f"{head.name}.lora_{half}.weight" for half in "AB")
         self.exact[a_name], self.frozen[b_name] = a, b
-        head.delta = LoRADelta(a, b, (None, None), self.scaling)
-        head.delta.a_name = a_name
+        head.delta = LoRADelta(a, b, (None, None), self.scaling, exact=a_name)
 
     def detach(self) -> None:
         """Take every delta off the model again."""

@@ -5,6 +5,8 @@ What is cheap is checked first: a wrong task or data file is reported before a m
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from hizoo_lite.train import planning
 from hizoo_lite.train.components import learnable_splits, make_stepper, run_splits, task_encoder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +79,25 @@ def build(
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
     space = space or SPACES.configured(config)
-    space.attach(model, config.seed, encoder.label_tokens(splits.train))
+    labels = encoder.label_tokens(splits.train)
+    space.attach(model, config.seed, labels)
+    _say_if_too_many(config, labels or ())
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.chunk_halvings = max(model.chunk_halvings, plan.chunk_halvings)
     prepare_blocks(model, resolved, workload, plan)
     return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan)
+
+
+def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
+    """Tokens that have no rows of the head, though they would have been wanted."""
+    has_rows = config.head == "exact" and not SPACES.lines[config.space].in_weights
+    if has_rows and len(labels) > config.rank:
+        _log.warning(
+            "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
+            *(len(labels), config.rank),
+        )
 
 
 def _residency(resolved: Resolved, plan: Plan | None) -> ResidencyName:
