@@ -54,8 +54,8 @@ class Losses(NamedTuple):
     # classes, "answer" over the vocabulary, there the mean over the gold slot's tokens.
     exact: Array | None = None
     # float64, (n,): of each parameter with an exact gradient, in the order of names, the gradient of the
-    # losses' sum at theta, flat, then its reach times the examples: how far an output moves at most if every
-    # value moves by one, the mean over its inputs x of sum |x|. None if no parameter has one.
+    # losses' sum at theta, flat, then its reach, how far an output moves at most if every value moves by one:
+    # sum |x| over the inputs x that the losses depend on, and how many these are. None if no parameter has one.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""

@@ -117,13 +117,13 @@ class BranchState:
     """
 
     def __init__(self) -> None:
-        self.reaches: dict[str, Tensor] = {}
         self.set(EVALUATION, 0.0, {})
 
     def set(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> None:
         """Begin a pass."""
         self.branches, self.mu, self.directions = branches, mu, directions
         self._first_input: weakref.ref[Tensor] | None = None
+        self.reaches: dict[str, tuple[Tensor, Tensor]] = {}
         self._rows: tuple[int, int | None] | None = None
         self._kept: Tensor | None = None
         self._mask: Tensor | None = None
@@ -239,9 +239,16 @@ class BranchState:
         """Forget what was learnt since `mark`."""
         self._first_input = mark
 
-    def reached(self, name: str, x: Tensor) -> None:
-        """Note the `Losses.exact` reach of a parameter that is multiplied by `x`, (..., in_features)."""
-        self.reaches[name] = x.detach().abs().sum(-1).mean()
+    def reached(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Add to the `Losses.exact` reach of a parameter: a hook on what `x` is multiplied to.
+
+        x: (..., in_features). gradient: (..., out_features), of the loss; inputs without one do not count.
+        """
+        counts = (gradient != 0).any(-1)
+        total, inputs = (x.abs().sum(-1) * counts).double().sum(), counts.double().sum()
+        if name in self.reaches:  # of another chunk, or another point that stands for theta
+            total, inputs = total + self.reaches[name][0], inputs + self.reaches[name][1]
+        self.reaches[name] = total, inputs
 
     def same_in_all(self, x: Tensor) -> bool:
         """Whether `x` is known to be the same in all branches: no layer before it has made them differ."""

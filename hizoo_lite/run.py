@@ -219,6 +219,8 @@ def evaluate(
         config, model = configured(of, None, None, None, options)
     else:
         adapter = str(of) if saved.is_tuned(of) else None
+        if adapter is None and task is None and "task" not in options:
+            raise UserError(f"task: missing, and {of} is no run or adapter, which would name one")
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
         config = saved.eval_config(adapter, options)
     found = components.find_task(config.task) if given is None else given

@@ -15,8 +15,10 @@ from torch import Tensor
 import hizoo_lite as hz
 from hizoo_lite.branches import Branches
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine import traversal
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.export.merged import prepare
 from hizoo_lite.model.model import Model
 from hizoo_lite.optimizers.exact import REACH, ExactAdam
 from hizoo_lite.run import fit
@@ -70,8 +72,8 @@ def split(flat: Tensor, space: LoRA) -> dict[str, tuple[Tensor, float]]:
     for name in sorted(space.exact):
         shape = space.exact[name].shape
         end = begin + shape.numel()
-        found[name] = (flat[begin:end].view(shape), float(flat[end]))
-        begin = end + 1
+        found[name] = (flat[begin:end].view(shape), float(flat[end] / flat[end + 1]))
+        begin = end + 2
     assert begin == len(flat)
     return found
 
@@ -147,12 +149,45 @@ def test_nothing_else_changes_where_a_head_is_exact(tmp_path: Path) -> None:
     assert not any(value.requires_grad for value in space.exact.values())
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_reach_is_that_of_the_batch_whatever_the_chunks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = "masked" if name == "bert" else "causal"
+    save_tiny(name, tmp_path, kind=kind)
+    model = load(tmp_path, kind=kind, bits="none", compute_dtype="float32", device="cpu")
+    space, batch = attached(model), labelled(kind, rows=6)
+    directions = {n: torch.zeros(1, *p.shape) for n, p in space.parameters.items()}
+    found = []
+    for limit in (traversal.LOGITS_BYTES, 1):  # in one chunk, and site by site
+        monkeypatch.setattr(traversal, "LOGITS_BYTES", limit)
+        losses = Traversal(model).losses(batch, Branches.of(False, 1), 1e-3, directions, space.exact)
+        found.append(losses.exact)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=TOLERANCE)
+    assert found[0][-1] == 2 * 6  # both points of a pair, at every site
+
+
+def test_a_reach_is_of_the_places_that_a_classifier_reads(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, kind="classifier")
+    model = load(tmp_path, kind="classifier", bits="none", compute_dtype="float32", device="cpu")
+    space, batch = attached(model), labelled("classifier")
+    pads = torch.zeros(batch.examples, 5, dtype=torch.int64)
+    more = {n: torch.cat([getattr(batch, n), pads], 1) for n in ("input_ids", "attention_mask")}
+    directions = {n: torch.zeros(2, *p.shape) for n, p in space.parameters.items()}
+    short, long = (
+        Traversal(model).losses(one, Branches.of(True, 0, 2), 1e-3, directions, space.exact).exact
+        for one in (batch, batch._replace(**more))
+    )
+    torch.testing.assert_close(short, long, rtol=1e-5, atol=TOLERANCE)
+    assert short[-1] == batch.examples
+
+
 def test_a_step_moves_an_output_by_no_more_than_its_reach() -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, 32, generator=draw), torch.zeros(3, 32)
     head = ExactAdam({"w": weight}, TorchArrays())
     gradient = torch.randn(3, 32, generator=draw)
-    flat = torch.cat([gradient.flatten(), x.abs().sum(1).mean().view(1)])
+    flat = torch.cat([gradient.flatten(), x.abs().sum(1).mean().view(1), torch.ones(1)])
     head.update(flat.numpy().astype("<f4").tobytes(), 0.5)
     moved = (x @ weight.t()).abs()
     largest = 0.5 * REACH * x.abs().sum(1).max() / x.abs().sum(1).mean()
@@ -192,6 +227,24 @@ def test_more_labels_than_a_rank_has_rows_are_said(tmp_path: Path, caplog: pytes
     run = fit(TrainConfig(**short_run(tmp_path, rank=1, steps=1)))
     assert run.setup.space.exact == {}
     assert caplog.text.count("answers are made of 2 tokens, an adapter of --rank 1") == 1  # a plan is silent
+
+
+def test_a_tied_masked_model_is_merged_with_its_bias(tmp_path: Path) -> None:
+    """What is tied beside the head's matrix is written too: nothing is tied any more."""
+    base = save_tiny("bert", tmp_path / "base", kind="masked", tie_word_embeddings=True)
+    bias = base.cls.predictions.bias
+    model = load(tmp_path / "base", kind="masked", bits="none", compute_dtype="float32", device="cpu")
+    space, batch = attached(model), labelled("masked")
+    space.save(tmp_path / "adapter")
+    prepare(
+        tmp_path / "adapter", tmp_path / "merged", model=tmp_path / "base", base_bits="none", dtype="float32"
+    ).run()
+    module = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert bias.abs().sum() > 0
+    torch.testing.assert_close(module.cls.predictions.decoder.bias.data, bias.data, rtol=0, atol=0)
+    again = load(tmp_path / "merged", kind="masked", bits="none", compute_dtype="float32", device="cpu")
+    ours, theirs = (Traversal(m).losses(batch).per_example for m in (model, again))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_the_card_says_how_to_merge_rows_of_a_tied_head(tmp_path: Path) -> None:

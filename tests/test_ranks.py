@@ -107,7 +107,7 @@ def test_ranks_stay_identical_and_equal_a_single_process(place: dict[str, Any], 
     assert summary["metric_after"] == alone.summary["metric_after"]
     assert summary["loss_after"] == pytest.approx(alone.summary["loss_after"], abs=TOLERANCE)
     sent, exchanges = json.loads((tmp_path / "state.1.json").read_text())
-    head = 8 * sum(value.numel() + 1 for value in alone.setup.space.exact.values())
+    head = 8 * sum(value.numel() + 2 for value in alone.setup.space.exact.values())
     # six steps of five numbers and the head's gradient, four evaluations and a few waits
     assert sent < 6 * (40 + head) + 4 * 300
     assert exchanges < 40

@@ -48,12 +48,12 @@ def flat_gradients(total: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([gradient.double().flatten() for gradient in found])
 
 
-def with_reaches(gradients: Tensor, exact: Mapping[str, Tensor], state: BranchState, examples: int) -> Tensor:
+def with_reaches(gradients: Tensor, exact: Mapping[str, Tensor], state: BranchState) -> Tensor:
     """`Losses.exact` from gradients as `flat_gradients` gives them."""
     parts, begin = [], 0
     for name in sorted(exact):
         end = begin + exact[name].numel()
-        parts += [gradients[begin:end], state.reaches[name].double().view(1) * examples]
+        parts += [gradients[begin:end], torch.stack(state.reaches[name])]
         begin = end
     return torch.cat(parts)
 
@@ -65,7 +65,7 @@ def class_gradients(
     gold = gold.to(logits.device, non_blocking=True)
     losses = [F.cross_entropy(logits[branch], gold, reduction="sum") for branch in theta(branches)]
     total = torch.stack(losses).mean()
-    return with_reaches(flat_gradients(total, exact), exact, state, len(gold))
+    return with_reaches(flat_gradients(total, exact), exact, state)
 
 
 def token_gradients(scored: Tensor, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from hizoo_lite.engine.residency import Resident, Streamed
 from hizoo_lite.errors import BudgetError, UserError
 from hizoo_lite.memory.limits import Budgets, Limits, Place, ResidencyName
 from hizoo_lite.model import attention, build, fused
-from hizoo_lite.model.kinds import find_kind
+from hizoo_lite.model.kinds import find_kind, model_path
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.weights import WeightLoader
@@ -61,8 +61,8 @@ def load(
     """Load a model, quantizing the linears of its blocks on the way.
 
     Args:
-        source: a model folder, a hub id, or a model that transformers has loaded. The last one is saved first
-            (`save_pretrained`), because blocks, fingerprints and exports are of files.
+        source: a model folder, a hub id, "embedded", or a model that transformers has loaded. The last one is
+            saved first (`save_pretrained`), because blocks, fingerprints and exports are of files.
         tokenizer: of a model that transformers has loaded, saved with it.
         folder: where that is saved, new or empty; None: in a temporary folder that goes with the process, so
             that a run of it cannot be resumed by another one.
@@ -95,6 +95,7 @@ def load(
         keep_heap()
     else:
         map_large()  # slower, but the peak is what the planner says
+    source = model_path(str(source))
     checkpoint = Checkpoint.open(source, revision=revision)
     checkpoint.verify()
     chosen = build.choose_bits(bits, checkpoint.quantized_bits)
@@ -111,7 +112,7 @@ def load(
     native.launch_all(place, compute)
     fused.launch_all(place, compute)
     loader = WeightLoader(checkpoint, module, kind, chosen, double_quant, compute, place, seed, on)
-    model = assemble(loader, config, str(source), Limits(residency, device_budget, host_budget))
+    model = assemble(loader, config, source, Limits(residency, device_budget, host_budget))
     loader.warn_of_leftovers()
     build.read_generation_config(checkpoint.folder, module)
     model.tokenizer = build.read_tokenizer(checkpoint.folder)

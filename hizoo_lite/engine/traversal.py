@@ -228,7 +228,7 @@ class Traversal:
                     log_p = logits[0].double().log_softmax(-1)[at, ids[first:last]]
                     found.append(flat_gradients((log_p * own[first:last]).sum(), exact))
         total = torch.stack(found).sum(0)
-        return with_reaches(total, exact, state, batch.examples)
+        return with_reaches(total, exact, state)
 
     def _offloaded_head(self) -> BranchLinear | None:
         """The head, where its matrix is not on the device."""

@@ -259,6 +259,9 @@ class Merged:
             if isinstance(layer, nn.Linear | Conv1D)
         }
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        tied_to: dict[
+            str, str
+        ] = {}  # parameters that need not be written while they are tied, by stored name
         for parameter in self._module.state_dict():
             stored = self._names.find(parameter)
             name = self._written_name(parameter, stored)
@@ -270,6 +273,8 @@ class Merged:
                 self._add_head(name, parameter, parameters[parameter])
             elif stored is None:
                 self._check_may_lack(parameter, parameters)
+                if parameter in parameters:
+                    tied_to[name] = str(self._names.find_tied(parameter))
             elif parameter in linears and (
                 tuned or parameter.startswith(inside) or self._names.beside(stored)
             ):
@@ -279,8 +284,12 @@ class Merged:
                 shape = (second, first) if transposed else (first, second)
                 is_inside = parameter.startswith(inside)
                 self._matrices[name] = _Matrix(linear, stored, shape, transposed, is_inside)
-            elif not self._is_copy_of_tied(parameter, stored):
+            elif self._is_copy_of_tied(parameter, stored):
+                tied_to[name] = stored
+            else:
                 self._copied[name] = stored
+        if self._untied:  # then nothing is tied: BERT's head has a bias, too
+            self._copied |= tied_to
         here = {matrix.linear for matrix in self._matrices.values()}
         unknown = sorted((self._changes.linears - here) | (set(self._changes.heads) - set(parameters)))
         if unknown:

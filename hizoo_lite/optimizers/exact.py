@@ -38,8 +38,8 @@ class ExactAdam:
 
     @property
     def count(self) -> int:
-        """Values that `update` takes: those of every gradient, and its reach."""
-        return sum(self._sizes) + len(self._sizes)
+        """Values that `update` takes: those of every gradient, and two of its reach."""
+        return sum(self._sizes) + 2 * len(self._sizes)
 
     def update(self, exact: bytes, share: float) -> None:
         """Move all parameters.
@@ -55,7 +55,8 @@ class ExactAdam:
         for number, parameter in enumerate(self._parameters.values()):
             end = begin + self._sizes[number]
             gradient = self._there(values[begin:end].reshape(tuple(parameter.shape)).copy())
-            reach, begin = float(values[end]), end + 1
+            (total, inputs), begin = map(float, values[end : end + 2]), end + 2
+            reach = total / inputs if inputs else 0.0
             first, second = self._first[number], self._second[number]
             first *= b1
             first += (1 - b1) * gradient

@@ -16,6 +16,7 @@ mended in a few steps (tools/LOG.md).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,15 +60,17 @@ class HeadDelta(LinearDelta):
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
-        if self.weight.requires_grad:
-            state.reached(self.names[0], x)
-            state.reached(self.names[1], torch.ones(1, 1, device=x.device))
         weight_name, bias_name = (None, None) if self.exact else self.names
         weight = branch_values(self.weight, weight_name, state)
         if self.bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        bias = branch_values(self.bias, bias_name, state)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+            out = torch.bmm(x, weight.transpose(1, 2))
+        else:
+            bias = branch_values(self.bias, bias_name, state)
+            out = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        if self.weight.requires_grad:
+            out.register_hook(partial(state.reached, self.names[0], x.detach()))
+            out.register_hook(partial(state.reached, self.names[1], torch.ones_like(x[..., :1])))
+        return out
 
 
 def attach_head(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,10 +69,10 @@ class LoRADelta(LinearDelta):
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         """See `LinearDelta.apply`."""
         assert y is not None
-        if self.a.requires_grad:
-            state.reached(self.exact, x)
         if self.names[0] is None:
             inner = x @ self.a.t()
+            if self.a.requires_grad:
+                inner.register_hook(partial(state.reached, self.exact, x.detach()))
         else:
             a = _values(self.a, self.names[0], state)
             inner = torch.bmm(x, a.transpose(1, 2))
