@@ -259,9 +259,7 @@ class Merged:
             if isinstance(layer, nn.Linear | Conv1D)
         }
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        tied_to: dict[
-            str, str
-        ] = {}  # parameters that need not be written while they are tied, by stored name
+        tied_to: dict[str, str] = {}  # stored name of each parameter that need not be written while tied
         for parameter in self._module.state_dict():
             stored = self._names.find(parameter)
             name = self._written_name(parameter, stored)
