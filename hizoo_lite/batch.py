@@ -55,7 +55,7 @@ class Losses(NamedTuple):
     exact: Array | None = None
     # float64, (n,): of each parameter with an exact gradient, in the order of names, the gradient of the
     # losses' sum at theta, flat, then its reach, how far an output moves at most if every value moves by one:
-    # sum |x| over the inputs x that the losses depend on, and how many these are. None if no parameter has one.
+    # sum |x| over the inputs x that the losses depend on, and their number. None if no parameter has one.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""
