@@ -82,6 +82,22 @@ class Arrays(ABC):
         """The columns of (rows, n) values: (rows, len(index))."""
 
     @abstractmethod
+    def rows(self, values: Array, index: Array) -> Array:
+        """The entries `index`, (n,) on the host, along the first axis; perhaps a view."""
+
+    @abstractmethod
+    def picked(self, values: Array, index: Array) -> Array:
+        """Of (rows, n, last) values one entry of the last axis each; index: (n,). Gives (rows, n)."""
+
+    @abstractmethod
+    def log_softmax(self, values: Array) -> Array:
+        """log softmax over the last axis."""
+
+    def last_sums(self, values: Array) -> Array:
+        """The sums over the last axis."""
+        return values.sum(-1)
+
+    @abstractmethod
     def group_sums(self, values: Array, group: Array, zeros: Array) -> Array:
         """Sums over columns of one group, in order. values: (rows, n); group: (n,); zeros: (rows, groups)."""
 
@@ -177,6 +193,19 @@ class NumpyArrays(Arrays):
     def take(self, values: Array, index: Array) -> Array:
         """See `Arrays.take`."""
         return values[:, index]
+
+    def rows(self, values: Array, index: Array) -> Array:
+        """See `Arrays.rows`."""
+        return values[index]
+
+    def picked(self, values: Array, index: Array) -> Array:
+        """See `Arrays.picked`."""
+        return values[:, np.arange(len(index)), index]
+
+    def log_softmax(self, values: Array) -> Array:
+        """See `Arrays.log_softmax`."""
+        shifted = values - values.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
     def group_sums(self, values: Array, group: Array, zeros: Array) -> Array:
         """See `Arrays.group_sums`; into `zeros`."""

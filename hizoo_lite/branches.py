@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from hizoo_lite.arrays import Shape
 
 if TYPE_CHECKING:
@@ -79,8 +81,8 @@ class Branches:
         return max(abs(point.offset) for point in self.points)
 
     @property
-    def compared(self) -> tuple[tuple[int, int], ...]:
-        """Of each direction, the two branches whose losses and predictions are compared.
+    def compared(self) -> np.ndarray:
+        """Of each direction, the two branches that are compared: (directions, 2) int64.
 
         Its first pair; a direction without one compares its first one-sided point with the base.
         """
@@ -89,7 +91,8 @@ class Branches:
         found: dict[int, tuple[int, int]] = {}
         for one, other in [*paired, *((branch, 0) for branch in range(first + 2 * self.pairs, self.count))]:
             found.setdefault(self.points[one].direction, (one, other))
-        return tuple(found[direction] for direction in range(self.directions))
+        pairs = [found[direction] for direction in range(self.directions)]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _are_pair(*points: Point) -> bool:

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,25 @@ class TorchArrays(Arrays):
     def take(self, values: Tensor, index: Tensor) -> Tensor:
         """See `Arrays.take`."""
         return values.index_select(1, index)
+
+    def rows(self, values: Tensor, index: np.ndarray) -> Tensor:
+        """A view where the entries are evenly spaced, as they are unless a step has both kinds of points."""
+        wanted = index.tolist()
+        apart = {later - earlier for earlier, later in pairwise(wanted)} or {1}
+        if len(apart) > 1 or min(apart) < 0:
+            return values[wanted]
+        [step], count = apart, len(wanted)
+        if step == 0:
+            return values[wanted[0]].expand(count, *values.shape[1:])
+        return values[wanted[0] : wanted[-1] + 1 : step] if count else values[:0]
+
+    def picked(self, values: Tensor, index: Tensor) -> Tensor:
+        """See `Arrays.picked`."""
+        return values.gather(2, index.view(1, -1, 1).expand(values.shape[0], -1, 1)).squeeze(2)
+
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """See `Arrays.log_softmax`."""
+        return F.log_softmax(values, dim=-1)
 
     def group_sums(self, values: Tensor, group: Tensor, zeros: Tensor) -> Tensor:
         """See `Arrays.group_sums`; on the host, since a GPU has no order."""

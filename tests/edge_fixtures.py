@@ -25,7 +25,6 @@ from hizoo_lite.edge.folder import _FIELDS, describe
 from hizoo_lite.edge.graph import COMPARED, FORMAT
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.engine.load import load
-from hizoo_lite.export.onnx_train.graph import _summed
 from hizoo_lite.noise import normal
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
@@ -100,7 +99,9 @@ class _TrainGraph(nn.Module):
 def _apart(log_p: Tensor, compared: Tensor) -> Tensor:
     """The symmetric divergence between the branches that are compared, over the last axis."""
     one, other = (log_p.index_select(0, side) for side in compared.unbind(1))
-    return _summed(one.exp() - other.exp(), one - other)
+    terms = (one.exp() - other.exp()) * (one - other)
+    ones = torch.ones_like(terms)[..., None]
+    return (terms[..., None, :] @ ones).flatten(1)  # onnxruntime's sum keeps the axis if there is no term
 
 
 def export_training(config: TrainConfig, folder: Path) -> Path:

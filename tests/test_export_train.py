@@ -124,7 +124,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
             for path, value in tensors:
                 points = [value + sign * mu * directions[path][k] for k, sign in branches.points]
                 feeds[path] = torch.stack(points).numpy()
-            feeds["compared"] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
+            feeds["compared"] = branches.compared
             losses, scores, between = session.run(OUTPUTS, feeds)
             assert losses.dtype == scores.dtype == between.dtype == np.float64
             np.testing.assert_allclose(losses, want.per_example, rtol=0, atol=ROUNDING)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.edge.model import OnnxModel, Pick, greedy, log_probabilities
+from hizoo_lite.edge.model import OnnxModel, Pick, greedy
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.order import output_order
@@ -91,7 +92,7 @@ def sampler(temperature: float, top_p: float, seed: int) -> Pick:
         scaled = logits.astype(np.float64) / temperature
         if top_p < 1.0:
             order = np.argsort(-scaled, axis=-1, kind="stable")
-            share = np.exp(log_probabilities(np.take_along_axis(scaled, order, axis=-1)))
+            share = np.exp(NumpyArrays().log_softmax(np.take_along_axis(scaled, order, axis=-1)))
             unlikely = share.cumsum(axis=-1) - share >= top_p  # what comes before it is enough
             unlikely[:, 0] = False
             np.put_along_axis(

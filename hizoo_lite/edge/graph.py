@@ -145,7 +145,7 @@ class TrainGraph:
                     assert directions is not None
                     along = directions[name][direction]
                     self.arrays.add_scaled(feeds[name][branch, ...], along, offset * mu)
-        feeds[COMPARED] = np.array(branches.compared, dtype=np.int64).reshape(-1, 2)
+        feeds[COMPARED] = branches.compared
         losses, scores, divergences = self.session.run((LOSSES, SCORES, DIVERGENCES), feeds)
         return Losses(losses, scores, divergences)
 

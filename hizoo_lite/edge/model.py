@@ -23,15 +23,14 @@ from hizoo_lite.edge.session import Session
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import read_json
-from hizoo_lite.tasks.losses import choice_losses, slot_means
+from hizoo_lite.tasks.losses import class_losses, slot_losses
 
 _SETTINGS = "genai_config.json"
 #: Architectures that count positions from behind the padding token's id.
 _BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "esm")
 #: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
 LOGITS_BYTES = 256 << 20
-#: The divergences of an evaluation.
-NO_PAIR = np.zeros((0, 0))
+_ARRAYS = NumpyArrays()
 
 #: The next token of every row from its logits, (rows, vocabulary) float32.
 Pick = Callable[[np.ndarray], np.ndarray]
@@ -75,8 +74,7 @@ class OnnxModel:
         assert branches == EVALUATION
         if self.kind == "classifier":
             logits = np.concatenate([logits for _, logits in self._logits(batch)]).astype(np.float64)
-            picked = log_probabilities(logits)[np.arange(len(logits)), batch.gold]
-            return Losses(-picked[None], logits[None], NO_PAIR)
+            return class_losses(_ARRAYS, logits[None], batch.gold, branches.compared)
         scored = np.empty(len(batch.token_id))
         for rows, logits in self._logits(batch):
             sites = np.flatnonzero((batch.site_row >= rows.start) & (batch.site_row < rows.stop))
@@ -84,8 +82,9 @@ class OnnxModel:
             place = np.full(len(batch.site_row), -1)
             place[sites] = np.arange(len(sites))
             mine = np.flatnonzero(place[batch.token_site] >= 0)
-            scored[mine] = log_probabilities(at)[place[batch.token_site[mine]], batch.token_id[mine]]
-        return _slot_losses(scored, batch)
+            scored[mine] = _ARRAYS.log_softmax(at)[place[batch.token_site[mine]], batch.token_id[mine]]
+        between = np.empty((branches.directions, len(batch.site_row)))
+        return slot_losses(_ARRAYS, scored[None], between, batch, branches.compared)
 
     def _logits(self, batch: Batch) -> Iterator[tuple[range, np.ndarray]]:
         """Rows of the batch, a few at a time, with their logits."""
@@ -185,19 +184,3 @@ def _model_config(folder: Path) -> dict[str, Any]:
 def greedy(logits: np.ndarray) -> np.ndarray:
     """The most likely token of every row."""
     return logits.argmax(axis=-1)
-
-
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """log softmax over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _slot_losses(scored: np.ndarray, batch: Batch) -> Losses:
-    """From the log-probabilities of the scored tokens, (scored,) float64, to the losses of one branch."""
-    arrays = NumpyArrays()
-    scores = slot_means(arrays, scored[None], batch.token_slot, len(batch.slot_example))
-    if batch.loss == "answer":
-        return Losses(-scores[:, batch.gold], scores, NO_PAIR)
-    losses = choice_losses(arrays, scores, batch.slot_example, batch.gold)
-    return Losses(losses.per_example, scores, NO_PAIR)

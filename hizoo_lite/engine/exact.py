@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.batch import Batch
-from hizoo_lite.branches import Branches, BranchState
-from hizoo_lite.tasks.losses import choice_losses, score_gradients, slot_means
+from hizoo_lite.branches import EVALUATION, Branches, BranchState
+from hizoo_lite.tasks.losses import choice_losses, class_losses, score_gradients, slot_means
 from hizoo_lite.tensors import TorchArrays
 
 #: Logits that are recorded live on as float32, float64 and log-probabilities: chunks are 2^3 times smaller.
@@ -63,8 +62,8 @@ def class_gradients(
 ) -> Tensor:
     """`Losses.exact` of a classifier. logits: (branches, examples, classes) float64, recorded."""
     gold = gold.to(logits.device, non_blocking=True)
-    losses = [F.cross_entropy(logits[branch], gold, reduction="sum") for branch in theta(branches)]
-    total = torch.stack(losses).mean()
+    losses = class_losses(_HOST, logits[list(theta(branches))], gold, EVALUATION.compared).per_example
+    total = losses.sum(1).mean()
     return with_reaches(flat_gradients(total, exact), exact, state)
 
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.device import like
-from hizoo_lite.engine.divergence import divergence_terms
 from hizoo_lite.engine.exact import (
     RECORDED_HALVINGS,
     class_gradients,
@@ -39,7 +36,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import OffloadedWeight
-from hizoo_lite.tasks.losses import choice_losses, slot_means
+from hizoo_lite.tasks.losses import class_losses, divergence_terms, sides, slot_losses
 from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
@@ -86,9 +83,9 @@ class Traversal:
         found = self.outcome(batch, branches, mu, directions, exact)
         made = brought(found, torch.device("cpu"))  # in one copy: the host waits once
         if self.model.kind == "classifier":
-            losses = _class_losses(made[0], batch.gold, branches)
+            losses = class_losses(_HOST, made[0], batch.gold, branches.compared)
         else:
-            losses = _slot_losses(made[0], made[1], batch, branches)
+            losses = slot_losses(_HOST, made[0], made[1], batch, branches.compared)
         return losses._replace(exact=made[-1]) if exact else losses
 
     def outcome(
@@ -245,50 +242,13 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _compared(values: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-    """Of values by branch, both sides of each direction, see `Branches.compared`."""
-    compared = branches.compared
-    return _picked(values, [one for one, _ in compared]), _picked(values, [other for _, other in compared])
-
-
-def _picked(values: Tensor, branches: Sequence[int]) -> Tensor:
-    """The values of some branches; a view, unless a step has both pairs and one-sided points."""
-    apart = {later - earlier for earlier, later in pairwise(branches)} or {1}
-    if len(apart) > 1 or min(apart) < 0:
-        return values[list(branches)]
-    [step], count = apart, len(branches)
-    if step == 0:
-        return values[branches[0]].expand(count, *values.shape[1:])
-    return values[branches[0] : branches[-1] + 1 : step] if count else values[:0]
-
-
 def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
     """Along each direction, a few sites at a time: terms of a whole chunk are as much as its logits again.
 
     out: (directions, sites). log_p: (branches, sites, vocabulary), both float64.
     """
-    plus, minus = _compared(log_p, branches)
+    plus, minus = sides(_HOST, log_p, branches.compared)
     step = max(1, TERMS_BYTES[like(out.device)] // (8 * max(1, len(plus)) * log_p.shape[-1]))
     for first in range(0, out.shape[1], step):
         part = slice(first, first + step)
-        out[:, part] = divergence_terms(plus[:, part], minus[:, part]).sum(-1)
-
-
-def _class_losses(logits: Tensor, gold: Tensor, branches: Branches) -> Losses:
-    wide = logits.cpu().double()
-    log_p = F.log_softmax(wide, dim=-1)
-    losses = -log_p[:, torch.arange(len(gold)), gold]
-    return Losses(losses, wide, divergence_terms(*_compared(log_p, branches)).sum(-1))
-
-
-def _slot_losses(scored: Tensor, divergences: Tensor, batch: Batch, branches: Branches) -> Losses:
-    """On the host. scored: (branches, scored tokens). divergences: (directions, sites) of answers' losses."""
-    slots = len(batch.slot_example)
-    scores = slot_means(_HOST, scored, batch.token_slot, slots)
-    if batch.loss == "answer":
-        between = slot_means(_HOST, divergences[:, batch.token_site], batch.token_slot, slots)
-        return Losses(-scores[:, batch.gold], scores, between[:, batch.gold])
-    losses, log_p = choice_losses(_HOST, scores, batch.slot_example, batch.gold)
-    terms = divergence_terms(*_compared(log_p, branches))
-    zeros = terms.new_zeros(len(terms), batch.examples)
-    return Losses(losses, scores, _HOST.group_sums(terms, batch.slot_example, zeros))
+        out[:, part] = divergence_terms(_HOST, plus[:, part], minus[:, part]).sum(-1)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hizoo_lite.engine.divergence import divergence_terms
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.edge.graph import COMPARED, DIVERGENCES, LOSSES, SCORES
 from hizoo_lite.engine.head import with_hidden
 from hizoo_lite.export.onnx.interface import encoder_inputs
 from hizoo_lite.export.onnx.linear import InputValues
@@ -24,11 +24,10 @@ from hizoo_lite.export.onnx_train.deltas import BranchedAdapter, BranchedHead, b
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks.collate import Loss
-from hizoo_lite.tasks.losses import choice_losses, slot_means
+from hizoo_lite.tasks.losses import class_losses, sides, slot_losses
 from hizoo_lite.tensors import TorchArrays
 
-OUTPUTS = ("losses", "scores", "divergences")
-_ARRAYS = TorchArrays()
+OUTPUTS = (LOSSES, SCORES, DIVERGENCES)
 #: Sizes of the example's dynamic dimensions: above 1, and all different.
 _SIZES = {
     "branches": 3,
@@ -74,9 +73,7 @@ def train_interface(
         inputs.append(_integers("gold", "rows"))  # a row is an example
     else:
         inputs += [_integers(name, size) for name, size in _PLACES.items()]
-    inputs.append(
-        Input("compared", torch.zeros(_SIZES["directions"], 2, dtype=torch.int64), {0: "directions"})
-    )
+    inputs.append(Input(COMPARED, torch.zeros(_SIZES["directions"], 2, dtype=torch.int64), {0: "directions"}))
     tensors = {**space.frozen, **space.exact, **space.parameters}
     inputs += [_parameter(name, value) for name, value in tensors.items()]
     for name in space.adapted:
@@ -130,74 +127,60 @@ class _Losses(nn.Module):
         (branches, examples); (branches, slots or examples, classes); (directions, examples).
         """
         values = self.inputs.values = dict(zip(self.names, given, strict=True))
-        branches = given[-1].shape[0]
+        batch = Batch._make(values.get(field) for field in Batch._fields)._replace(loss=self.loss)
+        branches, compared = given[-1].shape[0], values[COMPARED]
         folded = {name: values[name].repeat(branches, 1) for name in self.tokens}
         logits = self.hf(**folded, **self.no_cache).logits
         if self.loss == "class":
-            return _class_losses(by_branch(logits, given[-1]), values)
+            wide = by_branch(logits, given[-1]).double()
+            return _outputs(class_losses(_ARRAYS, wide, batch.gold, compared))
         wide = logits.double()
         normalizer = torch.logsumexp(wide, dim=-1)
-        scores = _slot_means(_log_probabilities(logits, normalizer, values), values)
-        if self.loss == "answer":
-            between = _between_sites(wide, normalizer, values).index_select(1, values["token_site"])
-            gold = values["gold"]
-            return -scores.index_select(1, gold), scores, _slot_means(between, values).index_select(1, gold)
-        return _choice_losses(scores, values)
+        scored = _log_probabilities(logits, normalizer, batch)
+        between = _between_sites(wide, normalizer, compared) if self.loss == "answer" else scored
+        return _outputs(slot_losses(_ARRAYS, scored, between, batch, compared))
 
 
-def _compared(by_branch: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of values by branch, those on one side and those on the other of each direction."""
-    one, other = values["compared"].unbind(1)
-    return by_branch.index_select(0, one), by_branch.index_select(0, other)
+@final
+class _TracedArrays(TorchArrays):
+    """torch as it is traced: which branches are compared is an input."""
+
+    def rows(self, values: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        """See `Arrays.rows`."""
+        return values.index_select(0, index)
+
+    def last_sums(self, values: Tensor) -> Tensor:
+        """A product: onnxruntime's sum over an axis of a tensor without elements keeps that axis."""
+        return torch.matmul(values.unsqueeze(-2), torch.ones_like(values).unsqueeze(-1)).flatten(1)
 
 
-def _between_sites(wide: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+_ARRAYS = _TracedArrays()
+
+
+def _outputs(losses: Losses) -> tuple[Tensor, Tensor, Tensor]:
+    return losses.per_example, losses.scores, losses.divergences
+
+
+def _between_sites(wide: Tensor, normalizer: Tensor, compared: Tensor) -> Tensor:
     """Divergences over the vocabulary, in few tensors of its size: (directions, sites).
 
-    wide: logits, (branches, sites, vocabulary) float64. As a product: onnxruntime makes no tensor of terms,
-    and in an evaluation, which compares nothing, nothing at all.
+    wide: logits, (branches, sites, vocabulary) float64. As a product of p - q and log p - log q: onnxruntime
+    makes no tensor of terms, and in an evaluation, which compares nothing, nothing at all.
     """
-    (one, other), (of_one, of_other) = _compared(wide, values), _compared(normalizer.unsqueeze(-1), values)
-    return _summed((one - of_one).exp() - (other - of_other).exp(), one - other)
-
-
-def _summed(more: Tensor, moved: Tensor) -> Tensor:
-    """The sum of p - q times log p - log q over the last axis, as a product.
-
-    onnxruntime's sum over an axis of a tensor without elements keeps that axis.
-    """
+    (one, other), (of_one, of_other) = (
+        sides(_ARRAYS, values, compared) for values in (wide, normalizer.unsqueeze(-1))
+    )
+    more, moved = (one - of_one).exp() - (other - of_other).exp(), one - other
     moved = torch.where(moved.isnan(), torch.zeros_like(moved), moved)  # impossible in both: -inf less -inf
     apart = torch.matmul(more.unsqueeze(-2), moved.unsqueeze(-1))
     return apart.clamp_min(0.0).flatten(1)  # it rounds, terms do not
 
 
-def _class_losses(logits: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    wide = logits.double()
-    index = values["gold"].view(1, -1, 1).expand(wide.shape[0], -1, 1)
-    log_p = F.log_softmax(wide, dim=-1)
-    one, other = _compared(log_p, values)
-    return -log_p.gather(2, index).squeeze(2), wide, _summed(one.exp() - other.exp(), one - other)
-
-
-def _log_probabilities(logits: Tensor, normalizer: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+def _log_probabilities(logits: Tensor, normalizer: Tensor, batch: Batch) -> Tensor:
     """Of every scored token. logits: (branches, sites, vocabulary) float32 -> (branches, scored) float64."""
-    site, token = values["token_site"], values["token_id"]
+    site, token = batch.token_site, batch.token_id
     chosen = logits.flatten(1).index_select(1, site * logits.shape[-1] + token)
     return chosen.double() - normalizer.index_select(1, site)
-
-
-def _slot_means(scored: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """The mean over the tokens of every slot: (..., scored) -> (..., slots)."""
-    return slot_means(_ARRAYS, scored, values["token_slot"], values["slot_example"].shape[0])
-
-
-def _choice_losses(scores: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(branches, slots) -> (branches, examples); the scores; (directions, examples)."""
-    example = values["slot_example"]
-    losses, log_p = choice_losses(_ARRAYS, scores, example, values["gold"])
-    terms = divergence_terms(*_compared(log_p, values))
-    zeros = terms.new_zeros(terms.shape[0], losses.shape[1])
-    return losses, scores, _ARRAYS.group_sums(terms, example, zeros)
 
 
 def _integers(name: str, *dimensions: str) -> Input:
