@@ -9,6 +9,7 @@ trackers are accelerate's.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,8 +54,10 @@ if TYPE_CHECKING:
     from hizoo_lite.export.merged import Dtype
     from hizoo_lite.export.onnx.linear import Format
 
+_log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A finished or interrupted run. Its space is still attached to `setup.model`."""
 
@@ -63,6 +66,16 @@ class Run:
     setup: Setup
     before: Evaluation | None  # with predictions on setup.splits.test; None if this process made none
     after: Evaluation | None
+
+    def __repr__(self) -> str:
+        """The folder, the steps, and what they came to, in one line."""
+        parts, found = [f"{self.folder}: {self.summary['steps']} steps"], self.summary
+        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
+            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
+            if any(score is not None for score in scores):
+                words = ["not measured" if score is None else f"{score:.4f}" for score in scores]
+                parts.append(f"{name} {' -> '.join(words)}")
+        return f"Run({', '.join(parts + ['interrupted'] * self.interrupted)})"
 
     @property
     def interrupted(self) -> bool:
@@ -125,7 +138,7 @@ def fit(
     callbacks: Sequence[object] = (),
     **options: Any,
 ) -> Run:
-    """Tune `model` and write the run folder.
+    """Tune `model` and write the run folder: `out`, or without it ./hizoo-run, with a number if taken.
 
     Args:
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
@@ -162,6 +175,7 @@ def fit(
         config = replace(config, data=str(folder.data))
     if keys is not None:
         config = replace(config, task=str(folder.task))
+    named = config.out is not None
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
     resolved = Resolved(config, components.find_task(config.task) if found is None else found, loaded)
@@ -173,6 +187,8 @@ def fit(
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
             setup = build(resolved, **objects, data=records)
         setup.stepper.ranks = ranks
+        if ranks.is_main and not named:
+            _log.warning("no out was given: the run folder is %s", folder.path.absolute())
         calls = _callbacks(setup, folder, told if ranks.is_main else ())
         _announce(setup, calls.message)
         budget = Budget(limits, setup.model, calls.message, cap)
@@ -256,12 +272,8 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
-    model, compute = setup.model, str(setup.model.compute).removeprefix("torch.")
     count = trained_count(setup.space)
-    tell(
-        f"{setup.config.model}: {model.kind}, {model.bits}, {model.nbytes() / 2**20:.1f} MiB "
-        f"on {model.device}, products in {compute}, {count:,} trainable parameters"
-    )
+    tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     tell(f"{setup.task.name}, {setup.splits}")
 
 

@@ -30,6 +30,7 @@ from hizoo_lite.train.saved import attach_adapter, find_adapter
 from hizoo_lite.train.step import Stepper, StepRecord
 from tests.run_fixtures import nan_head, short_run, stories, write_task
 
+SCORES = ("loss", "metric")
 #: What summary.json has at least.
 CONTRACT = [
     "steps",
@@ -122,6 +123,23 @@ def test_a_run_changes_the_adapter_and_measures_the_change(tmp_path: Path) -> No
     assert run.after.loss != run.before.loss
     assert run.summary["loss_after"] == run.after.loss
     assert len(run.after.predictions) == len(run.setup.splits.test) == run.summary["test_examples"]
+
+
+def test_what_fit_gives_is_shown_in_a_line(tmp_path: Path) -> None:
+    run = run_of(tmp_path, dev_examples=0)
+    moved = {
+        key: f"{run.summary[key + '_before']:.4f} -> {run.summary[key + '_after']:.4f}" for key in SCORES
+    }
+    metric = run.summary["metric"]
+    assert repr(run) == f"Run({run.folder}: 6 steps, loss {moved['loss']}, {metric} {moved['metric']})"
+    assert repr(run.setup.model).startswith(f"Model({run.setup.model.source}: causal, nf4, ")
+    assert repr(run.setup.splits) == f"Splits({run.setup.splits})"
+    assert f"loss={run.summary['loss_after']:.4f}, {metric}=" in repr(run.after)
+    shown = [run.setup.model, run.setup.splits, run.setup, run.after, run]
+    assert max(len(repr(value).splitlines()) for value in shown) == 1
+    assert max(len(repr(value)) for value in shown) < 300
+    run.summary.update({"metric_after": None, "loss_before": None, "loss_after": None, "interrupted": True})
+    assert repr(run).endswith(f" steps, {metric} {run.before.metric.value:.4f} -> not measured, interrupted)")
 
 
 @pytest.mark.parametrize("curvature", ["grouped", "diagonal"])
@@ -285,9 +303,21 @@ def test_an_interrupted_continuation_has_no_result_of_an_earlier_end(tmp_path: P
 
 def test_the_package_offers_its_public_names_and_no_others() -> None:
     assert all(getattr(hz, name) is not None for name in hz.__all__)
-    assert set(hz.__all__) <= set(dir(hz))
+    assert set(dir(hz)) == {*hz.__all__, "__version__"}
     with pytest.raises(AttributeError, match="module 'hizoo_lite' has no attribute 'nosuch'"):
         _ = hz.nosuch
+
+
+def test_a_run_without_out_says_where_its_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = short_run(tmp_path / "given", steps=1)
+    monkeypatch.chdir(tmp_path)
+    said = f"no out was given: the run folder is {tmp_path / 'hizoo-run'}"
+    fit(TrainConfig(**settings))
+    assert said not in caplog.messages
+    fit(TrainConfig(**{**settings, "out": None}))
+    assert said in caplog.messages
 
 
 def test_a_real_llama_is_tuned_from_python_and_its_adapter_put_back(

@@ -22,7 +22,7 @@ from hizoo_lite.model.scratch import Scratch
 
 
 @final
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Model:
     """Made by `load`. The module is in eval mode and nothing in it requires a gradient."""
 
@@ -56,6 +56,15 @@ class Model:
     folds_first: bool = False  # all branches go through every block, since the model's own code needs them
     blocks_alike: int = 0  # the first ones, which one branch goes through for all: in a traversal
     chunk_halvings: int = 0  # of chunks and logits, because memory ran out
+
+    def __str__(self) -> str:
+        """What it is and where, in one line."""
+        compute = str(self.compute).removeprefix("torch.")
+        megabytes = self.nbytes() / 2**20
+        return f"{self.kind}, {self.bits}, {megabytes:.1f} MiB on {self.device}, products in {compute}"
+
+    def __repr__(self) -> str:
+        return f"Model({self.source}: {self})"
 
     @property
     def trunk_name(self) -> str:

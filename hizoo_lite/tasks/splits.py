@@ -39,6 +39,9 @@ class Splits:
     unused: int = 0  # examples of the files that were read and are in no part
     shared: bool = False  # the train file was too small for what was to be taken from it
 
+    def __repr__(self) -> str:
+        return f"Splits({self})"
+
     def __str__(self) -> str:
         """How the examples were divided, in one line."""
         total = self.unused + len(self.train) + len(self.dev) + len(self.test)

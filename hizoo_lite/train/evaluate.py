@@ -59,6 +59,12 @@ class Evaluation(NamedTuple):
     examples: int
     seconds: float
 
+    def __repr__(self) -> str:
+        """Without the predictions."""
+        scores = {"loss": self.loss} | {metric.name: metric.value for metric in self.metrics}
+        words = ", ".join(f"{name}={value:.4f}" for name, value in scores.items())
+        return f"Evaluation({words}, examples={self.examples}, seconds={self.seconds:.1f})"
+
     @property
     def metric(self) -> Metric:
         """The main metric; the loss itself if the task has no other."""

@@ -34,7 +34,7 @@ from hizoo_lite.train.step import Stepper
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Setup:
     """The parts of a run. `resolved` is what was given and what it means."""
 
