@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.run import fit
 from hizoo_lite.tasks import get
 from hizoo_lite.train import resolved
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.resolved import Resolved
+from tests.architectures import save_tiny
 from tests.run_fixtures import short_run
 
 
@@ -49,3 +52,14 @@ def test_a_run_asks_each_question_once_and_records_the_answers(
     run = fit(TrainConfig(**short_run(tmp_path, steps=1)))
     assert sorted(asked) == names
     assert RunFolder(run.folder).config() == run.setup.resolved.settings
+
+
+def test_why_the_blocks_have_their_stored_form_is_said(tmp_path: Path) -> None:
+    config = TrainConfig(**short_run(tmp_path))
+    task = get(config.task)
+    assert Resolved(config, task).why_bits.startswith("nf4: the default of --bits; with --bits none ")
+    assert Resolved(replace(config, bits="none"), task).why_bits == "none: as --bits or the run says"
+    save_tiny("llama", tmp_path / "source")
+    Quantization(tmp_path / "source", tmp_path / "model", kind="causal", bits="int8").run()
+    stored = Resolved(replace(config, model=str(tmp_path / "model")), task)
+    assert stored.why_bits == "int8: the checkpoint is stored so"

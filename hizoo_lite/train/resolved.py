@@ -57,6 +57,15 @@ class Resolved:
             return self.loaded.bits
         return choose_bits(self.config.bits, self.checkpoint.quantized_bits)
 
+    @property
+    def why_bits(self) -> str:
+        """Why the blocks' linears have this stored form."""
+        if self.checkpoint.quantized_bits is not None:
+            return f"{self.bits}: the checkpoint is stored so"
+        if self.config.bits is not None:
+            return f"{self.bits}: as --bits or the run says"
+        return f"{self.bits}: the default of --bits; with --bits none weights stay as the checkpoint has them"
+
     @cached_property
     def device(self) -> torch.device:
         """Where it computes."""

@@ -162,7 +162,9 @@ def measured(
     resolved = Resolved(config, task, model)
     with enforced(resolved.budgets.device_bytes if model is None else None, resolved.device) as cap:
         with loading():
-            model = resolved.model()
+            given, model = model, resolved.model()
+        if given is None:
+            progress.message(f"{config.model}: {model}; {resolved.why_bits}")
         encoder = setup.make_encoder(model, task, config.max_length, config.loss)
         part = components.learnable(encoder, part)
         prepare = partial(setup.prepare_blocks, model, resolved, planning.evaluated(encoder, part))
