@@ -21,8 +21,6 @@ from torch import Tensor
 #: Counters of a slice, each of which gives four numbers: 14 MiB of temporaries. Launches, 80 a slice, then
 #: take as long as the bytes that they move.
 SLICE = 1 << 18
-#: Bytes of temporaries a counter: the counter, two words in 64 bits, and the two products of two rounds.
-_COUNTER_BYTES = 4 + 16 + 2 * 16
 #: Bytes that drawing an element reads and writes: in each of ten rounds 32 for the products of a counter, 48
 #: and 32 for their halves with the other words and with the key, then about 300; a counter has four elements.
 MOVED_BYTES = (10 * (32 + 48 + 32) + 300) // 4
@@ -34,11 +32,6 @@ _MASK = (1 << 32) - 1
 _EVEN, _ODD = slice(0, None, 2), slice(1, None, 2)
 
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def workspace_bytes(elements: int) -> int:
-    """What drawing a tensor of so many elements takes at most, beside the tensor."""
-    return _COUNTER_BYTES * min(SLICE, -(-elements // _WORDS))
 
 
 def philox(counter: Sequence[Tensor], key: int) -> _Four:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite import noise, philox
-from hizoo_lite.philox import PhiloxUniform, fill_normal, workspace_bytes
+from hizoo_lite.philox import PhiloxUniform, fill_normal
 from tests.simulated.gpu import SYNCS, installed
 
 KEY = 0x9E3779B97F4A7C15
@@ -149,3 +149,12 @@ def test_drawing_takes_the_memory_that_is_planned_and_waits_for_nothing(
             assert 0.8 * workspace_bytes(elements) < taken <= workspace_bytes(elements) + 64
         assert not SYNCS
     assert workspace_bytes(1 << 30) == 52 << 14
+
+
+#: Bytes of temporaries a counter: the counter, two words in 64 bits, and the two products of two rounds.
+COUNTER_BYTES = 4 + 16 + 2 * 16
+
+
+def workspace_bytes(elements: int) -> int:
+    """What drawing a tensor of so many elements takes at most, beside the tensor."""
+    return COUNTER_BYTES * min(philox.SLICE, -(-elements // 4))

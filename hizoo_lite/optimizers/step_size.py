@@ -69,25 +69,13 @@ class Smoothing(Schedule):
     """A schedule whose values are in (0, 1]: a smoothing of zero would switch the curvature off."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.peak > 1.0:
+        if not 0.0 < self.peak <= 1.0:
             raise UserError(f"smoothing must be in (0, 1], got {self.peak!r}")
+        super().__post_init__()
 
     def __call__(self, step: int) -> float:
         """The value at `step`; past the end of a decaying schedule, a millionth of the peak."""
         return max(super().__call__(step), 1e-6 * self.peak)
-
-
-def smoothing(
-    peak: float,
-    kind: Literal["constant", "linear", "cosine"] = "constant",
-    warmup_steps: int = 0,
-    total_steps: int = 1,
-) -> Smoothing:
-    """The smoothing of every step; `UserError` unless `peak` is in (0, 1]."""
-    if not 0.0 < peak <= 1.0:
-        raise UserError(f"smoothing must be in (0, 1], got {peak!r} (at 0 the curvature would never be used)")
-    return Smoothing(kind, peak, warmup_steps, total_steps)
 
 
 class FixedRate:

@@ -85,19 +85,18 @@ class FourBitWeight(Opaque, PackedWeight):
         bits: native.FourBits,
         *,
         double_quant: bool = True,
-        device: torch.device | str = "cpu",
         name: str = "weight",
     ) -> FourBitWeight:
-        """Quantize a matrix row chunk by row chunk, on `device`; bit-identical to quantizing it whole.
+        """Quantize a matrix row chunk by row chunk, on the CPU; bit-identical to quantizing it whole.
 
         Raises `UserError`, naming `name`, if values are not finite.
         """
         elements = shape[0] * shape[1]
-        codes = torch.empty((elements + 1) // 2, dtype=torch.uint8, device=device)
-        absmax = torch.empty(-(-elements // BLOCKSIZE), dtype=torch.float32, device=device)
+        codes = torch.empty((elements + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-elements // BLOCKSIZE), dtype=torch.float32)
         whole = BLOCKSIZE // math.gcd(BLOCKSIZE, shape[1])  # rows after which a block ends at a row's end
         for start, stop in row_chunks(*shape, multiple=whole):
-            rows = read(start, stop).to(device).contiguous()
+            rows = read(start, stop).cpu().contiguous()
             chunk_codes, chunk_absmax = native.quantize_blocks(rows, bits, BLOCKSIZE)
             begin = start * shape[1]
             codes[begin // 2 : begin // 2 + chunk_codes.numel()] = chunk_codes

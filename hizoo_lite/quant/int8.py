@@ -48,17 +48,16 @@ class Int8Weight(Opaque, PackedWeight):
         read: RowReader,
         shape: tuple[int, int],
         *,
-        device: torch.device | str = "cpu",
         name: str = "weight",
     ) -> Int8Weight:
         """Quantize row chunk by row chunk, from float16 as bitsandbytes does; rows are independent.
 
         Raises `UserError`, naming `name`, if values are not finite or too large for float16.
         """
-        codes = torch.empty(shape, dtype=torch.int8, device=device)
-        scb = torch.empty(shape[0], dtype=torch.float32, device=device)
+        codes = torch.empty(shape, dtype=torch.int8)
+        scb = torch.empty(shape[0], dtype=torch.float32)
         for start, stop in row_chunks(*shape, multiple=1):
-            rows = read(start, stop).to(device=device, dtype=torch.float16).contiguous()
+            rows = read(start, stop).to(device="cpu", dtype=torch.float16).contiguous()
             codes[start:stop], scb[start:stop] = native.quantize_int8(rows)
         check_finite(scb, name, "float16")
         return cls(codes, scb)

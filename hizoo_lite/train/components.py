@@ -126,7 +126,7 @@ def make_stepper(
     if curvature is None:
         curvature = for_estimator(config, estimator)
     course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)
-    smoothing = step_size.smoothing(config.smoothing, config.smoothing_schedule, total_steps=config.steps)
+    smoothing = step_size.Smoothing(config.smoothing_schedule, config.smoothing, total_steps=config.steps)
     return Stepper(
         traversal,
         arrays,
