@@ -164,8 +164,7 @@ class Cpu(Kind):
 
     def taken_bytes(self, device: torch.device) -> int:
         """Anonymous memory; all of it if the system does not tell."""
-        now = resident()
-        return now.total_bytes if now.anon_bytes is None else now.anon_bytes
+        return resident().held_bytes
 
     def empty_cache(self) -> None:
         """The heap's freed pages."""

@@ -41,6 +41,11 @@ class Resident(NamedTuple):
     anon_bytes: int | None  # RssAnon: what was allocated
     file_bytes: int | None  # RssFile: mapped files, clean and reclaimable
 
+    @property
+    def held_bytes(self) -> int:
+        """What was allocated; all of it if the system does not tell."""
+        return self.total_bytes if self.anon_bytes is None else self.anon_bytes
+
 
 def resident() -> Resident:
     """The memory of this process now."""

@@ -32,7 +32,7 @@ from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
-from hizoo_lite.tasks import Records
+from hizoo_lite.tasks import Records, TaskLike
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import checkpoint, components, config_file, distributed, identity, resume, saved
@@ -41,7 +41,7 @@ from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.folder import RunFolder, next_free
-from hizoo_lite.train.given import Given, TaskLike, check_device, configured, in_memory, object_of
+from hizoo_lite.train.given import Given, check_device, configured, in_memory, object_of
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress

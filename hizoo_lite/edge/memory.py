@@ -23,19 +23,13 @@ from hizoo_lite.process import resident
 Phase = Literal["evaluate", "inference", "train", "save"]
 
 
-def held_bytes() -> int:
-    """Anonymous memory now; all that is resident if the system does not tell."""
-    now = resident()
-    return now.total_bytes if now.anon_bytes is None else now.anon_bytes
-
-
 class Memory:
     """Told by the loop what is going on."""
 
     def __init__(self, meter: PeakMeter, start_bytes: int) -> None:
         """After the graph was opened; `start_bytes` are what was held before."""
         self.meter = meter
-        self._start_bytes, self._session_bytes = start_bytes, held_bytes() - start_bytes
+        self._start_bytes, self._session_bytes = start_bytes, resident().held_bytes - start_bytes
         self._phases: dict[str, dict[str, float]] = {}
 
     @contextmanager

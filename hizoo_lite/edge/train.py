@@ -16,11 +16,12 @@ from typing import Any
 from hizoo_lite.checkpoints import fingerprint
 from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
-from hizoo_lite.edge.memory import Memory, held_bytes
+from hizoo_lite.edge.memory import Memory
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
+from hizoo_lite.process import resident
 from hizoo_lite.tasks import Encoder, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import checkpoint, components, config_file, identity, resume
@@ -81,7 +82,7 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
     else:
         run.check_new()
     config = replace(config, out=str(run.path), device="cpu", compute_dtype="float32")
-    start_bytes = held_bytes()
+    start_bytes = resident().held_bytes
     setup = _build(folder, config)
     count = _trained(setup)
     metric, examples = setup.task.metric, len(setup.splits.train)

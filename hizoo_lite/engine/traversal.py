@@ -156,27 +156,16 @@ class Traversal:
         And the divergence along each direction over the vocabulary at every site, (directions, sites)
         float64, where the loss is of that; no direction otherwise.
         """
-        device = hidden.device
+        device, model = hidden.device, self.model
         directions = branches.directions if batch.loss == "answer" else 0
         divergences = torch.empty(directions, len(batch.site_row), dtype=torch.float64, device=device)
-        rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
         order = torch.argsort(batch.token_site)
-        sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
-        out = torch.empty(hidden.shape[0], sites.shape[0], dtype=torch.float64, device=device)
-        model, vocabulary = self.model, self.model.config.vocab_size
-        limits = (
-            LOGITS_BYTES >> model.chunk_halvings,
-            self._offloaded_head(),
-            HELD_BYTES[like(device)] >> model.chunk_halvings,
-        )
-        for part, logits in logits_at(
-            model.module, model.trunk_name, output, hidden, rows, positions, vocabulary, *limits
-        ):
-            first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
-            at = _sent(sites[first:last] - part.start, device)
+        out = torch.empty(hidden.shape[0], order.shape[0], dtype=torch.float64, device=device)
+        limits = (size >> model.chunk_halvings for size in (LOGITS_BYTES, HELD_BYTES[like(device)]))
+        for part, logits, tokens, at, ids in self._at_tokens(output, hidden, batch, order, *limits):
             wide = logits.double()
             normalizer = torch.logsumexp(wide, dim=-1)
-            out[:, first:last] = wide[:, at, ids[first:last]] - normalizer[:, at]
+            out[:, tokens] = wide[:, at, ids] - normalizer[:, at]
             if directions:
                 wide -= normalizer[..., None]
                 _divergences_into(divergences[:, part], wide, branches)
@@ -185,6 +174,25 @@ class Traversal:
         unsorted = torch.empty_like(out)
         unsorted[:, _sent(order, device)] = out
         return unsorted, divergences
+
+    def _at_tokens(
+        self, output: Any, hidden: Tensor, batch: Batch, order: Tensor, limit_bytes: int, held_bytes: int = 0
+    ) -> Iterator[tuple[slice, Tensor, slice, Tensor, Tensor]]:
+        """Chunks of logits with the scored tokens that are read there.
+
+        order: of the scored tokens by site. Gives, of each chunk: its sites; its logits, see `logits_at`; its
+        tokens, in that order; their sites in the chunk; their ids.
+        """
+        device, model = hidden.device, self.model
+        rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
+        sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
+        limits = limit_bytes, self._offloaded_head(), held_bytes
+        for part, logits in logits_at(
+            model.module, model.trunk_name, output, hidden, rows, positions, model.config.vocab_size, *limits
+        ):
+            first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
+            at = _sent(sites[first:last] - part.start, device)
+            yield part, logits, slice(first, last), at, ids[first:last]
 
     def _label_gradients(
         self,
@@ -206,24 +214,17 @@ class Traversal:
             )
         at_theta = list(theta(branches))
         weights = token_gradients(scored[at_theta], batch) / len(at_theta)
-        device, model, state = hidden.device, self.model, self.model.state
-        rows, positions = _sent(batch.site_row, device), _sent(batch.site_position, device)
-        order = torch.argsort(batch.token_site)
-        sites, ids = batch.token_site[order], _sent(batch.token_id[order], device)
-        weights = _sent(weights[:, order], device)
-        limit = max(1, LOGITS_BYTES >> (model.chunk_halvings + RECORDED_HALVINGS))
+        state, order = self.model.state, torch.argsort(batch.token_site)
+        weights = _sent(weights[:, order], hidden.device)
+        limit = max(1, LOGITS_BYTES >> (self.model.chunk_halvings + RECORDED_HALVINGS))
         found: list[Tensor] = []
         state.set(EVALUATION, 0.0, {})
         for own, branch in zip(weights, at_theta, strict=True):
             with recorded(exact):
-                for part, logits in logits_at(
-                    model.module, model.trunk_name, output, hidden[branch : branch + 1], rows, positions,
-                    model.config.vocab_size, limit, self._offloaded_head(),
-                ):  # fmt: skip
-                    first, last = torch.searchsorted(sites, torch.tensor([part.start, part.stop])).tolist()
-                    at = _sent(sites[first:last] - part.start, device)
-                    log_p = logits[0].double().log_softmax(-1)[at, ids[first:last]]
-                    found.append(flat_gradients((log_p * own[first:last]).sum(), exact))
+                one = hidden[branch : branch + 1]
+                for _, logits, tokens, at, ids in self._at_tokens(output, one, batch, order, limit):
+                    log_p = logits[0].double().log_softmax(-1)[at, ids]
+                    found.append(flat_gradients((log_p * own[tokens]).sum(), exact))
         total = torch.stack(found).sum(0)
         return with_reaches(total, exact, state)
 

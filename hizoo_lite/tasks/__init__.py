@@ -48,7 +48,11 @@ def names() -> list[str]:
     return list(_BUILT_IN)
 
 
-def get(task: str | Path | Mapping[str, Any] | Callable[..., Any] | Task) -> Task:
+#: What `get` makes a task of.
+TaskLike = str | Path | Mapping[str, Any] | Callable[..., Any] | Task
+
+
+def get(task: TaskLike) -> Task:
     """A task by its name, as a user's own file or keys, by a function, or as it is.
 
     Args:

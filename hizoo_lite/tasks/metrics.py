@@ -86,16 +86,12 @@ def token_f1(prediction: str, reference: str) -> float:
 
 def squad_f1(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
     """Mean over the examples of the best token F1 over the references."""
-    return mean(
-        [_best(token_f1, example, str(text)) for example, text in zip(examples, predictions, strict=True)]
-    )
+    return _mean_best(token_f1, examples, predictions)
 
 
 def squad_exact(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
     """The share of completions that equal a reference after normalising."""
-    return mean(
-        [_best(_exact, example, str(text)) for example, text in zip(examples, predictions, strict=True)]
-    )
+    return _mean_best(_exact, examples, predictions)
 
 
 def record_f1(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
@@ -116,22 +112,22 @@ def _exact(prediction: str, reference: str) -> float:
     return float(normalise(prediction) == normalise(reference))
 
 
-def _best(score: Callable[[str, str], float], example: Example, prediction: str) -> float:
-    return max(score(prediction, reference) for reference in example.references)
+def _mean_best(
+    score: Callable[[str, str], float], examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> float:
+    """The mean over the examples of the best score over their references."""
+    pairs = zip(examples, map(str, predictions), strict=True)
+    return mean([max(score(text, reference) for reference in example.references) for example, text in pairs])
 
 
 def drop_f1(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
     """Mean over the examples of DROP's F1, the best over the references, each rounded to 0.01."""
-    return mean(
-        [_best(_spans_f1, example, str(text)) for example, text in zip(examples, predictions, strict=True)]
-    )
+    return _mean_best(_spans_f1, examples, predictions)
 
 
 def drop_exact(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
     """The share of completions whose spans are, as a set and in number, those of a reference."""
-    return mean(
-        [_best(_spans_exact, example, str(text)) for example, text in zip(examples, predictions, strict=True)]
-    )
+    return _mean_best(_spans_exact, examples, predictions)
 
 
 def _drop_normalise(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,15 +19,13 @@ from hizoo_lite.files import storage_errors, write_text
 from hizoo_lite.model.build import compute_name
 from hizoo_lite.model.model import Model
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
-from hizoo_lite.tasks import Records, Task
+from hizoo_lite.tasks import Records, Task, TaskLike
 from hizoo_lite.train import config_file
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.ranks import Ranks
 
 #: What the data of a run is called until its folder is known.
 IN_MEMORY = "in memory"
-#: What `tasks.get` makes a task of.
-TaskLike = str | Path | Mapping[str, Any] | Callable[..., Any] | Task
 _Part = TypeVar("_Part", Space, Estimator, Curvature)
 #: Of objects that stand in for a name.
 _EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
