@@ -147,63 +147,48 @@ class NumpyArrays(Arrays):
     xp, name = np, "numpy"
 
     def from_numpy(self, value: np.ndarray) -> Array:
-        """`value`."""
         return value
 
     def on_device(self, value: Array) -> Array:
-        """`value`."""
         return value
 
     def copied(self, value: Array) -> Array:
-        """See `Arrays.copied`."""
         return np.array(value, order="C")
 
     def wide(self, value: Array, like: Array | None = None) -> Array:
-        """See `Arrays.wide`."""
         return np.array(value, dtype=np.float64)
 
     def zeros(self, count: int, like: Array) -> Array:
-        """See `Arrays.zeros`."""
         return np.zeros(count)
 
     def narrow(self, value: Array) -> Array:
-        """See `Arrays.narrow`."""
         return np.asarray(value, dtype=np.float32)
 
     def on_host(self, value: Array) -> Array:
-        """`value`."""
         return value
 
     def rsqrt(self, value: Array) -> Array:
-        """See `Arrays.rsqrt`."""
         return 1 / np.sqrt(value)
 
     def repeat(self, value: Array, times: int) -> Array:
-        """See `Arrays.repeat`."""
         return np.repeat(value, times)
 
     def row_squares(self, rows: Array) -> Array:
-        """See `Arrays.row_squares`."""
         return np.square(rows, dtype=np.float64).sum(axis=1)
 
     def add_by_group(self, values: Array, first_row: int, bundle: int, sums: Array) -> None:
-        """See `Arrays.add_by_group`."""
         np.add.at(sums, np.arange(first_row, first_row + len(values)) // bundle, values)
 
     def take(self, values: Array, index: Array) -> Array:
-        """See `Arrays.take`."""
         return values[:, index]
 
     def rows(self, values: Array, index: Array) -> Array:
-        """See `Arrays.rows`."""
         return values[index]
 
     def picked(self, values: Array, index: Array) -> Array:
-        """See `Arrays.picked`."""
         return values[:, np.arange(len(index)), index]
 
     def log_softmax(self, values: Array) -> Array:
-        """See `Arrays.log_softmax`."""
         shifted = values - values.max(axis=-1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -218,7 +203,6 @@ class NumpyArrays(Arrays):
         return least
 
     def add_scaled(self, value: Array, direction: Array, factor: float) -> None:
-        """See `Arrays.add_scaled`."""
         value += np.float32(factor) * direction
 
     def without_gradients(self) -> AbstractContextManager[Any]:

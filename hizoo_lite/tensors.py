@@ -36,7 +36,6 @@ class TorchArrays(Arrays):
         self._left: Event | None = None  # they have
 
     def from_numpy(self, value: np.ndarray) -> Tensor:
-        """See `Arrays.from_numpy`."""
         return torch.from_numpy(value)
 
     def on_device(self, value: Tensor) -> Tensor:
@@ -44,23 +43,18 @@ class TorchArrays(Arrays):
         return value.to(self._device, non_blocking=True)
 
     def copied(self, value: Tensor | np.ndarray) -> Tensor:
-        """See `Arrays.copied`."""
         return torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
 
     def wide(self, value: Tensor, like: Tensor | None = None) -> Tensor:
-        """See `Arrays.wide`."""
         return value.detach().to("cpu" if like is None else like.device, torch.float64, copy=True)
 
     def zeros(self, count: int, like: Tensor) -> Tensor:
-        """See `Arrays.zeros`."""
         return torch.zeros(count, dtype=torch.float64, device=like.device)
 
     def together(self, values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-        """See `Arrays.together`."""
         return brought(values, like.device)
 
     def home(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """See `Arrays.home`."""
         return brought(values, torch.device("cpu"))
 
     def excess(self, z: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,19 +97,15 @@ class TorchArrays(Arrays):
             super().add_all(values, directions, factor)
 
     def narrow(self, value: Tensor) -> Tensor:
-        """See `Arrays.narrow`."""
         return value.float()
 
     def on_host(self, value: Tensor) -> Tensor:
-        """See `Arrays.on_host`."""
         return value.cpu()
 
     def rsqrt(self, value: Tensor) -> Tensor:
-        """See `Arrays.rsqrt`."""
         return value.rsqrt()
 
     def repeat(self, value: Tensor, times: int) -> Tensor:
-        """See `Arrays.repeat`."""
         return value.repeat_interleave(times)
 
     def row_squares(self, rows: Tensor) -> Tensor:
@@ -123,14 +113,12 @@ class TorchArrays(Arrays):
         return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64).square_()
 
     def add_by_group(self, values: Tensor, first_row: int, bundle: int, sums: Tensor) -> None:
-        """See `Arrays.add_by_group`."""
         if values.device.type == "cpu":
             sums.index_add_(0, torch.arange(first_row, first_row + len(values)) // bundle, values)
         else:
             add_padded(values, first_row, bundle, sums)
 
     def take(self, values: Tensor, index: Tensor) -> Tensor:
-        """See `Arrays.take`."""
         return values.index_select(1, index)
 
     def rows(self, values: Tensor, index: np.ndarray) -> Tensor:
@@ -145,11 +133,9 @@ class TorchArrays(Arrays):
         return values[wanted[0] : wanted[-1] + 1 : step] if count else values[:0]
 
     def picked(self, values: Tensor, index: Tensor) -> Tensor:
-        """See `Arrays.picked`."""
         return values.gather(2, index.view(1, -1, 1).expand(values.shape[0], -1, 1)).squeeze(2)
 
     def log_softmax(self, values: Tensor) -> Tensor:
-        """See `Arrays.log_softmax`."""
         return F.log_softmax(values, dim=-1)
 
     def group_sums(self, values: Tensor, group: Tensor, zeros: Tensor) -> Tensor:
@@ -157,15 +143,12 @@ class TorchArrays(Arrays):
         return zeros.scatter_add(1, group.expand_as(values), values)
 
     def group_peaks(self, values: Tensor, group: Tensor, least: Tensor) -> Tensor:
-        """See `Arrays.group_peaks`."""
         return least.scatter_reduce(1, group.expand_as(values), values, "amax")
 
     def add_scaled(self, value: Tensor, direction: Tensor, factor: float) -> None:
-        """See `Arrays.add_scaled`."""
         value.add_(direction, alpha=factor)
 
     def without_gradients(self) -> AbstractContextManager[Any]:
-        """See `Arrays.without_gradients`."""
         return torch.no_grad()
 
 

@@ -85,7 +85,6 @@ class Checkpoint:
         return cls(folder, config, files, metadata if isinstance(metadata, dict) else None)
 
     def names(self) -> list[str]:
-        """The tensors' names."""
         return list(self._files)
 
     def __iter__(self) -> Iterator[str]:

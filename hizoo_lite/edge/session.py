@@ -87,7 +87,6 @@ class Graph:
             )
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Of an input."""
         names = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
         return np.dtype(names[self._types[name]])
 

@@ -66,17 +66,14 @@ class EdgeTokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id of the pad."""
         return self._id("pad_token")
 
     @property
     def unk_token_id(self) -> int | None:
-        """The id of the unknown token."""
         return self._id("unk_token")
 
     @property
     def mask_token_id(self) -> int | None:
-        """The id of the mask."""
         return self._id("mask_token")
 
     # ---------------------------------------------------------------------------- text and ids

@@ -139,7 +139,6 @@ class Streamed:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the slots."""
         return sum(slot.numel() for slot in self._slots)
 
     @property

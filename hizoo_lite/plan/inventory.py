@@ -114,7 +114,6 @@ class Described(Checkpoint):
         self.forms[stored] = Form(form.dtype, shape) if is_head else form  # the task says how many classes
 
     def names(self) -> list[str]:
-        """The tensors' names."""
         return list(self.forms)
 
     def __iter__(self) -> Iterator[str]:

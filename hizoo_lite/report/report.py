@@ -112,7 +112,6 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 
 def render(records: Sequence[RunRecord], charts: Sequence[Chart]) -> str:
-    """The page."""
     names = headline.labels(records)
     sizes = {"wide": draw.WIDE, "narrow": draw.NARROW}  # matplotlib escapes the text in an <svg>
     drawn = [

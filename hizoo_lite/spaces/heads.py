@@ -59,7 +59,6 @@ class HeadDelta(LinearDelta):
         self.weight, self.bias, self.names, self.exact = weight, bias, names, exact
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """See `LinearDelta.apply`."""
         weight_name, bias_name = (None, None) if self.exact else self.names
         weight = branch_values(self.weight, weight_name, state)
         if self.bias is None:

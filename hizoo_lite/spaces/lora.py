@@ -67,7 +67,6 @@ class LoRADelta(LinearDelta):
         self.a, self.b, self.names, self.scaling, self.exact = a, b, names, scaling, exact
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """See `LinearDelta.apply`."""
         assert y is not None
         if self.names[0] is None:
             inner = x @ self.a.t()

@@ -238,7 +238,6 @@ class WeightDelta(LinearDelta):
         self.part, self.weights = part, weights
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """See `LinearDelta.apply`."""
         assert y is not None
         linear, scratch, branches = self.part.linear, self.weights.model.scratch, state.branches
         pairs = branches.pairs

@@ -49,7 +49,6 @@ class LaunchedRanks(Ranks):
         ]
 
     def wait(self) -> None:
-        """See `Ranks.wait`."""
         self._all(torch.zeros(1, dtype=torch.uint8))
 
     def _all(self, mine: Tensor) -> list[Tensor]:

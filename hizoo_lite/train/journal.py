@@ -150,7 +150,6 @@ class Journal:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._file)
 
     def __enter__(self) -> Journal:

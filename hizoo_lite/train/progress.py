@@ -38,7 +38,6 @@ class Progress:
         """The stretch of work has ended."""
 
     def on_message(self, args: Any, state: Any, control: Any, *, text: str, **more: Any) -> None:
-        """A line."""
         self.message(text)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -48,7 +47,6 @@ class Progress:
             self.phase("train", state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, record: StepRecord, **more: Any) -> None:
-        """A step."""
         self.stepped(record)
 
     def on_evaluate_begin(
@@ -63,7 +61,6 @@ class Progress:
         self.advanced(examples)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The end of one."""
         self._end()
 
     on_predict = on_train_end = on_evaluate
@@ -88,7 +85,6 @@ class RunningMeans(Progress):
         self._last = time.perf_counter()
 
     def stepped(self, record: StepRecord) -> None:
-        """Take in a step."""
         self.done += 1
         now = time.perf_counter()
         self.forwards_per_second = _mean(

@@ -146,7 +146,6 @@ class _TracedArrays(TorchArrays):
     """torch as it is traced: which branches are compared is an input."""
 
     def rows(self, values: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        """See `Arrays.rows`."""
         return values.index_select(0, index)
 
     def last_sums(self, values: Tensor) -> Tensor:
