@@ -7,7 +7,7 @@ Along one direction, with l+ and l- the mean losses at theta + mu*d and theta - 
 and the curvature comes from one of two sources:
 
 - "predictions": d' G d = [KL(p+ || p-) + KL(p- || p+)] / (4 mu^2) of the predicted distributions, with G the
-  Gauss-Newton matrix (`engine/divergence.py`). Never negative, first differences only, and the pair is
+  Gauss-Newton matrix (`tasks/losses.py`). Never negative, first differences only, and the pair is
   enough: two branches a step.
 - "losses": d' H d = (l+ + l- - 2 l0) / mu^2, as published, with l0 the loss at theta: three branches a step.
 
