@@ -113,11 +113,12 @@ def test_a_card_smaller_than_the_benchmarks_cap_is_used_as_it_is(driver: Driver)
     assert driver.fractions == [(1.0, 1)]
 
 
-def test_a_benchmark_that_does_not_start_says_why() -> None:
+def test_a_benchmark_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     import bench_step
 
-    with pytest.raises(SystemExit, match=r"(?s)step: did not start: .*no_such_folder"):
-        bench_step.start("step", "no_such_folder", ["float32"])
+    with pytest.raises(SystemExit, match="step: ended"):
+        bench_step.Contender("step", "no_such_folder", "cpu", "float32", None)
+    assert "no_such_folder" in capfd.readouterr().err
 
 
 def test_ranks_have_a_gpu_each(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
     python tools/bench_step.py [--quick] [--json FILE] [--rounds N] [--device cuda]
 
-A random Llama (hidden 4096, intermediate 11008, 2 layers; with --quick 1024, 2752) is saved once and
-loaded in NF4 by separate processes, one for each contender, which then take turns, so that a slow moment
-of the machine falls on all of them:
+A random Llama (hidden 4096, intermediate 11008, vocabulary 32 000, 2 layers; with --quick 1024, 2752, 8 000) is
+saved once and loaded in NF4 by separate processes, one for each contender, which then take turns, so that a slow moment
+of the machine falls on all of them (they are forked from one that has imported everything):
 
     inference            transformers + bitsandbytes, eval(), logits of the last position
     inference, same allocator   the same with glibc's allocator set as hizoo_lite sets it
@@ -24,16 +24,13 @@ imports take. Batches: 1 x 64 and 8 x 64 tokens, one label a row.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +44,17 @@ CONTENDERS = ("inference", "inference_same_allocator", "step", "separate", "prod
 WITH_BF16 = ("inference_unpacked", "step_float32")
 ROWS = {"tokens_64": 1, "tokens_512": 8}
 LENGTH = 64
+#: What a contender needs.
+IMPORTS = ["torch", "transformers", "peft", "bitsandbytes", "hizoo_lite.engine.load", "hizoo_lite.train.step"]
 
 
-def make_checkpoint(folder: Path, hidden: int, intermediate: int) -> None:
+def make_checkpoint(folder: Path, hidden: int, intermediate: int, vocabulary: int) -> None:
     """A random bf16 Llama in a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, vocab_size=32000,
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, vocab_size=vocabulary,
         num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
@@ -90,10 +89,11 @@ def ours(folder: str, device: str, compute: str, contender: str) -> Callable[[in
         FixedRate(Schedule("constant", 1e-6, 0, 1000)), seed=0, mu=1e-3,
         smoothing=Schedule("constant", 0.01, 0, 1000),
     )  # fmt: skip
-    steps = iter(range(10**9))
+    steps, vocabulary = iter(range(10**9)), model.config.vocab_size
 
     def batch(rows: int) -> Batch:
-        ids = (normal(0, 0, "ids", (rows, LENGTH)).abs() * 9000).long().clamp_(max=31999)
+        ids = (normal(0, 0, "ids", (rows, LENGTH)).abs() * vocabulary / 4).long()
+        ids.clamp_(max=vocabulary - 1)
         one = torch.arange(rows)
         return Batch(
             ids,
@@ -124,6 +124,8 @@ def theirs(folder: str, device: str, compute: str, contender: str) -> Callable[[
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from hizoo_lite.process import keep_heap
+
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_dtype(compute),
@@ -135,7 +137,11 @@ def theirs(folder: str, device: str, compute: str, contender: str) -> Callable[[
         dtype=_dtype(compute),
         trust_remote_code=False,
     ).eval()
-    ids = torch.randint(0, 32000, (8, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    if contender == "inference_same_allocator":
+        keep_heap()
+    ids = torch.randint(
+        0, model.config.vocab_size, (8, LENGTH), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     if contender == "inference_unpacked":
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -237,20 +243,25 @@ def cap_device(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
-def serve(contender: str, folder: str, device: str, compute: str) -> None:
-    """Load, then time one run for each number of rows that arrives on standard input."""
+def serve(
+    pipe: Connection, contender: str, folder: str, device: str, compute: str, cap_gib: float | None
+) -> None:
+    """Load, then time one run for each number of rows that arrives."""
     import torch
-    import transformers  # noqa: F401 - part of what the imports take
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+
+    cap_device(cap_gib)
     imports_bytes = anonymous_bytes() if device == "cpu" else 0
     if contender == "products":
         run = products(folder, device, compute)
     else:
         kind = ours if contender in ("step", "separate", "step_float32") else theirs
         run = kind(folder, device, compute, contender)
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        rows, warm = json.loads(line)
+    pipe.send("ready")
+    while wanted := _received(pipe):
+        rows, warm = wanted
         if warm:
             run(rows)
         with PeakSampler(device) as sampler:
@@ -259,60 +270,72 @@ def serve(contender: str, folder: str, device: str, compute: str) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-        print(json.dumps([seconds, sampler.peak_bytes - imports_bytes]), flush=True)
+        pipe.send((seconds, sampler.peak_bytes - imports_bytes))
+
+
+def _received(pipe: Connection) -> tuple[int, bool] | None:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
 
 
 # --------------------------------------------------------------------------------------- the parent
 
 
-def start(contender: str, folder: str, options: list[str]) -> subprocess.Popen:
-    """A process of one contender, past its loading."""
-    environment = dict(os.environ)
-    if contender == "inference_same_allocator":
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", contender, folder, *options],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
-        )  # fmt: skip
-        if process.stdout is None or process.stdout.readline().strip() != '"ready"':
-            process.kill()
-            process.communicate()
-            said.seek(0)
-            raise SystemExit(f"{contender}: did not start: {said.read()[-2000:]}")
-    return process
+class Contender:
+    """A process past its loading. On a CPU it is forked from one that has imported what all of them need."""
 
+    def __init__(self, name: str, folder: str, device: str, *arguments: Any) -> None:
+        self.name = name
+        processes = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        processes.set_forkserver_preload(IMPORTS)
+        self._pipe, its = processes.Pipe()
+        self._process = processes.Process(
+            target=serve, args=(its, name, folder, device, *arguments), daemon=True
+        )
+        self._process.start()
+        its.close()
+        self._answer()
 
-def ask(process: subprocess.Popen, rows: int, warm: bool) -> tuple[float, int]:
-    """Seconds and peak bytes of one run."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps([rows, warm]) + "\n")
-    process.stdin.flush()
-    seconds, peak_bytes = json.loads(process.stdout.readline())
-    return seconds, peak_bytes
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name}: ended; what it said is above") from None
+
+    def ask(self, rows: int, warm: bool) -> tuple[float, int]:
+        """Seconds and peak bytes of one run."""
+        self._pipe.send((rows, warm))
+        return self._answer()
+
+    def end(self) -> None:
+        """Have it end."""
+        self._pipe.close()
+        self._process.join()
 
 
 def measure(
-    contenders: Sequence[str], folder: str, options: list[str], rounds: int
+    contenders: Sequence[str], rounds: int, *arguments: Any
 ) -> dict[str, dict[str, tuple[float, int]]]:
-    """Median seconds and largest peak of every contender, by batch."""
-    processes = {contender: start(contender, folder, options) for contender in contenders}
+    """Median seconds and largest peak of every contender, by batch. arguments: of `serve`."""
+    processes: list[Contender] = []
     found: dict[str, dict[str, tuple[float, int]]] = {}
     try:
-        for name, rows in ROWS.items():
-            runs: dict[str, list[tuple[float, int]]] = {contender: [] for contender in contenders}
+        for name in contenders:
+            processes.append(Contender(name, *arguments))
+        for batch, rows in ROWS.items():
+            runs: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
             for turn in range(rounds):
-                for contender, process in processes.items():
-                    runs[contender].append(ask(process, rows, warm=turn == 0))
-            found[name] = {
-                contender: (statistics.median(s for s, _ in pairs), max(p for _, p in pairs))
-                for contender, pairs in runs.items()
+                for process in processes:
+                    runs[process.name].append(process.ask(rows, warm=turn == 0))
+            found[batch] = {
+                name: (statistics.median(s for s, _ in pairs), max(p for _, p in pairs))
+                for name, pairs in runs.items()
             }
     finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+        for process in processes:
+            process.end()
     return found
 
 
@@ -344,24 +367,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cap-gib", type=float, help="cap torch's CUDA allocator, in each process")
-    parser.add_argument(
-        "--serve", nargs=3, metavar=("CONTENDER", "FOLDER", "COMPUTE"), help=argparse.SUPPRESS
-    )
     arguments = parser.parse_args()
-    if arguments.serve:
-        contender, folder, compute = arguments.serve
-        cap_device(arguments.cap_gib)
-        serve(contender, folder, arguments.device, compute)
-        return
     compute = str(compute_name(choose_compute("auto", choose_device(arguments.device))))
     contenders = CONTENDERS + (WITH_BF16 if compute == "bf16" else ())
-    hidden, intermediate = (1024, 2752) if arguments.quick else (4096, 11008)
+    hidden, intermediate, vocabulary = (1024, 2752, 8000) if arguments.quick else (4096, 11008, 32000)
     rounds = 3 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), hidden, intermediate)
-        options = ["--device", arguments.device]
-        options += ["--cap-gib", str(arguments.cap_gib)] if arguments.cap_gib else []
-        found = measure(contenders, folder, [compute, *options], rounds)
+        make_checkpoint(Path(folder), hidden, intermediate, vocabulary)
+        found = measure(contenders, rounds, folder, arguments.device, compute, arguments.cap_gib)
     figures = {name: ratios(times) for name, times in found.items()}
     rows = [
         [name, contender, 1e3 * seconds, peak / 2**20, seconds / times["inference"][0]]
