@@ -2,9 +2,9 @@
 
     python tools/bench_step.py [--quick] [--json FILE] [--rounds N] [--device cuda]
 
-A random Llama (hidden 4096, intermediate 11008, vocabulary 32 000, 2 layers; with --quick 1024, 2752, 8 000) is
-saved once and loaded in NF4 by separate processes, one for each contender, which then take turns, so that a slow moment
-of the machine falls on all of them (they are forked from one that has imported everything):
+A random Llama (hidden 4096, intermediate 11008, vocabulary 32 000, 2 layers; with --quick 1024, 2752, 8 000)
+is saved once and loaded in NF4 by separate processes, one for each contender, which then take turns, so that
+a slow moment of the machine falls on all of them (they are forked from one that has imported everything):
 
     inference            transformers + bitsandbytes, eval(), logits of the last position
     inference, same allocator   the same with glibc's allocator set as hizoo_lite sets it
