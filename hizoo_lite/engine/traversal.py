@@ -33,6 +33,7 @@ from hizoo_lite.engine.generate import Ended, write
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
 from hizoo_lite.engine.overwritten import until_suited
 from hizoo_lite.errors import UserError
+from hizoo_lite.model.attention import nothing_packed
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.offloaded import OffloadedWeight
@@ -131,7 +132,8 @@ class Traversal:
         self.model.overwrites = not self.model.reads_again
         self.model.blocks_alike = blocks_alike(self.model, branches.count)
         try:
-            yield
+            with nothing_packed():
+                yield
         finally:
             self.model.overwrites, self.model.blocks_alike = False, 0
             self.model.state.set(EVALUATION, 0.0, {})

@@ -6,14 +6,18 @@ and memory-efficient attention the groups, and torch computes it plainly, withou
 every query and key (pytorch#181528): 12.6 GiB for one row of 4096 tokens of Llama-3-8B in three branches.
 So keys and values are repeated first, which takes as much as the queries; a single query, of a text that is
 being written, is no matrix, and its groups become the positions of a query instead.
+
+And masks without a question to the device (`nothing_packed`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -60,3 +64,18 @@ def repeat_groups(module: nn.Module) -> None:
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         module.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+@contextmanager
+def nothing_packed() -> Iterator[None]:
+    """While this is open every row is one text, and transformers does not look for others in it.
+
+    Without an attention mask it asks the device whether the positions have a gap, and the host waits for the
+    answer. Rows of several texts are nothing that a batch has here.
+    """
+    ask = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask

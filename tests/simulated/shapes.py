@@ -50,7 +50,7 @@ class Counted(NamedTuple):
 
     launches_per_block: int
     bytes_per_token_block: float  # read and written by all but products and unpacking
-    syncs_per_pass: int  # losses, divergences, and transformers' question whether rows are packed
+    syncs_per_pass: int  # losses with divergences
 
 
 class _Count:
