@@ -356,9 +356,15 @@ class Observer(Protocol):
 
 
 class Residency(Protocol):
-    """Where a block's weights are while it is not being computed."""
+    """Where a block's weights are while it is not being computed.
+
+    Blocks are asked for in rising order, again and again. In a pass that comes back from the last one they
+    then fall to block `turns_at`, while `falls` is set.
+    """
 
     name: str
+    turns_at: int | None
+    falls: bool
 
     def acquire(self, block: int) -> None:
         """Called before block `block` runs: on return its weights are on the compute device."""
@@ -381,6 +387,18 @@ class Residency(Protocol):
 
     def close(self) -> None:
         """End threads and close files. The blocks that are offloaded stay offloaded."""
+        ...
+
+
+class Boundaries(Protocol):
+    """What goes into the blocks and comes out of the last one, for exact gradients of what is inside."""
+
+    def enter(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Called with what block `index` is given."""
+        ...
+
+    def leave(self, index: int, out: Any) -> Any:
+        """Called with what block `index` gives; what the next one is to be given."""
         ...
 
 

@@ -100,6 +100,13 @@ class TrainConfig:
         group="Space",
         minimum=1,
     )
+    exact_blocks: int | Literal["all"] = _setting(
+        0,
+        "in how many blocks, from the top, adapters have exact gradients, by reverse mode a block at a time; "
+        "auto of --blocks is then as many, and nothing is estimated",
+        group="Space",
+        minimum=0,
+    )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
     train_a: bool = _setting(
         False, "train A as well as B; without it A keeps its random start", group="Space"
@@ -245,6 +252,14 @@ class TrainConfig:
         minimum=1,
     )
 
+    @property
+    def estimates(self) -> bool:
+        """Whether a step estimates any gradient: not if all blocks that are trained have exact ones."""
+        exact, blocks = self.exact_blocks, self.blocks
+        if exact in (0, "all") or blocks == "all":
+            return exact != "all"
+        return blocks != "auto" and int(blocks) > int(exact)
+
     def __post_init__(self) -> None:
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
 
@@ -384,6 +399,10 @@ def _is_size(text: str) -> bool:
 def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings that are fine alone and not together, or not available yet."""
     found = _member_conflicts(values, where) if all(values[axis.axis] in axis for axis in AXES) else []
+    if values["exact_blocks"] != 0 and values["lr"] != "auto":
+        found.append(
+            f"{where('lr')}: got {values['lr']!r}, but {where('exact_blocks')} has its own; allowed: auto"
+        )
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")

@@ -100,7 +100,11 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
 SPACES: Registry[Space] = Registry(
     "space",
     "hizoo_lite.spaces",
-    lora=Line("LoRA", "adapters", _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "head")),
+    lora=Line(
+        "LoRA",
+        "adapters",
+        _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "exact_blocks", "head"),
+    ),
     dense=Line(
         "Dense", "the weights", _own("targets", "blocks", "head", update="dense_update"), in_weights=True
     ),

@@ -38,9 +38,9 @@ import transformers
 from reporting import make_parser, publish
 from torch import Tensor
 
+from hizoo_lite import estimators
 from hizoo_lite.batch import Batch
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.estimators import ESTIMATORS
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
 from hizoo_lite.tensors import batch_tensors
@@ -104,6 +104,8 @@ _MEZO = {
 }
 METHODS = {
     "hizoo": Method(),
+    "exact, 6 blocks": Method({"exact_blocks": 6}),
+    "exact, all blocks": Method({"exact_blocks": "all"}),
     "hizoo, all blocks": Method({"blocks": "all"}),
     "hizoo, head estimated": Method({"head": "estimated"}),
     "hizoo, A trained": Method({"train_a": True}),
@@ -155,7 +157,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
     """A run of the product itself, in a folder that is thrown away."""
     settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
-    branches = len(ESTIMATORS.configured(replace(config, **settings)).points(0))
+    branches = len(estimators.configured(replace(config, **settings)).points(0))
     steps = forwards // branches
     every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:

@@ -11,13 +11,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hizoo_lite.engine.chunks import Chunks, has_cache, in_chunks, plan_chunks, slice_mlp
+from hizoo_lite.engine.backward import RECORDED_HALVINGS
+from hizoo_lite.engine.chunks import Chunks, cut, has_cache, in_chunks, mapped, plan_chunks, slice_mlp
 from hizoo_lite.engine.fanout import is_alike, run_for_one
 from hizoo_lite.engine.overwritten import OneBranch
 
 if TYPE_CHECKING:
+    from hizoo_lite.engine.backward import Given
     from hizoo_lite.model.model import Model
 
 
@@ -44,8 +46,16 @@ class PresentBlock(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"][0], name)
 
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own; a long batch goes through in chunks, and one branch where all are alike."""
+        boundaries = self.model[0].boundaries
+        if boundaries is None:
+            return self._forward(args, kwargs)
+        boundaries.enter(self.index, args, kwargs)
+        return boundaries.leave(self.index, self._forward(args, kwargs))
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         model = self.model[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         branches = model.state.branches.count
@@ -76,6 +86,43 @@ class PresentBlock(nn.Module):
                 with model.state.laid_out(hidden.shape[0], hidden.shape[1], kept):
                     return block(*args, **kwargs)
             return in_chunks(block, args, kwargs, model.state, rows, chunks.rows, model.overwrites)
+
+    def backward(
+        self, given: Given, gradient: Tensor, exact: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> Tensor:
+        """The gradient of the block's input from that of its output, both (rows, length, features) float32.
+
+        Args:
+            given: as the block was given it, one branch. Its hidden states may be on the host.
+            exact: parameters of this block. Their gradients, float64, are added to `found`.
+        """
+        model, block = self.model[0], self.block[0]
+        hidden = given.args[0] if given.args else given.kwargs["hidden_states"]
+        rows, length = hidden.shape[:2]
+        halvings = model.chunk_halvings + RECORDED_HALVINGS
+        size = plan_chunks(
+            model.branch_chunk, rows, length, 1, model.device.type, chunk_halvings=halvings
+        ).rows
+        if self._mlp is not None:
+            self._mlp.slices = 1
+        below = torch.empty_like(gradient)
+        with present(model, self.index), model.state.keeping():
+            for first in range(0, rows, size):
+                part = slice(first, min(first + size, rows))
+                own = partial(cut, branches=1, rows=rows, part=part)
+                args, kwargs = mapped(own, given.args, given.kwargs)
+                x = (args[0] if args else kwargs["hidden_states"]).to(model.device).requires_grad_(True)
+                args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": x})
+                kept = model.state.kept(hidden, part)
+                with model.state.laid_out(part.stop - part.start, length, kept), torch.enable_grad():
+                    out = block(*args, **kwargs)
+                    out = out[0] if type(out) in (tuple, list) else out
+                    wanted = [x, *exact.values()]
+                    gradients = torch.autograd.grad(out, wanted, gradient[part])
+                below[part] = gradients[0]
+                for name, value in zip(exact, gradients[1:], strict=True):
+                    found[name] = found[name] + value if name in found else value.double()
+        return below
 
 
 class present:

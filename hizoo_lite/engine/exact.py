@@ -1,8 +1,8 @@
 """Exact gradients of what is above the blocks: a head's parameters, from states that the base branch has.
 
-The blocks make no graph, since nothing in them requires a gradient: what is recorded begins at the head and
-ends at the loss, which is softmax and a few products at the places where a loss is read. Gradients are summed
-in float64, over all examples of the batch.
+The blocks make no graph: what is recorded begins behind them and ends at the loss, which is softmax and a few
+products at the places where a loss is read (of what is inside the blocks see backward.py). Gradients are
+summed in float64, over all examples of the batch.
 """
 
 from __future__ import annotations
@@ -41,42 +41,45 @@ def theta(branches: Branches) -> tuple[int, ...]:
     return (0,) if branches.base else (0, 1)
 
 
-def flat_gradients(total: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
-    """The gradients of `total`, a number, one behind the other in the order of names; float64."""
-    found = torch.autograd.grad(total, [exact[name] for name in sorted(exact)])
-    return torch.cat([gradient.double().flatten() for gradient in found])
+def gradients_of(total: Tensor, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of `total`, a number, by name, float64."""
+    found = torch.autograd.grad(total, list(exact.values()))
+    return {name: gradient.double() for name, gradient in zip(exact, found, strict=True)}
 
 
-def with_reaches(gradients: Tensor, exact: Mapping[str, Tensor], state: BranchState) -> Tensor:
-    """`Losses.exact` from gradients as `flat_gradients` gives them."""
-    parts, begin = [], 0
-    for name in sorted(exact):
-        end = begin + exact[name].numel()
-        parts += [gradients[begin:end], torch.stack(state.reaches[name])]
-        begin = end
+def with_reaches(gradients: Mapping[str, Tensor], state: BranchState) -> Tensor:
+    """`Losses.exact` from the gradients of all parameters that have one."""
+    parts: list[Tensor] = []
+    for name in sorted(gradients):
+        parts += [gradients[name].flatten(), torch.stack(state.reaches[name])]
     return torch.cat(parts)
 
 
-def class_gradients(
-    logits: Tensor, gold: Tensor, branches: Branches, exact: Mapping[str, Tensor], state: BranchState
-) -> Tensor:
-    """`Losses.exact` of a classifier. logits: (branches, examples, classes) float64, recorded."""
+def class_loss(logits: Tensor, gold: Tensor, branches: Branches) -> Tensor:
+    """A classifier's loss at theta, the sum over the examples.
+
+    logits: (branches, examples, classes) float64.
+    """
     gold = gold.to(logits.device, non_blocking=True)
     losses = class_losses(_HOST, logits[list(theta(branches))], gold, EVALUATION.compared).per_example
-    total = losses.sum(1).mean()
-    return with_reaches(flat_gradients(total, exact), exact, state)
+    return losses.sum(1).mean()
 
 
 def token_gradients(scored: Tensor, batch: Batch) -> Tensor:
-    """d loss / d log-probability of every scored token, of a batch whose loss is "choice"; on the host.
+    """d loss / d log-probability of every scored token; on the host.
 
-    scored: log-probabilities, (branches, scored tokens) float64. Gives the same shape and dtype.
+    batch: whose loss is "choice" or "answer". scored: log-probabilities, (branches, scored tokens) float64.
+    Gives the same shape and dtype.
     """
     if scored.is_meta:
         return torch.empty_like(scored)
     scored = scored.cpu()
     slots = len(batch.slot_example)
+    share = 1 / torch.bincount(batch.token_slot, minlength=slots)[batch.token_slot].double()
+    if batch.loss == "answer":
+        is_gold = torch.zeros(slots, dtype=torch.float64).index_fill(0, batch.gold, 1.0)
+        return -(is_gold[batch.token_slot] * share).expand_as(scored)
     scores = slot_means(_HOST, scored, batch.token_slot, slots)
     losses = choice_losses(_HOST, scores, batch.slot_example, batch.gold)
     by_slot = torch.from_numpy(score_gradients(losses, batch.gold))
-    return by_slot[:, batch.token_slot] / torch.bincount(batch.token_slot, minlength=slots)[batch.token_slot]
+    return by_slot[:, batch.token_slot] * share

@@ -34,6 +34,8 @@ class Resident:
     """Every block stays on the compute device from loading to the end of the run."""
 
     name = "resident"
+    turns_at: int | None = None
+    falls = False
 
     def acquire(self, block: int) -> None:
         """Nothing to bring in."""
@@ -62,6 +64,8 @@ class Streamed:
     def __init__(self, model: Model, where: Where, budget_bytes: int | None = None) -> None:
         """`budget_bytes`: what may be taken in all; None keeps no block on the device."""
         self.name: str = where
+        self.turns_at: int | None = None
+        self.falls = False
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0  # for what a pass needs besides the weights; set before the first one
         self.slots = 2  # blocks that are here while they pass; with 1 none is fetched while another computes
@@ -228,9 +232,16 @@ class Streamed:
         if len(self._slots) == 1:
             return
         position = self._order.index(block)
-        following = self._order[(position + 1) % len(self._order)]
+        following = self._following(position)
         if following not in self._held:
             self._fetch(following, 1 - other_than)
+
+    def _following(self, position: int) -> int:
+        """The streamed block that is asked for after the one at `position` of their order."""
+        if self.turns_at is None or (not self.falls and position + 1 < len(self._order)):
+            return self._order[(position + 1) % len(self._order)]
+        below = self._order[position - 1] if position else -1
+        return below if below >= self.turns_at else self._order[0]
 
     def _fetch(self, block: int, slot: int) -> None:
         assert self._fetcher is not None

@@ -19,10 +19,11 @@ from torch import Tensor
 from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.device import like
+from hizoo_lite.engine.backward import Boundaries, kept_boundaries
 from hizoo_lite.engine.exact import (
     RECORDED_HALVINGS,
-    class_gradients,
-    flat_gradients,
+    class_loss,
+    gradients_of,
     recorded,
     theta,
     token_gradients,
@@ -103,28 +104,35 @@ class Traversal:
         that, if there are parameters with one, the exact gradients: `Losses.exact`.
         Raises `Unsuited` where the model is first found to be.
         """
-        with self._branches(branches, mu, directions):
+        standing = len(theta(branches))
+        with self._branches(branches, mu, directions), kept_boundaries(self.model, exact, standing) as kept:
             inputs, state = self._fold(batch, branches.count), self.model.state
             state.sent(batch.input_ids, inputs["input_ids"])
             if "attention_mask" in inputs and self.model.leaves_out_padding:
                 state.pad(batch.attention_mask)
             lengths = batch.attention_mask.sum(1).tolist()
-            with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
+            with (
+                state.laid_out(*inputs["input_ids"].shape),
+                self.model.row_positions.of(lengths),
+                recorded(exact),
+            ):
                 if self.model.kind == "classifier":
-                    with recorded(exact):
-                        logits = self.model.module(**inputs).logits
-                        logits = logits.view(branches.count, batch.examples, -1).double()
-                        if not exact:
-                            return (logits,)
-                        return logits.detach(), class_gradients(logits, batch.gold, branches, exact, state)
+                    logits = self.model.module(**inputs).logits
+                    logits = logits.view(branches.count, batch.examples, -1).double()
+                    if not exact:
+                        return (logits,)
+                    loss = class_loss(logits, batch.gold, branches)
+                    return logits.detach(), self._class_gradients(loss, batch, standing, exact, kept)
                 trunk = self.model.module.get_submodule(self.model.trunk_name)
                 output = trunk(**inputs, **self._no_cache())
-            hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
+                recorded_hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
+            hidden = recorded_hidden.detach()
             output = with_hidden(output, hidden)  # what else it has need not live on
             found = self._scored_log_probabilities(output, hidden, batch, branches)
             if not exact:
                 return found
-            return *found, self._label_gradients(output, hidden, batch, branches, found[0], exact)
+            weights = token_gradients(found[0][:standing], batch) / standing
+            return *found, self._label_gradients(output, recorded_hidden, batch, weights, exact, kept)
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
@@ -196,39 +204,82 @@ class Traversal:
             at = _sent(sites[first:last] - part.start, device)
             yield part, logits, slice(first, last), at, ids[first:last]
 
+    def _class_gradients(
+        self, loss: Tensor, batch: Batch, standing: int, exact: Mapping[str, Tensor], kept: Boundaries | None
+    ) -> Tensor:
+        """`Losses.exact` of a classifier from its loss, recorded from behind the blocks on."""
+        above = self._above(exact)
+        if kept is None:
+            return with_reaches(gradients_of(loss, above), self.model.state)
+        assert kept.output is not None
+        found = gradients_of(loss, {**above, "": kept.output})
+        gradient = found.pop("")[: standing * batch.input_ids.shape[0]].float()
+        return self._with_those_inside(found, gradient, batch, standing, exact, kept)
+
     def _label_gradients(
         self,
         output: Any,
         hidden: Tensor,
         batch: Batch,
-        branches: Branches,
-        scored: Tensor,
+        weights: Tensor,
         exact: Mapping[str, Tensor],
+        kept: Boundaries | None,
     ) -> Tensor:
         """`Losses.exact`: the head is run once more at theta, with gradients for what is beside its matrix.
 
-        scored: as `_scored_log_probabilities` gives it. Without a base branch both points of the first pair
+        hidden: the trunk's, recorded from behind the blocks on. weights: d loss / d log-probability of every
+        scored token, (standing, scored) on the host. Without a base branch both points of the first pair
         stand for theta, which is off by O(mu^2).
         """
-        if batch.loss != "choice":
+        above, standing = self._above(exact), len(weights)
+        if above and batch.loss != "choice":
             raise UserError(
                 f"--head: exact has rows for labels, but the loss is {batch.loss!r}, not 'choice'"
             )
-        at_theta = list(theta(branches))
-        weights = token_gradients(scored[at_theta], batch) / len(at_theta)
         state, order = self.model.state, torch.argsort(batch.token_site)
         weights = _sent(weights[:, order], hidden.device)
         limit = max(1, LOGITS_BYTES >> (self.model.chunk_halvings + RECORDED_HALVINGS))
-        found: list[Tensor] = []
-        state.set(EVALUATION, 0.0, {})
-        for own, branch in zip(weights, at_theta, strict=True):
-            with recorded(exact):
-                one = hidden[branch : branch + 1]
-                for _, logits, tokens, at, ids in self._at_tokens(output, one, batch, order, limit):
+        found: dict[str, Tensor] = {}
+        of_hidden = torch.zeros_like(hidden[:standing]) if kept is not None else None
+        for branch, own in enumerate(weights):
+            leaf = hidden[branch : branch + 1].detach()
+            wanted = dict(above) if of_hidden is None else {**above, "": leaf}
+            with state.one_branch(), recorded(wanted):
+                for _, logits, tokens, at, ids in self._at_tokens(output, leaf, batch, order, limit):
                     log_p = logits[0].double().log_softmax(-1)[at, ids]
-                    found.append(flat_gradients((log_p * own[tokens]).sum(), exact))
-        total = torch.stack(found).sum(0)
-        return with_reaches(total, exact, state)
+                    gradients = gradients_of((log_p * own[tokens]).sum(), wanted)
+                    if of_hidden is not None:
+                        of_hidden[branch] += gradients.pop("")[0]
+                    for name, value in gradients.items():
+                        found[name] = found[name] + value if name in found else value
+        if kept is None or of_hidden is None:
+            return with_reaches(found, state)
+        assert kept.output is not None
+        with torch.enable_grad():
+            at_theta = hidden[:standing]
+        (gradient,) = torch.autograd.grad(at_theta, kept.output, of_hidden)
+        gradient = gradient[: standing * batch.input_ids.shape[0]]
+        return self._with_those_inside(found, gradient, batch, standing, exact, kept)
+
+    def _above(self, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that are not inside the blocks."""
+        return {name: value for name, value in exact.items() if self.model.block_of(name) is None}
+
+    def _with_those_inside(
+        self,
+        found: dict[str, Tensor],
+        gradient: Tensor,
+        batch: Batch,
+        standing: int,
+        exact: Mapping[str, Tensor],
+        kept: Boundaries,
+    ) -> Tensor:
+        """`Losses.exact` from the gradients above the blocks, and that of the last block's output."""
+        state, inside = self.model.state, {n: value for n, value in exact.items() if n not in found}
+        if self.model.leaves_out_padding and not bool(batch.attention_mask.all()):
+            state.pad(batch.attention_mask.repeat(standing, 1))
+        with state.one_branch(), recorded(inside), torch.no_grad():
+            return with_reaches(found | kept.gradients(gradient, inside), state)
 
     def _offloaded_head(self) -> BranchLinear | None:
         """The head, where its matrix is not on the device."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from hizoo_lite.estimators.exact import Exact
 from hizoo_lite.estimators.hizoo import HiZOO
 from hizoo_lite.estimators.mezo import MeZO
 from hizoo_lite.registry import ESTIMATORS
 
-__all__ = ["ESTIMATORS", "HiZOO", "MeZO", "get"]
+if TYPE_CHECKING:
+    from hizoo_lite.base import Estimator
+    from hizoo_lite.config import TrainConfig
+
+__all__ = ["ESTIMATORS", "Exact", "HiZOO", "MeZO", "configured", "get"]
 
 #: See `Registry.make`.
 get = ESTIMATORS.make
+
+
+def configured(config: TrainConfig) -> Estimator:
+    """The estimator of a run: the one that is named, if anything is estimated."""
+    return ESTIMATORS.configured(config) if config.estimates else Exact()

@@ -10,6 +10,7 @@ it is in cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ def on_existing(layer: Callable[[Tensor], Tensor], folded: Tensor, kept: Tensor 
     y = layer(folded.index_select(1, kept))
     out = torch.zeros(*folded.shape[:2], y.shape[-1], dtype=y.dtype, device=y.device)
     return out.index_copy_(1, kept, y)
+
+
+class _Product(torch.autograd.Function):
+    """`BranchLinear.shared_product` with a gradient: no tensor is kept for it, only the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: BranchLinear, branches: Branches) -> Tensor:
+        """x: (branches, tokens, in_features) float32 -> (..., out_features) float32."""
+        ctx.layer = layer
+        return layer.shared_product(x.detach(), branches)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of x."""
+        return ctx.layer.transposed_product(gradients[0]), None, None
 
 
 class BranchLinear(nn.Module):
@@ -88,7 +104,9 @@ class BranchLinear(nn.Module):
             self.state.diverges(x)
             if self.delta.replaces_base:
                 return self.delta.apply(folded, None, self.state)
-        if alike and branches.count > 1:  # before the first trainable layer one product serves all branches
+        if folded.requires_grad and torch.is_grad_enabled():
+            y = _Product.apply(folded, self, branches)
+        elif alike and branches.count > 1:  # before the first trainable layer one product serves all branches
             y = self.shared_product(folded[:1], EVALUATION, x, kept).repeat(branches.count, 1, 1)
         else:
             y = self.shared_product(folded, branches, x, kept)
@@ -153,6 +171,21 @@ class BranchLinear(nn.Module):
                 None if bias is None else bias[part],
             )
         return y
+
+    def transposed_product(self, gradient: Tensor) -> Tensor:
+        """The gradient of an input: (..., out_features) float32 -> (..., in_features) float32.
+
+        Products are in the compute dtype, sums over tiles float32. Gradients are far smaller than what
+        float16 holds: they are scaled to at most 1 before.
+        """
+        largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        rows = (gradient / largest).reshape(-1, self.out_features)
+        if self.weight.row_scale is not None:
+            rows = rows * self.weight.row_scale
+        operands, out = rows.to(self.compute), torch.zeros(len(rows), self.in_features, device=rows.device)
+        for first, tile in self._tiles(rows.device):
+            out += operands[:, first : first + len(tile)] @ tile
+        return (out * largest).view(*gradient.shape[:-1], self.in_features)
 
     def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """First row and unpacked rows, (rows, in_features), tile by tile."""

@@ -231,6 +231,8 @@ def step_size(
 
     measures_curvature, predicts, directions: of the estimator's steps. `UserError` for anything else.
     """
+    if directions == 0:  # nothing moves along any: the rate is the share of the schedule
+        return FixedRate(Schedule(schedule.kind, 1.0, schedule.warmup_steps, schedule.total_steps))
     if lr == "auto":
         if not measures_curvature:
             raise UserError("--lr auto needs the curvature: give --lr a number, or use --estimator hizoo")

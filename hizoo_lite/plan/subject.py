@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hizoo_lite import estimators
 from hizoo_lite.base import Bits, Curvature, ModelKind, trainable
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.config import TrainConfig
@@ -26,7 +27,7 @@ from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.ledger import tensor_bytes
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.process import resident
-from hizoo_lite.registry import ESTIMATORS, SPACES
+from hizoo_lite.registry import SPACES
 from hizoo_lite.tensors import TorchArrays
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
@@ -81,7 +82,7 @@ class Subject:
         self.framework = self._framework(framework)
         if self.device == "cpu":
             self.framework += FIRST_USE_BYTES
-        self.estimator = ESTIMATORS.configured(config)
+        self.estimator = estimators.configured(config)
         self.in_weights = SPACES.lines[config.space].in_weights
         double_quant = config.double_quant and not self.in_weights
         try:

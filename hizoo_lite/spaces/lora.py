@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,20 +50,28 @@ from hizoo_lite.spaces.heads import (
     check_mode,
     saved_modules,
 )
-from hizoo_lite.spaces.targets import Blocks, release, resolve_targets, restore
+from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, restore
 
+#: How far an output of a layer inside the blocks may move in a step, where a logit may move by one nat (see
+#: `optimizers/exact.py`). Of 0.003 to 0.1 the best on SmolLM2 (tools/LOG.md).
+STEP = 0.01
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
 class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    names: of A and of B, None if it is the same in all branches. exact: the name of A
-    if it has an exact gradient.
+    names: of A and of B, None if it is the same in all branches. exact: their names if they have exact
+    gradients.
     """
 
     def __init__(
-        self, a: Tensor, b: Tensor, names: tuple[str | None, str | None], scaling: float, exact: str = ""
+        self,
+        a: Tensor,
+        b: Tensor,
+        names: tuple[str | None, str | None],
+        scaling: float,
+        exact: tuple[str, str] = ("", ""),
     ) -> None:
         self.a, self.b, self.names, self.scaling, self.exact = a, b, names, scaling, exact
 
@@ -70,13 +79,17 @@ class LoRADelta(LinearDelta):
         assert y is not None
         if self.names[0] is None:
             inner = x @ self.a.t()
-            if self.a.requires_grad:
-                inner.register_hook(partial(state.reached, self.exact, x.detach()))
+            if self.exact[0] and inner.requires_grad:
+                inner.register_hook(partial(state.reached, self.exact[0], x.detach()))
         else:
             a = _values(self.a, self.names[0], state)
             inner = torch.bmm(x, a.transpose(1, 2))
         b = _values(self.b, self.names[1], state)
-        return y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
+        out = y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
+        if self.exact[1] and out.requires_grad:
+            reach = inner.detach() * (self.scaling / STEP)
+            out.register_hook(partial(state.reached, self.exact[1], reach))
+        return out
 
 
 def _values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
@@ -95,7 +108,10 @@ class LoRA(Space):
     head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`): those of
     a language model have exact gradients or are not there.
     train_a: train A as well as B.
-    blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`).
+    blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`), or
+    `exact_blocks`.
+    exact_blocks: in how many blocks, from the top, the adapters have exact gradients, or "all" (see
+    engine/backward.py).
     """
 
     name = "lora"
@@ -111,12 +127,14 @@ class LoRA(Space):
         head: HeadMode = "estimated",
         train_a: bool = False,
         blocks: Blocks = "auto",
+        exact_blocks: int | Literal["all"] = 0,
     ) -> None:
         if rank < 1:
             raise UserError(f"--rank: got {rank}, allowed is a whole number of 1 or more")
         self.rank, self.rslora, self.head, self.train_a = rank, rslora, check_mode(head), train_a
         self.alpha = float(2 * rank if alpha is None else alpha)
-        self.targets, self.blocks = targets, blocks
+        self.targets, self.exact_blocks = targets, exact_blocks
+        self.blocks: Blocks = exact_blocks if blocks == "auto" and exact_blocks else blocks
         self.parameters: dict[str, Tensor] = {}
         self.exact: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
@@ -172,9 +190,17 @@ class LoRA(Space):
             drawn = draw.uniform(-bound, bound, (self.rank, linear.in_features)).astype("float32")
             a = torch.from_numpy(drawn).to(model.device)
             b = torch.zeros(linear.out_features, self.rank, device=model.device)
-            (self.parameters if self.train_a else self.frozen)[names[0]] = a
-            self.parameters[names[1]] = b
-            linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
+            is_exact = in_top(model, target, self.exact_blocks)
+            trained = self.exact if is_exact else self.parameters
+            (trained if self.train_a else self.frozen)[names[0]] = a
+            trained[names[1]] = b
+            own = (names[0] if self.train_a else "", names[1])
+            none = (None, None)
+            linear.delta = (
+                LoRADelta(a, b, none, self.scaling, exact=own)
+                if is_exact
+                else LoRADelta(a, b, (own[0] or None, own[1]), self.scaling)
+            )
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
         self.label_layer = None
         if labels is not None and self.head == "exact" and len(labels) <= self.rank:
@@ -194,7 +220,7 @@ class LoRA(Space):
             b[token, row] = 1 / self.scaling
         a_name, b_name = (f"{head.name}.lora_{half}.weight" for half in "AB")
         self.exact[a_name], self.frozen[b_name] = a, b
-        head.delta = LoRADelta(a, b, (None, None), self.scaling, exact=a_name)
+        head.delta = LoRADelta(a, b, (None, None), self.scaling, exact=(a_name, ""))
 
     def detach(self) -> None:
         """Take every delta off the model again."""

@@ -71,6 +71,11 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
     return kept
 
 
+def in_top(model: Model, name: str, blocks: int | Literal["all"]) -> bool:
+    """Whether a layer is in one of the top `blocks`."""
+    return blocks == "all" or _block(model, name) >= len(model.blocks) - blocks
+
+
 def _names(targets: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in targets.split(",")] if isinstance(targets, str) else list(targets)
 

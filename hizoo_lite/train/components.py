@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hizoo_lite import tasks
+from hizoo_lite import estimators, tasks
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
 from hizoo_lite.batch import Example
@@ -17,7 +17,6 @@ from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
-from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.tokens import Tokenizer
@@ -122,7 +121,7 @@ def make_stepper(
     curvature: Curvature | None = None,
 ) -> Stepper:
     """The step of a configuration; `traversal`, `arrays` and `space` as `Stepper` takes them."""
-    estimator = ESTIMATORS.configured(config) if estimator is None else estimator
+    estimator = estimators.configured(config) if estimator is None else estimator
     if curvature is None:
         curvature = for_estimator(config, estimator)
     course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)

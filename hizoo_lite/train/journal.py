@@ -75,7 +75,7 @@ class Form(NamedTuple):
 
 def record_bytes(branches: int, directions: int = 1, exact: int = 0) -> int:
     """Bytes of a record of a step with at most so many branches, along so many directions."""
-    return _FIXED.size + 8 * branches + 16 * (directions - 1) + 4 * exact + _CHECKSUM.size
+    return _FIXED.size + 8 * branches + 16 * max(0, directions - 1) + 4 * exact + _CHECKSUM.size
 
 
 class Journal:
@@ -236,7 +236,7 @@ def _form(path: Path) -> tuple[int, Form] | None:
         raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
     form = Form(int(branches), int(directions) if version >= 3 else 1, int(exact))
     sound = data[-4:] == struct.pack("<I", zlib.crc32(data[:-4])) and record_bytes(*form) < 1 << 32
-    if not sound or form.directions < 1 or data != _header(form, version):
+    if not sound or data != _header(form, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
     return int(version), form
 
@@ -247,7 +247,7 @@ def _packed(record: Record, form: Form, checksum: int) -> tuple[bytes, int]:
         raise ValueError(f"journal: {len(record.losses)} losses in a record of {form.branches}")
     flags = _SKIPPED * record.skipped | _CLIPPED * record.clipped
     flags |= _CURVED * (record.curvatures is not None) | _PREDICTED * record.predicted
-    nothing = (math.nan,) * form.directions
+    nothing = (math.nan,) * max(1, form.directions)
     coefficients, curvatures = record.coefficients or nothing, record.curvatures or nothing
     losses = (*record.losses, *[math.nan] * (form.branches - len(record.losses)))
     data = _FIXED.pack(
@@ -287,7 +287,8 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
     if count > form.branches:
         return None, checksum
     end = len(body) - 4 * form.exact
-    values = struct.unpack(f"<{form.branches + 2 * (form.directions - 1)}d", body[_FIXED.size : end])
+    further_values = 2 * max(0, form.directions - 1)
+    values = struct.unpack(f"<{form.branches + further_values}d", body[_FIXED.size : end])
     losses, further = values[:count], values[form.branches :]
     skipped = bool(flags & _SKIPPED)
     record = Record(
@@ -295,7 +296,7 @@ def _unpacked(data: bytes, form: Form, checksum: int) -> tuple[Record | None, in
         seed,
         position,
         losses,
-        () if skipped else (coefficient, *further[::2]),
+        () if skipped or not form.directions else (coefficient, *further[::2]),
         (curvature, *further[1::2]) if flags & _CURVED else None,
         smoothing,
         lr,
