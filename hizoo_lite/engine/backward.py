@@ -27,9 +27,6 @@ from hizoo_lite.errors import UserError
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
 
-#: Of a chunk of rows, activations live on until its gradient is there: chunks are 2^2 times smaller.
-RECORDED_HALVINGS = 2
-
 
 class Given(NamedTuple):
     """What a block was given, of the branches that stand for theta."""

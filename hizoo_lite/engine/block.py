@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hizoo_lite.engine.backward import RECORDED_HALVINGS
-from hizoo_lite.engine.chunks import Chunks, cut, has_cache, in_chunks, mapped, plan_chunks, slice_mlp
+from hizoo_lite.engine.chunks import (
+    Chunks,
+    cut,
+    has_cache,
+    in_chunks,
+    mapped,
+    plan_chunks,
+    recorded_rows,
+    slice_mlp,
+)
 from hizoo_lite.engine.fanout import is_alike, run_for_one
 from hizoo_lite.engine.overwritten import OneBranch
 
@@ -99,10 +107,7 @@ class PresentBlock(nn.Module):
         model, block = self.model[0], self.block[0]
         hidden = given.args[0] if given.args else given.kwargs["hidden_states"]
         rows, length = hidden.shape[:2]
-        halvings = model.chunk_halvings + RECORDED_HALVINGS
-        size = plan_chunks(
-            model.branch_chunk, rows, length, 1, model.device.type, chunk_halvings=halvings
-        ).rows
+        size = recorded_rows(model.branch_chunk, rows, length, model.device.type, model.chunk_halvings)
         if self._mlp is not None:
             self._mlp.slices = 1
         below = torch.empty_like(gradient)

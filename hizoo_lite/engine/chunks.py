@@ -85,6 +85,19 @@ def plan_chunks(
     return Chunks(together, min(slices << chunk_halvings, MOST_SLICES, length))
 
 
+def recorded_rows(
+    wanted: int | Literal["auto"], rows: int, length: int, device_type: str, chunk_halvings: int
+) -> int:
+    """Sequences that go through a block together with a graph, whose activations live until its gradient.
+
+    auto: half as many tokens as a chunk without one has at least. The rest is as for `plan_chunks`.
+    """
+    if wanted != "auto":
+        return max(1, min(wanted, rows) >> chunk_halvings)
+    tokens = LEAST_TOKENS[like(device_type)] >> (1 + chunk_halvings)
+    return min(rows, max(1, tokens // length))
+
+
 class SlicedMLP:
     """Runs a block's token-wise part slice by slice; `slices` is set before the block runs.
 
