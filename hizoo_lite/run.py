@@ -401,7 +401,7 @@ def _report(folder: RunFolder, tell: Callable[[str], None]) -> None:
 def categories(setup: Setup) -> list[dict[str, Any]]:
     """What the plan says of each category of memory, and what its live objects hold."""
     predicted = setup.plan.categories if setup.plan is not None else {}
-    found = ledger.measure(setup.model, setup.space, setup.stepper.curvature)
+    found = ledger.measure(setup.model, setup.space, setup.stepper.curvature, setup.stepper.head)
     return ledger.category_list(predicted, {**found.device, **found.host})
 
 

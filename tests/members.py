@@ -21,6 +21,8 @@ _WEIGHTS = ("merged",)
 MEMBERS: dict[str, Case] = {
     "lora": Case({"space": "lora", "targets": "all-linear", "blocks": "all", "smoothing_schedule": "linear"}),
     "lora, train_a": Case({"space": "lora", "train_a": True, "alpha": 3.0, "rslora": True}),
+    "lora, exact blocks": Case({"space": "lora", "targets": "all-linear", "exact_blocks": "all"}),
+    "lora, some exact": Case({"space": "lora", "exact_blocks": 1, "blocks": 3, "train_a": True}),
     "dense": Case({"space": "dense", "lr": 1e-4, "weight_decay": 0.1, "curvature": "factored"}, _WEIGHTS),
     "dense, requantize": Case(
         {"space": "dense", "dense_update": "requantize", "bits": "int8", "lr": 1e-4}, _WEIGHTS

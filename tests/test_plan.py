@@ -123,7 +123,7 @@ def test_every_space_curvature_and_residency_is_counted(changes: dict[str, Any],
 
 
 def check_owners(plan: Plan, parts: Any) -> None:
-    measured = ledger.measure(parts.model, parts.space, parts.stepper.curvature)
+    measured = ledger.measure(parts.model, parts.space, parts.stepper.curvature, parts.stepper.head)
     found = {category: measured.device.get(category, 0) for category in EXACT}
     assert {category: plan.ledger.device.get(category, 0) for category in EXACT} == found
     parts.model.residency.close()

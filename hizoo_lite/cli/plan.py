@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 #: Settings of a run that its plan depends on.
 SHARED = (
     *("model", "revision", "kind", "task", "bits", "double_quant", "compute_dtype", "device", "space"),
-    *("dense_update", "rank", "train_a", "targets", "blocks", "estimator", "curvature", "curvature_from"),
+    *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
+    *("estimator", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
     *("profile", "device_budget", "host_budget"),
 )
@@ -57,8 +58,9 @@ def plan(
     from hizoo_lite.train.config_file import resolve
 
     profile = settings.pop("profile", None)
-    # Not every estimator has an automatic learning rate; it does not matter here.
-    given = {"task": "sst2", "lr": "1e-6", **settings}
+    # Not every estimator has an automatic learning rate, exact gradients have no other; it does not matter.
+    lr = "1e-6" if settings.get("exact_blocks", 0) in (0, "0") else "auto"
+    given = {"task": "sst2", "lr": lr, **settings}
     config = resolve(None, given)
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from hizoo_lite.device import is_gpu
+from hizoo_lite.device import like
 from hizoo_lite.engine.chunks import cut, has_cache, mapped
 from hizoo_lite.engine.overwritten import OneBranch
 from hizoo_lite.errors import UserError
@@ -52,7 +52,7 @@ class Boundaries:
         """Keep what block `index` is given, if it is one of these."""
         if index < self.lowest:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
+        model, hidden = self.model, args[0] if args else kwargs["hidden_states"]
         if index > self.lowest and self._before != _place(hidden):
             self._refuse("does more between its blocks than hand hidden states on")
         if has_cache(args, kwargs) or type(hidden) is OneBranch:
@@ -67,7 +67,9 @@ class Boundaries:
                 return cut(tensor, name, branches, rows, slice(None), slice(self.standing))
             own = cut(tensor, "", branches, rows, slice(None), slice(self.standing))
             # another block may be written over it; a GPU's memory is for what is at work
-            return own.to("cpu") if is_gpu(tensor.device) else own.clone()
+            if like(model.device) == "cuda":
+                return own if own.is_meta else own.to("cpu")
+            return own.clone()
 
         self.given[index] = Given(*mapped(kept, args, kwargs))
 

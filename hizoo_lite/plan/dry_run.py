@@ -225,16 +225,16 @@ class DryRun:
         directions = {name: torch.empty(along, *p.shape, device=META) for name, p in parameters.items()}
         self._let_an_update_wait()
         self.meter = meter = MemoryMeter()
-        given = self._batch(wanted), wanted.branches, 1e-3, directions, self._exact(along)
+        given = self._batch(wanted), wanted.branches, 1e-3, directions, self._exact()
         with torch.no_grad(), KernelMemory(is_gpu(self.device)), meter:
             Traversal(model).outcome(*given)
         scratch = {name: buffer.nbytes for (name, _), buffer in self.buffers._buffers.items()}
         made = sum(meter.worst.values()) + sum(scratch.values())
         return Activations(dict(meter.worst), dict(meter.peaks), scratch, made)
 
-    def _exact(self, directions: int) -> Mapping[str, Tensor]:
+    def _exact(self) -> Mapping[str, Tensor]:
         """Parameters with exact gradients, in a step."""
-        return self.space.exact if self.space is not None and directions else {}
+        return self.space.exact if self.space is not None else {}
 
     def _batch(self, wanted: Pass) -> Batch:
         """All tokens differ, so that the most rows of an embedding are asked for; one is padding."""
@@ -247,7 +247,7 @@ class DryRun:
         zeros, examples = torch.zeros_like(sites), torch.zeros(rows, dtype=torch.int64)
         at = sites.remainder(rows), sites.div(rows, rounding_mode="floor").remainder(length)
         loss: Loss = "class" if self.model.kind == "classifier" else "answer"
-        if loss == "answer" and self._exact(wanted.branches.directions):
+        if loss == "answer" and self._exact():
             loss = "choice"
         return Batch(ids, mask, None, *at, sites, zeros, sites, zeros, examples, loss)
 
@@ -327,7 +327,7 @@ class _TwoChunks:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        if self.calls > 2:
+        if self.calls > 2 and not torch.is_grad_enabled():  # a graph is needed for every chunk
             rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
             return tree_map_only(_Form, lambda form: form.made(rows), self.forms)
         if self.mlp is not None:
@@ -346,7 +346,7 @@ class _TwoSlices:
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls > 2:
+        if self.calls > 2 and not torch.is_grad_enabled():
             self.state.restore(self.diverged)
             return torch.empty(*x.shape[:-1], self.width, device=META)
         y = self.run(x, *more)

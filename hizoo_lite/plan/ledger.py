@@ -14,6 +14,7 @@ from hizoo_lite.device import like
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.storage import DiskSource, HostSource
 from hizoo_lite.model.model import Model
+from hizoo_lite.optimizers.exact import ExactAdam
 
 #: Who owns memory, and what that is.
 CATEGORIES: Mapping[str, str] = {
@@ -24,9 +25,11 @@ CATEGORIES: Mapping[str, str] = {
     "small_parameters": "norms, biases, code tables, buffers",
     "adapters": "trainable tensors in memory",
     "curvature": "state of Sigma",
+    "moments": "of parameters with exact gradients, two each",
     "noise": "z of two steps, directions of one",
     "scratch": "reused buffers: weight tile, operands, product",
     "between_blocks": "embeddings, inputs and outputs of blocks, masks",
+    "boundaries": "inputs of blocks whose gradients are to come",
     "attention": "inside of attention",
     "mlp": "inside of the MLP",
     "logits": "hidden states at labels, logits, log-probabilities",
@@ -66,7 +69,7 @@ class Ledger:
         }
 
 
-def measure(model: Model, space: Space, curvature: Curvature) -> Ledger:
+def measure(model: Model, space: Space, curvature: Curvature, exact: ExactAdam | None = None) -> Ledger:
     """What the live objects of a run hold now: the bytes of their tensors, shared memory counted once.
 
     What lives only inside of a step (activations, noise of one) and what no tensor holds (framework, heap)
@@ -84,6 +87,9 @@ def measure(model: Model, space: Space, curvature: Curvature) -> Ledger:
         found[category] += size
     found["scratch"] = count.tensors(model.scratch._buffers.values())
     found["curvature"] = count.tensors(_tensors_of(_state(curvature)))
+    found["moments"] = (
+        0 if exact is None else count.tensors(_tensors_of(vars(exact)["_first"] + vars(exact)["_second"]))
+    )
     return _placed(found, like(model.device))
 
 

@@ -72,6 +72,24 @@ class MemoryMeter(TorchDispatchMode):
             self.live[category] -= size
 
 
+class _FusedAttention(torch.autograd.Function):
+    """scaled_dot_product_attention and its gradient: both keep a number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All (rows, heads, length, features)."""
+        rows, heads, length, _ = query.shape
+        log_sums = query.new_empty(rows, heads, length, dtype=torch.float32)
+        result = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, log_sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Of query, key and value."""
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
 class KernelMemory(TorchFunctionMode):
     """What kernels take inside of an operation, where that is much.
 
@@ -96,6 +114,8 @@ class KernelMemory(TorchFunctionMode):
         mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.empty(mask.shape, dtype=query.dtype, device=query.device)
+        if torch.is_grad_enabled() and query.requires_grad:
+            return _FusedAttention.apply(query, args[1], value)
         rows, heads, length, _ = query.shape
         repeated = []
         if self.repeats_groups and length > 1:

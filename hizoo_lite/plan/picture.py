@@ -16,11 +16,11 @@ _PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("embeddings and head", ("embeddings_and_head",), "#0072B2"),
     ("blocks", ("resident_blocks", "block_slots", "prefetch_buffers", "pinned_host"), "#56B4E9"),
     ("norms, biases", ("small_parameters",), "#CC79A7"),
-    ("adapters, Sigma, noise", ("adapters", "curvature", "noise"), "#F0E442"),
+    ("adapters, Sigma, noise", ("adapters", "curvature", "moments", "noise"), "#F0E442"),
     ("scratch", ("scratch",), "#009E73"),
     (
         "activations",
-        ("between_blocks", "attention", "mlp", "logits", "cache", "update", "loading", "heap"),
+        ("between_blocks", "boundaries", "attention", "mlp", "logits", "cache", "update", "loading", "heap"),
         "#E69F00",
     ),
 )

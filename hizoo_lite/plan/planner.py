@@ -106,11 +106,17 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
         **{category: size for category, size in held.categories.items() if category != "resident_blocks"},
         "noise": noise + subject.weight_noise_bytes(),
+        "moments": subject.moments_bytes(),
         "scratch": sum(scratch.values()),
         **activations,
     }
     copies = 2 if subject.device == "cpu" else 3  # a GPU: and page-locked, times Sigma
     host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
+    kept_inputs, metered = subject.boundaries(option)
+    if subject.device == "cpu":
+        device["boundaries"] = kept_inputs - metered
+    else:
+        host["boundaries"] = kept_inputs
     if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
     kept = len(sizes)

@@ -18,6 +18,7 @@ from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.device import choose_device, like
+from hizoo_lite.engine.exact import theta
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
@@ -154,6 +155,26 @@ class Subject:
     def trained_bytes(self) -> int:
         """Of adapters and heads in memory that are trained, and have noise."""
         return sum(value.nbytes for value in self.space.parameters.values())
+
+    def moments_bytes(self) -> int:
+        """Of parameters with exact gradients, two of each value."""
+        return 2 * sum(value.nbytes for value in self.space.exact.values())
+
+    def boundaries(self, option: Option) -> tuple[int, int]:
+        """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU.
+
+        A dry run has few blocks, all of which are trained.
+        """
+        model = self.held(self.place).model
+        inside = [block for name in self.space.exact if (block := model.block_of(name)) is not None]
+        if not inside:
+            return 0, 0
+        rows = self.rows(-(-option.batch // self.config.accumulate))
+        hidden: int = self.source.config.get_text_config().hidden_size
+        each = 4 * rows * option.length * hidden * len(theta(self.branches()))
+        place: Place = "resident" if option.place == "resident" else "host"
+        few = len(self._run(place, True).blocks)
+        return each * (len(model.blocks) - min(inside)), each * few
 
     def curvature_bytes(self) -> int:
         """Of Sigma's state, as it is laid out, unless the class itself knows."""
