@@ -49,6 +49,8 @@ from hizoo_lite.train.config_file import resolve
 from hizoo_lite.train.evaluate import evaluate
 
 DATA = Path(__file__).parents[1] / "../shared/data"
+#: What a step with a backward pass counts as, in forwards.
+BACKWARD = 3
 #: Evaluations on dev examples within a run.
 CURVE = 3
 
@@ -157,7 +159,8 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
     """A run of the product itself, in a folder that is thrown away."""
     settings = dict(method.settings) if lr is None else {**method.settings, "lr": lr}
-    branches = len(estimators.configured(replace(config, **settings)).points(0))
+    method_config = replace(config, **settings)
+    branches = len(estimators.configured(method_config).points(0)) if method_config.estimates else BACKWARD
     steps = forwards // branches
     every = max(steps // CURVE, 1) if config.dev_examples else 0
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +174,7 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
     summary = run.summary
     taken = [line for line in lines if line["kind"] == "step"]
     return {
-        "forwards": summary["forward_passes"],
+        "forwards": branches * steps,
         **{name: summary[name] for name in ("loss_before", "loss_after", "metric_before", "metric_after")},
         "seconds_per_step": summary["seconds_per_step"],
         "curve": [
@@ -217,7 +220,7 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     labels = [example.gold for example in splits.train]
     lengths = [max(map(len, example.rows)) for example in encoded]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    steps = forwards // 3
+    steps = forwards // BACKWARD
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     before = evaluated(model, encoder, splits.test)
     curve, seconds = [], 0.0
@@ -233,10 +236,10 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
         decay.step()
         seconds += time.perf_counter() - began
         if (step + 1) % max(steps // CURVE, 1) == 0:
-            curve.append([3 * (step + 1), *evaluated(model, encoder, splits.dev)])
+            curve.append([BACKWARD * (step + 1), *evaluated(model, encoder, splits.dev)])
     after = evaluated(model, encoder, splits.test)
     return {
-        "forwards": 3 * steps,
+        "forwards": BACKWARD * steps,
         "loss_before": before[0],
         "loss_after": after[0],
         "metric_before": before[1],
