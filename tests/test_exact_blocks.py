@@ -11,15 +11,32 @@ import torch
 import transformers
 from torch import Tensor
 
-from hizoo_lite.branches import EVALUATION
+from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces import LoRA
-from tests.architectures import TINY_CONFIGS, save_tiny
+from tests.architectures import (
+    ALIBI_CONFIGS,
+    ASKING_CONFIGS,
+    MODERNBERT,
+    RELATIVE_CONFIGS,
+    TINY_CONFIGS,
+    save_tiny,
+)
 from tests.batches import reference_losses, tiny_task_batch
 from tests.test_exact_head import TOLERANCE, split
+from tests.test_stream import checkpoint
 
+#: Gemma 4 is refused.
+MODELS = {
+    **TINY_CONFIGS,
+    **ALIBI_CONFIGS,
+    **RELATIVE_CONFIGS,
+    "doge": ASKING_CONFIGS["doge"],
+    "modernbert": MODERNBERT,
+}
 _AUTO = {
     "causal": transformers.AutoModelForCausalLM,
     "masked": transformers.AutoModelForMaskedLM,
@@ -52,9 +69,9 @@ def reference(folder: Path, kind: Any, space: LoRA, batch: Any) -> dict[str, Ten
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
-@pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_gradients_are_those_of_autograd(name: str, tmp_path: Path) -> None:
-    kind = TINY_CONFIGS[name].kind
+    kind = MODELS[name].kind
     save_tiny(name, tmp_path, kind=kind)
     model = load(tmp_path, kind=kind, bits="none", compute_dtype="float32", device="cpu")
     space, batch = attached(model), tiny_task_batch(kind, rows=4)
@@ -66,3 +83,125 @@ def test_gradients_are_those_of_autograd(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(gradient.float(), wanted[layer], rtol=1e-3, atol=TOLERANCE)
         assert reach > 0
     assert max(gradient.abs().max() for gradient, _ in ours.values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("branches", [Branches.of(True, 0, 2), Branches.of(False, 1)], ids=["base", "pair"])
+def test_some_blocks_are_exact_above_others_that_are_estimated(
+    name: str, branches: Branches, tmp_path: Path
+) -> None:
+    """The lower adapters have directions, here of length zero; a classifier's graph is of all branches."""
+    kind: Any = "classifier" if name == "bert" else "causal"
+    save_tiny(name, tmp_path, kind=kind)
+    model = load(tmp_path, kind=kind, bits="none", compute_dtype="float32", device="cpu")
+    space = attached(model, blocks=2, exact_blocks=1, head="exact", train_a=True)
+    batch = tiny_task_batch(kind, rows=4)
+    assert {model.block_of(name) for name in space.parameters} == {0}
+    directions = {n: torch.zeros(branches.directions, *p.shape) for n, p in space.parameters.items()}
+    found = Traversal(model).losses(batch, branches, 1e-3, directions, space.exact)
+    wanted = reference(tmp_path, kind, space, batch)
+    compared = [layer for layer in split(found.exact, space) if "lora" in layer]
+    assert {model.block_of(layer) for layer in compared} == {1}
+    for layer in compared:
+        gradient = split(found.exact, space)[layer][0]
+        torch.testing.assert_close(gradient.float(), wanted[layer], rtol=1e-3, atol=TOLERANCE)
+
+
+def quantized(folder: Path, bits: Any, **options: Any) -> Model:
+    """A Llama of three blocks, float32 products."""
+    if not (folder / "config.json").exists():
+        save_tiny("llama", folder, num_hidden_layers=3)
+    return load(folder, bits=bits, compute_dtype="float32", device="cpu", **options)
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_packed_weights_have_the_gradient_of_what_they_are_unpacked_to(bits: Any, tmp_path: Path) -> None:
+    model = quantized(tmp_path / "model", bits)
+    space, batch = attached(model), tiny_task_batch("causal", rows=4)
+    found = Traversal(model).losses(batch, EVALUATION, exact=space.exact)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, linear in model.linears.items():
+        if model.block_of(name) is not None:
+            weight = plain.get_submodule(name).weight
+            linear.weight.values(weight.data)
+    plain.save_pretrained(tmp_path / "unpacked")
+    wanted = reference(tmp_path / "unpacked", "causal", space, batch)
+    for layer, (gradient, _) in split(found.exact, space).items():
+        torch.testing.assert_close(gradient.float(), wanted[layer], rtol=1e-3, atol=TOLERANCE)
+
+
+def test_streamed_blocks_have_the_same_gradients_bitwise(tmp_path: Path) -> None:
+    """They come back from the last one down; a second pass begins where the first one ended."""
+    batch, found = tiny_task_batch("causal", rows=4), {}
+    packed = checkpoint("llama", "nf4", tmp_path, num_hidden_layers=6)
+    for residency in ("resident", "host", "disk"):
+        model = load(packed, compute_dtype="float32", device="cpu", residency=residency)
+        space = attached(model)
+        traversal = Traversal(model)
+        found[residency] = [traversal.losses(batch, EVALUATION, exact=space.exact).exact for _ in range(2)]
+        model.residency.close()
+    for one in found["resident"]:
+        assert torch.equal(one, found["resident"][0])
+    assert all(torch.equal(one, found["resident"][0]) for place in found.values() for one in place)
+
+
+def test_what_is_asked_for_next_is_fetched_in_both_directions(tmp_path: Path) -> None:
+    """Every block comes once on the way up and once on the way down, but the last one, which is there."""
+    packed = checkpoint("llama", "nf4", tmp_path, num_hidden_layers=6)
+    model = load(packed, compute_dtype="float32", device="cpu", residency="disk")
+    space, batch = attached(model, exact_blocks=4, blocks=4), tiny_task_batch("causal", rows=4)
+    traversal, fetched = Traversal(model), []
+    traversal.losses(batch, EVALUATION, exact=space.exact)
+    residency: Any = model.residency
+    fetch = residency._fetch
+    residency._fetch = lambda block, slot: (fetched.append(block), fetch(block, slot))
+    traversal.losses(batch, EVALUATION, exact=space.exact)
+    assert fetched == [1, 2, 3, 4, 5, 3, 2, 0]  # 0 was there, and 5 and 4 are when the pass comes back
+    model.residency.close()
+
+
+def test_chunks_change_rounding_alone(tmp_path: Path) -> None:
+    found = []
+    for chunk in ("auto", 1):
+        model = quantized(tmp_path, "nf4")
+        space = attached(model)
+        model.branch_chunk = chunk
+        batch = tiny_task_batch("causal", rows=4)
+        found.append(Traversal(model).losses(batch, EVALUATION, exact=space.exact).exact)
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=TOLERANCE)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """A row's gradient is that of the row alone, without the padding that a longer one gives it."""
+    model = quantized(tmp_path, "nf4")
+    space = attached(model)
+    batch = tiny_task_batch("causal", rows=2, ends=[5, 12])
+    ids = batch.input_ids
+    whole = split(Traversal(model).losses(batch, EVALUATION, exact=space.exact).exact, space)
+    alone = []
+    for row, end in ((0, 5), (1, 12)):
+        at = batch.token_slot == row
+        sites = torch.arange(int(at.sum()))
+        one = batch._replace(
+            input_ids=ids[row : row + 1, :end], attention_mask=batch.attention_mask[row : row + 1, :end],
+            site_row=sites * 0, site_position=batch.site_position[at], token_site=sites,
+            token_id=batch.token_id[at], token_slot=sites * 0, slot_example=torch.zeros(1, dtype=torch.int64),
+            gold=torch.zeros(1, dtype=torch.int64),
+        )  # fmt: skip
+        alone.append(split(Traversal(model).losses(one, EVALUATION, exact=space.exact).exact, space))
+    for layer, (gradient, _) in whole.items():
+        sums = sum(one[layer][0] for one in alone)
+        torch.testing.assert_close(gradient, sums, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma4"])
+def test_a_model_whose_blocks_share_more_is_refused(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = load(tmp_path, bits="none", compute_dtype="float32", device="cpu")
+    space, batch = attached(model), tiny_task_batch("causal", rows=4)
+    with pytest.raises(UserError, match=r"--exact-blocks: gemma4_text .*; allowed for this model: 0"):
+        Traversal(model).losses(batch, EVALUATION, exact=space.exact)
+    assert model.boundaries is None
+    assert Traversal(model).losses(batch).per_example.isfinite().all()
