@@ -121,7 +121,8 @@ def make_stepper(
     curvature: Curvature | None = None,
 ) -> Stepper:
     """The step of a configuration; `traversal`, `arrays` and `space` as `Stepper` takes them."""
-    estimator = estimators.configured(config) if estimator is None else estimator
+    if estimator is None or not config.estimates:
+        estimator = estimators.configured(config)
     if curvature is None:
         curvature = for_estimator(config, estimator)
     course = step_size.Schedule(config.lr_schedule, 1.0, config.warmup_steps, config.steps)

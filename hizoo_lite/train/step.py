@@ -66,9 +66,11 @@ class StepRecord(NamedTuple):
     exact: bytes = b""  # see `Record`
 
     @property
-    def projected_grad(self) -> float:
-        """One number for a reader, see `Estimate.projected_grad`; NaN in a skipped step."""
-        return one_size(self.coefficients) if self.coefficients else math.nan
+    def projected_grad(self) -> float | None:
+        """One number for a reader, see `Estimate.projected_grad`; NaN in a skipped step, None without any."""
+        if self.coefficients:
+            return one_size(self.coefficients)
+        return math.nan if self.skipped else None
 
     @property
     def curvature(self) -> float | None:

@@ -122,7 +122,8 @@ def _write_graph(
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
     write_tokenizer(model.tokenizer, tokenizer_files(model.folder), out)
-    settings = replace(config, out=None, resume=False, head="estimated")  # there are no gradients
+    estimated: dict[str, Any] = {"head": "estimated", "exact_blocks": 0}  # there are no gradients
+    settings = replace(config, out=None, resume=False, **estimated)
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
 
 
