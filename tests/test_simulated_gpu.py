@@ -143,9 +143,10 @@ def test_losses_are_those_of_a_cpu(name: str, bits: str, tmp_path: Path) -> None
     [pytest.param(*one, marks=[] if one in FAST_RUNS else [pytest.mark.grid]) for one in figures.RUNS],
 )
 def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_path: Path) -> None:
-    there = run(tmp_path, "there", model=str(packed), space=space, residency=residency, steps=3)
+    chosen = {"model": str(packed), "space": space, "steps": 2}
+    there = run(tmp_path, "there", residency=residency, **chosen)
     with figures.drawn_alike():
-        here = run(tmp_path, "here", model=str(packed), space=space, device="cpu", steps=3)
+        here = run(tmp_path, "here", device="cpu", **chosen)
     assert there.summary["residency"] == residency
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
     assert there.summary["loss_after"] == here.summary["loss_after"]
@@ -262,7 +263,7 @@ def test_passes_keep_to_a_budget_under_which_blocks_travel(deep: Path, memory: M
 
 @pytest.mark.parametrize("residency", [pytest.param("auto", marks=pytest.mark.grid), "disk"])
 def test_the_least_budget_is_enough(residency: str, packed: Path, tmp_path: Path, memory: Memory) -> None:
-    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto", "steps": 2}
+    chosen = {"model": str(packed), "residency": residency, "branch_chunk": "auto", "steps": 1}
     plain = run(tmp_path, "plain", **chosen).summary["loss_after"]
     gc.collect()
     memory.reset()
@@ -406,11 +407,11 @@ def test_a_runs_device_is_recorded_and_compared(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for space in ("lora", "scales"):
-        run(tmp_path, space, model=str(packed), space=space, steps=2)
+        run(tmp_path, space, model=str(packed), space=space, steps=1)
         made = identity.read(tmp_path / space / "run.json")
         assert (made["gpu"], made["torch"]) == ("a simulated GPU", torch.__version__)
     monkeypatch.setattr(SimulatedGpu, "name", lambda self, device: "another GPU")
-    more = {"model": str(packed), "steps": 3, "resume": True}
+    more = {"model": str(packed), "steps": 2, "resume": True}
     told: list[str] = []
 
     class Hears(StopAfter):
@@ -424,20 +425,18 @@ def test_a_runs_device_is_recorded_and_compared(
         assert any(words in text for text in told)
 
 
-@pytest.mark.parametrize("written", [{"noise": "torch-cuda"}, {"noise_gpu": "a simulated GPU"}])
-def test_noise_of_another_generator_is_not_gone_on_with(
-    written: dict[str, str], packed: Path, tmp_path: Path
-) -> None:
+def test_noise_of_another_generator_is_not_gone_on_with(packed: Path, tmp_path: Path) -> None:
     chosen = {"model": str(packed), "space": "scales"}
-    assert run(tmp_path, "run", steps=2, **chosen).summary["noise"] == "philox-4x32-10"
+    assert run(tmp_path, "run", steps=1, **chosen).summary["noise"] == "philox-4x32-10"
     path = tmp_path / "run" / "run.json"
     made = json.loads(path.read_text())
     assert made.pop("noise") == "philox-4x32-10"
-    path.write_text(json.dumps({**made, **written}))
-    with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
-        run(tmp_path, "run", steps=3, resume=True, **chosen)
-    with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
-        replay.replay(tmp_path / "run")
+    for written in ({"noise": "torch-cuda"}, {"noise_gpu": "a simulated GPU"}):
+        path.write_text(json.dumps({**made, **written}))
+        with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
+            run(tmp_path, "run", steps=2, resume=True, **chosen)
+        with pytest.raises(UserError, match="--device: the generator that draws the noise of the weights"):
+            replay.replay(tmp_path / "run")
 
 
 def test_an_environment_that_rounds_is_refused_before_anything_is_read(

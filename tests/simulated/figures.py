@@ -34,9 +34,14 @@ def packed(folder: Path) -> Path:
 
 
 def settings(folder: Path, name: str, **changes: Any) -> TrainConfig:
-    """A run of six steps in float32, whose batches go through in the same chunks on every device."""
-    chosen = short_run(folder, out=str(folder / name), compute_dtype="float32", branch_chunk=4)
-    return TrainConfig(**{**chosen, "device": "simgpu", **changes})
+    """A run of six steps in float32, whose batches go through in the same chunks on every device.
+
+    Of weights only query and value are trained: their noise takes the simulated GPU a while.
+    """
+    alike = {"out": str(folder / name), "compute_dtype": "float32", "branch_chunk": 4, "targets": "attention"}
+    if changes.get("space", "lora") == "lora":
+        del alike["targets"]
+    return TrainConfig(**{**short_run(folder, **alike), "device": "simgpu", **changes})
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -72,12 +77,10 @@ def difference(model: Path, folder: Path, space: str, residency: str) -> float:
 
 def resumes(model: Path, folder: Path, space: str = "dense") -> bool:
     """Whether a run that was interrupted and resumed ends in the bytes of one that was not."""
-    shared = {"model": str(model), "space": space, "residency": "host", "steps": 2, "test_examples": 2}
-    if space == "dense":
-        shared["targets"] = "attention"  # noise of a weight takes the simulated GPU a while
+    chosen = {"model": str(model), "space": space, "residency": "host", "steps": 2, "test_examples": 2}
     with installed():
         for name in ("parts", "whole"):
-            config = settings(folder, name, **shared)
+            config = settings(folder, name, **chosen)
             if name == "whole":
                 fit(config)
             else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from hizoo_lite import device as devices
@@ -127,43 +127,75 @@ class DeviceTensor(Tensor):
         return _run(func, args, kwargs or {})
 
 
+class _Op:
+    """What is asked of an op at every launch."""
+
+    def __init__(self, func: Any) -> None:
+        self.name = name = str(func)
+        self.crosses = name.startswith(_CROSSING)
+        self.copies_to = name.startswith(("aten.copy_", "aten._copy_from"))
+        self.makes_copy = name.startswith("aten._to_copy")
+        self.reads_number = name.startswith("aten._local_scalar_dense")
+        self.is_attention = name.startswith("aten.scaled_dot_product_attention")
+        self.decodes = name == "bitsandbytes.dequantize_4bit.out"
+
+
+_op = functools.cache(_Op)
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """An op on the tensors of the host below."""
-    name = str(func)
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    there = [t for t in tensors if isinstance(t, DeviceTensor)]
-    here = [t for t in tensors if not isinstance(t, DeviceTensor) and t.ndim > 0]
-    if there and here and not name.startswith(_CROSSING):
-        raise RuntimeError(f"{name}: tensors on simgpu and on {here[0].device}, at {_line()}")
+    op = _op(func)
+    there: list[DeviceTensor] = []
+    here: list[Tensor] = []
+    _sort(args, there, here)
+    _sort(kwargs.values(), there, here)
+    if there and here and not op.crosses:
+        raise RuntimeError(f"{op.name}: tensors on simgpu and on {here[0].device}, at {_line()}")
     device = kwargs.get("device")
-    to_host = name.startswith("aten._to_copy") and device is not None and device.type == "cpu"
-    if there and (to_host or name.startswith("aten._local_scalar_dense")):
-        SYNCS[f"{name} @ {_line()}"] += 1
-    if name.startswith(("aten.copy_", "aten._copy_from")) and there and here and _waits(args, kwargs):
-        SYNCS[f"{name} @ {_line()}"] += 1
-    if name.startswith("aten.scaled_dot_product_attention"):  # one kernel, as on CUDA where it is a fused one
+    to_host = op.makes_copy and device is not None and device.type == "cpu"
+    if there and (to_host or op.reads_number):
+        SYNCS[f"{op.name} @ {_line()}"] += 1
+    if op.copies_to and there and here and _waits(args, kwargs):
+        SYNCS[f"{op.name} @ {_line()}"] += 1
+    if op.is_attention:  # one kernel, as on CUDA where it is a fused one
         assert not kwargs.get("enable_gqa"), "no fused kernel of CUDA takes groups in float32"
-    LAUNCHES[name] += 1
+    LAUNCHES[op.name] += 1
     for watcher in WATCHERS:
         watcher(func, args, kwargs)
-    if name == "bitsandbytes.dequantize_4bit.out":
+    if op.decodes:
         return _decode(*args, **kwargs)
     if BELOW[0] == "meta" and there:
-        if name.startswith("aten._local_scalar_dense"):
+        if op.reads_number:
             return True  # models ask whether a mask hides nothing
         if to_host:
             return torch.zeros(there[0].shape, dtype=kwargs.get("dtype") or there[0].dtype)
-    found = func(*tree_map(_below, args), **tree_map(_below, kwargs))
+    found = func(*_below(args), **{name: _below(value) for name, value in kwargs.items()})
     if to_host:
         return found
-    known = {id(t.raw): t for t in there}  # what is written in place is the tensor that was given
+    return _above(found, {id(t.raw): t for t in there})
 
-    def above(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return known[id(value)] if id(value) in known else DeviceTensor(value)
 
-    return tree_map(above, found)
+def _sort(values: Any, there: list[DeviceTensor], here: list[Tensor]) -> None:
+    """The tensors among an op's arguments: of the device, and of the host but for its numbers."""
+    for value in values:
+        if isinstance(value, DeviceTensor):
+            there.append(value)
+        elif isinstance(value, Tensor):
+            if value.ndim > 0:
+                here.append(value)
+        elif isinstance(value, list | tuple):
+            _sort(value, there, here)
+
+
+def _above(value: Any, known: dict[int, DeviceTensor]) -> Any:
+    """On the device; what was written in place is the tensor that was given."""
+    if isinstance(value, list | tuple):
+        return type(value)([_above(part, known) for part in value])
+    if not isinstance(value, Tensor):
+        return value
+    given = known.get(id(value))
+    return DeviceTensor(value) if given is None else given
 
 
 def _decode(
@@ -187,6 +219,8 @@ def _decode(
 def _below(value: Any) -> Any:
     if isinstance(value, DeviceTensor):
         return value.raw
+    if isinstance(value, list | tuple):
+        return type(value)([_below(part) for part in value])
     if isinstance(value, torch.device) and value.type == NAME:
         return torch.device(BELOW[0])
     return value
@@ -297,7 +331,7 @@ class SimulatedGpu(devices.Gpu):
 _setup_privateuseone_for_python_backend(NAME)
 _FALLBACK, _OPS = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _FALLBACK.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-for _op in (
+for _each in (
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.empty.memory_format,  # these with the dispatch to Python off: in torch.tensor(...)
     torch.ops.aten.empty_strided.default,
@@ -305,7 +339,7 @@ for _op in (
     torch.ops.aten._to_copy.default,
     torch.ops.aten.copy_.default,
 ):
-    _OPS.impl(_op, lambda *args, _op=_op, **kwargs: _run(_op, args, kwargs), "PrivateUse1")
+    _OPS.impl(_each, lambda *args, _each=_each, **kwargs: _run(_each, args, kwargs), "PrivateUse1")
 
 
 def install() -> None:
