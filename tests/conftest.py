@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores, here and in the processes of tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.setdefault("HIZOO_LITE_REPORT", "0")  # a process of seconds after every run; test_report.py draws
 
-import torch  # noqa: F401  (makes the logger)
+import pytest
+import torch  # makes the logger
+import torch._dynamo.config
 
 # pytest hangs its handlers on every logger that does not propagate, and torch formats a stack for every step
 # of a trace as soon as this one has a handler: more than half of the time of an export.
 logging.getLogger("torch.__trace").propagate = True
+
+# A fifth of the time of an export: what is found in this cache of traces has its strides computed again.
+torch._dynamo.config.fake_tensor_cache_enabled = False
+gc.freeze()  # what was imported by now stays
+
+
+#: About plans, or about memory that is measured beside what was planned.
+_PLANNED = {"test_plan", "test_profiles", "test_run_memory", "test_budget", "test_device"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs of a module that make the same passes of a model are planned once: half the time of a short run.
+
+    With a budget a plan asks what is there, and is made every time.
+    """
+    if request.module.__name__.rpartition(".")[2] in _PLANNED:
+        yield
+        return
+    from hizoo_lite.model.kinds import model_path
+    from hizoo_lite.train import planning
+
+    plain, plans = planning.plan_run, dict[str, Any]()
+
+    def plan_run(config: Any, source: Any, *given: Any, **named: Any) -> Any:
+        folder = Path(model_path(config.model))
+        if config.device_budget is not None or config.host_budget is not None or not folder.is_dir():
+            return plain(config, source, *given, **named)
+        files = [(file, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+        alike = replace(config, out=None, resume=False, steps=1, save_every=0)
+        key = repr((alike, files, given, sorted(named.items())))
+        if key not in plans:
+            plans[key] = plain(config, source, *given, **named)
+        return copy.deepcopy(plans[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planning, "plan_run", plan_run)
+        yield
