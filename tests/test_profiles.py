@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from pathlib import Path
@@ -24,8 +25,15 @@ SHIPPED = {
     *("jetson-orin-8gb", "laptop-16gb-cpu", "edge-4gb-cpu", "h200-141gb"),
 }
 
-#: A CPU, a small and a large GPU, and one that shares its memory with the host.
-FAST = {"edge-4gb-cpu", "rtx3060-12gb", "h200-141gb", "jetson-orin-8gb"}
+#: A CPU, a small and a large GPU, and one that shares its memory with the host; a model where it is tight.
+FAST = {
+    *(("edge-4gb-cpu", "tiny"), ("rtx3060-12gb", "llama-2-7b"), ("jetson-orin-8gb", "llama-2-7b")),
+    *(("jetson-orin-8gb", "tiny"), ("h200-141gb", "llama-2-70b")),
+}
+TABLE = [
+    pytest.param(*one, marks=[] if one in FAST else [pytest.mark.grid])
+    for one in itertools.product(sorted(SHIPPED), ("tiny", "llama-2-7b", "llama-2-70b"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,33 +53,30 @@ def test_the_shipped_profiles_are_found_by_name() -> None:
     assert set(hardware.names()) == SHIPPED
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in FAST else [pytest.mark.grid]) for one in sorted(SHIPPED)]
-)
+@pytest.mark.parametrize(("name", "model"), TABLE)
 def test_every_profile_plans_a_tiny_and_two_large_models(
-    name: str, inventories: dict[str, Inventory]
+    name: str, model: str, inventories: dict[str, Inventory]
 ) -> None:
-    machine = hardware.find(name)
-    for model, inventory in inventories.items():
-        config = config_of(
-            inventory.folder,
-            compute_dtype="auto",
-            device="auto",
-            batch_size=1,
-            eval_batch_size=1,
-            max_length=64,
-        )
-        plan = planner.plan_run(config, inventory, "causal", hardware=machine)
-        assert plan.device_type == machine.device
-        assert plan.seconds_lower_bound is not None
-        assert plan.seconds_lower_bound > 0
-        if plan.fits:
-            assert plan.peak_bytes <= machine.device_budget_bytes
-        if model == "tiny" or (model == "llama-2-7b" and machine.device == "cuda"):
-            assert plan.fits, plan.why
-        if plan.residency == "host":
-            assert plan.ledger.host["pinned_host"] > 0
-            assert plan.bounds["host_to_device"] > 0
+    machine, inventory = hardware.find(name), inventories[model]
+    config = config_of(
+        inventory.folder,
+        compute_dtype="auto",
+        device="auto",
+        batch_size=1,
+        eval_batch_size=1,
+        max_length=64,
+    )
+    plan = planner.plan_run(config, inventory, "causal", hardware=machine)
+    assert plan.device_type == machine.device
+    assert plan.seconds_lower_bound is not None
+    assert plan.seconds_lower_bound > 0
+    if plan.fits:
+        assert plan.peak_bytes <= machine.device_budget_bytes
+    if model == "tiny" or (model == "llama-2-7b" and machine.device == "cuda"):
+        assert plan.fits, plan.why
+    if plan.residency == "host":
+        assert plan.ledger.host["pinned_host"] > 0
+        assert plan.bounds["host_to_device"] > 0
 
 
 def test_a_24_gb_card_streams_70b_from_host_memory(inventories: dict[str, Inventory]) -> None:

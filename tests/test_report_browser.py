@@ -38,6 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def pages(run: Run) -> dict[int, Path]:
+    """The page of the run, and of the run beside itself; plots take seconds."""
+    return {runs: write_report([run.folder] * runs, run.folder / f"{runs}.html").html for runs in (1, 2)}
+
+
 def test_an_error_on_a_page_would_be_heard(page: Page, tmp_path: Path) -> None:
     (tmp_path / "broken.html").write_text("<script>nosuch()</script><img src=missing.png>")
     page.open(tmp_path / "broken.html", 1280)
@@ -47,9 +53,10 @@ def test_an_error_on_a_page_would_be_heard(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("runs", [1, 2])
-def test_the_page_fits_and_has_no_errors(run: Run, page: Page, width: int, dark: bool, runs: int) -> None:
-    file = write_report([run.folder] * runs, run.folder / f"{runs}.html").html
-    page.open(file, width, dark)
+def test_the_page_fits_and_has_no_errors(
+    run: Run, pages: dict[int, Path], page: Page, width: int, dark: bool, runs: int
+) -> None:
+    page.open(pages[runs], width, dark)
     assert page.console() == []
     assert page.ask("innerWidth") == width
     assert page.ask("document.documentElement.scrollWidth") <= width
@@ -66,8 +73,10 @@ def test_the_page_fits_and_has_no_errors(run: Run, page: Page, width: int, dark:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_no_text_of_a_plot_leaves_it_or_covers_another(run: Run, page: Page, width: int) -> None:
-    page.open(write_report([run.folder]).html, width)
+def test_no_text_of_a_plot_leaves_it_or_covers_another(
+    pages: dict[int, Path], page: Page, width: int
+) -> None:
+    page.open(pages[1], width)
     boxes = page.ask(
         "[...document.querySelectorAll('figure svg')].filter(s => s.clientWidth > 0).map(s => ["
         "s.getBoundingClientRect().toJSON(), [...s.querySelectorAll('text')].map("
