@@ -105,18 +105,19 @@ def _apart(log_p: Tensor, compared: Tensor) -> Tensor:
 
 
 def export_training(config: TrainConfig, folder: Path) -> Path:
-    """A folder as `export --to onnx-train` writes it, of the embedded model in float32 with its LoRA."""
+    """A folder as `export --to onnx-train` writes it, of a causal model in float32 with its LoRA."""
     folder.mkdir(parents=True)
-    model = load(DEMO, kind="causal", bits="none", compute_dtype="float32", device="cpu")
+    source = Path(config.model)
+    model = load(source, kind="causal", bits="none", compute_dtype="float32", device="cpu")
     space = LoRA(rank=config.rank, train_a=config.train_a, blocks=config.blocks)
     space.attach(model, config.seed)
     space.save(folder / "adapter")
     tensors = tensors_of(space)
     task = components.find_task(config.task)
     examples = components.make_splits(config, task).train[:2]
-    encoder = Encoder(AutoTokenizer.from_pretrained(DEMO), "causal", task, config.max_length)
+    encoder = Encoder(AutoTokenizer.from_pretrained(source), "causal", task, config.max_length)
     batch = batch_tensors(encoder.collate([encoder.encode(example, training=True) for example in examples]))
-    plain = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     graph = _TrainGraph(plain, space, batch.loss).eval()
     arguments = (
         tuple(getattr(batch, name).clone() for name in INTEGERS),
@@ -141,12 +142,12 @@ def export_training(config: TrainConfig, folder: Path) -> Path:
         ],
         "lora": json.loads((folder / "adapter" / "adapter_config.json").read_text()),
         "onnx_adapter": {"names": onnx_names(space)},
-        "base": BASE,
+        "base": {"model": config.model, "fingerprint": of_model(source)},
     }
     (folder / "train.json").write_text(json.dumps(record))
     (folder / "config.toml").write_text(config_file.write(config))
     for name in TOKENIZER_FILES:
-        shutil.copy(DEMO / name, folder)
+        shutil.copy(source / name, folder)
     return folder
 
 

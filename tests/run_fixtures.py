@@ -113,6 +113,23 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return found
 
 
+def shallow(folder: Path) -> Path:
+    """The embedded model with its first block alone, where a block is as good as four."""
+    from safetensors.torch import load_file, save_file
+
+    import hizoo_lite
+
+    copy = folder / "shallow"
+    shutil.copytree(Path(hizoo_lite.__file__).parent / "demo", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = copy / "model.safetensors"
+    deeper = tuple(f"model.layers.{block}." for block in range(1, config["num_hidden_layers"]))
+    tensors = {name: value for name, value in load_file(weights).items() if not name.startswith(deeper)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return copy
+
+
 def nan_head(folder: Path) -> Path:
     """A copy of the embedded model whose losses are not finite: one entry of its final norm is NaN."""
     import torch

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from hizoo_lite import locks
 from hizoo_lite.batch import Example
 from hizoo_lite.branches import Branches
-from hizoo_lite.config import DEMO, TrainConfig
+from hizoo_lite.checkpoints.fingerprint import of_model
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.graph import GraphSpace, Record, TrainGraph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -34,8 +35,8 @@ from hizoo_lite.tasks import Encoded, Encoder, Task
 from hizoo_lite.tasks.collate import collate
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.replay import replay
-from tests.edge_fixtures import BASE, export_classifier, export_training
-from tests.run_fixtures import short_run
+from tests.edge_fixtures import export_classifier, export_training
+from tests.run_fixtures import shallow, short_run
 from tests.test_edge_imports import BLOCKED, without_torch
 
 #: Both sides compute in float32; a step's rounding moves the next steps' losses by less than this.
@@ -47,7 +48,8 @@ STEPS = 25
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("data")
     as_a_graph_has_it = {"bits": "none", "compute_dtype": "float32", "head": "estimated"}
-    return TrainConfig(**short_run(folder, steps=STEPS, blocks="all", **as_a_graph_has_it))
+    model = str(shallow(folder))
+    return TrainConfig(**short_run(folder, model=model, steps=STEPS, blocks="all", **as_a_graph_has_it))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
         *("summary.json", "memory.json", locks.NAME),
     }
     made_of = json.loads((folder / "run.json").read_text())
-    assert [made_of["base"], made_of["base_fingerprint"]] == list(BASE.values())
+    assert [made_of["base"], made_of["base_fingerprint"]] == [config.model, of_model(Path(config.model))]
     memory = json.loads((folder / "memory.json").read_text())
     assert memory["session_bytes"] > 0
     assert memory["phases"]["train"]["peak_bytes"] <= summary["measured_peak_bytes"]
@@ -147,7 +149,7 @@ def test_the_adapter_goes_back_to_torch_and_to_onnxruntime(
     from hizoo_lite.train.saved import attach_adapter
 
     folder, _ = train(exported, replace(config, out=str(tmp_path / "run"), steps=4))
-    model = load(DEMO, kind="causal", bits="none")
+    model = load(config.model, kind="causal", bits="none")
     space = attach_adapter(model, folder)
     kept = onnxruntime.AdapterFormat.read_adapter(str(folder / "adapter.onnx_adapter")).get_parameters()
     names = Record.read(exported).onnx_names

@@ -21,6 +21,7 @@ from hizoo_lite.base import Bits
 from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.checkpoints.adapter import PEFT_WEIGHTS
+from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
@@ -41,8 +42,7 @@ from hizoo_lite.spaces import LoRA
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
-from tests.edge_fixtures import BASE
-from tests.run_fixtures import short_run, write_classes
+from tests.run_fixtures import shallow, short_run, write_classes
 from tests.tasks_fixtures import word_piece
 
 #: Of a loss of tiny models, in float32 on both sides.
@@ -141,10 +141,11 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A run of the embedded model in NF4, and its training graph with the parameters it began with."""
+    """A run of the embedded model's first block in NF4, and its graph with the parameters it began with."""
     folder = tmp_path_factory.mktemp("demo")
     settings = {"bits": "nf4", "compute_dtype": "float32", "head": "estimated"}  # a graph has no gradients
-    run = fit(TrainConfig(**short_run(folder, steps=STEPS, **settings)))
+    model = str(shallow(folder))
+    run = fit(TrainConfig(**short_run(folder, model=model, steps=STEPS, **settings)))
     export_train(run.folder, folder / "graph", fresh=True)
     return run, folder / "graph"
 
@@ -190,7 +191,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
 
 def test_rows_for_labels_are_in_the_graph_and_stay(tmp_path: Path) -> None:
     """The export itself compares losses with the model's, to 1e-4."""
-    run = fit(TrainConfig(**short_run(tmp_path, bits="nf4", compute_dtype="float32", lr="auto")))
+    settings = {"bits": "nf4", "compute_dtype": "float32", "lr": "auto", "model": str(shallow(tmp_path))}
+    run = fit(TrainConfig(**short_run(tmp_path, **settings)))
     record = export_train(run.folder, tmp_path / "graph")
     trained = {entry["name"]: entry["trained"] for entry in record["parameters"]}
     assert {name for name in trained if "lm_head" in name} == {
@@ -296,7 +298,7 @@ def test_the_folder_says_what_the_graph_is(demo: tuple[Run, Path], classifier: t
     assert {entry["branches"] for entry in record["check"]["runs"]} == {1, 2}
     assert record["check"]["max_abs_difference"] < record["check"]["limit"] == 1e-4
     assert set(record["lora"]["target_modules"]) == set(run.setup.space.target_names)  # type: ignore[attr-defined]
-    assert record["base"]["fingerprint"] == BASE["fingerprint"]
+    assert record["base"]["fingerprint"] == of_model(Path(run.setup.config.model))
     config = RunFolder(graph).config()
     assert config == replace(RunFolder(run.folder).config(), out=None)
     assert (graph / "tokenizer.json").is_file()
