@@ -31,6 +31,7 @@ from hizoo_lite.train.step import Stepper
 from tests import reference
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
+from tests.tables import covering
 from tests.weights_reference import (
     Streamed,
     changes,
@@ -126,8 +127,7 @@ SIGMAS: dict[str, Callable[[], Curvature]] = {
 # ------------------------------------------------------------------------------------------- branches
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-@every_kind
+@pytest.mark.parametrize(("kind", "sigma"), covering(tuple(KINDS), tuple(SIGMAS)))
 def test_losses_equal_those_of_plain_models_with_perturbed_weights(
     kind: str, sigma: str, tmp_path: Path
 ) -> None:
@@ -148,8 +148,10 @@ def test_losses_equal_those_of_plain_models_with_perturbed_weights(
     assert Traversal(model).losses(batch).mean().item() == pytest.approx(expected[0], abs=FLOAT32_ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["dense nf4", "residual nf4", "scales nf4", "scales int8"])
-@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("kind", "compute"),
+    covering(("dense nf4", "residual nf4", "scales nf4", "scales int8"), ("bf16", "fp16")),
+)
 def test_sixteen_bit_products_keep_the_projected_gradient_and_the_curvature(
     kind: str, compute: str, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.resolved import Resolved
 from tests.architectures import TINY_CONFIGS, save_tiny, tiny_batch
 from tests.run_fixtures import short_run
+from tests.tables import covering
 from tests.test_load_process import run_python, save_large_llama
 
 AUTO = {
@@ -99,8 +100,10 @@ BASES = [
 ]
 
 
-@pytest.mark.parametrize("is_stored", [False, True], ids=["quantized-on-load", "quantized-before"])
-@pytest.mark.parametrize(("name", "kind", "bits", "double_quant"), BASES)
+@pytest.mark.parametrize(
+    ("name", "kind", "bits", "double_quant", "is_stored"),  # quantized on load, or before
+    covering(BASES, (False, True)),
+)
 def test_transformers_gives_our_logits_with_the_adapter(name, kind, bits, double_quant, is_stored, tmp_path):
     kind = kind or TINY_CONFIGS[name].kind
     labels = {"num_labels": 3} if kind == "classifier" else {}
@@ -136,19 +139,19 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("is_stored", [False, True])
+TRAINED = [
+    ("dense", "none", {"update": "residual"}),
+    ("dense", "nf4", {"update": "residual"}),
+    ("dense", "int8", {"update": "requantize"}),
+    ("dense", "nf4", {"update": "requantize"}),
+    ("scales", "fp4", {}),
+    ("scales", "int8", {}),
+]
+
+
 @pytest.mark.parametrize(
-    ("space", "bits", "options"),
-    [
-        ("dense", "nf4", {"update": "residual"}),
-        ("dense", "none", {"update": "residual"}),
-        ("dense", "int8", {"update": "requantize"}),
-        ("dense", "nf4", {"update": "requantize"}),
-        ("scales", "fp4", {}),
-        ("scales", "int8", {}),
-    ],
+    ("name", "space", "bits", "options", "is_stored"), covering(("gpt2", "bert"), TRAINED, (False, True))
 )
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_trained_weights_are_the_merged_ones(name, space, bits, options, is_stored, tmp_path):
     kind = "classifier" if name == "bert" else "causal"
     base = tmp_path / "base"
@@ -166,8 +169,10 @@ def test_trained_weights_are_the_merged_ones(name, space, bits, options, is_stor
     torch.testing.assert_close(logits(theirs(tmp_path / "full", kind)), ours, **FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize(("bits", "double_quant"), [("nf4", True), ("fp4", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("name", "bits", "double_quant"),
+    covering(("llama", "gpt2", "bert"), (("nf4", True), ("fp4", False), ("int8", True))),
+)
 def test_requantized_is_what_quantize_makes_of_the_float32_folder(name, bits, double_quant, tmp_path):
     kind = "classifier" if name == "bert" else "causal"
     save_tiny(name, tmp_path / "base", kind=kind, dtype=torch.bfloat16)

@@ -40,6 +40,7 @@ from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import components, planning
 from hizoo_lite.train.resolved import Resolved
 from tests.architectures import MAX_POSITIONS, TINY_CONFIGS, save_tiny
+from tests.tables import covering
 
 FRAMEWORK = 300 << 20
 EXACT = ("embeddings_and_head", "resident_blocks", "block_slots", "adapters", "curvature", "small_parameters")
@@ -93,8 +94,13 @@ def streamable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------- what is held
 
 
-@pytest.mark.parametrize("bits", ["nf4", "int8", "none"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    covering(
+        ("llama", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "gpt2"),
+        ("nf4", "int8", "none"),
+    ),
+)
 def test_predicted_owners_equal_the_bytes_of_live_objects(name: str, bits: Any, tmp_path: Path) -> None:
     save_tiny(name, tmp_path, dtype=torch.bfloat16)
     config = config_of(tmp_path, bits=bits, targets="all-linear")
@@ -133,11 +139,12 @@ def check_owners(plan: Plan, parts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "branches",
-    [Branches.of(), Branches.of(base=False), Branches.of(pairs=0, one_sided=2), EVALUATION],
-    ids=str,
+    ("name", "branches"),
+    covering(
+        ("llama", "opt", "gpt2", "gemma2"),
+        (Branches.of(), Branches.of(base=False), Branches.of(pairs=0, one_sided=2), EVALUATION),
+    ),
 )
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
 def test_a_dry_run_makes_the_tensors_of_a_real_pass(name: str, branches: Branches, tmp_path: Path) -> None:
     save_tiny(name, tmp_path, dtype=torch.bfloat16)
     config = config_of(tmp_path, targets="all-linear", blocks="all")
@@ -198,8 +205,9 @@ def test_more_branches_rows_and_tokens_make_more(streamable: Path) -> None:
     assert len(set(sizes)) == len(sizes)
 
 
-@pytest.mark.parametrize("update", ["residual", "requantize"])
-@pytest.mark.parametrize("bits", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize(
+    ("bits", "update"), covering(("nf4", "fp4", "int8", "none"), ("residual", "requantize"))
+)
 def test_an_update_is_planned_with_the_bytes_that_it_makes(bits: Any, update: Any, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, dtype=torch.bfloat16)
     config = config_of(tmp_path, space="dense", dense_update=update)

@@ -17,6 +17,7 @@ from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
 from hizoo_lite.model import build
+from tests.tables import covering
 from tests.test_load_process import run_python
 
 SMALL = {"vocab_size": 500, "hidden_size": 256, "num_attention_heads": 4}
@@ -39,10 +40,12 @@ def loss(module: torch.nn.Module) -> float:
         return float(module(input_ids=ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("shape", ["opt-1.3b", "tinyllama-1.1b", "qwen2.5-7b"])
 @pytest.mark.parametrize(
-    ("bits", "double_quant"),
-    [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False), ("none", False)],
+    ("shape", "bits", "double_quant"),
+    covering(
+        ("opt-1.3b", "tinyllama-1.1b", "qwen2.5-7b"),
+        (("nf4", True), ("nf4", False), ("fp4", True), ("int8", False), ("none", False)),
+    ),
 )
 def test_a_random_model_loads_everywhere_and_guesses(shape, bits, double_quant, tmp_path):
     out = make(tmp_path / "out", shape, bits=bits, double_quant=double_quant)
