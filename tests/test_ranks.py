@@ -93,7 +93,11 @@ def test_shares_are_in_order_and_whole() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", [{}, {"device": "simgpu", "residency": "host", "steps": 4}], ids=["cpu", "gpu"]
+    "place",
+    [  # on a CPU a rank is killed below, and losses are compared
+        pytest.param({}, marks=pytest.mark.grid, id="cpu"),
+        pytest.param({"device": "simgpu", "residency": "host", "steps": 2}, id="gpu"),
+    ],
 )
 def test_ranks_stay_identical_and_equal_a_single_process(place: dict[str, Any], tmp_path: Path) -> None:
     alone = fit(TrainConfig(**settings(tmp_path / "one", **{**place, "device": "cpu", "residency": "auto"})))
@@ -128,16 +132,16 @@ def test_a_killed_rank_ends_the_others_saved_and_another_number_of_ranks_goes_on
     assert process.returncode != 0
     done = _steps(folder)
     assert 0 < done < 16, text
-    finish(launch(3, {**options, "resume": True}))
+    fit(TrainConfig(**{**options, "resume": True}))
     assert np.abs(losses(folder) - losses(wanted.folder)).max() < 10 * TOLERANCE
     assert len(losses(folder)) == 16
 
 
 def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:
-    whole = fit(TrainConfig(**settings(tmp_path / "whole")))
-    parts = fit(TrainConfig(**settings(tmp_path / "parts", accumulate=2)))
+    whole = fit(TrainConfig(**settings(tmp_path / "whole", steps=3)))
+    parts = fit(TrainConfig(**settings(tmp_path / "parts", steps=3, accumulate=2)))
     assert np.abs(losses(whole.folder) - losses(parts.folder)).max() < TOLERANCE
-    more = fit(TrainConfig(**settings(tmp_path / "more", accumulate=9)))  # more parts than examples
+    more = fit(TrainConfig(**settings(tmp_path / "more", steps=3, accumulate=9)))  # more parts than examples
     assert np.abs(losses(whole.folder) - losses(more.folder)).max() < TOLERANCE
 
 
