@@ -50,10 +50,12 @@ def tuned_weights(folder: Path, name: str, bits: Bits, space: str, **options: An
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in nf4, two adapters of it and the export of the first."""
+    """A Llama in nf4, two adapters of it and the export of the first, in tiles smaller than its matrices."""
     folder = tmp_path_factory.mktemp("llama")
-    first, _ = tuned(folder, "llama", "nf4")
-    export_onnx(first, folder / "onnx")
+    first, _ = tuned(folder, "llama", "nf4", dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hizoo_lite.export.onnx.linear.TILE_BYTES", 64 * 4 * 40)
+        export_onnx(first, folder / "onnx")
     return folder
 
 
@@ -135,11 +137,8 @@ def _steps(values: torch.Tensor) -> torch.Tensor:
     return steps
 
 
-def test_a_large_matrix_is_cut_one_tile_after_the_other(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("hizoo_lite.export.onnx.linear.TILE_BYTES", 64 * 4 * 40)
-    first, _ = tuned(tmp_path, "llama", "nf4", dtype=torch.bfloat16)
-    export = export_onnx(first, tmp_path / "onnx")
-    assert export.record["check"]["max_abs_difference"] < compare.LIMIT
+def test_a_large_matrix_is_cut_one_tile_after_the_other(llama: Path) -> None:
+    assert Export.open(llama / "onnx").record["check"]["max_abs_difference"] < compare.LIMIT
 
 
 def test_an_architecture_that_onnxruntime_cannot_run_is_named(tmp_path: Path) -> None:
