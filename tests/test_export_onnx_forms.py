@@ -87,7 +87,11 @@ def test_tuned_weights_are_exported_as_they_are(name, bits, space, options, oper
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", "fp16"), pytest.param("gpt2", "float32", marks=pytest.mark.grid)]
+    ("name", "dtype"),
+    [
+        ("bert", "fp16"),
+        *(pytest.param(*one, marks=pytest.mark.grid) for one in (("llama", "fp16"), ("gpt2", "float32"))),
+    ],
 )
 def test_a_merged_export_computes_what_the_adapter_does(name: str, dtype: Any, tmp_path: Path) -> None:
     first, second = tuned(tmp_path, name, "nf4")
