@@ -32,6 +32,7 @@ from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.model.model import Model
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
+from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Records, TaskLike
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
@@ -275,6 +276,12 @@ def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     tell(f"{setup.task.name}, {setup.splits}")
+    if setup.config.estimates and "exact_blocks" in SPACES.lines[setup.config.space].settings:
+        count = len({setup.model.block_of(name) for name in setup.space.target_names})
+        tell(
+            f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "
+            "exact, in about the same memory, and learns in a fraction of the steps"
+        )
 
 
 def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hizoo_lite.cli.options import with_settings
+from hizoo_lite.registry import SPACES
+from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
     from hizoo_lite.base import ModelKind
@@ -68,6 +70,7 @@ def plan(
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
     from hizoo_lite.plan.workload import Demand, Workload
+    from hizoo_lite.spaces.targets import AUTO_SHARE
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
@@ -77,10 +80,22 @@ def plan(
     found = planner.plan_run(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
+    exact: tuple[int, Plan] | None = None
+    if found.fits and config.exact_blocks == 0 and "exact_blocks" in SPACES.lines[config.space].settings:
+        count = -(-found.blocks // AUTO_SHARE)
+        same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
+        exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)
     if json:
-        output.print_json({"model": config.model, "profile": profile, **found.to_json()})
+        output.print_json({"model": config.model, "profile": profile, **found.to_json(), **_suggested(exact)})
     else:
         _print(found, config, budget_of)
+        if exact is not None:
+            count, other = exact
+            typer.echo(
+                f"with --exact-blocks {count}: {format_bytes(other.peak_bytes)}, "
+                f"{'fits too' if other.fits else 'does not fit'}; exact gradients learn in a fraction of the "
+                "steps, forwards alone are for runtimes without a backward pass"
+            )
     if out is not None:
         _draw(Path(out), config, inventory, kind, workload, hardware, found)
     if not found.fits:
@@ -88,6 +103,14 @@ def plan(
 
 
 command = with_settings(plan, SHARED, _HELP)
+
+
+def _suggested(exact: tuple[int, Plan] | None) -> dict[str, Any]:
+    """What a plan says of exact gradients in so many blocks."""
+    if exact is None:
+        return {}
+    count, plan = exact
+    return {"exact": {"blocks": count, "fits": plan.fits, "peak_bytes": plan.peak_bytes}}
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
