@@ -109,7 +109,9 @@ class TrainConfig:
     )
     rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
     train_a: bool = _setting(
-        False, "train A as well as B; without it A keeps its random start", group="Space"
+        False,
+        "train A as well as B where gradients are estimated; without it A keeps its random start",
+        group="Space",
     )
     head: Literal["exact", "estimated", "none"] = _setting(
         "exact",

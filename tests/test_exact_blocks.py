@@ -78,7 +78,7 @@ def test_gradients_are_those_of_autograd(name: str, tmp_path: Path) -> None:
     found = Traversal(model).losses(batch, EVALUATION, exact=space.exact)
     wanted = reference(tmp_path, kind, space, batch)
     ours = split(found.exact, space)
-    assert len(ours) == len(space.target_names)
+    assert len(ours) == 2 * len(space.target_names)
     for layer, (gradient, reach) in ours.items():
         torch.testing.assert_close(gradient.float(), wanted[layer], rtol=1e-3, atol=TOLERANCE)
         assert reach > 0

@@ -90,11 +90,11 @@ def recorded_rows(
 ) -> int:
     """Sequences that go through a block together with a graph, whose activations live until its gradient.
 
-    auto: half as many tokens as a chunk without one has at least. The rest is as for `plan_chunks`.
+    auto: a quarter of the tokens that a chunk without one has at least. The rest is as for `plan_chunks`.
     """
     if wanted != "auto":
         return max(1, min(wanted, rows) >> chunk_halvings)
-    tokens = LEAST_TOKENS[like(device_type)] >> (1 + chunk_halvings)
+    tokens = LEAST_TOKENS[like(device_type)] >> (2 + chunk_halvings)
     return min(rows, max(1, tokens // length))
 
 

@@ -9,7 +9,8 @@ B their places, divided by the scaling.
 
 A stays at its random start (as in LoRA-FA, 2308.03303) unless `train_a`. With B alone trained the adapter is
 linear in its parameters, and the curvature along them keeps its size. Trained together, A grows with B and
-the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone.
+the curvature with both: on SmolLM2 from 0.15 to 7 400 in 200 steps at a rate that suits B alone. Adapters
+with exact gradients train both.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class LoRA(Space):
     or names of linear layers (full, or the last part, such as "q_proj").
     head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`): those of
     a language model have exact gradients or are not there.
-    train_a: train A as well as B.
+    train_a: train A as well as B; of those with exact gradients both are trained.
     blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`), or
     `exact_blocks`.
     exact_blocks: in how many blocks, from the top, the adapters have exact gradients, or "all" (see
@@ -190,17 +191,13 @@ class LoRA(Space):
             drawn = draw.uniform(-bound, bound, (self.rank, linear.in_features)).astype("float32")
             a = torch.from_numpy(drawn).to(model.device)
             b = torch.zeros(linear.out_features, self.rank, device=model.device)
-            is_exact = in_top(model, target, self.exact_blocks)
-            trained = self.exact if is_exact else self.parameters
-            (trained if self.train_a else self.frozen)[names[0]] = a
-            trained[names[1]] = b
-            own = (names[0] if self.train_a else "", names[1])
-            none = (None, None)
-            linear.delta = (
-                LoRADelta(a, b, none, self.scaling, exact=own)
-                if is_exact
-                else LoRADelta(a, b, (own[0] or None, own[1]), self.scaling)
-            )
+            if in_top(model, target, self.exact_blocks):
+                self.exact |= {names[0]: a, names[1]: b}
+                linear.delta = LoRADelta(a, b, (None, None), self.scaling, exact=names)
+            else:
+                (self.parameters if self.train_a else self.frozen)[names[0]] = a
+                self.parameters[names[1]] = b
+                linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
         self.label_layer = None
         if labels is not None and self.head == "exact" and len(labels) <= self.rank:
