@@ -53,9 +53,9 @@ from hizoo_lite.spaces.heads import (
 )
 from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, restore
 
-#: How far an output of a layer inside the blocks may move in a step, where a logit may move by one nat (see
-#: `optimizers/exact.py`). Of 0.003 to 0.1 the best on SmolLM2 (tools/LOG.md).
-STEP = 0.01
+#: How far B's product may move in a step, where a logit may move by one nat (see `optimizers/exact.py`), and
+#: that of A by one, too. Of 0.01 to 0.3 the best on SmolLM2 (tools/LOG.md).
+STEP = 0.03
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
@@ -107,7 +107,8 @@ class LoRA(Space):
     targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
     or names of linear layers (full, or the last part, such as "q_proj").
     head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`): those of
-    a language model have exact gradients or are not there.
+    a language model have exact gradients or are not there. Beside blocks with exact gradients they are not:
+    those move the logits as well, and rows then fit the training examples sooner (tools/LOG.md).
     train_a: train A as well as B; of those with exact gradients both are trained.
     blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`), or
     `exact_blocks`.
@@ -200,7 +201,8 @@ class LoRA(Space):
                 linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
         self.label_layer = None
-        if labels is not None and self.head == "exact" and len(labels) <= self.rank:
+        wanted = self.head == "exact" and not self.exact_blocks
+        if labels is not None and wanted and len(labels) <= self.rank:
             self._attach_labels(labels)
 
     def _attach_labels(self, labels: Sequence[int]) -> None:

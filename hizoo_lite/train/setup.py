@@ -93,7 +93,7 @@ def build(
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
     """Tokens that have no rows of the head, though they would have been wanted."""
     has_rows = config.head == "exact" and not SPACES.lines[config.space].in_weights
-    if has_rows and len(labels) > config.rank:
+    if has_rows and config.exact_blocks == 0 and len(labels) > config.rank:
         _log.warning(
             "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
             *(len(labels), config.rank),
