@@ -42,9 +42,7 @@ class Boundaries:
         """standing: how many of the first branches stand for theta."""
         self.model, self.lowest, self.standing = model, lowest, standing
         self.given: dict[int, Given] = {}
-        self.output: Tensor | None = (
-            None  # of the last block, (branches * rows, ...), which a graph begins at
-        )
+        self.output: Tensor | None = None  # of the last block, (branches * rows, ...): a graph begins there
         self._before: tuple[int, Any] = (0, None)  # where the last output lies
         self._others: set[int] = set()  # where blocks' further outputs lie
 

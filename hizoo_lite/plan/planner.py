@@ -114,7 +114,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
     kept_inputs, metered = subject.boundaries(option)
     if subject.device == "cpu":
-        device["boundaries"] = kept_inputs - metered
+        device["boundaries"] = max(0, kept_inputs - metered)
     else:
         host["boundaries"] = kept_inputs
     if subject.device == "cpu" and not gives_back:
