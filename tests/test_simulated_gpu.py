@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -43,7 +44,7 @@ from hizoo_lite.quant import ResidualWeight, native, pack
 from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.tensors import BLOCK, TorchArrays
-from hizoo_lite.train import identity, replay
+from hizoo_lite.train import identity, journal, replay
 from hizoo_lite.train.step import StepRecord
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.batches import tiny_task_batch
@@ -153,6 +154,30 @@ def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_pa
     again = replay.replay(tmp_path / "there")
     assert again.differs == []
     assert len(again.same) >= 2
+
+
+@pytest.mark.parametrize("residency", ["resident", "host"])
+def test_exact_gradients_inside_the_blocks_are_those_of_a_cpu(
+    residency: str, packed: Path, tmp_path: Path
+) -> None:
+    """Inputs of blocks wait on the host, and come back in the other order.
+
+    A GPU's tiles of a weight are larger, so that sums over them round otherwise; gradients are of the order
+    of 1e-3. Adam divides by their size, and later steps are not compared. Reaches, above 1, count the places
+    whose gradient is not zero, which that of a single key's softmax is but for rounding.
+    """
+    chosen = {"model": str(packed), "exact_blocks": "all", "steps": 2}
+    gradients = []
+    for name, options in (("there", {"residency": residency}), ("here", {"device": "cpu"})):
+        run(tmp_path, name, **options, **chosen)
+        gradients.append(np.frombuffer(journal.read(tmp_path / name / "journal.bin")[0].exact, "<f4"))
+    assert losses(tmp_path / "there")[0] == losses(tmp_path / "here")[0]
+    assert len(gradients[0]) == len(gradients[1])
+    of_reaches = np.abs(gradients[1]) > 1
+    assert 0 < of_reaches.sum() <= 4 * 2 * 3
+    there, here = (np.where(of_reaches, 0.0, one) for one in gradients)
+    np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-7)
+    assert replay.replay(tmp_path / "there").differs == []
 
 
 def test_the_host_waits_for_the_device_once_a_step(packed: Path, tmp_path: Path) -> None:

@@ -342,6 +342,36 @@ for _each in (
     _OPS.impl(_each, lambda *args, _each=_each, **kwargs: _run(_each, args, kwargs), "PrivateUse1")
 
 
+class _Attention(torch.autograd.Function):
+    """scaled_dot_product_attention with its gradient, which is one op for autograd as well."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, options: Any) -> Any:
+        ctx.save_for_backward(query, key, value)
+        ctx.options = options
+        return _run(torch.ops.aten.scaled_dot_product_attention.default, (query, key, value), options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with torch.enable_grad():
+            here = [tensor.raw.detach().requires_grad_(True) for tensor in ctx.saved_tensors]
+            options = {name: _below(value) for name, value in ctx.options.items()}
+            out = torch.nn.functional.scaled_dot_product_attention(*here, **options)
+        found = torch.autograd.grad(out, here, gradients[0].raw)
+        return *map(DeviceTensor, found), None
+
+
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    **named: Any,
+) -> Any:  # fmt: skip
+    options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **named}
+    return _Attention.apply(query, key, value, options)
+
+
+_OPS.impl(torch.ops.aten.scaled_dot_product_attention.default, _attention, "AutogradPrivateUse1")
+
+
 def install() -> None:
     """`simgpu` is a device from here on, and a setting of a run."""
     devices.register(SimulatedGpu())
