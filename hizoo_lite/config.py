@@ -257,13 +257,17 @@ class TrainConfig:
     @property
     def estimates(self) -> bool:
         """Whether a step estimates any gradient: not if all blocks that are trained have exact ones."""
-        exact, blocks = self.exact_blocks, self.blocks
-        if exact in (0, "all") or blocks == "all":
-            return exact != "all"
-        return blocks != "auto" and int(blocks) > int(exact)
+        return _estimates(self.exact_blocks, self.blocks)
 
     def __post_init__(self) -> None:
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
+
+
+def _estimates(exact_blocks: Any, blocks: Any) -> bool:
+    """Whether blocks that are trained are more than those with exact gradients."""
+    if exact_blocks in (0, "all") or blocks == "all":
+        return bool(exact_blocks != "all")
+    return bool(blocks != "auto" and blocks > exact_blocks)
 
 
 AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, CURVATURES)
@@ -419,7 +423,9 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
     """What the members that are named cannot do together, or with other settings."""
     found, names = [], {axis.axis: values[axis.axis] for axis in AXES}
     space, estimator = SPACES.lines[names["space"]], ESTIMATORS[names["estimator"]]
-    if values["lr"] == "auto" and not estimator.measures_curvature:
+    valid = all(_fits(name, values[name]) for name in ("exact_blocks", "blocks"))
+    estimates = not valid or _estimates(values["exact_blocks"], values["blocks"])
+    if values["lr"] == "auto" and estimates and not estimator.measures_curvature:
         found.append(
             f"{where('lr')}: got 'auto', but {names['estimator']} measures no curvature; allowed: a number"
         )

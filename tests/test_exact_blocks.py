@@ -11,7 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from hizoo_lite import estimators
 from hizoo_lite.branches import EVALUATION, Branches
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
@@ -205,3 +207,29 @@ def test_a_model_whose_blocks_share_more_is_refused(name: str, tmp_path: Path) -
         Traversal(model).losses(batch, EVALUATION, exact=space.exact)
     assert model.boundaries is None
     assert Traversal(model).losses(batch).per_example.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("exact_blocks", "blocks", "estimates"),
+    [
+        *((0, "auto", True), (0, "all", True), ("all", "auto", False), ("all", 2, False)),
+        *((2, "auto", False), (2, 2, False), (2, 3, True), (2, "all", True)),
+    ],
+)
+def test_an_estimator_is_asked_for_only_where_something_is_estimated(
+    exact_blocks: Any, blocks: Any, estimates: bool
+) -> None:
+    settings = {"model": "embedded", "task": "embedded", "exact_blocks": exact_blocks, "blocks": blocks}
+    config = TrainConfig(**settings)
+    assert config.estimates is estimates
+    assert estimators.configured(config).name == ("hizoo" if estimates else "exact")
+    if estimates:
+        with pytest.raises(UserError, match="lr: got 'auto', but mezo measures no curvature"):
+            TrainConfig(**settings, estimator="mezo")
+    else:
+        assert estimators.configured(TrainConfig(**settings, estimator="mezo")).name == "exact"
+
+
+def test_a_learning_rate_is_refused_where_gradients_are_exact() -> None:
+    with pytest.raises(UserError, match=r"lr: got 0\.1, but exact_blocks has its own; allowed: auto"):
+        TrainConfig(model="embedded", task="embedded", exact_blocks=2, lr=0.1)
