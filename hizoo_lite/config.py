@@ -117,7 +117,7 @@ class TrainConfig:
         "exact",
         "a classifier's head, or rows added to a language model's head for the tokens of label words: exact "
         "has their gradient from the base branch; estimated perturbs a classifier's head, which a runtime "
-        "without gradients can do, and adds no rows",
+        "without gradients can do, and adds no rows; nor are there any beside --exact-blocks",
         group="Space",
     )
     dense_update: Literal["requantize", "residual"] = _setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from typer.testing import CliRunner
 
 from hizoo_lite import estimators
 from hizoo_lite.branches import EVALUATION, Branches
+from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
+from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
 from tests.architectures import (
     ALIBI_CONFIGS,
@@ -28,6 +32,7 @@ from tests.architectures import (
     save_tiny,
 )
 from tests.batches import reference_losses, tiny_task_batch
+from tests.run_fixtures import short_run
 from tests.test_exact_head import TOLERANCE, split
 from tests.test_stream import checkpoint
 
@@ -233,3 +238,20 @@ def test_an_estimator_is_asked_for_only_where_something_is_estimated(
 def test_a_learning_rate_is_refused_where_gradients_are_exact() -> None:
     with pytest.raises(UserError, match=r"lr: got 0\.1, but exact_blocks has its own; allowed: auto"):
         TrainConfig(model="embedded", task="embedded", exact_blocks=2, lr=0.1)
+
+
+def test_a_plan_says_what_exact_gradients_take_where_a_model_can_have_them(tmp_path: Path) -> None:
+    for name, is_there in (("llama", True), ("gemma4", False)):
+        save_tiny(name, tmp_path / name)
+        call = ["plan", "--model", str(tmp_path / name), "--batch-size", "2", "--max-length", "16", "--json"]
+        done = CliRunner().invoke(app, [*call, "--device", "cpu"])
+        assert done.exit_code == 0, done.stderr
+        assert ("exact" in json.loads(done.stdout)) is is_there
+
+
+def test_settings_that_nothing_is_estimated_with_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"exact_blocks": "all", "weight_decay": 0.1, "estimator": "mezo", "directions": "auto"}
+    fit(TrainConfig(**short_run(tmp_path, **settings)))
+    assert "so these are not used: --estimator, --weight-decay" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,7 +67,7 @@ def plan(
     config = resolve(None, given)
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
-    from hizoo_lite.errors import BudgetError
+    from hizoo_lite.errors import BudgetError, UserError
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
     from hizoo_lite.plan.workload import Demand, Workload
@@ -84,7 +85,8 @@ def plan(
     if found.fits and config.exact_blocks == 0 and "exact_blocks" in SPACES.lines[config.space].settings:
         count = -(-found.blocks // AUTO_SHARE)
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
-        exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)
+        with suppress(UserError):  # a model whose blocks cannot have them
+            exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)
     if json:
         output.print_json({"model": config.model, "profile": profile, **found.to_json(), **_suggested(exact)})
     else:

@@ -41,6 +41,11 @@ class ExactAdam:
         """Values that `update` takes: those of every gradient, and two of its reach."""
         return sum(self._sizes) + 2 * len(self._sizes)
 
+    @property
+    def moments(self) -> list[Array]:
+        """Both of every parameter, where they are."""
+        return [*self._first, *self._second]
+
     def update(self, exact: bytes, share: float) -> None:
         """Move all parameters.
 

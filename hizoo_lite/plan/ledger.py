@@ -87,9 +87,7 @@ def measure(model: Model, space: Space, curvature: Curvature, exact: ExactAdam |
         found[category] += size
     found["scratch"] = count.tensors(model.scratch._buffers.values())
     found["curvature"] = count.tensors(_tensors_of(_state(curvature)))
-    found["moments"] = (
-        0 if exact is None else count.tensors(_tensors_of(vars(exact)["_first"] + vars(exact)["_second"]))
-    )
+    found["moments"] = 0 if exact is None else count.tensors(exact.moments)
     return _placed(found, like(model.device))
 
 

@@ -236,7 +236,8 @@ def _form(path: Path) -> tuple[int, Form] | None:
         raise UserError(f"{path}: version: got {version}, this program reads {known}; {_WITHOUT}")
     form = Form(int(branches), int(directions) if version >= 3 else 1, int(exact))
     sound = data[-4:] == struct.pack("<I", zlib.crc32(data[:-4])) and record_bytes(*form) < 1 << 32
-    if not sound or data != _header(form, version):
+    is_some = form.directions > 0 or form.exact > 0  # a step moves along something
+    if not sound or not is_some or data != _header(form, version):
         raise UserError(f"{path}: its header is damaged; {_WITHOUT}")
     return int(version), form
 

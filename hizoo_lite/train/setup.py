@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hizoo_lite.base import Curvature, Estimator, Space
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import TrainConfig, default
 from hizoo_lite.device import is_gpu
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
@@ -32,6 +32,12 @@ from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
 
 _log = logging.getLogger(__name__)
+
+#: Settings that say how gradients are estimated, and what is made of the estimates.
+_OF_ESTIMATES = (
+    *("estimator", "curvature", "curvature_from", "curvature_mode", "curvature_per", "curvature_every"),
+    *("directions", "mu", "smoothing", "smoothing_schedule", "clip", "weight_decay", "train_a"),
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +88,7 @@ def build(
     labels = encoder.label_tokens(splits.train)
     space.attach(model, config.seed, labels)
     _say_if_too_many(config, labels or ())
+    _say_what_is_unused(config)
     traversal = Traversal(model)
     stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
@@ -97,6 +104,18 @@ def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
         _log.warning(
             "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
             *(len(labels), config.rank),
+        )
+
+
+def _say_what_is_unused(config: TrainConfig) -> None:
+    """Settings of estimated gradients that were given, of a run that estimates none."""
+    if config.estimates:
+        return
+    given = [name for name in _OF_ESTIMATES if getattr(config, name) != default(name)]
+    if given:
+        _log.warning(
+            "--exact-blocks: nothing is estimated, so these are not used: %s",
+            ", ".join("--" + name.replace("_", "-") for name in given),
         )
 
 
