@@ -405,10 +405,6 @@ def _is_size(text: str) -> bool:
 def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings that are fine alone and not together, or not available yet."""
     found = _member_conflicts(values, where) if all(values[axis.axis] in axis for axis in AXES) else []
-    if values["exact_blocks"] != 0 and values["lr"] != "auto":
-        found.append(
-            f"{where('lr')}: got {values['lr']!r}, but {where('exact_blocks')} has its own; allowed: auto"
-        )
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
@@ -425,6 +421,15 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
     space, estimator = SPACES.lines[names["space"]], ESTIMATORS[names["estimator"]]
     valid = all(_fits(name, values[name]) for name in ("exact_blocks", "blocks"))
     estimates = not valid or _estimates(values["exact_blocks"], values["blocks"])
+    if not estimates and values["lr"] != "auto":
+        found.append(
+            f"{where('lr')}: got {values['lr']!r}, but {where('exact_blocks')} has its own; allowed: auto"
+        )
+    if values["exact_blocks"] != 0 and names["space"] not in SPACES.having("exact_blocks"):
+        found.append(
+            f"{where('exact_blocks')}: got {values['exact_blocks']!r}, allowed with {where('space')} "
+            f"{names['space']}: 0"
+        )
     if values["lr"] == "auto" and estimates and not estimator.measures_curvature:
         found.append(
             f"{where('lr')}: got 'auto', but {names['estimator']} measures no curvature; allowed: a number"

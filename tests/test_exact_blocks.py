@@ -240,6 +240,27 @@ def test_a_learning_rate_is_refused_where_gradients_are_exact() -> None:
         TrainConfig(model="embedded", task="embedded", exact_blocks=2, lr=0.1)
 
 
+@pytest.mark.parametrize("space", ["dense", "scales"])
+def test_spaces_without_adapters_have_no_exact_blocks(space: str) -> None:
+    with pytest.raises(UserError, match=f"exact_blocks: got 1, allowed with space {space}: 0"):
+        TrainConfig(model="embedded", task="embedded", space=space, exact_blocks=1)
+
+
+def test_more_exact_blocks_than_the_model_has_are_refused(tmp_path: Path) -> None:
+    model = quantized(tmp_path, "nf4")
+    with pytest.raises(UserError, match="--exact-blocks: got 4, allowed: all, 0 to 3, those of the model"):
+        attached(model, exact_blocks=4)
+
+
+@pytest.mark.parametrize("estimator", ["hizoo", "mezo"])
+def test_a_learning_rate_is_that_of_the_estimated_blocks(estimator: str, tmp_path: Path) -> None:
+    settings = {"exact_blocks": 1, "blocks": 3, "estimator": estimator, "lr": 1e-3, "directions": "auto"}
+    run = fit(TrainConfig(**short_run(tmp_path, **settings)))
+    assert run.summary["estimator"] == estimator
+    assert run.setup.space.exact.keys().isdisjoint(run.setup.space.parameters)
+    assert all(value.abs().max() > 0 for value in run.setup.space.parameters.values())
+
+
 def test_a_plan_says_what_exact_gradients_take_where_a_model_can_have_them(tmp_path: Path) -> None:
     for name, is_there in (("llama", True), ("gemma4", False)):
         save_tiny(name, tmp_path / name)

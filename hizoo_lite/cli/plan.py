@@ -58,16 +58,19 @@ def plan(
 
     hizoo-lite plan --model models/opt-1.3b --space dense --bits nf4 --profile laptop-16gb-cpu --json
     """
+    from hizoo_lite.errors import BudgetError, UserError
     from hizoo_lite.train.config_file import resolve
 
     profile = settings.pop("profile", None)
-    # Not every estimator has an automatic learning rate, exact gradients have no other; it does not matter.
-    lr = "1e-6" if settings.get("exact_blocks", 0) in (0, "0") else "auto"
-    given = {"task": "sst2", "lr": lr, **settings}
-    config = resolve(None, given)
+    given = {"task": "sst2", **settings}
+    try:
+        config = resolve(None, {**given, "lr": "1e-6"})  # not every estimator has an automatic one
+    except UserError:
+        if "exact_blocks" not in settings:
+            raise
+        config = resolve(None, {**given, "lr": "auto"})  # exact gradients have no other; it does not matter
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
-    from hizoo_lite.errors import BudgetError, UserError
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
     from hizoo_lite.plan.workload import Demand, Workload

@@ -181,6 +181,11 @@ class LoRA(Space):
         labels: tokens that have a row of the head, at most `rank`; none without any, or if the head cannot
             take an adapter. An empty sequence makes as many rows as an adapter may have, to be loaded.
         """
+        if self.exact_blocks != "all" and self.exact_blocks > len(model.blocks):
+            raise UserError(
+                f"--exact-blocks: got {self.exact_blocks}, allowed: all, 0 to {len(model.blocks)}, "
+                "those of the model"
+            )
         release(model)
         self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
