@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hizoo_lite import curvature, estimators, spaces, tasks
+    from hizoo_lite import curvature, estimators, objectives, spaces, tasks
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.engine.generate import generate
     from hizoo_lite.engine.load import load
@@ -35,6 +35,7 @@ __all__ = [
     "fit",
     "generate",
     "load",
+    "objectives",
     "spaces",
     "tasks",
 ]
@@ -50,7 +51,7 @@ _HOMES = {
     "generate": "engine.generate",
     "load": "engine.load",
 }
-_SUBPACKAGES = ("curvature", "estimators", "spaces", "tasks")
+_SUBPACKAGES = ("curvature", "estimators", "objectives", "spaces", "tasks")
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from hizoo_lite.arrays import Array, Shape
-from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.batch import Batch, Example, Losses
 from hizoo_lite.branches import Branches, BranchState, Point
 
 if TYPE_CHECKING:
@@ -135,6 +135,37 @@ class Estimator(ABC):
             divergences: of the predictions along each direction, (directions,) float64, see `Losses`.
             mu: perturbation scale, above 0.
         """
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+class Objective(ABC):
+    """What the points of a step are compared by: the loss, or a value of each example, the higher the better.
+
+    A step minimizes: the losses of its record (journal.bin, metrics.jsonl, callbacks) are then minus the
+    values, so that they are -1 and 0 of an answer that is right and wrong. Reports and consoles show values.
+    The curvature stays that of the predictions, and evaluations are the task's own.
+
+    Attributes:
+        reads: what `value` may be given: the scores of an example's candidates or classes, the text that is
+            written for it. Nothing: the loss itself.
+        source: a hash of what it is made of, where its name does not say that.
+    """
+
+    name: str
+    reads: ClassVar[tuple[Literal["scores", "text"], ...]] = ()
+    source: str | None = None
+
+    def value(self, example: Example, found: Any, metrics: Mapping[str, Callable[..., float]]) -> float:
+        """Of one example at one point.
+
+        Args:
+            found: scores, by candidate or class in the order of `Example.gold`; or the greedy completion, up
+                to the task's stop text.
+            metrics: the task's, from examples and predictions to a number.
+        """
+        raise NotImplementedError
 
 
 # -------------------------------------------------------------------------------------- curvature

@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     # "answer": mean negative log-likelihood of the gold slot's tokens; "choice": cross-entropy over the
     # example's slots, each scored by its mean token log-probability (MeZO 2305.17333, which trains its
     # classification tasks so); "class": cross-entropy over the classifier's logits.
+    made_of: tuple[Example, ...] | None = None  # for who compares points by more than losses
 
     @property
     def examples(self) -> int:

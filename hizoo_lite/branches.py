@@ -122,9 +122,11 @@ class BranchState:
     def __init__(self) -> None:
         self.set(EVALUATION, 0.0, {})
 
-    def set(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> None:
-        """Begin a pass."""
-        self.branches, self.mu, self.directions = branches, mu, directions
+    def set(
+        self, branches: Branches, mu: float, directions: Mapping[str, Tensor], *, writes: bool = False
+    ) -> None:
+        """Begin a pass. writes: every branch goes on with tokens of its own, so inputs are no neighbours."""
+        self.branches, self.mu, self.directions, self._writes = branches, mu, directions, writes
         self._first_input: weakref.ref[Tensor] | None = None
         self.reaches: dict[str, tuple[Tensor, Tensor]] = {}
         self._rows: tuple[int, int | None] | None = None
@@ -133,6 +135,10 @@ class BranchState:
         self._ids: tuple[Tensor, Tensor, int] | None = None
         self._found: dict[tuple[int, int], Tensor] = {}
         self._values: dict[str, Tensor] | None = None
+
+    def spread(self, branches: Branches) -> float:
+        """How far apart the inputs of a layer are, as `basis.gains` takes it; 0 if they are no neighbours."""
+        return 0.0 if self._writes else self.mu * branches.reach
 
     @contextmanager
     def keeping(self) -> Iterator[None]:

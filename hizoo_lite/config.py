@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES, Registry
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, OBJECTIVES, SPACES, Registry
 from hizoo_lite.units import ALLOWED_SIZES, parse_bytes
 
 BitsName = Literal["nf4", "fp4", "int8", "none"]
@@ -43,9 +43,10 @@ def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": group, **rules})
 
 
-def _axis(registry: Registry[Any], help: str = "", *, group: str) -> Any:
-    """A field that names a member of an axis."""
-    return field(default=next(iter(registry)), metadata={"help": help, "group": group, "axis": registry})
+def _axis(registry: Registry[Any], help: str = "", *, group: str, **rules: Any) -> Any:
+    """A field that names a member of an axis; with `pattern`, which `called` is in words, or another text."""
+    metadata = {"help": help, "group": group, "axis": registry, **rules}
+    return field(default=next(iter(registry)), metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +114,12 @@ class TrainConfig:
         "train A as well as B where gradients are estimated; without it A keeps its random start",
         group="Space",
     )
-    head: Literal["exact", "estimated", "none"] = _setting(
-        "exact",
+    head: Literal["auto", "exact", "estimated", "none"] = _setting(
+        "auto",
         "a classifier's head, or rows added to a language model's head for the tokens of label words: exact "
         "has their gradient from the base branch; estimated perturbs a classifier's head, which a runtime "
-        "without gradients can do, and adds no rows; nor are there any beside --exact-blocks",
+        "without gradients can do, and adds no rows; nor are there any beside --exact-blocks; auto: exact, "
+        "and estimated with another objective than the loss",
         group="Space",
     )
     dense_update: Literal["requantize", "residual"] = _setting(
@@ -141,6 +143,14 @@ class TrainConfig:
         minimum=1,
         maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
     )
+    objective: str = _axis(
+        OBJECTIVES,
+        "what the points of a step are compared by; or FILE.py:NAME, such as rewards.py:brevity, a function "
+        "of (example, scores or the text written) to a number, the higher the better: the file is run",
+        group="Method",
+        pattern=r".+\.py:\w+|in memory:.+",
+        called="FILE.py:NAME",
+    )
     curvature: str = _axis(CURVATURES, "how the diagonal Hessian is kept", group="Method")
     curvature_mode: Literal["paper", "reference"] = _setting(
         "paper",
@@ -157,7 +167,13 @@ class TrainConfig:
         0.01, "weight of a new curvature measurement", group="Method", above=0.0, maximum=1.0
     )
     smoothing_schedule: ScheduleName = _setting("constant", "its course over the run", group="Method")
-    mu: float = _setting(1e-3, "perturbation scale", group="Method", above=0.0)
+    mu: float | Literal["auto"] = _setting(
+        "auto",
+        "perturbation scale; auto: 0.001, and 0.3 for adapters with another objective than the loss, where "
+        "answers must change for a slope to be seen",
+        group="Method",
+        above=0.0,
+    )
     lr: float | Literal["auto"] = _setting(
         "auto", "learning rate; auto derives it from the measured curvature", group="Method", above=0.0
     )
@@ -259,8 +275,24 @@ class TrainConfig:
         """Whether a step estimates any gradient: not if all blocks that are trained have exact ones."""
         return _estimates(self.exact_blocks, self.blocks)
 
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether the points of a step are compared by the loss."""
+        return self.objective == next(iter(OBJECTIVES))
+
     def __post_init__(self) -> None:
+        for name, value in by_objective(self).items():
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, value)
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
+
+
+def by_objective(config: TrainConfig) -> dict[str, Any]:
+    """What `auto` is of the settings that an objective decides; a configuration that is made has that."""
+    if config.is_of_loss:
+        return {"head": "exact", "mu": 1e-3}
+    space = SPACES.lines.get(config.space)
+    return {"head": "estimated", "mu": 1e-3 if space is None or space.in_weights else 0.3}
 
 
 def _estimates(exact_blocks: Any, blocks: Any) -> bool:
@@ -270,7 +302,7 @@ def _estimates(exact_blocks: Any, blocks: Any) -> bool:
     return bool(blocks != "auto" and blocks > exact_blocks)
 
 
-AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, CURVATURES)
+AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, OBJECTIVES, CURVATURES)
 
 #: Of the numbers that a setting may have: a float can say it.
 LARGEST = sys.float_info.max
@@ -308,8 +340,10 @@ def _hints() -> Mapping[str, Any]:
 
 
 def kinds() -> Mapping[str, Any]:
-    """The types of the fields, by name; of an axis the literals of its members."""
-    return {**_hints(), **{axis.axis: Literal[tuple(axis)] for axis in AXES}}
+    """The types of the fields, by name; of an axis the literals of its members, or a text if that may be."""
+    found: dict[str, Any] = {axis.axis: Literal[tuple(axis)] for axis in AXES}
+    open_ones = {name: found[name] | str for name in found if "pattern" in settings()[name].metadata}
+    return {**_hints(), **found, **open_ones}
 
 
 def help_of(name: str) -> str:
@@ -343,7 +377,8 @@ def allowed(name: str) -> str:
     if bool in members(annotation):
         parts.append("true or false")
     if str in members(annotation):
-        parts.append(ALLOWED_SIZES if rules.get("size") else rules.get("pattern", "a text"))
+        text = rules.get("called", rules.get("pattern", "a text"))
+        parts.append(ALLOWED_SIZES if rules.get("size") else text)
     return ", ".join(parts)
 
 
@@ -404,7 +439,8 @@ def _is_size(text: str) -> bool:
 
 def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings that are fine alone and not together, or not available yet."""
-    found = _member_conflicts(values, where) if all(values[axis.axis] in axis for axis in AXES) else []
+    named = all(_fits(axis.axis, values[axis.axis]) for axis in AXES)
+    found = _member_conflicts(values, where) if named else []
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
@@ -434,6 +470,16 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
         found.append(
             f"{where('lr')}: got 'auto', but {names['estimator']} measures no curvature; allowed: a number"
         )
+    if names["objective"] != next(iter(OBJECTIVES)):
+        wrong = {"exact_blocks": values["exact_blocks"] != 0, "head": values["head"] == "exact"}
+        wrong["curvature_from"] = values["curvature_from"] == "losses"
+        instead = {"exact_blocks": "0", "head": "auto, estimated, none", "curvature_from": "predictions"}
+        found += [
+            f"{where(name)}: got {values[name]!r}, which is of the loss, but {where('objective')} is "
+            f"{names['objective']}; allowed: {instead[name]}"
+            for name, is_wrong in wrong.items()
+            if is_wrong
+        ]
     own = ESTIMATORS.lines[names["estimator"]].settings
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
     if values["directions"] not in ("auto", 1):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from hizoo_lite.errors import UserError
 
 if TYPE_CHECKING:
-    from hizoo_lite.base import Curvature, Estimator, Optimizer, Space
+    from hizoo_lite.base import Curvature, Estimator, Objective, Optimizer, Space
 
 Member = TypeVar("Member")
 
@@ -122,6 +122,14 @@ ESTIMATORS: Registry[Estimator] = Registry(
     "hizoo_lite.estimators",
     hizoo=Line("HiZOO", "slope and curvature", _own("curvature_from", "directions", every="curvature_every")),
     mezo=Line("MeZO", "the slope alone"),
+)
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    "hizoo_lite.objectives",
+    loss=Line("Loss", "the task's own"),
+    accuracy=Line("Accuracy", "whether the gold answer or class scores highest, of tasks with choices"),
+    f1=Line("F1", "of the greedy answer, of tasks that write: a generation for each point"),
 )
 
 CURVATURES: Registry[Curvature] = Registry(

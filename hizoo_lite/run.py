@@ -30,6 +30,7 @@ from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserEr
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
 from hizoo_lite.model.model import Model
+from hizoo_lite.objectives import Function
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
 from hizoo_lite.registry import SPACES
@@ -136,6 +137,7 @@ def fit(
     space: Space | str | None = None,
     estimator: Estimator | str | None = None,
     curvature: Curvature | str | None = None,
+    objective: Callable[..., float] | str | None = None,
     callbacks: Sequence[object] = (),
     **options: Any,
 ) -> Run:
@@ -150,6 +152,8 @@ def fit(
         data: a file or folder; or rows in memory, or rows by part: dicts, a `datasets.Dataset` or
             `DatasetDict`, a DataFrame. Those in memory are written to the run folder, as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
+        objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
+            higher the better (see `objectives`). To resume a run with a function, give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
@@ -159,7 +163,10 @@ def fit(
     can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
     """
     told = checked(callbacks)
-    members = {"space": space, "estimator": estimator, "curvature": curvature}
+    compare = None if objective is None or isinstance(objective, str) else Function.of(objective)
+    if compare is not None:
+        objective = compare.name
+    members = {"space": space, "estimator": estimator, "curvature": curvature, "objective": objective}
     options |= {key: member for key, member in members.items() if isinstance(member, str)}
     space, estimator = object_of("space", space), object_of("estimator", estimator)
     curvature = object_of("curvature", curvature)
@@ -186,7 +193,7 @@ def fit(
     with threads(config.threads), enforced(limits.device_bytes, resolved.device) as cap:
         with loading():
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
-            setup = build(resolved, **objects, data=records)
+            setup = build(resolved, **objects, objective=compare, data=records)
         setup.stepper.ranks = ranks
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
@@ -276,7 +283,8 @@ def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     tell(f"{setup.task.name}, {setup.splits}")
-    if setup.config.estimates and "exact_blocks" in SPACES.lines[setup.config.space].settings:
+    estimates = setup.config.is_of_loss and setup.config.estimates
+    if estimates and "exact_blocks" in SPACES.lines[setup.config.space].settings:
         count = len({setup.model.block_of(name) for name in setup.space.target_names})
         tell(
             f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "
@@ -419,6 +427,8 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     made_of = identity.of_run(
         setup.splits, setup.task, of_model(model.folder), model.folder, setup.stepper.library
     )
+    if setup.objective.source is not None:
+        made_of["objective"] = setup.objective.source
     made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
     if setup.config.resume:
         identity.check(folder.identity, made_of)

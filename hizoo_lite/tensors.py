@@ -202,9 +202,10 @@ def add_padded(values: Tensor, first_row: int, bundle: int, sums: Tensor) -> Non
 def batch_tensors(batch: Batch) -> Batch:
     """A batch of tensors, over the same memory if it is one of numpy arrays."""
     made: dict[str, Any] = {
-        name: torch.as_tensor(value) for name, value in batch._asdict().items() if not isinstance(value, str)
-        and value is not None
-    }  # fmt: skip
+        name: torch.as_tensor(value)
+        for name, value in batch._asdict().items()
+        if value is not None and not isinstance(value, str | tuple)
+    }
     return batch._replace(**made)
 
 

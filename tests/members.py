@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES, Line, Registry
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, OBJECTIVES, SPACES, Line, Registry
 
 
 class Case(NamedTuple):
@@ -15,6 +15,7 @@ class Case(NamedTuple):
 
     settings: dict[str, Any]
     exports: tuple[str, ...] = ("peft", "merged")  # the other forms are refused
+    writes: bool = False  # of a task whose answers are texts
 
 
 _WEIGHTS = ("merged",)
@@ -32,6 +33,10 @@ MEMBERS: dict[str, Case] = {
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),
     "hizoo, losses": Case({"estimator": "hizoo", "curvature_from": "losses", "curvature_every": 2}),
     "mezo": Case({"estimator": "mezo", "lr": 1e-2, "weight_decay": 0.1}),
+    "loss": Case({"objective": "loss", "head": "none"}),
+    "accuracy": Case({"objective": "accuracy", "targets": "all-linear", "directions": 2, "mu": 0.3}),
+    "f1": Case({"objective": "f1", "targets": "all-linear", "blocks": "all", "mu": 1.0}, writes=True),
+    "f1, dense": Case({"objective": "f1", "space": "dense", "mu": 0.03}, _WEIGHTS, writes=True),
     "grouped": Case({"curvature": "grouped", "curvature_per": "row", "smoothing": 0.5}),
     "factored": Case({"curvature": "factored", "lr": 1e-2, "clip": 0.01, "smoothing": 0.1}),
     "diagonal": Case({"curvature": "diagonal", "lr": 1e-2, "weight_decay": 0.1, "smoothing": 0.1}),
@@ -46,4 +51,4 @@ TOYS: tuple[tuple[Registry[Any], str, Line], ...] = (
         Line("tests.toy_space:Gains", "a gain for each row", {"targets": "targets", "blocks": "blocks"}),
     ),
 )
-AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, CURVATURES)
+AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, OBJECTIVES, CURVATURES)

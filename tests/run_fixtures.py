@@ -24,6 +24,15 @@ good = " good"
 """
 
 
+#: The same rows as texts to write. Of what the embedded model writes, "awful" is most.
+TEXTS = """name = "verdicts"
+kind = "completion"
+prompt = "{text} It was"
+answer = " an awful {label} thing.\\n"
+metric = "f1"
+"""
+
+
 def stories() -> str:
     """A real trained Llama of 260 032 parameters; skips where the shared models are not there."""
     if not (STORIES / "config.json").is_file():
@@ -53,6 +62,13 @@ def write_task(folder: Path) -> tuple[Path, Path]:
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     task = folder / "moods.toml"
     task.write_text(TASK)
+    return task, data
+
+
+def write_texts(folder: Path) -> tuple[Path, Path]:
+    """`write_task` with words to write that the embedded model knows."""
+    task, data = write_task(folder)
+    task.write_text(TEXTS)
     return task, data
 
 

@@ -124,7 +124,7 @@ def test_all_problems_of_file_and_flags_are_reported_together(tmp_path: Path) ->
         ({"steps": 2.0}, "steps: got 2.0"),
         ({"steps": True}, "steps: got True"),
         ({"rslora": 1}, "rslora: got 1, allowed: true or false"),
-        ({"mu": 0.0}, "mu: got 0.0, allowed: a number above 0"),
+        ({"mu": 0.0}, "mu: got 0.0, allowed: auto, a number above 0"),
         ({"mu": float("nan")}, "mu: got nan"),
         ({"smoothing": 0.0}, r"smoothing: got 0.0, allowed: a number above 0 and up to 1"),
         ({"smoothing": 1.5}, "smoothing: got 1.5"),

@@ -366,7 +366,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(
     assert main(["train", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
     assert "config.toml: no such file" in capsys.readouterr().err
     assert main(["train", str(exported), "--out", str(tmp_path / "run"), "--mu", "-1"]) == 2
-    assert "--mu: got -1.0, allowed: a number above 0" in capsys.readouterr().err
+    assert "--mu: got -1.0, allowed: auto, a number above 0" in capsys.readouterr().err
     assert main(["train", str(exported), "--out", str(exported)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import pytest
 
 import hizoo_lite
 from hizoo_lite.config import AXES
-from hizoo_lite.registry import OPTIMIZERS, Registry
+from hizoo_lite.registry import OBJECTIVES, OPTIMIZERS, Registry
 
 PACKAGE = Path(hizoo_lite.__file__).parent
 #: From the ground up. What is in one line does not know of each other; a folder's files may.
@@ -24,7 +24,7 @@ LAYERS = (
     "tensors philox",
     "noise",
     "memory checkpoints tasks curvature estimators report",
-    "quant optimizers",
+    "quant optimizers objectives",
     "model",
     "engine",
     "spaces",
@@ -103,7 +103,23 @@ def test_no_files_import_each_other() -> None:
     assert in_the_way(GRAPH) == set()
 
 
-@pytest.mark.parametrize("axis", [*AXES, OPTIMIZERS], ids=lambda axis: axis.axis)
+#: An objective is called what is measured, and that is named wherever it is measured.
+NAMED_ALONE = [axis for axis in (*AXES, OPTIMIZERS) if axis is not OBJECTIVES]
+
+
+def compared(source: str) -> set[str]:
+    """The string constants of a file that anything called an objective is compared with."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        sides = (
+            [ast.unparse(n) for n in (node.left, *node.comparators)] if isinstance(node, ast.Compare) else []
+        )
+        if any(side.endswith(("objective", "['objective']", ".name")) for side in sides):
+            found |= set().union(*map(texts, sides))
+    return found
+
+
+@pytest.mark.parametrize("axis", NAMED_ALONE, ids=lambda axis: axis.axis)
 def test_no_member_is_named_outside_its_folder(axis: Registry[Any]) -> None:
     folder = PACKAGE / axis.folder.partition(".")[2]
     names = set(axis) - {"none"}  # of a curvature; everywhere else it is the word for nothing
@@ -122,6 +138,12 @@ def test_no_members_file_is_imported_outside_its_folder(axis: Registry[Any]) -> 
     folder = axis.folder.partition(".")[2]
     files = {f"{folder}.{name}" for name in axis}
     assert {name for name, needs in GRAPH.items() if name.split(".")[0] != folder and needs & files} == set()
+
+
+def test_no_objective_is_asked_for_by_its_name() -> None:
+    assert compared("if config.objective == 'f1': pass") == {"f1"}
+    others = (path for path in FILES if path.parent.name != "objectives")
+    assert [path for path in others if compared(path.read_text(encoding="utf-8")) & set(OBJECTIVES)] == []
 
 
 def test_circles_and_imports_inside_of_functions_are_found() -> None:

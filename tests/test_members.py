@@ -23,7 +23,7 @@ from hizoo_lite.run import Run, categories, evaluate, fit
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.replay import replay
 from tests.members import AXES, MEMBERS, TOYS, Case
-from tests.run_fixtures import short_run
+from tests.run_fixtures import short_run, write_texts
 
 STEPS, SAVED = 4, 2
 #: Of the journal.
@@ -65,6 +65,8 @@ def trained(
 ) -> Trained:
     case, folder = MEMBERS[request.param], tmp_path_factory.mktemp("member")
     model = "embedded" if "bits" in case.settings else stored
+    if case.writes:
+        write_texts(folder)
     settings = {"model": model, "steps": STEPS, "save_every": SAVED, "test_examples": 4, **case.settings}
     config = TrainConfig(**short_run(folder, **settings))
     return Trained(case, config, fit(config))

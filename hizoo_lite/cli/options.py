@@ -95,9 +95,9 @@ def _help(field: Field[Any]) -> str:
 
 
 def _metavar(name: str) -> str:
-    annotation = kinds()[name]
+    annotation, called = kinds()[name], settings()[name].metadata.get("called", "TEXT")
     parts = list(choices(annotation))
     parts += [
-        word for kind, word in ((int, "INT"), (float, "FLOAT"), (str, "TEXT")) if kind in members(annotation)
+        word for kind, word in ((int, "INT"), (float, "FLOAT"), (str, called)) if kind in members(annotation)
     ]
     return "|".join(parts)

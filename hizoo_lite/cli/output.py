@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hizoo_lite.config import default
 from hizoo_lite.units import format_bytes
 
 
@@ -46,7 +47,9 @@ def print_run(summary: Mapping[str, Any]) -> None:
     )
     speed = summary["seconds_per_step"]
     typer.echo(
-        f"{summary['steps']} steps ({summary['estimator']}, {summary['curvature']}), "
+        f"{summary['steps']} steps ({summary['estimator']}, {summary['curvature']}"
+        + ("" if summary["objective"] == default("objective") else f", objective {summary['objective']}")
+        + "), "
         f"{summary['forward_passes']} forward passes"
         + ("" if speed is None else f", {1000 * speed:.0f} ms a step")
         + f", peak memory {format_bytes(summary['measured_peak_bytes'])}"

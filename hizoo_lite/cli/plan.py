@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SHARED = (
     *("model", "revision", "kind", "task", "bits", "double_quant", "compute_dtype", "device", "space"),
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
-    *("estimator", "curvature", "curvature_from"),
+    *("estimator", "objective", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
     *("profile", "device_budget", "host_budget"),
 )
@@ -85,7 +85,8 @@ def plan(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
     exact: tuple[int, Plan] | None = None
-    if found.fits and config.exact_blocks == 0 and "exact_blocks" in SPACES.lines[config.space].settings:
+    may = config.exact_blocks == 0 and config.is_of_loss
+    if found.fits and may and "exact_blocks" in SPACES.lines[config.space].settings:
         count = -(-found.blocks // AUTO_SHARE)
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
         with suppress(UserError):  # a model whose blocks cannot have them

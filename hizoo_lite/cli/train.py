@@ -32,6 +32,8 @@ def train(
 
     hizoo-lite train --model models/opt-1.3b --task sst2 --data data/sst2 --profile rtx4060ti-16gb
 
+    hizoo-lite train --config demo --objective accuracy --out runs/accuracy
+
     hizoo-lite train --resume --out runs/sst2
 
     torchrun --nproc-per-node 4 -m hizoo_lite.cli train --config sst2-lora --model models/opt-125m

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.checkpoints import fingerprint
-from hizoo_lite.config import TrainConfig, settings
+from hizoo_lite.config import TrainConfig, default, settings
 from hizoo_lite.edge.graph import SCORES, GraphSpace, TrainGraph
 from hizoo_lite.edge.memory import Memory
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -39,7 +39,7 @@ SETTINGS = (
     *(
         name
         for name, field in settings().items()
-        if field.metadata["group"] in ("Method", "Run") and name not in ("loss", "tracker")
+        if field.metadata["group"] in ("Method", "Run") and name not in ("loss", "tracker", "objective")
     ),
 )
 _CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"
@@ -104,6 +104,8 @@ def _trained(setup: EdgeSetup) -> int:
 
 
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
+    if not config.is_of_loss:
+        raise UserError(f"objective: got {config.objective!r}, allowed here: {default('objective')}")
     task = components.find_task(config.task)
     splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
@@ -213,6 +215,7 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
         "kind": graph.record.kind,
         "space": config.space,
         "estimator": setup.stepper.estimator.name,
+        "objective": config.objective,
         "curvature": setup.stepper.curvature.name,
         "residency": "resident",
         "noise": GENERATORS["parameters"],

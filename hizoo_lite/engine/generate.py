@@ -51,19 +51,23 @@ def write(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Write`.
 
-    Prompt by prompt where the codes of positions depend on how long a text is.
+    Of every branch that the model's state is set to, branch after branch. Prompt by prompt where the codes of
+    positions depend on how long a text is.
     """
+    count = model.state.branches.count
     length = max(map(len, prompts))
     if model.row_positions.depend_on(length + max_new_tokens):
         model.row_positions.forget()
         if len(prompts) > 1:
-            return [write(model, [prompt], pad_id, max_new_tokens, ended)[0] for prompt in prompts]
+            each = [write(model, [prompt], pad_id, max_new_tokens, ended) for prompt in prompts]
+            return [rows[branch] for branch in range(count) for rows in each]
     ids = torch.full((len(prompts), length), pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
     stops = StoppingCriteriaList([] if ended is None else [_Stop(ended, length)])
+    ids, mask = ids.repeat(count, 1), mask.repeat(count, 1)
     written = generated(model, ids, mask, pad_id, max_new_tokens, stopping_criteria=stops)
     return written[:, length:].tolist()
 

@@ -52,13 +52,25 @@ class Traversal:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.guard: Callable[[Callable[[], Losses]], Losses] = _once  # of every pass; see engine/budget.py
+        self.guard: Callable[[Callable[[], Any]], Any] = _once  # of every pass; see engine/budget.py
 
     def write(
         self, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None = None
     ) -> list[list[int]]:
         """See `evaluate.Write`."""
         return write(self.model, prompts, pad_id, max_new_tokens, ended)
+
+    def writing(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """See `BranchWriter.writing`."""
+
+        def work(*given: Any) -> list[list[int]]:
+            self.model.state.set(branches, mu, directions, writes=True)
+            try:
+                return self.write(*given)
+            finally:
+                self.model.state.set(EVALUATION, 0.0, {})
+
+        return lambda *given: self.guard(partial(work, *given))
 
     @torch.no_grad()
     def losses(
@@ -287,7 +299,7 @@ class Traversal:
         return head if head is not None and isinstance(head.weight, OffloadedWeight) else None
 
 
-def _once(work: Callable[[], Losses]) -> Losses:
+def _once(work: Callable[[], Any]) -> Any:
     return work()
 
 

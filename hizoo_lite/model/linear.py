@@ -146,7 +146,7 @@ class BranchLinear(nn.Module):
         sources: what x was made from, all of it, if that is known. The layer before this one may have been
         given the same (query, key and value are): the operands are there then.
         """
-        gain = gains(self.compute, self.state.mu * branches.reach)
+        gain = gains(self.compute, self.state.spread(branches))
         tokens = x.shape[1]
         operands = self.scratch.made(
             *("operands", tuple(x.shape), self.compute, x.device),

@@ -233,24 +233,27 @@ class Subject:
         training = self._pass(at_once, self.workload.training, option, self.branches())
         batch = self.eval_batch(option.batch)
         evaluation = self._pass(batch, self.workload.evaluation, option, EVALUATION)
-        found = self._made(option.place, evaluation, False)
-        return self._made(option.place, training, True), self._with_cache(found, batch, option)
+        found = self._with_cache(self._made(option.place, evaluation, False), batch, option)
+        step = self._made(option.place, training, True)
+        if not self.config.is_of_loss:  # of a task that writes, every branch does
+            step = self._with_cache(step, at_once * self.branches().count, option)
+        return step, found
 
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
         sites = self.sites(batch, demand, option.length)
         rows, chunk = batch * demand.rows, self.config.branch_chunk
         return Pass(rows, option.length, branches, sites, chunk, option.chunk_halvings)
 
-    def _with_cache(self, evaluation: Activations, batch: int, option: Option) -> Activations:
-        """Where an evaluation writes, keys and values are beside what its passes make."""
+    def _with_cache(self, passes: Activations, batch: int, option: Option) -> Activations:
+        """Where `batch` rows are written, keys and values are beside what passes make."""
         length = self.workload.written
         if not length:
-            return evaluation
+            return passes
         if option.length < self.length:
             length = min(length, option.length)
         cache = cache_bytes(self.source.config, batch, length)
-        worst = {**evaluation.worst, "cache": cache}
-        return evaluation._replace(worst=worst, peak_bytes=evaluation.peak_bytes + cache)
+        worst = {**passes.worst, "cache": cache}
+        return passes._replace(worst=worst, peak_bytes=passes.peak_bytes + cache)
 
     def _made(self, place: Place, wanted: Pass, trains: bool) -> Activations:
         place = "resident" if place == "resident" else "host"  # of which the blocks come and go alike

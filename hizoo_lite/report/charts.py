@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from hizoo_lite.report.headline import labels
+from hizoo_lite.report.headline import labels, objective_of
 from hizoo_lite.report.record import RunRecord, number, rows
 from hizoo_lite.units import format_bytes
 
@@ -64,7 +64,15 @@ class Chart:
 
 def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Every plot that the runs have points for."""
-    found = [_curve(runs, "loss", "Loss", "loss", _mean_loss, marks=True), _steps_memory(runs)]
+    found = []
+    for objective in dict.fromkeys(map(objective_of, runs)):
+        alike = [run for run in runs if objective_of(run) == objective]
+        if objective is None:
+            found.append(_curve(alike, "loss", "Loss", "loss", _mean_loss, marks=True))
+        else:  # what a step minimizes is minus the value
+            title = f"Objective {objective}"
+            found.append(_curve(alike, "objective", title, objective, _mean_value, marks=True))
+    found.append(_steps_memory(runs))
     found += [_block_memory(run, label) for run, label in _named(runs)]
     for key, title, y_label in (
         ("projected_grad", "Projected gradient", "along d (root mean square of several)"),
@@ -135,6 +143,11 @@ def _mean_loss(line: Mapping[str, Any]) -> float | None:
     values = [number(loss) for loss in losses] if isinstance(losses, list) else []
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _mean_value(line: Mapping[str, Any]) -> float | None:
+    found = _mean_loss(line)
+    return None if found is None else 0.0 - found
 
 
 def _points(

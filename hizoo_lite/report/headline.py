@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from hizoo_lite.config import default
 from hizoo_lite.report.record import RunRecord, number, rows, table
 from hizoo_lite.units import format_bytes
 
@@ -113,6 +114,12 @@ def difference(first: float | None, second: float | None, unit: Unit) -> str:
     return f"{text} ({100 * change / abs(first):+.1f}\u00a0%)" if first else text
 
 
+def objective_of(run: RunRecord) -> str | None:
+    """What its points were compared by; None if that was the loss."""
+    found = str(run.config.get("objective", default("objective")))
+    return None if found == default("objective") else found
+
+
 def about(run: RunRecord) -> str:
     """What was run, in a line."""
     known = {**run.config, **run.summary}
@@ -122,6 +129,7 @@ def about(run: RunRecord) -> str:
     )
     ended = "; interrupted" if run.summary.get("interrupted") else ""
     method = f"{space}, {estimator}, curvature {curvature}"
+    method += "" if (objective := objective_of(run)) is None else f", objective {objective}"
     return f"Model {model} in {bits}, task {task}, {method}, on {device}{ended}"
 
 

@@ -246,7 +246,7 @@ class WeightDelta(LinearDelta):
         assert branches.one_sided == 0  # the step refuses them
         compute, first, tokens = linear.compute, int(branches.base), x.shape[1]
         steps = [state.mu * point.offset for point in branches.points[first::2]]
-        gain = gains(compute, state.mu * branches.reach).odd
+        gain = gains(compute, state.spread(branches)).odd
         operands = None
         for tile in self.part.tiles:
             z, factors = self.weights.direction(self.part, tile)

@@ -146,5 +146,9 @@ class Task:
         if len(examples) != len(predictions) or not examples:
             raise ValueError(f"score: {len(examples)} examples and {len(predictions)} predictions")
         if self.stop is not None:
-            predictions = [str(text).strip("\n").split(self.stop)[0].strip() for text in predictions]
+            predictions = [self.completed(str(text)) for text in predictions]
         return [Metric(name, scorer(examples, predictions)) for name, scorer in self.scorers.items()]
+
+    def completed(self, text: str) -> str:
+        """What counts of a text that was written: up to the task's stop text, if it has one."""
+        return text if self.stop is None else text.strip("\n").split(self.stop)[0].strip()

@@ -15,7 +15,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import TrainConfig, default
 from hizoo_lite.errors import UserError
 from hizoo_lite.train.checkpoint import path_of
 from hizoo_lite.train.folder import RunFolder
@@ -54,6 +54,7 @@ class Arguments:
     load_best_model_at_end: bool
     metric_for_best_model: str
     greater_is_better: bool
+    objective: str = default("objective")
     logging_strategy: str = "steps"
     logging_steps: int = 1
     logging_first_step: bool = True
@@ -83,6 +84,7 @@ class Arguments:
             load_best_model_at_end=config.keep == "best",
             metric_for_best_model=metric,
             greater_is_better=metric != "loss",
+            objective=config.objective,
         )
 
     def to_dict(self) -> dict[str, Any]:

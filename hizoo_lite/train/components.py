@@ -141,7 +141,7 @@ def make_stepper(
             Branches(estimator.points(0)).directions,
         ),
         seed=config.seed,
-        mu=config.mu,
+        mu=float(config.mu),
         smoothing=smoothing,
         weight_decay=config.weight_decay,
         clip=space.clip if config.clip is None else config.clip,

@@ -147,11 +147,15 @@ def _parts(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def chosen(losses: Losses, batch: Batch) -> list[int]:
     """The index of the answer that scores best, for every example, from an evaluation's losses."""
-    scores = np.asarray(losses.scores[0])
+    return [int(scores.argmax()) for scores in by_example(np.asarray(losses.scores[0]), batch)]
+
+
+def by_example(scores: np.ndarray, batch: Batch) -> list[np.ndarray]:
+    """The scores of one branch, as `Losses.scores` has them, of each example."""
     if batch.loss == "class":
-        return scores.argmax(axis=-1).tolist()
+        return list(scores)
     counts = np.bincount(batch.slot_example, minlength=batch.examples)
-    return [int(part.argmax()) for part in np.split(scores, np.cumsum(counts)[:-1])]
+    return np.split(scores, np.cumsum(counts)[:-1])
 
 
 def complete(write: Write, encoder: Encoder, examples: Sequence[Example]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from hizoo_lite import tasks
 from hizoo_lite.base import Curvature, Estimator, Space
-from hizoo_lite.config import TrainConfig, refuse
+from hizoo_lite.config import TrainConfig, by_objective, refuse
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import storage_errors, write_text
@@ -89,6 +89,9 @@ def configured(
     )
     options = {name: value for name, value in options.items() if name not in named}
     if isinstance(model, TrainConfig):
+        if options.get("objective", model.objective) != model.objective:
+            left_open = (name for name, value in by_objective(model).items() if getattr(model, name) == value)
+            options = {**dict.fromkeys(left_open, "auto"), **options}
         return _with_budgets(replace(model, **options, **named)), None
     if isinstance(model, Model):
         named |= {"model": model.source, "kind": model.kind, "bits": model.bits}

@@ -28,6 +28,7 @@ _WORDS = {
     "dev": "--data: the dev examples",
     "test": "--data: the test examples",
     "task": "--task: its prompts, answers or metrics",
+    "objective": "--objective: the function, or the file it is in",
     "model": "--model: its weights",
     "weights": "--model: its weights",
     "model_config": "--model: its config.json",

@@ -295,7 +295,12 @@ class Loop:
         )
         bounds = [len(mine) * part // config.accumulate for part in range(config.accumulate + 1)]
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
-        return [self.setup.encoder.collate(list(map(self._example, part))) for part in parts]
+        made = (self.setup.encoder.collate(list(map(self._example, part))) for part in parts)
+        examples = self.setup.splits.train
+        return [
+            batch._replace(made_of=tuple(examples[index] for index in part))
+            for batch, part in zip(made, parts, strict=True)
+        ]
 
     def _example(self, index: int) -> Encoded:
         """A training example as tokens."""

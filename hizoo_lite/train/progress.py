@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from hizoo_lite.config import default
 from hizoo_lite.train.step import StepRecord
 
 #: Share of the newest loss in the one that is shown, and of the newest step in forwards a second.
@@ -75,9 +76,14 @@ class RunningMeans(Progress):
 
     def __init__(self) -> None:
         self.label, self.total, self.done = "", 0, 0
-        self.loss: float | None = None
+        self.loss: float | None = None  # or the objective's value, as `called` says
+        self.called, self._sign = default("objective"), 1
         self.forwards_per_second: float | None = None
         self._last = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if args.objective != self.called:
+            self.called, self._sign = f"objective {args.objective}", -1
 
     def phase(self, label: str, total: int, done: int = 0) -> None:
         """Note what is counted from now on."""
@@ -92,15 +98,15 @@ class RunningMeans(Progress):
         )
         self._last = now
         if not record.skipped:
-            self.loss = _mean(self.loss, sum(record.losses) / len(record.losses))
+            self.loss = _mean(self.loss, self._sign * sum(record.losses) / len(record.losses))
 
     def advanced(self, units: int) -> None:
         """Take in examples of an evaluation."""
         self.done += units
 
     def state(self) -> str:
-        """Loss and speed, as far as they are known."""
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        """Loss, or the objective's value, and speed, as far as they are known."""
+        parts = [] if self.loss is None else [f"{self.called} {self.loss:.4f}"]
         parts += [] if self.forwards_per_second is None else [f"{self.forwards_per_second:.1f} forwards/s"]
         return ", ".join(parts)
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hizoo_lite.base import Curvature, Estimator, Space
+from hizoo_lite import objectives
+from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.config import TrainConfig, default
+from hizoo_lite.config import TrainConfig, by_objective, default
 from hizoo_lite.device import is_gpu
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
@@ -27,6 +28,7 @@ from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import planning
+from hizoo_lite.train.compared import Compared, given_by
 from hizoo_lite.train.components import learnable_splits, make_stepper, run_splits, task_encoder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
@@ -52,6 +54,7 @@ class Setup:
     space: Space
     stepper: Stepper
     plan: Plan | None  # of its memory; None if the model could not be run dry
+    objective: Objective
 
     @property
     def config(self) -> TrainConfig:
@@ -75,10 +78,13 @@ def build(
     space: Space | None = None,
     estimator: Estimator | None = None,
     curvature: Curvature | None = None,
+    objective: Objective | None = None,
     data: Records | None = None,
 ) -> Setup:
     """Read the data, load the model, attach the space. The objects given stand in for what settings say."""
     config, task = resolved.config, resolved.task
+    objective = objective or objectives.configured(config)
+    given = given_by(objective, task, resolved.kind, config.loss)
     splits = run_splits(config, task, data)
     plan, workload = planned(resolved, splits)
     model = resolved.model(_residency(resolved, plan))
@@ -90,11 +96,12 @@ def build(
     _say_if_too_many(config, labels or ())
     _say_what_is_unused(config)
     traversal = Traversal(model)
-    stepper = make_stepper(config, traversal, TorchArrays(model.device), space, estimator, curvature)
+    losses = traversal if given is None else Compared(objective, traversal, encoder, given)
+    stepper = make_stepper(config, losses, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.chunk_halvings = max(model.chunk_halvings, plan.chunk_halvings)
     prepare_blocks(model, resolved, workload, plan)
-    return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan)
+    return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan, objective)
 
 
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
@@ -111,7 +118,8 @@ def _say_what_is_unused(config: TrainConfig) -> None:
     """Settings of estimated gradients that were given, of a run that estimates none."""
     if config.estimates:
         return
-    given = [name for name in _OF_ESTIMATES if getattr(config, name) != default(name)]
+    left = by_objective(config)
+    given = [name for name in _OF_ESTIMATES if getattr(config, name) != left.get(name, default(name))]
     if given:
         _log.warning(
             "--exact-blocks: nothing is estimated, so these are not used: %s",

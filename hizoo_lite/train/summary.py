@@ -44,6 +44,7 @@ def summarize(
         "kind": model.kind,
         "space": setup.space.name,
         "estimator": setup.stepper.estimator.name,
+        "objective": config.objective,
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
         **_streaming(model),

@@ -23,7 +23,7 @@ from hizoo_lite.branches import Branches
 from hizoo_lite.checkpoints.adapter import PEFT_FILE, find_adapter, read_peft_config
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.checkpoints.writer import write_json
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import TrainConfig, default
 from hizoo_lite.edge.graph import ADAPTER, FORMAT, GRAPH, RECORD
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
@@ -69,6 +69,11 @@ def export_train(
     config = saved.saved_config(run)
     if config is None:
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
+    if not config.is_of_loss:
+        raise UserError(
+            f"{run}: objective: {config.objective}; the graph has losses alone: only runs with --objective "
+            f"{default('objective')} can be exported to train on a device"
+        )
     task = components.find_task(config.task)
     examples = components.make_splits(config, task).train
     source = read_source(run, model=model)

@@ -1,0 +1,103 @@
+"""Points compared by another objective than the loss: what stands between a step and its traversal.
+
+Scores are there when the losses are. A text is not: after the traversal, which has the divergence of the
+predictions and so the curvature, every branch writes its greedy answer, all of them at once along the branch
+axis. Beside its forwards a step then costs a generation of branches * examples rows: up to `max_new_tokens`
+times through all blocks, which a streamed model fetches as often, with keys and values of all rows in memory;
+the run's plan counts them. Parameters stay where they are: the branches exist only inside the linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from hizoo_lite.arrays import Array
+from hizoo_lite.base import BranchLosses, ModelKind, Objective
+from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.branches import EVALUATION, Branches
+from hizoo_lite.errors import UserError
+from hizoo_lite.registry import OBJECTIVES
+from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train.evaluate import Write, by_example, complete
+
+
+class BranchWriter(BranchLosses, Protocol):
+    """What has losses, and texts, of every branch: a traversal."""
+
+    def writing(self, branches: Branches, mu: float, directions: Mapping[str, Array]) -> Write:
+        """As `evaluate.Write`, of every branch: the rows of the first, then those of the next."""
+        ...
+
+
+def given_by(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str | None:
+    """What the objective is of in this run, one of its `reads`; None if it is the loss.
+
+    loss: the setting. Raises UserError for an objective of what the task does not give.
+    """
+    given = None
+    if kind == "classifier" or (task.kind == "choice" and loss != "answer"):
+        given = "scores"
+    elif task.kind == "completion" and kind == "causal":
+        given = "text"
+    if not objective.reads:
+        return None
+    if given in objective.reads:
+        return given
+    words = {"scores": "scores of candidates", "text": "a written answer"}
+    wanted = " or ".join(words[one] for one in objective.reads)
+    if task.kind == "choice" and given is None:
+        why = "--loss answer scores the gold one alone (--loss choice scores all)"
+    else:
+        why = f"task {task.name} has {'neither' if given is None else words[given]}"
+    allowed = [name for name, member in OBJECTIVES.items() if not member.reads or given in member.reads]
+    allowed += ["FILE.py:NAME"] * (given is not None)
+    raise UserError(f"--objective: {objective.name} is of {wanted}, but {why}; allowed: {', '.join(allowed)}")
+
+
+class Compared(BranchLosses):
+    """A traversal whose losses are minus the objective's values."""
+
+    def __init__(self, objective: Objective, traversal: BranchWriter, encoder: Encoder, given: str) -> None:
+        """given: of `given_by`."""
+        self.objective, self.traversal, self.encoder, self.given = objective, traversal, encoder, given
+
+    def losses(
+        self,
+        batch: Batch,
+        branches: Branches = EVALUATION,
+        mu: float = 0.0,
+        directions: Mapping[str, Array] | None = None,
+        exact: Mapping[str, Array] | None = None,
+    ) -> Losses:
+        """See `BranchLosses.losses`. A loss that is not finite has no value: NaN."""
+        assert batch.made_of is not None
+        losses = self.traversal.losses(batch, branches, mu, directions, exact)
+        known = np.asarray(losses.per_example)
+        if self.given == "text":
+            found: Sequence[Sequence[Any]] = self._texts(batch, branches, mu, directions or {})
+        else:
+            found = self._scores(losses, batch)
+        values = np.full_like(known, np.nan)
+        for branch, example in zip(*np.nonzero(np.isfinite(known)), strict=True):
+            read = batch.made_of[example], found[branch][example]
+            values[branch, example] = self.objective.value(*read, self.encoder.task.scorers)
+        return losses._replace(per_example=0.0 - values)
+
+    def _scores(self, losses: Losses, batch: Batch) -> list[list[list[float]]]:
+        """By branch, example and the task's own order of candidates or classes."""
+        order = self.encoder.order if batch.loss == "class" else None
+        return [
+            [(one if order is None else one[list(order)]).tolist() for one in by_example(scores, batch)]
+            for scores in np.asarray(losses.scores)
+        ]
+
+    def _texts(
+        self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Array]
+    ) -> list[list[str]]:
+        """By branch and example."""
+        write, count = self.traversal.writing(branches, mu, directions), batch.examples
+        texts = list(map(self.encoder.task.completed, complete(write, self.encoder, batch.made_of or ())))
+        return [texts[first : first + count] for first in range(0, len(texts), count)]
