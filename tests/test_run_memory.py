@@ -359,19 +359,19 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     splits = components.make_splits(config, task)
     encoder = planning.find_encoder(Resolved(config, task))
     assert encoder is not None
-    whole = planning.workload(encoder, splits, dev=False)
+    whole = planning.workload(encoder, splits, config)
     assert whole.length is not None
     assert whole.length < 64
     monkeypatch.setattr(planning, "MOST_ENCODED", 1)
-    part = planning.workload(encoder, splits, dev=False)
+    part = planning.workload(encoder, splits, config)
     assert part.length == 64
     assert part.evaluation.rows >= whole.evaluation.rows
     assert part.training.rows == 2
     odd = splits.train[0]._replace(answers=(" a", " b c", " d", " e f", " g"))
     with_odd = replace(splits, train=[*splits.train, odd])
-    assert planning.workload(encoder, with_odd, dev=False).training.rows == 5
+    assert planning.workload(encoder, with_odd, config).training.rows == 5
     shorter = replace(splits, train=splits.train[:1], test=splits.test[:1])
-    assert planning.workload(encoder, shorter, dev=False).length != 64
+    assert planning.workload(encoder, shorter, config).length != 64
 
 
 # --------------------------------------------------------------------------------- host memory of a GPU

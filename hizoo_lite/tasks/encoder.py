@@ -132,16 +132,21 @@ class Encoder:
             return self._text(example)
         return self._causal(example, only_gold=training and self.loss == "answer")
 
-    def label_tokens(self, examples: Sequence[Example]) -> list[int] | None:
+    def label_tokens(self, examples: Sequence[Example], most: int) -> list[int] | None:
         """The tokens that the answers are made of, if the loss is "choice" and all have the same answers.
 
-        None otherwise. Of many examples some are looked at: the tokens of an answer may depend on the text
-        before it, but hardly do.
+        If they are more than `most`, those that the answers begin with: what follows is mostly certain once
+        a name has begun. None otherwise. Of many examples some are looked at: the tokens of an answer may
+        depend on the text before it, but hardly do.
         """
         if self.loss != "choice" or len({tuple(example.answers) for example in examples}) != 1:
             return None
-        found = (self.encode(example, training=True).tokens for example in examples[:_MOST_LOOKED_AT])
-        return sorted({token for tokens in found for _, token, _ in tokens})
+        found = [self.encode(example, training=True).tokens for example in examples[:_MOST_LOOKED_AT]]
+        every = {token for tokens in found for _, token, _ in tokens}
+        if len(every) <= most:
+            return sorted(every)
+        first = [{slot: token for _, token, slot in reversed(tokens)} for tokens in found]
+        return sorted({token for tokens in first for token in tokens.values()})
 
     def teaches(self, example: Example) -> bool:
         """Whether there is a token to predict: a text of one token alone has none."""

@@ -84,12 +84,12 @@ def find_encoder(resolved: Resolved) -> Encoder | None:
     return task_encoder(tokenizer, kind, task, config.max_length, config.loss, vocabulary=known)
 
 
-def workload(encoder: Encoder, splits: Splits, *, dev: bool) -> Workload:
-    """What the examples of a run make: those of training, and those that are evaluated (`dev`: these too)."""
-    evaluated = [*splits.test, *(splits.dev if dev else ())]
+def workload(encoder: Encoder, splits: Splits, config: TrainConfig) -> Workload:
+    """What the examples of a run make: those of training, and those that are evaluated."""
+    evaluated = [*splits.test, *(splits.dev if config.eval_every > 0 else ())]
     training, longest = _demand(encoder, splits.train, training=True)
     evaluation, also = _demand(encoder, evaluated, training=False)
-    labels = len(encoder.label_tokens(splits.train) or ())
+    labels = len(encoder.label_tokens(splits.train, config.rank) or ())
     return _workload(encoder, training, evaluation, max(longest, also))._replace(labels=labels)
 
 

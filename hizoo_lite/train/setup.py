@@ -91,7 +91,7 @@ def build(
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
     space = space or SPACES.configured(config)
-    labels = encoder.label_tokens(splits.train)
+    labels = encoder.label_tokens(splits.train, config.rank)
     space.attach(model, config.seed, labels)
     _say_if_too_many(config, labels or ())
     _say_what_is_unused(config)
@@ -109,7 +109,7 @@ def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
     has_rows = config.head == "exact" and not SPACES.lines[config.space].in_weights
     if has_rows and config.exact_blocks == 0 and len(labels) > config.rank:
         _log.warning(
-            "--head: answers are made of %d tokens, an adapter of --rank %d has no rows for as many",
+            "--head: answers begin with %d tokens, an adapter of --rank %d has no rows for as many",
             *(len(labels), config.rank),
         )
 
@@ -142,7 +142,7 @@ def planned(resolved: Resolved, splits: Splits) -> tuple[Plan | None, Workload]:
     encoder = planning.find_encoder(resolved)
     workload = ONE_ROW
     if encoder is not None:
-        workload = planning.workload(encoder, splits, dev=resolved.config.eval_every > 0)
+        workload = planning.workload(encoder, splits, resolved.config)
     return planning.plan(resolved, workload), workload
 
 
