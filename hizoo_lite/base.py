@@ -390,12 +390,13 @@ class Residency(Protocol):
     """Where a block's weights are while it is not being computed.
 
     Blocks are asked for in rising order, again and again. In a pass that comes back from the last one they
-    then fall to block `turns_at`, while `falls` is set.
+    then fall to block `turns_at`, while `falls` is set. Passes begin at block `starts_at`.
     """
 
     name: str
     turns_at: int | None
     falls: bool
+    starts_at: int
 
     def acquire(self, block: int) -> None:
         """Called before block `block` runs: on return its weights are on the compute device."""
@@ -430,6 +431,24 @@ class Boundaries(Protocol):
 
     def leave(self, index: int, out: Any) -> Any:
         """Called with what block `index` gives; what the next one is to be given."""
+        ...
+
+
+class Part(Protocol):
+    """The blocks that a pass runs, if not all."""
+
+    def runs(self, index: int) -> bool:
+        """Whether block `index` is run."""
+        ...
+
+    def left_out(self, hidden: Any) -> Any:
+        """What is handed on in place of a block's output, where the block was given `hidden`."""
+        ...
+
+    def given(
+        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What block `index`, which is run, is given."""
         ...
 
 

@@ -9,7 +9,8 @@ from hizoo_lite.arrays import Array
 
 
 class Batch(NamedTuple):
-    """Tokens of one batch and the places where a loss is read. All arrays int64, on the host.
+    """Tokens of one batch and the places where a loss is read. All arrays on the host, int64 if nothing
+    else is said.
 
     A task makes it of numpy arrays; `tensors.batch_tensors` makes torch's of it for a traversal.
 
@@ -37,6 +38,8 @@ class Batch(NamedTuple):
     # example's slots, each scored by its mean token log-probability (MeZO 2305.17333, which trains its
     # classification tasks so); "class": cross-entropy over the classifier's logits.
     made_of: tuple[Example, ...] | None = None  # for who compares points by more than losses
+    hidden: Array | None = None
+    # (rows, length, features) float32: what goes into the first block with anything trained, if it is known
 
     @property
     def examples(self) -> int:

@@ -207,6 +207,12 @@ class TrainConfig:
         "or more is padding",
         group="Run",
     )
+    hidden_states: Literal["auto", "off"] = _setting(
+        "auto",
+        "auto keeps those of the training examples below the first trained block in the run folder, if every "
+        "example comes twice or more: a step then runs the blocks above alone",
+        group="Run",
+    )
     accumulate: int = _setting(
         1, "parts in which a batch goes through, one after the other, to save memory", group="Run", minimum=1
     )

@@ -26,6 +26,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
+from hizoo_lite.engine.hidden import HiddenStates, first_trained
 from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from hizoo_lite.export.onnx.linear import Format
 
 _log = logging.getLogger(__name__)
+
+#: The entry of run.json of a run that keeps hidden states: resumed, it does, and none that did not does.
+_HIDDEN = "hidden_states"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -317,6 +321,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
         journal = enter(resume.open_journal(folder, setup.stepper, position)) if ranks.is_main else None
         _start_tracker(accelerator, setup.config)
         meter = PeakMeter(setup.model.device)
+        hidden = _hidden_states(setup, folder)
         interrupt, profiler = enter(Interrupt()), enter(_profiled(setup, meter, budget))
         loop = Loop(
             setup,
@@ -328,6 +333,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             meter=meter,
             profiler=profiler,
             memory=lambda: profiler.record(categories(setup)),
+            hidden=hidden,
         )
         failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
         try:
@@ -336,6 +342,8 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             failure = error
         except (RuntimeError, MemoryError) as error:
             failure = _refused(error)
+        if hidden is not None and ranks.is_main:
+            hidden.close(finished=failure is None)
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
         summary: dict[str, Any] = {}
@@ -420,6 +428,20 @@ def categories(setup: Setup) -> list[dict[str, Any]]:
     return ledger.category_list(predicted, {**found.device, **found.host})
 
 
+def _is_kept(setup: Setup) -> bool:
+    """Whether a new run keeps the hidden states of its training examples: if every one comes twice."""
+    config = setup.config
+    comes_twice = config.steps * config.batch_size >= 2 * len(setup.splits.train)
+    is_useful = comes_twice and setup.space.weights is None and first_trained(setup.model) > 0
+    return config.hidden_states == "auto" and is_useful
+
+
+def _hidden_states(setup: Setup, folder: RunFolder) -> HiddenStates | None:
+    """Those of a run that keeps them."""
+    kept = identity.read(folder.identity).get(_HIDDEN) == "kept"
+    return HiddenStates(setup.traversal, folder.path) if kept else None
+
+
 def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
     """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
     start = resume.Start(Position())
@@ -430,6 +452,11 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     if setup.objective.source is not None:
         made_of["objective"] = setup.objective.source
     made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
+    if setup.config.resume:
+        before = identity.read(folder.identity)
+        made_of |= {name: value for name, value in before.items() if name == _HIDDEN}
+    elif _is_kept(setup):
+        made_of[_HIDDEN] = "kept"
     if setup.config.resume:
         identity.check(folder.identity, made_of)
         for words in identity.changes(folder.identity, made_of):

@@ -24,6 +24,7 @@ from hizoo_lite.engine.chunks import (
     slice_mlp,
 )
 from hizoo_lite.engine.fanout import is_alike, run_for_one
+from hizoo_lite.engine.hidden import NotComputed
 from hizoo_lite.engine.overwritten import OneBranch
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class PresentBlock(nn.Module):
             object.__setattr__(self, kind, getattr(self.block[0], kind))
         self.training = self.block[0].training
         self._mlp = slice_mlp(self.block[0], model.state)
+        self._beside: tuple[Any, ...] | None = None  # what it gives besides hidden states; None: no tuple
 
     def __getattr__(self, name: str) -> Any:
         """The block's, where this has no such attribute."""
@@ -57,7 +59,13 @@ class PresentBlock(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own; a long batch goes through in chunks, and one branch where all are alike."""
-        boundaries = self.model[0].boundaries
+        part, boundaries = self.model[0].part, self.model[0].boundaries
+        if part is not None:
+            if not part.runs(self.index):
+                handed_on = part.left_out(args[0] if args else kwargs["hidden_states"])
+                return handed_on if self._beside is None else (handed_on, *self._beside)
+            args, named = part.given(self.index, args, kwargs)
+            kwargs = dict(named)
         if boundaries is None:
             return self._forward(args, kwargs)
         boundaries.enter(self.index, args, kwargs)
@@ -77,10 +85,14 @@ class PresentBlock(nn.Module):
             redrawn=model.pending is not None,
             chunk_halvings=model.chunk_halvings,
         )
-        if not is_alike(model, self.index, hidden, args, kwargs):
-            return self._run(rows, chunks, args, kwargs)
-        run = partial(self._run, rows, chunks.of_one_branch(rows, branches))
-        return run_for_one(model, run, args, kwargs, is_last=self.index + 1 == model.blocks_alike)
+        if is_alike(model, self.index, hidden, args, kwargs):
+            run = partial(self._run, rows, chunks.of_one_branch(rows, branches))
+            out = run_for_one(model, run, args, kwargs, is_last=self.index + 1 == model.blocks_alike)
+        else:
+            out = self._run(rows, chunks, args, kwargs)
+        if not isinstance(out, Tensor):
+            self._beside = tuple(NotComputed.nothing() if isinstance(i, Tensor) else i for i in out[1:])
+        return out
 
     def _run(self, rows: int, chunks: Chunks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """On `rows` rows of every branch."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hizoo_lite.engine.budget import is_out_of_memory
 from hizoo_lite.engine.chunks import cut, has_cache, mapped, may_overwrite
+from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.overwritten import FoldFirst, OneBranch, Overwritten, readable
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ def blocks_alike(model: Model, branches: int) -> int:
     """How many blocks there are in front of the first that makes branches differ."""
     if branches == 1 or model.folds_first:
         return 0
-    trained = (model.block_of(name) for name, linear in model.linears.items() if linear.delta is not None)
-    return min((block for block in trained if block is not None), default=len(model.blocks))
+    return first_trained(model)
 
 
 def is_alike(

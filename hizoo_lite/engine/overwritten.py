@@ -1,9 +1,9 @@
 """Hidden states between blocks that are not what the model takes them for, and what follows if it reads them.
 
 A block's output is written over its input (chunks.py), and blocks that all branches go through alike give
-those of one branch (fanout.py). Few models read such states anywhere but in the next block: DeBERTa-v2-xlarge
-has a convolution beside its first block. Which ones is not known, so whoever asks for the values raises, and
-the pass is repeated in a plainer way.
+those of one branch (fanout.py), or none where they are known (hidden.py). Few models read such states
+anywhere but in the next block: DeBERTa-v2-xlarge has a convolution beside its first block. Which ones is not
+known, so whoever asks for the values raises, and the pass is repeated in a plainer way.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def until_suited(model: Model, work: Callable[[], Result]) -> Result:
     return work()
 
 
-class _Unreadable(Tensor):
+class Unreadable(Tensor):
     """A tensor that raises `error` whenever its values are asked for."""
 
     error: ClassVar[type[Unsuited]]
@@ -88,14 +88,14 @@ class _Unreadable(Tensor):
 
 
 @final
-class Overwritten(_Unreadable):
+class Overwritten(Unreadable):
     """A tensor that has other values by now than its owner thinks."""
 
     error = ReadAgain
 
 
 @final
-class OneBranch(_Unreadable):
+class OneBranch(Unreadable):
     """What a block gives of one branch, (rows, ...), where the model thinks it has all of them.
 
     room: a tensor of the form of all branches' hidden states that nobody reads any more; None: there is none.

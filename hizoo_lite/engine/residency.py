@@ -36,6 +36,7 @@ class Resident:
     name = "resident"
     turns_at: int | None = None
     falls = False
+    starts_at = 0
 
     def acquire(self, block: int) -> None:
         """Nothing to bring in."""
@@ -66,6 +67,7 @@ class Streamed:
         self.name: str = where
         self.turns_at: int | None = None
         self.falls = False
+        self.starts_at = 0
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0  # for what a pass needs besides the weights; set before the first one
         self.slots = 2  # blocks that are here while they pass; with 1 none is fetched while another computes
@@ -238,10 +240,13 @@ class Streamed:
 
     def _following(self, position: int) -> int:
         """The streamed block that is asked for after the one at `position` of their order."""
-        if self.turns_at is None or (not self.falls and position + 1 < len(self._order)):
-            return self._order[(position + 1) % len(self._order)]
+        first = next((block for block in self._order if block >= self.starts_at), self._order[0])
+        if not self.falls and position + 1 < len(self._order):
+            return self._order[position + 1]
+        if self.turns_at is None:
+            return first
         below = self._order[position - 1] if position else -1
-        return below if below >= self.turns_at else self._order[0]
+        return below if below >= self.turns_at else first
 
     def _fetch(self, block: int, slot: int) -> None:
         assert self._fetcher is not None

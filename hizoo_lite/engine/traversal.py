@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from hizoo_lite.engine.exact import (
 from hizoo_lite.engine.fanout import blocks_alike
 from hizoo_lite.engine.generate import Ended, write
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES, head_of, logits_at, with_hidden
+from hizoo_lite.engine.hidden import Known, Taken, first_trained, in_part
 from hizoo_lite.engine.overwritten import until_suited
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.attention import nothing_packed
@@ -43,8 +45,15 @@ from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
 #: Bytes of the terms of divergences over a vocabulary that are made at once.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+Result = TypeVar("Result")
 _HOST = TorchArrays()
 _NONE: Mapping[str, Tensor] = {}
+
+
+class Guard(Protocol):
+    """Runs a pass, again in smaller chunks where memory runs out."""
+
+    def __call__(self, work: Callable[[], Result], /) -> Result: ...
 
 
 class Traversal:
@@ -52,7 +61,7 @@ class Traversal:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.guard: Callable[[Callable[[], Any]], Any] = _once  # of every pass; see engine/budget.py
+        self.guard: Guard = _once  # of every pass; see engine/budget.py
 
     def write(
         self, prompts: Sequence[list[int]], pad_id: int, max_new_tokens: int, ended: Ended | None = None
@@ -116,18 +125,9 @@ class Traversal:
         that, if there are parameters with one, the exact gradients: `Losses.exact`.
         Raises `Unsuited` where the model is first found to be.
         """
-        standing = len(theta(branches))
+        standing, known = len(theta(branches)), self._known(batch)
         with self._branches(branches, mu, directions), kept_boundaries(self.model, exact, standing) as kept:
-            inputs, state = self._fold(batch, branches.count), self.model.state
-            state.sent(batch.input_ids, inputs["input_ids"])
-            if "attention_mask" in inputs and self.model.leaves_out_padding:
-                state.pad(batch.attention_mask)
-            lengths = batch.attention_mask.sum(1).tolist()
-            with (
-                state.laid_out(*inputs["input_ids"].shape),
-                self.model.row_positions.of(lengths),
-                recorded(exact),
-            ):
+            with self._laid_out(batch, branches.count) as inputs, in_part(self.model, known), recorded(exact):
                 if self.model.kind == "classifier":
                     logits = self.model.module(**inputs).logits
                     logits = logits.view(branches.count, batch.examples, -1).double()
@@ -145,6 +145,41 @@ class Traversal:
                 return found
             weights = token_gradients(found[0][:standing], batch) / standing
             return *found, self._label_gradients(output, recorded_hidden, batch, weights, exact, kept)
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, first: int) -> np.ndarray:
+        """What goes into block `first` at theta: (rows, length, features) float32."""
+        made = batch_tensors(batch)
+        return self.guard(lambda: until_suited(self.model, partial(self._hidden_states, made, first)))
+
+    def _hidden_states(self, batch: Batch, first: int) -> np.ndarray:
+        taken = Taken(first)
+        with (
+            self._branches(EVALUATION, 0.0, {}),
+            self._laid_out(batch, 1) as inputs,
+            in_part(self.model, taken),
+        ):
+            trunk = self.model.module.get_submodule(self.model.trunk_name)
+            trunk(**inputs, **self._no_cache())
+        assert taken.hidden is not None
+        return taken.hidden.numpy()
+
+    def _known(self, batch: Batch) -> Known | None:
+        """The part of the model that is run on a batch whose lower hidden states are known."""
+        if batch.hidden is None or self.model.reads_below:
+            return None
+        return Known(self.model, first_trained(self.model), batch.hidden)
+
+    @contextmanager
+    def _laid_out(self, batch: Batch, count: int) -> Iterator[dict[str, Tensor]]:
+        """While this is open the model may run on `count` branches of the batch: its inputs."""
+        inputs, state = self._fold(batch, count), self.model.state
+        state.sent(batch.input_ids, inputs["input_ids"])
+        if "attention_mask" in inputs and self.model.leaves_out_padding:
+            state.pad(batch.attention_mask)
+        lengths = batch.attention_mask.sum(1).tolist()
+        with state.laid_out(*inputs["input_ids"].shape), self.model.row_positions.of(lengths):
+            yield inputs
 
     @contextmanager
     def _branches(self, branches: Branches, mu: float, directions: Mapping[str, Tensor]) -> Iterator[None]:
@@ -299,7 +334,7 @@ class Traversal:
         return head if head is not None and isinstance(head.weight, OffloadedWeight) else None
 
 
-def _once(work: Callable[[], Any]) -> Any:
+def _once(work: Callable[[], Result]) -> Result:
     return work()
 
 

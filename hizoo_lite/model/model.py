@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from hizoo_lite.base import Bits, Boundaries, ModelKind, Observer, PendingUpdates, Residency
+from hizoo_lite.base import Bits, Boundaries, ModelKind, Observer, Part, PendingUpdates, Residency
 from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.memory.limits import Limits
@@ -56,6 +56,8 @@ class Model:
     folds_first: bool = False  # all branches go through every block, since the model's own code needs them
     blocks_alike: int = 0  # the first ones, which one branch goes through for all: in a traversal
     chunk_halvings: int = 0  # of chunks and logits, because memory ran out
+    reads_below: bool = False  # what lower blocks give, so that none can be left out
+    part: Part | None = None  # the blocks that a pass runs; None: all
     boundaries: Boundaries | None = None  # what a pass keeps for exact gradients inside the blocks
 
     def __str__(self) -> str:

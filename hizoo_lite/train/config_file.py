@@ -40,6 +40,7 @@ OLDER: dict[str, Any] = {
     "by_length": "off",
     "directions": 1,
     "head": "estimated",
+    "hidden_states": "off",
 }
 
 

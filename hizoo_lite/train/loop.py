@@ -74,6 +74,23 @@ class Phases(Protocol):
         ...
 
 
+class Hidden(Protocol):
+    """Keeps the hidden states of the training examples; see `engine/hidden.py`."""
+
+    def open(
+        self,
+        groups: Sequence[Sequence[int]],
+        lengths: Callable[[int], list[int]],
+        collate: Callable[[Sequence[int]], Batch],
+        *,
+        writes: bool,
+        tell: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None: ...
+
+    def of(self, examples: Sequence[int], batch: Batch) -> Batch: ...
+
+
 class Loop:
     """One run in progress. `position` is where it stands, `before` and `after` are its evaluations.
 
@@ -93,14 +110,17 @@ class Loop:
         meter: PeakMeter,
         profiler: Phases,
         memory: Callable[[], Mapping[str, Any]],
+        hidden: Hidden | None = None,
     ) -> None:
         """`memory` gives memory.json as it stands.
+
+        hidden: None if hidden states are not kept.
 
         journal: None for a rank that is not the main one.
         """
         self.ranks = setup.stepper.ranks
         self.setup, self.folder, self.position, self.journal = setup, folder, position, journal
-        self.callbacks, self.memory = callbacks, memory
+        self.callbacks, self.memory, self.hidden = callbacks, memory, hidden
         self.interrupt, self.meter, self.profiler = interrupt, meter, profiler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
@@ -128,6 +148,7 @@ class Loop:
             self.meter.restart()
         if self.position.step < total:
             self._measure_inference()
+            self._open_hidden_states()
         self._due()
         while not self._is_over():
             self._step()
@@ -218,6 +239,22 @@ class Loop:
         for batch in self._batches(number)[:1]:
             self.profiler.measure_inference(number, partial(self.setup.traversal.losses, batch))
 
+    def _open_hidden_states(self) -> None:
+        """Those of all training examples, as many at once as all branches of a step have."""
+        if self.hidden is None:
+            return
+        config, count = self.setup.config, len(self.setup.splits.train)
+        together = -(-config.batch_size // config.accumulate) * len(self.setup.stepper.estimator.points(0))
+        order = sorted(range(count), key=lambda index: (self._tokens(index), index))
+        groups = [order[first : first + together] for first in range(0, count, together)]
+        arguments: dict[str, Any] = {"tell": self.callbacks.message, "check": self.interrupt.check}
+        lengths, collate = self._lengths, self._collated
+        if self.ranks.is_main:
+            self.hidden.open(groups, lengths, collate, writes=True, **arguments)
+        self.ranks.wait()
+        if not self.ranks.is_main:
+            self.hidden.open(groups, lengths, collate, writes=False, **arguments)
+
     def _step(self) -> None:
         number = self.position.step
         self.callbacks.step_begin()
@@ -295,12 +332,18 @@ class Loop:
         )
         bounds = [len(mine) * part // config.accumulate for part in range(config.accumulate + 1)]
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
-        made = (self.setup.encoder.collate(list(map(self._example, part))) for part in parts)
+        made = map(self._collated, parts)
+        if self.hidden is not None:
+            made = map(self.hidden.of, parts, made)
         examples = self.setup.splits.train
         return [
             batch._replace(made_of=tuple(examples[index] for index in part))
             for batch, part in zip(made, parts, strict=True)
         ]
+
+    def _collated(self, part: Sequence[int]) -> Batch:
+        """The batch of some training examples."""
+        return self.setup.encoder.collate(list(map(self._example, part)))
 
     def _example(self, index: int) -> Encoded:
         """A training example as tokens."""
@@ -310,7 +353,11 @@ class Loop:
 
     def _tokens(self, index: int) -> int:
         """Those of the longest row of a training example."""
-        return max(map(len, self._example(index).rows))
+        return max(self._lengths(index))
+
+    def _lengths(self, index: int) -> list[int]:
+        """Tokens of each row of a training example."""
+        return list(map(len, self._example(index).rows))
 
     def _record(self, record: StepRecord, seconds: float) -> dict[str, Any]:
         """The line of metrics.jsonl."""

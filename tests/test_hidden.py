@@ -1,0 +1,179 @@
+"""Hidden states below the first trained block, computed once: losses are those of all blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hizoo_lite.batch import Batch
+from hizoo_lite.branches import Branches
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.hidden import first_trained
+from hizoo_lite.engine.load import load
+from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.run import fit
+from hizoo_lite.train import loop
+from tests.batches import tiny_task_batch
+from tests.test_fanout import EVERY, FLOAT32_ROUNDING, MU, opened, rows_seen, trained_on_top
+
+#: Hand more than hidden states from block to block, or read them elsewhere.
+UNSUITED = {"gemma4"}
+
+
+def known(model: Any, batch: Batch) -> Batch:
+    return batch._replace(hidden=Traversal(model).hidden_states(batch, first_trained(model)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_losses_are_those_of_all_blocks(name: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path, num_hidden_layers=4)
+    directions = trained_on_top(model)
+    traversal, batch = Traversal(model), tiny_task_batch(model.kind, 3)
+    wanted = traversal.losses(batch, Branches.of(), MU, directions).per_example
+    evaluated = traversal.losses(batch).per_example
+    held, seen = known(model, batch), rows_seen(model)
+    found = traversal.losses(held, Branches.of(), MU, directions).per_example
+    assert model.reads_below == (name in UNSUITED)
+    if name not in UNSUITED:
+        assert seen == [9]  # the last of four blocks, three branches of three rows
+    torch.testing.assert_close(found, wanted, rtol=0, atol=FLOAT32_ROUNDING)
+    assert torch.equal(traversal.losses(held).per_example, evaluated)
+    assert not model.reads_again
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_so_are_a_classifiers(name: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path, "classifier")
+    directions = trained_on_top(model)
+    traversal, batch = Traversal(model), tiny_task_batch(model.kind, 3)
+    wanted = traversal.losses(batch, Branches.of(), MU, directions).per_example
+    found = traversal.losses(known(model, batch), Branches.of(), MU, directions).per_example
+    assert not model.reads_below
+    torch.testing.assert_close(found, wanted, rtol=0, atol=FLOAT32_ROUNDING)
+
+
+def test_a_streamed_model_brings_in_only_what_is_run(tmp_path: Path) -> None:
+    resident = opened("llama", tmp_path, num_hidden_layers=4)
+    stored: dict[str, Any] = {"bits": "none", "compute_dtype": "float32", "residency": "disk"}
+    model = load(tmp_path, kind="causal", device="cpu", **stored)
+    model.residency.prepare()  # type: ignore[attr-defined]
+    batch, moved = tiny_task_batch("causal", 3), []
+    for one in (resident, model):
+        directions = trained_on_top(one)
+        held = known(one, batch)
+        found = Traversal(one).losses(held, Branches.of(), MU, directions).per_example
+        moved.append(found)
+    assert torch.equal(*moved)
+    asked: list[int] = []
+    acquire = model.residency.acquire
+    model.residency.acquire = lambda block: asked.append(block) or acquire(block)  # type: ignore[method-assign, func-returns-value]
+    before = model.residency.moved_bytes  # type: ignore[attr-defined]
+    for _ in range(3):
+        Traversal(model).losses(held, Branches.of(), MU, directions)
+    assert asked == [3, 3, 3]
+    assert model.residency.moved_bytes == before  # type: ignore[attr-defined]  # it is in its slot
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """The demo's model with the last of its blocks trained; every example comes thrice."""
+    given = {
+        "model": "embedded",
+        "task": "embedded",
+        "data": "embedded",
+        "device": "cpu",
+        "blocks": 1,
+        "steps": 12,
+        "batch_size": 8,
+        "train_examples": 32,
+        "test_examples": 8,
+        "dev_examples": 0,
+        "eval_every": 0,
+        "save_every": 0,
+        "lr": 0.01,
+        "lr_schedule": "constant",
+    }
+    return {**given, **changes}
+
+
+def losses_of(folder: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["losses"] for line in lines if line["kind"] == "step"]
+
+
+def trained(tmp_path: Path, name: str, **changes: Any) -> Path:
+    fit(TrainConfig(**settings(**changes), out=str(tmp_path / name)))
+    return tmp_path / name
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that keeps them."""
+    return trained(tmp_path_factory.mktemp("hidden"), "run")
+
+
+def test_a_run_with_them_is_one_without(undisturbed: Path, tmp_path: Path) -> None:
+    with_them, without = undisturbed, trained(tmp_path, "without", hidden_states="off")
+    np.testing.assert_allclose(losses_of(with_them), losses_of(without), rtol=0, atol=FLOAT32_ROUNDING)
+    assert '"hidden_states": "kept"' in (with_them / "run.json").read_text()
+    assert '"hidden_states": "kept"' not in (without / "run.json").read_text()
+    assert not list(with_them.glob("hidden.*"))  # a finished run needs them no more
+
+
+def test_where_examples_do_not_come_twice_none_are_kept(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "few", steps=7)
+    assert '"kept"' not in (folder / "run.json").read_text()
+    fit(TrainConfig(**settings(steps=12), out=str(folder), resume=True))  # as it was begun
+    assert '"kept"' not in (folder / "run.json").read_text()
+
+
+@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed"])
+def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+
+    def fail(self: Any) -> None:
+        if self.position.step == 5:
+            raise loop.Interrupted
+        original(self)
+
+    original = loop.Loop._step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", fail)
+        fit(TrainConfig(**settings(), out=str(stopped)))
+    data = stopped / "hidden.bin"
+    kept = data.read_bytes()
+    if harm == "cut":
+        data.write_bytes(kept[:-100])
+    elif harm == "changed":
+        data.write_bytes(kept[:-4] + b"\0\0\x80?")
+    elif harm == "removed":
+        data.unlink()
+    fit(TrainConfig(**settings(steps=12), out=str(stopped), resume=True))
+    assert losses_of(stopped) == losses_of(undisturbed)
+    assert adapter(stopped) == adapter(undisturbed)
+
+
+def test_a_streamed_run_is_the_resident_one(tmp_path: Path) -> None:
+    resident = trained(tmp_path, "here", bits="none")
+    streamed = trained(tmp_path, "streamed", bits="none", residency="disk")
+    assert losses_of(resident) == losses_of(streamed)
+    assert adapter(resident) == adapter(streamed)
+
+
+def test_exact_blocks_take_them(tmp_path: Path) -> None:
+    changes = {"blocks": "auto", "exact_blocks": 1, "lr": "auto", "lr_schedule": "linear"}
+    with_them = trained(tmp_path, "with", **changes)
+    without = trained(tmp_path, "without", hidden_states="off", **changes)
+    np.testing.assert_allclose(losses_of(with_them), losses_of(without), rtol=0, atol=FLOAT32_ROUNDING)
+    assert len(losses_of(with_them)) == 12
