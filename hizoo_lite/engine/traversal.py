@@ -43,7 +43,8 @@ from hizoo_lite.model.offloaded import OffloadedWeight
 from hizoo_lite.tasks.losses import class_losses, divergence_terms, sides, slot_losses
 from hizoo_lite.tensors import TorchArrays, batch_tensors, brought
 
-#: Bytes of the terms of divergences over a vocabulary that are made at once.
+#: Bytes of a chunk's logits that are float64 at once: as a whole they and their exponentials would be four
+#: times the chunk.
 TERMS_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 Result = TypeVar("Result")
 _HOST = TorchArrays()
@@ -220,12 +221,16 @@ class Traversal:
         out = torch.empty(hidden.shape[0], order.shape[0], dtype=torch.float64, device=device)
         limits = (size >> model.chunk_halvings for size in (LOGITS_BYTES, HELD_BYTES[like(device)]))
         for part, logits, tokens, at, ids in self._at_tokens(output, hidden, batch, order, *limits):
-            wide = logits.double()
-            normalizer = torch.logsumexp(wide, dim=-1)
-            out[:, tokens] = wide[:, at, ids] - normalizer[:, at]
-            if directions:
-                wide -= normalizer[..., None]
-                _divergences_into(divergences[:, part], wide, branches)
+            normalizer = torch.empty(logits.shape[:2], dtype=torch.float64, device=device)
+            step = max(1, TERMS_BYTES[like(device)] // (8 * logits.shape[0] * logits.shape[-1]))
+            for first in range(0, logits.shape[1], step):
+                some = slice(first, first + step)
+                wide = logits[:, some].double()
+                normalizer[:, some] = torch.logsumexp(wide, dim=-1)
+                if directions:
+                    wide -= normalizer[:, some, None]
+                    divergences[:, part][:, some] = _divergences(wide, branches)
+            out[:, tokens] = logits[:, at, ids].double() - normalizer[:, at]
             if self.model.observer is not None:
                 self.model.observer.reached("head")
         unsorted = torch.empty_like(out)
@@ -343,13 +348,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _divergences_into(out: Tensor, log_p: Tensor, branches: Branches) -> None:
-    """Along each direction, a few sites at a time: terms of a whole chunk are as much as its logits again.
-
-    out: (directions, sites). log_p: (branches, sites, vocabulary), both float64.
-    """
+def _divergences(log_p: Tensor, branches: Branches) -> Tensor:
+    """Along each direction: (branches, sites, vocabulary) -> (directions, sites), float64."""
     plus, minus = sides(_HOST, log_p, branches.compared)
-    step = max(1, TERMS_BYTES[like(out.device)] // (8 * max(1, len(plus)) * log_p.shape[-1]))
-    for first in range(0, out.shape[1], step):
-        part = slice(first, first + step)
-        out[:, part] = divergence_terms(_HOST, plus[:, part], minus[:, part]).sum(-1)
+    return divergence_terms(_HOST, plus, minus).sum(-1)
