@@ -226,7 +226,7 @@ def test_saved_rows_are_put_back(tmp_path: Path) -> None:
 def test_more_labels_than_a_rank_has_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = fit(TrainConfig(**short_run(tmp_path, rank=1, steps=1)))
     assert run.setup.space.exact == {}
-    assert caplog.text.count("answers are made of 2 tokens, an adapter of --rank 1") == 1  # a plan is silent
+    assert caplog.text.count("answers begin with 2 tokens, an adapter of --rank 1") == 1  # a plan is silent
 
 
 def test_a_tied_masked_model_is_merged_with_its_bias(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hizoo_lite.branches import EVALUATION, Branches, BranchState
 from hizoo_lite.tasks.losses import choice_losses, class_losses, score_gradients, slot_means
 from hizoo_lite.tensors import TorchArrays
 
-#: Logits that are recorded live on as float32, float64 and log-probabilities: chunks are 2^3 times smaller.
+#: Logits that are recorded live on beside their gradient: chunks are 2^3 times smaller.
 RECORDED_HALVINGS = 3
 _HOST = TorchArrays()
 
@@ -41,9 +41,14 @@ def theta(branches: Branches) -> tuple[int, ...]:
     return (0,) if branches.base else (0, 1)
 
 
-def gradients_of(total: Tensor, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of `total`, a number, by name, float64."""
-    found = torch.autograd.grad(total, list(exact.values()))
+def gradients_of(
+    total: Tensor, exact: Mapping[str, Tensor], of_total: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The gradients of `total`, a number, by name, float64.
+
+    of_total: a gradient with respect to `total`, which then may be any tensor.
+    """
+    found = torch.autograd.grad(total, list(exact.values()), of_total)
     return {name: gradient.double() for name, gradient in zip(exact, found, strict=True)}
 
 

@@ -23,11 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import ModelOutput
 
 from hizoo_lite.branches import Branches
+from hizoo_lite.device import like
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.quant import PlainWeight
 
 #: Bytes of float32 logits a chunk of positions holds at most, over all branches.
 LOGITS_BYTES = 64 << 20
+#: Rows of logits, of all branches, that a chunk has at most on a CPU, where the matrix is there: unpacking it
+#: costs as much as the products of about 25.
+MOST_ROWS = 64
 #: The same of chunks that wait together where the matrix of the head comes to the device tile by tile. On a
 #: CPU it comes from disk through the cache of files, and memory counts more.
 HELD_BYTES = {"cpu": 0, "cuda": 1 << 30}
@@ -110,7 +114,10 @@ def logits_at(
     in the chunk, vocabulary) float32.
     """
     branches, sites = hidden.shape[0], rows.shape[0]
-    chunk = max(1, limit_bytes // (4 * branches * vocabulary))
+    chunk = limit_bytes // (4 * branches * vocabulary)
+    if offloaded is None and like(hidden.device) == "cpu":
+        chunk = min(chunk, MOST_ROWS // branches)
+    chunk = max(1, chunk)
     together = 1 if offloaded is None else max(1, held_bytes // (4 * branches * vocabulary * chunk))
     parts = [slice(first, min(first + chunk, sites)) for first in range(0, sites, chunk)]
 

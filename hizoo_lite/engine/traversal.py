@@ -298,8 +298,8 @@ class Traversal:
             wanted = dict(above) if of_hidden is None else {**above, "": leaf}
             with state.one_branch(), recorded(wanted):
                 for _, logits, tokens, at, ids in self._at_tokens(output, leaf, batch, order, limit):
-                    log_p = logits[0].double().log_softmax(-1)[at, ids]
-                    gradients = gradients_of((log_p * own[tokens]).sum(), wanted)
+                    of_logits = _through_softmax(logits[0].detach(), at, ids, own[tokens])
+                    gradients = gradients_of(logits[0], wanted, of_logits)
                     if of_hidden is not None:
                         of_hidden[branch] += gradients.pop("")[0]
                     for name, value in gradients.items():
@@ -346,6 +346,20 @@ def _once(work: Callable[[], Result]) -> Result:
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it."""
     return tensor.to(device, non_blocking=True)
+
+
+def _through_softmax(logits: Tensor, at: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of sum weights * log softmax(logits)[at, ids] with respect to the logits, float32.
+
+    logits: (sites, vocabulary) float32. at, ids, weights (float64): (scored tokens,).
+    """
+    of_site = torch.zeros(len(logits), dtype=torch.float64, device=logits.device).index_add_(0, at, weights)
+    out = torch.empty_like(logits)
+    step = max(1, TERMS_BYTES[like(logits.device)] // (8 * logits.shape[-1]))
+    for first in range(0, len(logits), step):
+        some = slice(first, first + step)
+        out[some] = logits[some].double().softmax(-1).mul_(-of_site[some, None])
+    return out.index_put_((at, ids), weights.float(), accumulate=True)
 
 
 def _divergences(log_p: Tensor, branches: Branches) -> Tensor:
