@@ -108,7 +108,7 @@ class Known:
         if whole is None:
             whole = torch.empty(before.shape, device=before.device)
         by_branch = whole.view(branches, rows, *shape)
-        by_branch[0] = self.hidden
+        by_branch[0].copy_(self.hidden, non_blocking=True)
         by_branch[1:] = by_branch[:1]
         return ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
 
