@@ -252,6 +252,12 @@ def test_more_exact_blocks_than_the_model_has_are_refused(tmp_path: Path) -> Non
         attached(model, exact_blocks=4)
 
 
+def test_a_run_of_more_exact_blocks_than_a_dry_run_has_is_planned(tmp_path: Path) -> None:
+    run = fit(TrainConfig(**short_run(tmp_path, exact_blocks=3, steps=1)))  # of four
+    assert run.setup.plan is not None
+    assert len({run.setup.model.block_of(name) for name in run.setup.space.exact}) == 3
+
+
 @pytest.mark.parametrize("estimator", ["hizoo", "mezo"])
 def test_a_learning_rate_is_that_of_the_estimated_blocks(estimator: str, tmp_path: Path) -> None:
     settings = {"exact_blocks": 1, "blocks": 3, "estimator": estimator, "lr": 1e-3, "directions": "auto"}

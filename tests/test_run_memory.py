@@ -280,8 +280,7 @@ def test_no_batch_of_a_run_is_larger_than_its_plan_counts(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = written_task(tmp_path, kind, loss="answer", max_length=64, eval_every=3)
-    # of hidden states as many rows go through at once as a step's branches have, in one
-    config = TrainConfig(**settings, hidden_states="off")
+    config = TrainConfig(**settings)
     task = components.find_task(config.task)
     _, workload = setup.planned(Resolved(config, task), components.make_splits(config, task))
     made: list[Batch] = []

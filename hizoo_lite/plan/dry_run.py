@@ -127,9 +127,13 @@ def few_blocks(module: nn.Module, prefix: str, config: Any) -> None:
     """Take the blocks off that a pass need not be run with; every kind of layer stays."""
     layers = module.get_submodule(prefix)
     assert isinstance(layers, nn.ModuleList)
+    del layers[fewest_blocks(config) :]
+
+
+def fewest_blocks(config: Any) -> int:
+    """How many a pass is run with, of a model that has as many."""
     types = list(getattr(config.get_text_config(), "layer_types", None) or [])
-    count = max([_BLOCKS, *(types.index(kind) + 1 for kind in set(types))])
-    del layers[count:]
+    return max([_BLOCKS, *(types.index(kind) + 1 for kind in set(types))])
 
 
 def _constants_to_meta(model: Model, shared: bool) -> None:

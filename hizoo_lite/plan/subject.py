@@ -22,7 +22,7 @@ from hizoo_lite.engine.exact import theta
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
-from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source
+from hizoo_lite.plan.dry_run import Activations, DryRun, Held, Pass, Source, fewest_blocks
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.ledger import tensor_bytes
@@ -142,7 +142,11 @@ class Subject:
         key = place, trains
         if key not in self._runs:
             leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.space.target_names}))
-            space = SPACES.configured(self.config, targets=leaves, blocks="all") if trains else None
+            options: dict[str, Any] = {"targets": leaves, "blocks": "all"}
+            if self.config.exact_blocks not in (0, "all"):
+                few = min(fewest_blocks(self.source.config), len(self.held(self.place).model.blocks))
+                options["exact_blocks"] = min(int(self.config.exact_blocks), few)
+            space = SPACES.configured(self.config, **options) if trains else None
             module = copy.deepcopy(self.module)
             self._runs[key] = DryRun(self.source, place, module, space, self._curvature(), self.labels)
         return self._runs[key]

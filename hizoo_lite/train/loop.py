@@ -240,11 +240,11 @@ class Loop:
             self.profiler.measure_inference(number, partial(self.setup.traversal.losses, batch))
 
     def _open_hidden_states(self) -> None:
-        """Those of all training examples, as many at once as all branches of a step have."""
+        """Those of all training examples, as many at once as a part of a step's batch has."""
         if self.hidden is None:
             return
         config, count = self.setup.config, len(self.setup.splits.train)
-        together = -(-config.batch_size // config.accumulate) * len(self.setup.stepper.estimator.points(0))
+        together = -(-config.batch_size // config.accumulate)
         order = sorted(range(count), key=lambda index: (self._tokens(index), index))
         groups = [order[first : first + together] for first in range(0, count, together)]
         arguments: dict[str, Any] = {"tell": self.callbacks.message, "check": self.interrupt.check}
