@@ -23,6 +23,7 @@ from hizoo_lite.device import like
 from hizoo_lite.engine.chunks import cut, has_cache, mapped
 from hizoo_lite.engine.overwritten import OneBranch
 from hizoo_lite.errors import UserError
+from hizoo_lite.process import trim
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -95,6 +96,8 @@ class Boundaries:
         """
         model = self.model
         found: dict[str, Tensor] = {}
+        if like(model.device) == "cpu":
+            trim()  # what the forward pass and the head had is of other sizes, and would stay beside
         model.residency.falls = True
         for index in reversed(range(self.lowest, len(model.blocks))):
             own = {name: value for name, value in exact.items() if model.block_of(name) == index}

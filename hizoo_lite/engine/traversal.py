@@ -288,11 +288,31 @@ class Traversal:
             raise UserError(
                 f"--head: exact has rows for labels, but the loss is {batch.loss!r}, not 'choice'"
             )
+        of_hidden = None if kept is None else torch.zeros_like(hidden[:standing])
+        found = self._head_gradients(output, hidden.detach(), batch, weights, above, of_hidden)
+        if kept is None:
+            return with_reaches(found, self.model.state)
+        assert kept.output is not None
+        with torch.enable_grad():
+            at_theta = hidden[:standing]
+        (gradient,) = torch.autograd.grad(at_theta, kept.output, of_hidden)
+        gradient = gradient[: standing * batch.input_ids.shape[0]]
+        return self._with_those_inside(found, gradient, batch, standing, exact, kept)
+
+    def _head_gradients(
+        self,
+        output: Any,
+        hidden: Tensor,
+        batch: Batch,
+        weights: Tensor,
+        above: Mapping[str, Tensor],
+        of_hidden: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Gradients of what is in the head; that of the hidden states at theta is added to `of_hidden`."""
         state, order = self.model.state, torch.argsort(batch.token_site)
         weights = _sent(weights[:, order], hidden.device)
         limit = max(1, LOGITS_BYTES >> (self.model.chunk_halvings + RECORDED_HALVINGS))
         found: dict[str, Tensor] = {}
-        of_hidden = torch.zeros_like(hidden[:standing]) if kept is not None else None
         for branch, own in enumerate(weights):
             leaf = hidden[branch : branch + 1].detach()
             wanted = dict(above) if of_hidden is None else {**above, "": leaf}
@@ -304,14 +324,7 @@ class Traversal:
                         of_hidden[branch] += gradients.pop("")[0]
                     for name, value in gradients.items():
                         found[name] = found[name] + value if name in found else value
-        if kept is None or of_hidden is None:
-            return with_reaches(found, state)
-        assert kept.output is not None
-        with torch.enable_grad():
-            at_theta = hidden[:standing]
-        (gradient,) = torch.autograd.grad(at_theta, kept.output, of_hidden)
-        gradient = gradient[: standing * batch.input_ids.shape[0]]
-        return self._with_those_inside(found, gradient, batch, standing, exact, kept)
+        return found
 
     def _above(self, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that are not inside the blocks."""
