@@ -405,12 +405,16 @@ def forwards_to_mezo(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By cell: forwards that hizoo needs for tuned mezo's best loss, over mezo's.
 
     mezo's loss: the lowest on dev (of the demo: on test) at its largest budget, A frozen or trained, the
-    better of both, the median over seeds. hizoo's forwards: its smallest budget whose median is as low.
+    better of both, the median over seeds. hizoo's forwards: after which it was first evaluated, within a run
+    of any budget, with a median as low.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for (cell, method, budget), group in by_setting(rows).items():
-        found = statistics.median(map(judged, group))
-        losses.setdefault(cell, {}).setdefault(method, {})[budget] = found
+        own = losses.setdefault(cell, {}).setdefault(method, {})
+        if method == "hizoo":
+            for points in zip(*(row["curve"] for row in group), strict=True):
+                own[points[0][0]] = statistics.median(loss for _, loss, _ in points)
+        own[budget] = statistics.median(map(judged, group))
     answer = {}
     for cell, methods in losses.items():
         tuned = [(own[max(own)], max(own)) for name, own in methods.items() if name.startswith("mezo")]
@@ -432,10 +436,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cells = sorted({row["cell"] for row in rows})
-    figure, axes = plt.subplots(1, len(cells), figsize=(5.5 * len(cells), 4.2), squeeze=False)
+    columns = min(len(cells), 3)
+    size = (5.5 * columns, 4.2 * -(-len(cells) // columns))
+    figure, axes = plt.subplots(-(-len(cells) // columns), columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
     names = [name for name in METHODS if any(row["method"] == name for row in rows)]
     colours = {name: f"C{number}" for number, name in enumerate(names)}
-    for axis, cell in zip(axes[0], cells, strict=True):
+    for axis, cell in zip(axes.flat, cells, strict=False):
         shown = set()
         for row in rows:
             points = row.get("train_curve") or row["curve"]
