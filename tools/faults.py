@@ -160,8 +160,8 @@ def bad_losses(value: float, steps: range) -> Callable[[], None]:
             now[0] = number
             return plain(self, number, batch)
 
-        def losses(self: Traversal, batch: Any, *rest: Any) -> Any:
-            found = calls(self, batch, *rest)
+        def losses(self: Traversal, batch: Any, *rest: Any, **named: Any) -> Any:
+            found = calls(self, batch, *rest, **named)
             return (
                 found._replace(per_example=found.per_example * value) if rest and now[0] in steps else found
             )

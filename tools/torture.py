@@ -125,13 +125,14 @@ def journal_cost(bench: Bench) -> dict[str, float]:
     steps = [line["seconds"] for line in RunFolder(out).read_metrics() if line["kind"] == "step"]
     record = journal.read(out / "journal.bin")[0]
     count = 2000
-    with journal.Journal(bench.folder / "journal.bin", 3) as file:
+    form = journal.Form(len(record.losses), len(record.coefficients), len(record.exact) // 4)
+    with journal.Journal(bench.folder / "journal.bin", *form) as file:
         began = time.perf_counter()
         for number in range(count):
             file.append(record._replace(step=number))
         seconds = (time.perf_counter() - began) / count
     step = statistics.median(steps)
-    found = {"record_bytes": journal.record_bytes(3), "record_seconds": seconds, "step_seconds": step}
+    found = {"record_bytes": journal.record_bytes(*form), "record_seconds": seconds, "step_seconds": step}
     return {**found, "share_of_a_step": seconds / step}
 
 
