@@ -190,7 +190,7 @@ class HiddenStates:
         groups: the examples that go through together. lengths: tokens of each row of one. collate: of some.
         writes: False for a rank that waits until the main one has made the file. check: may raise.
         """
-        if not self._is_suited(collate(groups[0])):
+        if not self._is_suited(collate([groups[0][0], groups[-1][-1]])):
             tell("the model reads hidden states below the first trained block: they are not kept")
             return
         first = 0
@@ -224,15 +224,20 @@ class HiddenStates:
             path.unlink(missing_ok=True)
 
     def _is_suited(self, batch: Batch) -> bool:
-        """Whether a pass may leave blocks out. All run once before, so that it is known what they give."""
+        """Whether a pass may leave blocks out, and what is at padding: it is not kept.
+
+        All blocks run once before, so that it is known what they give.
+        """
         wanted = self.traversal.losses(batch).per_example
         try:
             found = self.traversal.hidden_states(batch, self.first)
         except ReadsBelow:
             return False
         self._features = found.shape[-1]
-        losses = self.traversal.losses(batch._replace(hidden=found)).per_example
-        return not self.traversal.model.reads_below and bool((losses == wanted).all())
+        kept = np.where(batch.attention_mask[..., None], found, np.float32(0))
+        losses = self.traversal.losses(batch._replace(hidden=kept)).per_example
+        same = (losses == wanted) | (wanted != wanted)
+        return not self.traversal.model.reads_below and bool(same.all())
 
     def _is_whole(self, size: int) -> bool:
         """Whether the file is there with what hidden.json says."""
