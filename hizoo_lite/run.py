@@ -26,7 +26,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
 from hizoo_lite.engine.generate import generate
-from hizoo_lite.engine.hidden import HiddenStates, first_trained
+from hizoo_lite.engine.hidden import HiddenStates
 from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import Profiler
@@ -49,7 +49,7 @@ from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.resolved import Resolved
-from hizoo_lite.train.setup import Setup, build
+from hizoo_lite.train.setup import Setup, build, keeps_hidden_states
 from hizoo_lite.train.summary import summarize
 
 if TYPE_CHECKING:
@@ -428,14 +428,6 @@ def categories(setup: Setup) -> list[dict[str, Any]]:
     return ledger.category_list(predicted, {**found.device, **found.host})
 
 
-def _is_kept(setup: Setup) -> bool:
-    """Whether a new run keeps the hidden states of its training examples: if every one comes twice."""
-    config = setup.config
-    comes_twice = config.steps * config.batch_size >= 2 * len(setup.splits.train)
-    is_useful = comes_twice and setup.space.weights is None and first_trained(setup.model) > 0
-    return config.hidden_states == "auto" and is_useful
-
-
 def _hidden_states(setup: Setup, folder: RunFolder) -> HiddenStates | None:
     """Those of a run that keeps them."""
     kept = identity.read(folder.identity).get(_HIDDEN) == "kept"
@@ -455,7 +447,7 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     if setup.config.resume:
         before = identity.read(folder.identity)
         made_of |= {name: value for name, value in before.items() if name == _HIDDEN}
-    elif _is_kept(setup):
+    elif keeps_hidden_states(setup.config, setup.splits, setup.space, model):
         made_of[_HIDDEN] = "kept"
     if setup.config.resume:
         identity.check(folder.identity, made_of)

@@ -355,6 +355,13 @@ def test_blocks_that_stay_are_spread_among_the_others(blocks: int, kept: int) ->
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize(
+    ("kept", "chosen"), [(0, set()), (2, {7, 9}), (4, {6, 7, 8, 9}), (6, {1, 4, 6, 7, 8, 9})]
+)
+def test_those_that_most_passes_run_stay_before_the_others(kept: int, chosen: set[int]) -> None:
+    assert spread(10, kept, first=6) == chosen
+
+
 def budgeted(folder: Path, extra_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model whose budget is `extra_bytes` above what is taken."""
     monkeypatch.setattr("hizoo_lite.device.Cpu.taken_bytes", lambda self, device: 10**9)

@@ -70,6 +70,7 @@ class Streamed:
         self.starts_at = 0
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0  # for what a pass needs besides the weights; set before the first one
+        self.mostly_from = 0  # most passes begin at this block; set before the first one
         self.slots = 2  # blocks that are here while they pass; with 1 none is fetched while another computes
         self.scratch: Path | None = None  # folder for changed blocks; None: the system's
         self._model = [model]
@@ -169,7 +170,8 @@ class Streamed:
         self._layouts = layouts(model)
         _settle(self._layouts, model.device)
         largest_bytes = max((layout.nbytes for layout in self._layouts), default=0)
-        staying = spread(len(self._layouts), self._affordable(model.device, largest_bytes))
+        affordable = self._affordable(model.device, largest_bytes)
+        staying = spread(len(self._layouts), affordable, self.mostly_from)
         source = self._make_source(model)
         self._order = [block for block in range(len(self._layouts)) if block not in staying]
         size = max((self._layouts[block].nbytes for block in self._order), default=0)
@@ -255,9 +257,14 @@ class Streamed:
         self._held[slot] = block
 
 
-def spread(blocks: int, kept: int) -> set[int]:
-    """Which blocks stay, evenly among the others: each gives the fetch behind it time."""
-    return {(2 * i + 1) * blocks // (2 * kept) for i in range(kept)} if kept > 0 else set()
+def spread(blocks: int, kept: int, first: int = 0) -> set[int]:
+    """Which blocks stay, evenly among the others: each gives the fetch behind it time.
+
+    Those from `first` on come before the others.
+    """
+    upper = min(kept, blocks - first)
+    found = {first + (2 * i + 1) * (blocks - first) // (2 * upper) for i in range(upper)}
+    return found | (spread(first, kept - upper) if first and kept > upper else set())
 
 
 def _settle(laid_out: Sequence[Layout], device: torch.device) -> None:

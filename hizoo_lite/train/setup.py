@@ -15,6 +15,7 @@ from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
 from hizoo_lite.config import TrainConfig, by_objective, default
 from hizoo_lite.device import is_gpu
+from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
@@ -100,8 +101,17 @@ def build(
     stepper = make_stepper(config, losses, TorchArrays(model.device), space, estimator, curvature)
     if plan is not None:  # the plan's chunks, not usual ones, fit
         model.chunk_halvings = max(model.chunk_halvings, plan.chunk_halvings)
+    if isinstance(model.residency, Streamed) and keeps_hidden_states(config, splits, space, model):
+        model.residency.mostly_from = first_trained(model)
     prepare_blocks(model, resolved, workload, plan)
     return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan, objective)
+
+
+def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
+    """Whether a new run keeps those of its training examples: if every one comes twice, and there are any."""
+    comes_twice = config.steps * config.batch_size >= 2 * len(splits.train)
+    is_useful = comes_twice and space.weights is None and first_trained(model) > 0
+    return config.hidden_states == "auto" and is_useful
 
 
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
