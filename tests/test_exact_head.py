@@ -23,6 +23,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.optimizers.exact import REACH, ExactAdam
 from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
+from hizoo_lite.tasks import Encoder
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import journal
 from hizoo_lite.train.replay import replay
@@ -207,6 +208,19 @@ def test_a_run_with_rows_for_labels_is_resumed_and_replayed_bitwise(tmp_path: Pa
     assert found.differs == []
     records = journal.read(whole.folder / "journal.bin")
     assert {len(record.exact) for record in records} == {4 * whole.setup.stepper.head.count}
+
+
+def test_a_run_that_was_begun_without_rows_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = short_run(tmp_path, lr=0.01, save_every=2)
+    with monkeypatch.context() as patch:  # as where answers have more tokens than an adapter had rows for
+        patch.setattr(Encoder, "label_tokens", lambda *given: None)
+        whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))
+        fit(TrainConfig(**{**settings, "steps": 3}))
+    resumed = fit(TrainConfig(**{**settings, "resume": True}))
+    files = [(r.folder / "adapter/adapter_model.safetensors").read_bytes() for r in (whole, resumed)]
+    assert files[0] == files[1]
 
 
 def test_a_head_that_is_estimated_has_no_rows_and_is_as_before(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_where_examples_do_not_come_twice_none_are_kept(tmp_path: Path) -> None:
     assert '"kept"' not in (folder / "run.json").read_text()
 
 
-@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed"])
+@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed", "garbled"])
 def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
 
@@ -161,6 +161,8 @@ def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_
         data.write_bytes(kept[:-4] + b"\0\0\x80?")
     elif harm == "removed":
         data.unlink()
+    elif harm == "garbled":
+        (stopped / "hidden.json").write_text("{")
     fit(TrainConfig(**settings(steps=12), out=str(stopped), resume=True))
     assert losses_of(stopped) == losses_of(undisturbed)
     assert adapter(stopped) == adapter(undisturbed)

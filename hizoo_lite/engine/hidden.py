@@ -243,7 +243,10 @@ class HiddenStates:
         """Whether the file is there with what hidden.json says."""
         if not (self._data.is_file() and self._about.is_file()):
             return False
-        stated = read_json(self._about, "what hidden.bin holds, or neither of both files")
+        try:
+            stated = read_json(self._about, "what hidden.bin holds")
+        except UserError:
+            return False
         return stated == self._says(size) and self._data.stat().st_size == size
 
     def _says(self, size: int) -> dict[str, Any]:

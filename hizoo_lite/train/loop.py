@@ -209,6 +209,10 @@ class Loop:
             raise Interrupted
         return stopped or self.position.step >= self.setup.config.steps
 
+    def _may_end(self) -> Callable[[], None]:
+        """What raises `Interrupted` between two batches, if it may."""
+        return self.interrupt.check if self.ranks.count == 1 else _go_on
+
     def _any(self, *flags: bool) -> list[bool]:
         """Whether any rank says so, of each."""
         return [bool(count) for count in self.ranks.sum(np.array(flags, dtype=np.float64))]
@@ -247,7 +251,7 @@ class Loop:
         together = -(-config.batch_size // config.accumulate)
         order = sorted(range(count), key=lambda index: (self._tokens(index), index))
         groups = [order[first : first + together] for first in range(0, count, together)]
-        arguments: dict[str, Any] = {"tell": self.callbacks.message, "check": self.interrupt.check}
+        arguments: dict[str, Any] = {"tell": self.callbacks.message, "check": self._may_end()}
         lengths, collate = self._lengths, self._collated
         if self.ranks.is_main:
             self.hidden.open(groups, lengths, collate, writes=True, **arguments)
@@ -395,7 +399,7 @@ class Loop:
                 setup.encoder,
                 examples,
                 setup.config.eval_batch_size,
-                check=self.interrupt.check if self.ranks.count == 1 else _go_on,
+                check=self._may_end(),
                 advanced=lambda count: self.callbacks.call("on_prediction_step", examples=count),
                 ranks=self.ranks,
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tensors import TorchArrays
-from hizoo_lite.train import planning
+from hizoo_lite.train import checkpoint, planning
 from hizoo_lite.train.compared import Compared, given_by
 from hizoo_lite.train.components import learnable_splits, make_stepper, run_splits, task_encoder
+from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
 
@@ -92,7 +94,7 @@ def build(
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
     space = space or SPACES.configured(config)
-    labels = encoder.label_tokens(splits.train, config.rank)
+    labels = _label_tokens(config, encoder, splits)
     space.attach(model, config.seed, labels)
     _say_if_too_many(config, labels or ())
     _say_what_is_unused(config)
@@ -112,6 +114,17 @@ def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model
     comes_twice = config.steps * config.batch_size >= 2 * len(splits.train)
     is_useful = comes_twice and space.weights is None and first_trained(model) > 0
     return config.hidden_states == "auto" and is_useful
+
+
+def _label_tokens(config: TrainConfig, encoder: Encoder, splits: Splits) -> list[int] | None:
+    """Tokens with rows of the head; a run that was begun without any, by an older program, has none."""
+    labels = encoder.label_tokens(splits.train, config.rank)
+    if not (labels and config.resume and config.out):
+        return labels
+    for path in checkpoint.every(RunFolder(config.out).checkpoints):
+        with suppress(UserError):  # it is damaged, as is said later
+            return labels if checkpoint.exact_shapes(path) else None
+    return labels
 
 
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
