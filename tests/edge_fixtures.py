@@ -36,7 +36,8 @@ DEMO = Path(hizoo_lite.__file__).parent / "demo"
 BASE = {"model": "embedded", "fingerprint": of_model(DEMO)}
 OUTPUTS = ["losses", "scores", "divergences"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-INTEGERS = tuple(name for name in Batch._fields if name not in ("token_type_ids", "loss", "made_of"))
+OTHERS = ("token_type_ids", "loss", "made_of", "hidden")
+INTEGERS = tuple(name for name in Batch._fields if name not in OTHERS)
 #: How many dimensions an input has.
 RANKS = {name: 2 if name in ("input_ids", "attention_mask") else 1 for name in INTEGERS}
 
