@@ -13,6 +13,7 @@ import torch
 from hizoo_lite.batch import Batch
 from hizoo_lite.branches import Branches
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine import head
 from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
@@ -181,3 +182,13 @@ def test_exact_blocks_take_them(tmp_path: Path) -> None:
     without = trained(tmp_path, "without", hidden_states="off", **changes)
     np.testing.assert_allclose(losses_of(with_them), losses_of(without), rtol=0, atol=FLOAT32_ROUNDING)
     assert len(losses_of(with_them)) == 12
+
+
+def test_gradients_of_a_long_head_are_the_resident_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "MOST_ROWS", 6)  # less than the scored tokens of a batch
+    changes = {"bits": "none", "lr": "auto", "lr_schedule": "linear", "steps": 3}
+    resident = trained(tmp_path, "here", **changes)
+    streamed = trained(tmp_path, "streamed", residency="disk", **changes)
+    assert losses_of(resident) == losses_of(streamed)

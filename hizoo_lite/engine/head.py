@@ -29,8 +29,8 @@ from hizoo_lite.quant import PlainWeight
 
 #: Bytes of float32 logits a chunk of positions holds at most, over all branches.
 LOGITS_BYTES = 64 << 20
-#: Rows of logits, of all branches, that a chunk has at most on a CPU, where the matrix is there: unpacking it
-#: costs as much as the products of about 25.
+#: Rows of logits, of all branches, that a chunk has at most on a CPU: unpacking a matrix that is there costs
+#: as much as the products of about 25.
 MOST_ROWS = 64
 #: The same of chunks that wait together where the matrix of the head comes to the device tile by tile. On a
 #: CPU it comes from disk through the cache of files, and memory counts more.
@@ -115,10 +115,11 @@ def logits_at(
     """
     branches, sites = hidden.shape[0], rows.shape[0]
     chunk = limit_bytes // (4 * branches * vocabulary)
-    if offloaded is None and like(hidden.device) == "cpu":
+    if like(hidden.device) == "cpu":  # the same wherever the matrix is: gradients are summed over chunks
         chunk = min(chunk, MOST_ROWS // branches)
     chunk = max(1, chunk)
-    together = 1 if offloaded is None else max(1, held_bytes // (4 * branches * vocabulary * chunk))
+    most_bytes = max(held_bytes, limit_bytes)
+    together = 1 if offloaded is None else max(1, most_bytes // (4 * branches * vocabulary * chunk))
     parts = [slice(first, min(first + chunk, sites)) for first in range(0, sites, chunk)]
 
     with _stand_in(module, trunk_name, output) as trunk:
