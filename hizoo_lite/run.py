@@ -430,8 +430,13 @@ def categories(setup: Setup) -> list[dict[str, Any]]:
 
 def _hidden_states(setup: Setup, folder: RunFolder) -> HiddenStates | None:
     """Those of a run that keeps them."""
-    kept = identity.read(folder.identity).get(_HIDDEN) == "kept"
-    return HiddenStates(setup.traversal, folder.path) if kept else None
+    entries = identity.read(folder.identity)
+    if entries.get(_HIDDEN) != "kept":
+        return None
+    of: dict[str, str] = {
+        name: entries[name] for name in ("train", "task", "tokenizer", "model") if name in entries
+    }
+    return HiddenStates(setup.traversal, folder.path, of)
 
 
 def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_where_examples_do_not_come_twice_none_are_kept(tmp_path: Path) -> None:
     assert '"kept"' not in (folder / "run.json").read_text()
 
 
-@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed", "garbled"])
+@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed", "garbled", "another's"])
 def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
 
@@ -164,6 +165,11 @@ def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_
         data.unlink()
     elif harm == "garbled":
         (stopped / "hidden.json").write_text("{")
+    elif harm == "another's":
+        data.write_bytes(bytes(len(kept)))
+        about = json.loads((stopped / "hidden.json").read_text())
+        about |= {"blake2b": hashlib.blake2b(data.read_bytes()).hexdigest(), "of": {"train": "others"}}
+        (stopped / "hidden.json").write_text(json.dumps(about))
     fit(TrainConfig(**settings(steps=12), out=str(stopped), resume=True))
     assert losses_of(stopped) == losses_of(undisturbed)
     assert adapter(stopped) == adapter(undisturbed)

@@ -168,7 +168,9 @@ class Passes(Protocol):
 class HiddenStates:
     """hidden.bin of a run: those of all training examples, and hidden.json, which says what is in it."""
 
-    def __init__(self, traversal: Passes, folder: Path) -> None:
+    def __init__(self, traversal: Passes, folder: Path, of: Mapping[str, str]) -> None:
+        """of: hashes of what they are computed from, to tell the file of another run."""
+        self._of = dict(of)
         self.traversal, self.first = traversal, first_trained(traversal.model)
         self._data, self._about = folder / "hidden.bin", folder / "hidden.json"
         self._places: dict[int, tuple[int, list[int]]] = {}  # example -> where it begins, lengths of its rows
@@ -250,7 +252,13 @@ class HiddenStates:
         return stated == self._says(size) and self._data.stat().st_size == size
 
     def _says(self, size: int) -> dict[str, Any]:
-        about = {"format": _FORMAT, "block": self.first, "features": self._features, "bytes": size}
+        about = {
+            "format": _FORMAT,
+            "of": self._of,
+            "block": self.first,
+            "features": self._features,
+            "bytes": size,
+        }
         return {**about, "blake2b": _digest(self._data)}
 
     def _make(
@@ -261,7 +269,10 @@ class HiddenStates:
         tell: Callable[[str], None],
         check: Callable[[], None],
     ) -> None:
-        check_space(self._data.parent, size)
+        try:
+            check_space(self._data.parent, size)
+        except UserError as error:
+            raise UserError(f"{error}, or do without {self._data.name}: --hidden-states off") from error
         tell(
             f"computing the hidden states below block {self.first} once, for {len(self._places)} examples "
             f"({size / 2**20:.0f} MiB in {self._data.name})"
