@@ -13,6 +13,7 @@ import torch
 
 from hizoo_lite import process
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.memory import profiler as profiler_module
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.memory.profiler import FIRST_STEPS, RATE, Profiler, Watcher, make_reader
@@ -258,7 +259,7 @@ def test_a_run_writes_its_memory(run: Run) -> None:
     assert last[0] == 5
     count = len(run.setup.model.blocks)
     first = [s["block"] for s in record["samples"] if s["phase"] == "train" and s["step"] == 0]
-    assert first == [None, *range(count), "head", "update"]
+    assert first == [None, *range(first_trained(run.setup.model), count), "head", "update"]
     inference = [s["block"] for s in record["samples"] if s["phase"] == "inference"]
     assert inference == [None, *range(count), "head", "end"]
 
