@@ -446,8 +446,8 @@ class Part(Protocol):
         ...
 
     def given(
-        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block `index`, which is run, is given."""
         ...
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,15 @@ import torch
 from hizoo_lite.batch import Batch
 from hizoo_lite.branches import Branches
 from hizoo_lite.config import TrainConfig
-from hizoo_lite.engine import head
+from hizoo_lite.engine import head, hidden
 from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.run import fit
 from hizoo_lite.train import loop
+from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.step import StepRecord
 from tests.batches import tiny_task_batch
 from tests.test_fanout import EVERY, FLOAT32_ROUNDING, MU, opened, rows_seen, trained_on_top
 
@@ -173,6 +178,41 @@ def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_
     fit(TrainConfig(**settings(steps=12), out=str(stopped), resume=True))
     assert losses_of(stopped) == losses_of(undisturbed)
     assert adapter(stopped) == adapter(undisturbed)
+
+
+class Removes(Progress):
+    """Takes the file away after the third step."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def stepped(self, record: StepRecord) -> None:
+        if record.step == 2:
+            self.path.unlink()
+
+
+def test_a_file_that_is_gone_in_the_middle_ends_the_run_saved(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(
+        StorageError, match=r"hidden\.bin: cannot be read: .*step-000003 is the last good state"
+    ):
+        fit(TrainConfig(**settings(), out=str(folder)), callbacks=[Removes(folder / "hidden.bin")])
+    fit(TrainConfig(**settings(), out=str(folder), resume=True))
+    assert adapter(folder) == adapter(undisturbed)
+
+
+def test_a_disk_that_is_full_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(hidden, "write_text", full)
+    with pytest.raises(StorageError, match=r"hidden\.json: cannot be written: No space left on device"):
+        trained(tmp_path, "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"are needed at .*: --hidden-states off"):
+        trained(tmp_path, "other")
 
 
 def test_a_streamed_run_is_the_resident_one(tmp_path: Path) -> None:

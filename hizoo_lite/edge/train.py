@@ -33,13 +33,15 @@ from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.step import Stepper
 from hizoo_lite.train.summary import outcome, versions
 
+#: What a graph has decided, or cannot do.
+_NOT_HERE = ("loss", "tracker", "objective", "hidden_states")
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
     *("task", "data", "out", "threads"),
     *(
         name
         for name, field in settings().items()
-        if field.metadata["group"] in ("Method", "Run") and name not in ("loss", "tracker", "objective")
+        if field.metadata["group"] in ("Method", "Run") and name not in _NOT_HERE
     ),
 )
 _CONFIG, _ONNX_ADAPTER = "config.toml", "adapter.onnx_adapter"

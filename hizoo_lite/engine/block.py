@@ -64,8 +64,7 @@ class PresentBlock(nn.Module):
             if not part.runs(self.index):
                 handed_on = part.left_out(args[0] if args else kwargs["hidden_states"])
                 return handed_on if self._beside is None else (handed_on, *self._beside)
-            args, named = part.given(self.index, args, kwargs)
-            kwargs = dict(named)
+            args, kwargs = part.given(self.index, args, kwargs)
         if boundaries is None:
             return self._forward(args, kwargs)
         boundaries.enter(self.index, args, kwargs)

@@ -26,7 +26,7 @@ from torch import Tensor
 from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.engine.chunks import has_cache, may_overwrite
 from hizoo_lite.engine.overwritten import Overwritten, Unreadable, Unsuited, readable
-from hizoo_lite.errors import UserError
+from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.files import check_space, read_json, storage_errors, sync_file, write_text
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ class Known:
         return made
 
     def given(
-        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block `index`, which is run, is given."""
         if index > self.first:
             return args, kwargs
@@ -131,8 +131,8 @@ class Taken:
         return hidden
 
     def given(
-        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block `index`, which is run, is given."""
         return args, kwargs
 
@@ -209,14 +209,17 @@ class HiddenStates:
             return batch
         out = np.zeros((*batch.input_ids.shape, self._features), np.float32)
         rows = iter(out)
-        with storage_errors(self._data), self._data.open("rb", buffering=0) as file:
-            for index in examples:
-                begin, lengths = self._places[index]
-                file.seek(begin)
-                for length in lengths:
-                    own = next(rows)[:length]
-                    if file.readinto(own) != own.nbytes:
-                        raise UserError(f"{self._data}: it ends early; remove it, and go on with --resume")
+        try:
+            with self._data.open("rb", buffering=0) as file:
+                for index in examples:
+                    begin, lengths = self._places[index]
+                    file.seek(begin)
+                    for length in lengths:
+                        own = next(rows)[:length]
+                        if file.readinto(own) != own.nbytes:
+                            raise StorageError(f"{self._data}: it ends early")
+        except OSError as error:
+            raise StorageError(f"{self._data}: cannot be read: {error.strerror or error}") from error
         return batch._replace(hidden=out)
 
     def close(self, *, finished: bool) -> None:
@@ -243,13 +246,11 @@ class HiddenStates:
 
     def _is_whole(self, size: int) -> bool:
         """Whether the file is there with what hidden.json says."""
-        if not (self._data.is_file() and self._about.is_file()):
-            return False
         try:
             stated = read_json(self._about, "what hidden.bin holds")
-        except UserError:
+            return self._data.stat().st_size == size and stated == self._says(size)
+        except (UserError, OSError):
             return False
-        return stated == self._says(size) and self._data.stat().st_size == size
 
     def _says(self, size: int) -> dict[str, Any]:
         about = {
@@ -285,10 +286,11 @@ class HiddenStates:
                 found = self.traversal.hidden_states(batch, self.first)
                 for row, length in zip(found, batch.attention_mask.sum(1), strict=True):
                     file.write(row[: int(length)].tobytes())
-        sync_file(self._data)
-        write_text(self._about, json.dumps(self._says(size)) + "\n")
+            file.close()
+            sync_file(self._data)
+            write_text(self._about, json.dumps(self._says(size)) + "\n")
 
 
 def _digest(path: Path) -> str:
-    with storage_errors(path), path.open("rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()

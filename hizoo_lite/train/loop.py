@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.journal import Journal, Record
 from hizoo_lite.train.step import Stepper, StepRecord
+
+if TYPE_CHECKING:
+    from hizoo_lite.engine.hidden import HiddenStates
 
 #: Steps in a row whose losses are not finite before the run is stopped.
 MOST_BAD_STEPS = 20
@@ -74,23 +77,6 @@ class Phases(Protocol):
         ...
 
 
-class Hidden(Protocol):
-    """Keeps the hidden states of the training examples; see `engine/hidden.py`."""
-
-    def open(
-        self,
-        groups: Sequence[Sequence[int]],
-        lengths: Callable[[int], list[int]],
-        collate: Callable[[Sequence[int]], Batch],
-        *,
-        writes: bool,
-        tell: Callable[[str], None],
-        check: Callable[[], None],
-    ) -> None: ...
-
-    def of(self, examples: Sequence[int], batch: Batch) -> Batch: ...
-
-
 class Loop:
     """One run in progress. `position` is where it stands, `before` and `after` are its evaluations.
 
@@ -110,7 +96,7 @@ class Loop:
         meter: PeakMeter,
         profiler: Phases,
         memory: Callable[[], Mapping[str, Any]],
-        hidden: Hidden | None = None,
+        hidden: HiddenStates | None = None,
     ) -> None:
         """`memory` gives memory.json as it stands.
 
