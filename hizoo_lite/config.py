@@ -2,8 +2,8 @@
 
 A field says its type, default, allowed values and help here and nowhere else: `cli/options.py` makes the
 flags of `hizoo-lite train` from it and `config_file.py` reads and writes it as TOML. All problems are
-reported together. Which members an axis has, and what they are, is in `registry.py`. This module does not
-import torch, so that `--help` answers at once.
+reported together. Which members an axis has, and the settings that are theirs, is in `registry.py`: those
+become fields behind the axis. This module does not import torch, so that `--help` answers at once.
 """
 
 # ruff: noqa: RUF009 - `_setting` is `dataclasses.field` with its metadata spelled out
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hizoo_lite.errors import UserError
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, OBJECTIVES, SPACES, Registry
@@ -49,7 +49,24 @@ def _axis(registry: Registry[Any], help: str = "", *, group: str, **rules: Any) 
     return field(default=next(iter(registry)), metadata=metadata)
 
 
+Made = TypeVar("Made")
+
+
+def _with_members(made: type[Made]) -> type[Made]:
+    """The class with a field for every setting of a member, behind the one that names the member."""
+    written, annotations = made.__annotations__, {}
+    for name, annotation in written.items():
+        annotations[name] = annotation
+        rules = getattr(made, name).metadata
+        for own, setting in rules["axis"].settings.items() if "axis" in rules else ():
+            annotations[own] = setting.kind
+            setattr(made, own, _setting(setting.default, setting.help, group=rules["group"], **setting.rules))
+    made.__annotations__ = annotations
+    return made
+
+
 @dataclass(frozen=True, kw_only=True)
+@_with_members
 class TrainConfig:
     """The settings of `fit`. UserError naming every field that is wrong, what was got and what is allowed."""
 
@@ -84,10 +101,6 @@ class TrainConfig:
     )
 
     space: str = _axis(SPACES, group="Space")
-    rank: int = _setting(8, "rank of the adapters", group="Space", minimum=1)
-    alpha: float | None = _setting(
-        None, "adapters are scaled by alpha / rank; without it 2 * rank", group="Space", above=0.0
-    )
     targets: str = _setting(
         "auto",
         "attention (query and value), all-linear, or names of linear layers with commas; "
@@ -108,12 +121,6 @@ class TrainConfig:
         group="Space",
         minimum=0,
     )
-    rslora: bool = _setting(False, "scale by alpha / sqrt(rank) instead", group="Space")
-    train_a: bool = _setting(
-        False,
-        "train A as well as B where gradients are estimated; without it A keeps its random start",
-        group="Space",
-    )
     head: Literal["auto", "exact", "estimated", "none"] = _setting(
         "auto",
         "a classifier's head, or rows added to a language model's head for the tokens of label words: exact "
@@ -122,27 +129,8 @@ class TrainConfig:
         "and estimated with another objective than the loss",
         group="Space",
     )
-    dense_update: Literal["requantize", "residual"] = _setting(
-        "residual",
-        "residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
-        "updated weights to their grid at random, without bias but with much noise in 4 bits",
-        group="Space",
-    )
 
     estimator: str = _axis(ESTIMATORS, group="Method")
-    curvature_from: Literal["predictions", "losses"] = _setting(
-        "predictions",
-        "how far apart the predictions of two points are; or the second difference of losses, as published",
-        group="Method",
-    )
-    directions: int | Literal["auto"] = _setting(
-        "auto",
-        "random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from losses); n above "
-        "1 share one base, 1 + n forwards; auto: 2 for adapters, 1 for weights",
-        group="Method",
-        minimum=1,
-        maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
-    )
     objective: str = _axis(
         OBJECTIVES,
         "what the points of a step are compared by; or FILE.py:NAME, such as rewards.py:brevity, a function "
@@ -152,17 +140,6 @@ class TrainConfig:
         called="FILE.py:NAME",
     )
     curvature: str = _axis(CURVATURES, "how the diagonal Hessian is kept", group="Method")
-    curvature_mode: Literal["paper", "reference"] = _setting(
-        "paper",
-        "the paper's formula, or that of the published code",
-        group="Method",
-    )
-    curvature_per: Literal["tensor", "row"] = _setting(
-        "tensor", "one value for each tensor or row", group="Method"
-    )
-    curvature_every: int = _setting(
-        1, "of losses: steps between two measurements, 2 + 1/k forwards a step", group="Method", minimum=1
-    )
     smoothing: float = _setting(
         0.01, "weight of a new curvature measurement", group="Method", above=0.0, maximum=1.0
     )
@@ -275,6 +252,10 @@ class TrainConfig:
         group="Memory",
         minimum=1,
     )
+
+    if TYPE_CHECKING:  # the settings of members
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def estimates(self) -> bool:
@@ -486,7 +467,7 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             for name, is_wrong in wrong.items()
             if is_wrong
         ]
-    own = ESTIMATORS.lines[names["estimator"]].settings
+    own = ESTIMATORS.lines[names["estimator"]].arguments
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
     if values["directions"] not in ("auto", 1):
         allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto with"

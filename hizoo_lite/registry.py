@@ -1,8 +1,9 @@
 """The members of every axis, a line each: all that is said of them outside their folders.
 
-A line has where a member's class is, what it is in a few words, which settings are its own, and what must be
-known of it without torch: flags, help and the checks of a configuration are made of lines. Taking a member
-imports its module. Everything else that is asked of a member is an attribute of its class (`base.py`).
+A line has where a member's class is, what it is in a few words, its settings with their types, defaults and
+help, and what must be known of it without torch: fields, flags, TOML keys, help and the checks of a
+configuration are made of lines. Taking a member imports its module. Everything else that is asked of a member
+is an attribute of its class (`base.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from hizoo_lite.errors import UserError
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 Member = TypeVar("Member")
 
 
+class Setting:
+    """A setting of a member, which a configuration has as a field of that name.
+
+    Attributes:
+        kind: its type; choices are a Literal. "auto" in it leaves the value to the member, see `configured`.
+        default: what it is where none is given.
+        help: what it is, in a few words.
+        argument: of the member's constructor, and its attribute; "" for the setting's own name.
+        rules: minimum, above, maximum (numbers), size, pattern (texts), as `config.py` has them.
+    """
+
+    def __init__(self, kind: Any, default: Any, help: str, *, argument: str = "", **rules: Any) -> None:
+        self.kind, self.default, self.help = kind, default, help
+        self.argument, self.rules = argument, rules
+
+
 @dataclass(frozen=True)
 class Line:
     """What is known of a member before its module is imported.
@@ -27,8 +44,8 @@ class Line:
     Attributes:
         path: its class; "module:class" where the module is not the one of the member's name in the folder.
         help: what it is, in a few words.
-        settings: from the argument of its constructor (and the attribute of the same name) to the field of
-            `TrainConfig`.
+        settings: its own, by name.
+        takes: settings that are written elsewhere, in `TrainConfig` or with another member.
         in_weights: of a space: it trains weights inside the blocks. Their scales are float32, steps have one
             direction, and a replay needs the model.
         of_scales: of a space: it has nothing to train where weights are not quantized.
@@ -36,14 +53,16 @@ class Line:
 
     path: str
     help: str
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
     in_weights: bool = False
     of_scales: bool = False
 
-
-def _own(*same: str, **others: str) -> dict[str, str]:
-    """Settings: those whose argument has the field's name, and others by argument."""
-    return {name: name for name in same} | others
+    @property
+    def arguments(self) -> dict[str, str]:
+        """All its settings: from the argument of its constructor to the field of `TrainConfig`."""
+        own = {setting.argument or name: name for name, setting in self.settings.items()}
+        return own | {name: name for name in self.takes}
 
 
 class Registry(Mapping[str, type[Member]], Generic[Member]):
@@ -51,6 +70,11 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
 
     def __init__(self, axis: str, folder: str, **lines: Line) -> None:
         self.axis, self.folder, self.lines = axis, folder, lines
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """Those of all members, by name."""
+        return {name: setting for line in self.lines.values() for name, setting in line.settings.items()}
 
     def __getitem__(self, name: str) -> type[Member]:
         module, _, attribute = self.lines[name].path.rpartition(":")
@@ -79,7 +103,7 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         """The member that a `TrainConfig` names, with its settings; "auto" leaves one to the member."""
         name = getattr(config, self.axis)
         member: Any = self[name]
-        given = {argument: getattr(config, field) for argument, field in self.lines[name].settings.items()}
+        given = {argument: getattr(config, field) for argument, field in self.lines[name].arguments.items()}
         left = member.left_open(config) if "auto" in given.values() and hasattr(member, "left_open") else {}
         return self.make(name, **left | {k: v for k, v in given.items() if v != "auto"} | options)
 
@@ -88,13 +112,13 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         if part is None:
             return {}
         name: str = part.name  # type: ignore[attr-defined]
-        fields = self.lines[name].settings if name in self else {}
+        fields = self.lines[name].arguments if name in self else {}
         said = {field: getattr(part, argument) for argument, field in fields.items()}
         return {self.axis: name} | {field: value for field, value in said.items() if value is not None}
 
     def having(self, field: str) -> list[str]:
         """The members that a setting is of."""
-        return [name for name, line in self.lines.items() if field in line.settings.values()]
+        return [name for name, line in self.lines.items() if field in line.arguments.values()]
 
 
 SPACES: Registry[Space] = Registry(
@@ -103,15 +127,39 @@ SPACES: Registry[Space] = Registry(
     lora=Line(
         "LoRA",
         "adapters",
-        _own("rank", "alpha", "rslora", "train_a", "targets", "blocks", "exact_blocks", "head"),
+        {
+            "rank": Setting(int, 8, "rank of the adapters", minimum=1),
+            "alpha": Setting(
+                float | None, None, "adapters are scaled by alpha / rank; without it 2 * rank", above=0.0
+            ),
+            "rslora": Setting(bool, False, "scale by alpha / sqrt(rank) instead"),
+            "train_a": Setting(
+                bool,
+                False,
+                "train A as well as B where gradients are estimated; without it A keeps its random start",
+            ),
+        },
+        takes=("targets", "blocks", "exact_blocks", "head"),
     ),
     dense=Line(
-        "Dense", "the weights", _own("targets", "blocks", "head", update="dense_update"), in_weights=True
+        "Dense",
+        "the weights",
+        {
+            "dense_update": Setting(
+                Literal["requantize", "residual"],
+                "residual",
+                "residual keeps a bf16 difference beside the codes, 2 bytes a weight; requantize rounds "
+                "updated weights to their grid at random, without bias but with much noise in 4 bits",
+                argument="update",
+            )
+        },
+        takes=("targets", "blocks", "head"),
+        in_weights=True,
     ),
     scales=Line(
         "Scales",
         "only their absmax (QZO)",
-        _own("targets", "blocks", "head"),
+        takes=("targets", "blocks", "head"),
         in_weights=True,
         of_scales=True,
     ),
@@ -120,7 +168,33 @@ SPACES: Registry[Space] = Registry(
 ESTIMATORS: Registry[Estimator] = Registry(
     "estimator",
     "hizoo_lite.estimators",
-    hizoo=Line("HiZOO", "slope and curvature", _own("curvature_from", "directions", every="curvature_every")),
+    hizoo=Line(
+        "HiZOO",
+        "slope and curvature",
+        {
+            "curvature_from": Setting(
+                Literal["predictions", "losses"],
+                "predictions",
+                "how far apart the predictions of two points are; or the second difference of losses, as "
+                "published",
+            ),
+            "directions": Setting(
+                int | Literal["auto"],
+                "auto",
+                "random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from losses); "
+                "n above 1 share one base, 1 + n forwards; auto: 2 for adapters, 1 for weights",
+                minimum=1,
+                maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
+            ),
+            "curvature_every": Setting(
+                int,
+                1,
+                "of losses: steps between two measurements, 2 + 1/k forwards a step",
+                argument="every",
+                minimum=1,
+            ),
+        },
+    ),
     mezo=Line("MeZO", "the slope alone"),
 )
 
@@ -135,9 +209,28 @@ OBJECTIVES: Registry[Objective] = Registry(
 CURVATURES: Registry[Curvature] = Registry(
     "curvature",
     "hizoo_lite.curvature",
-    grouped=Line("Grouped", "a value for each tensor or row", _own(per="curvature_per")),
+    grouped=Line(
+        "Grouped",
+        "a value for each tensor or row",
+        {
+            "curvature_per": Setting(
+                Literal["tensor", "row"], "tensor", "one value for each tensor or row", argument="per"
+            )
+        },
+    ),
     factored=Line("Factored", "one for each row and column (HiZOO-L)"),
-    diagonal=Line("Diagonal", "one for each parameter, as published", _own(mode="curvature_mode")),
+    diagonal=Line(
+        "Diagonal",
+        "one for each parameter, as published",
+        {
+            "curvature_mode": Setting(
+                Literal["paper", "reference"],
+                "paper",
+                "the paper's formula, or that of the published code",
+                argument="mode",
+            )
+        },
+    ),
     none=Line("NoCurvature", "Sigma is the identity"),
 )
 

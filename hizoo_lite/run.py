@@ -288,7 +288,7 @@ def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     tell(f"{setup.task.name}, {setup.splits}")
     estimates = setup.config.is_of_loss and setup.config.estimates
-    if estimates and "exact_blocks" in SPACES.lines[setup.config.space].settings:
+    if estimates and setup.config.space in SPACES.having("exact_blocks"):
         count = len({setup.model.block_of(name) for name in setup.space.target_names})
         tell(
             f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "

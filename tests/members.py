@@ -48,7 +48,7 @@ TOYS: tuple[tuple[Registry[Any], str, Line], ...] = (
     (
         SPACES,
         "gains",
-        Line("tests.toy_space:Gains", "a gain for each row", {"targets": "targets", "blocks": "blocks"}),
+        Line("tests.toy_space:Gains", "a gain for each row", takes=("targets", "blocks")),
     ),
 )
 AXES: tuple[Registry[Any], ...] = (SPACES, ESTIMATORS, OBJECTIVES, CURVATURES)

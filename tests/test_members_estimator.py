@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,3 +175,55 @@ def test_an_optimizer_with_a_state_saves_resumes_and_replays(
     monkeypatch.setitem(OPTIMIZERS.lines, "sgd", plain)
     with pytest.raises(UserError, match="optimizer sgd: keeps nothing"):
         run_of(tmp_path, resume=True, steps=STEPS + 1)
+
+
+#: A process that has one more line in the registry, as a file of the package would have it.
+OF_A_NEW_LINE = """
+from hizoo_lite.registry import ESTIMATORS, Line, Setting
+
+strength = Setting(float, 2.0, "of its slopes", argument="by", above=0.0)
+path = "tests.test_members_estimator:Strong"
+ESTIMATORS.lines["strong"] = Line(path, "MeZO times a number", {"strength": strength})
+from hizoo_lite.cli import main
+
+main()
+"""
+
+
+class Strong(Estimator):
+    """MeZO with a setting of its own."""
+
+    name = "strong"
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def points(self, step: int) -> tuple[Point, ...]:
+        return Point(0, 1.0), Point(0, -1.0)
+
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        plus, minus = map(float, losses)
+        return Estimate((self.by * (plus - minus) / (2 * mu),), None)
+
+
+def command(*given: str) -> subprocess.CompletedProcess[str]:
+    """What a command line prints where the registry has the line `OF_A_NEW_LINE` adds."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "COLUMNS": "200"}
+    line = [sys.executable, "-c", OF_A_NEW_LINE, *given]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=root, check=False)
+
+
+def test_a_setting_in_the_line_of_a_member_is_flag_help_key_and_rule(tmp_path: Path) -> None:
+    assert "of strong: of its slopes (default: 2.0)" in " ".join(command("train", "--help").stdout.split())
+    run = ["train", "--config", "demo", "--estimator", "strong", "--lr", "0.001", "--steps", "1"]
+    small = ["--test-examples", "4", "--out", str(tmp_path / "run"), "--quiet"]
+    refused = command(*run, *small, "--strength", "0")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--strength: got 0.0, allowed: a number above 0" in refused.stderr
+    done = command(*run, *small, "--strength", "3")
+    assert done.returncode == 0, done.stderr
+    assert "strength = 3.0\n" in (tmp_path / "run" / "config.toml").read_text()
+    [record] = journal.read(tmp_path / "run" / "journal.bin")
+    plus, minus = record.losses
+    assert record.coefficients == (3.0 * (plus - minus) / (2 * 1e-3),)

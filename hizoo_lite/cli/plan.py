@@ -86,7 +86,7 @@ def plan(
     )
     exact: tuple[int, Plan] | None = None
     may = config.exact_blocks == 0 and config.is_of_loss
-    if found.fits and may and "exact_blocks" in SPACES.lines[config.space].settings:
+    if found.fits and may and config.space in SPACES.having("exact_blocks"):
         count = -(-found.blocks // AUTO_SHARE)
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
         with suppress(UserError):  # a model whose blocks cannot have them

@@ -41,7 +41,7 @@ def saved_in(folder: Path, model: Model, **options: Any) -> Space:
     if name == LoRA.name:
         return LoRA.of_adapter(folder, model, **options)
     record = read_record(folder)
-    kept = {key: record[key] for key in SPACES.lines[name].settings if key in record}
+    kept = {key: record[key] for key in SPACES.lines[name].arguments if key in record}
     if "head" in record:
         kept["head"] = "estimated" if record["head"] else "none"
     return SPACES.make(name, **kept, blocks="all")
