@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Bits = Literal["nf4", "fp4", "int8", "none"]
 ModelKind = Literal["causal", "masked", "classifier"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "float32"]
+NoiseLaw = Literal["normal", "signs"]
 
 
 # ------------------------------------------------------------------------------------- estimators
@@ -82,10 +83,12 @@ class Estimator(ABC):
 
     Attributes:
         measures_curvature: whether `estimate` gives curvatures, in some steps at least.
+        noise: what z is drawn from: "normal", or "signs", +-1 alike.
     """
 
     name: str
     measures_curvature: ClassVar[bool] = False
+    noise: ClassVar[NoiseLaw] = "normal"
 
     @staticmethod
     def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:

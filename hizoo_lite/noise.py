@@ -3,7 +3,8 @@
 Never stored and never through a global seed: any tensor of any step can be drawn again, in any order,
 on any machine. The generator is numpy's counter-based Philox with a 128-bit key hashed from the
 arguments, so that numpy alone replays a run bit for bit on CPU, on CUDA and beside onnxruntime.
-Normal, not +-1: where curvature is learnt, z^2 must vary for the diagonal to be seen.
+Normal, not +-1, unless an estimator says so: where curvature is learnt, z^2 must vary for the diagonal to be
+seen.
 
 Weights inside the blocks have too many elements for that (10.8 ms a million, against 2.8 of torch's
 normal_ on the same core). Their z is drawn tile by tile of rows where they are, from a hash of (run seed,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from hizoo_lite.base import NoiseLaw
+
 
 def generator(seed: int, *words: int | str) -> np.random.Generator:
     """A fresh numpy generator whose stream is a pure function of the arguments."""
@@ -49,20 +52,24 @@ def drawn(
     shape: Sequence[int],
     direction: int = 0,
     out: np.ndarray | None = None,
+    law: NoiseLaw = "normal",
 ) -> np.ndarray:
-    """Standard normal z of parameter `name` at `step`, of one of the step's directions: `shape`, float32.
+    """z of parameter `name` at `step`, of one of the step's directions: `shape`, float32.
 
-    out: to be filled, in place of a new array.
+    out: to be filled, in place of a new array. law: standard normal, or signs, which are those of the normal.
     """
     words = (name, direction) if direction else (name,)
-    return generator(seed, step, *words).standard_normal(tuple(shape), dtype=np.float32, out=out)
+    z = generator(seed, step, *words).standard_normal(tuple(shape), dtype=np.float32, out=out)
+    return z if law == "normal" else np.copysign(np.float32(1.0), z, out=z)
 
 
-def drawn_along(seed: int, step: int, name: str, shape: Sequence[int], directions: int) -> np.ndarray:
+def drawn_along(
+    seed: int, step: int, name: str, shape: Sequence[int], directions: int, law: NoiseLaw = "normal"
+) -> np.ndarray:
     """`drawn` of every direction of a step: (directions, *shape) float32."""
     out = np.empty((directions, *shape), dtype=np.float32)
     for direction in range(directions):
-        drawn(seed, step, name, shape, direction, out[direction, ...])
+        drawn(seed, step, name, shape, direction, out[direction, ...], law)
     return out
 
 
@@ -152,8 +159,9 @@ class StepNoise:
         shapes: Mapping[str, Sequence[int]],
         arrays: Arrays,
         directions: int = 1,
+        law: NoiseLaw = "normal",
     ) -> None:
-        self.seed, self.directions = seed, directions
+        self.seed, self.directions, self.law = seed, directions, law
         self.shapes = dict(shapes)
         self._arrays = arrays
         # Half of the cores, since a CPU may compute meanwhile; one is slower than a GPU's step.
@@ -181,7 +189,7 @@ class StepNoise:
 
     def _draw(self, step: int) -> dict[str, Array]:
         def draw(name: str) -> Array:
-            found = drawn_along(self.seed, step, name, self.shapes[name], self.directions)
+            found = drawn_along(self.seed, step, name, self.shapes[name], self.directions, self.law)
             return self._arrays.from_numpy(found)
 
         return dict(zip(self.shapes, self._workers.map(draw, self.shapes), strict=True))

@@ -181,8 +181,9 @@ ESTIMATORS: Registry[Estimator] = Registry(
             "directions": Setting(
                 int | Literal["auto"],
                 "auto",
-                "random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from losses); "
-                "n above 1 share one base, 1 + n forwards; auto: 2 for adapters, 1 for weights",
+                "random directions a step; hizoo: 1 is a pair of points, 2 forwards (3 with curvature from "
+                "losses), n above 1 share one base, 1 + n forwards, auto: 2 for adapters, 1 for weights; "
+                "mezo, kerzoo: a pair each, 2 n forwards, auto: 1; fzoo: 1 + n forwards, auto: 8",
                 minimum=1,
                 maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
             ),
@@ -195,7 +196,11 @@ ESTIMATORS: Registry[Estimator] = Registry(
             ),
         },
     ),
-    mezo=Line("MeZO", "the slope alone"),
+    mezo=Line("MeZO", "the slope alone", takes=("directions",)),
+    kerzoo=Line("KerZOO", "slopes at random radii, weighted by a kernel", takes=("directions",)),
+    fzoo=Line(
+        "FZOO", "one-sided slopes along signs, by the deviation of their losses", takes=("directions",)
+    ),
 )
 
 OBJECTIVES: Registry[Objective] = Registry(

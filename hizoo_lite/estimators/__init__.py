@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hizoo_lite.estimators.exact import Exact
+from hizoo_lite.estimators.fzoo import FZOO
 from hizoo_lite.estimators.hizoo import HiZOO
+from hizoo_lite.estimators.kerzoo import KerZOO
 from hizoo_lite.estimators.mezo import MeZO
 from hizoo_lite.registry import ESTIMATORS
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import Estimator
     from hizoo_lite.config import TrainConfig
 
-__all__ = ["ESTIMATORS", "Exact", "HiZOO", "MeZO", "configured", "get"]
+__all__ = ["ESTIMATORS", "FZOO", "Exact", "HiZOO", "KerZOO", "MeZO", "configured", "get"]
 
 #: See `Registry.make`.
 get = ESTIMATORS.make

@@ -40,7 +40,7 @@ import numpy as np
 from hizoo_lite.base import Estimate, Estimator
 from hizoo_lite.branches import Branches, Point
 from hizoo_lite.errors import UserError
-from hizoo_lite.estimators.mezo import as_losses, central_difference
+from hizoo_lite.estimators.mezo import as_losses, central_difference, check_directions
 from hizoo_lite.registry import SPACES
 
 CurvatureSource = Literal["predictions", "losses"]
@@ -67,8 +67,7 @@ class HiZOO(Estimator):
         if curvature_from not in get_args(CurvatureSource):
             allowed = " or ".join(get_args(CurvatureSource))
             raise UserError(f"estimator hizoo: curvature_from must be {allowed}, got {curvature_from!r}")
-        if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
-            raise UserError(f"estimator hizoo: directions must be a whole number >= 1, got {directions!r}")
+        check_directions(self.name, directions, 1)
         given = {"every": every, "curvature_from": curvature_from, "directions": directions}
         for problem in self.conflicts(given, str):
             raise UserError(f"estimator hizoo: {problem}")

@@ -151,7 +151,7 @@ class Stepper:
                 "weights inside the blocks, which need pairs"
             )
         shapes = {name: p.shape for name, p in space.parameters.items()}
-        self.noise = StepNoise(seed, shapes, self._arrays, directions)
+        self.noise = StepNoise(seed, shapes, self._arrays, directions, estimator.noise)
         curvature.start(trainable(space), self._arrays)
         self.optimizer.start(shapes, self._arrays)
         self.head, self.course = ExactAdam(space.exact, arrays), course or Schedule()

@@ -1,0 +1,47 @@
+"""FZOO's estimator: one-sided slopes along random signs, by the deviation of their losses (arXiv 2506.09034).
+
+Along n directions of +-1, l0 the loss at theta, l_i at theta + mu*u_i, and s the deviation of l_1 ... l_n,
+
+    g = 1/n sum_i (l_i - l0) / s  u_i
+
+A step has a length of its own: mu cancels, and where the loss is steep so is s. The learning rate that suits
+it is MeZO's times the deviation of MeZO's slopes.
+
+As published (s with n - 1 in its denominator), except that differences are taken in float64, and that a step
+whose losses are all alike moves nothing, where 0 / 0 would be. z is +-1 in place of normal, so nothing can be
+learnt from z^2: there is no curvature. A step costs 1 + n forwards and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import ClassVar
+
+import numpy as np
+
+from hizoo_lite.base import Estimate, Estimator, NoiseLaw
+from hizoo_lite.branches import Branches, Point
+from hizoo_lite.estimators.mezo import as_losses, check_directions
+
+
+class FZOO(Estimator):
+    """Normalized one-sided slopes along several directions that share a base."""
+
+    name = "fzoo"
+    noise: ClassVar[NoiseLaw] = "signs"
+
+    def __init__(self, directions: int = 8) -> None:
+        """directions: n. UserError unless it is a whole number of 2 or more, for a deviation."""
+        self.directions = check_directions(self.name, directions, 2)
+
+    def points(self, step: int) -> tuple[Point, ...]:
+        """The base, and a point along each direction."""
+        return Branches.of(base=True, pairs=0, one_sided=self.directions).points
+
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """See `Estimator.estimate`; losses are l0, l1, ... What is not finite passes through."""
+        zero, *others = as_losses(losses, (1 + self.directions,), self.name)
+        deviation = statistics.stdev(others) if np.isfinite(others).all() else float("nan")
+        if deviation == 0.0:
+            return Estimate((0.0,) * self.directions, None)
+        return Estimate(tuple((value - zero) / (self.directions * deviation) for value in others), None)
