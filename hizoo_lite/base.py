@@ -464,7 +464,12 @@ class PendingUpdates(Protocol):
 
 
 class TrainedWeights(PendingUpdates, Protocol):
-    """Weights trained where they are, inside the blocks. Their z is drawn by tile, again and again."""
+    """Weights trained where they are, inside the blocks. Their z is drawn by tile, again and again.
+
+    `held` is in memory beside them: what their noise is made of, and momentum.
+    """
+
+    held: list[Tensor]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -479,12 +484,20 @@ class TrainedWeights(PendingUpdates, Protocol):
         """Show `curvature` the z of this step, as a traversal does; for a step that makes none."""
         ...
 
-    def update(self, amount: float, decay: float) -> None:
-        """w <- (1 - decay) w - amount * d along the directions of this step, once a block is next present."""
+    def update(self, lr: float, decay: float, coefficient: float = 1.0) -> None:
+        """w <- (1 - decay) w - lr * coefficient * d, along this step's d, once a block is next present."""
         ...
 
     def flush(self) -> None:
         """Bring in every block that an update waits for."""
+        ...
+
+    def state_dict(self) -> dict[str, Array]:
+        """What a resumed run needs beside the weights themselves; nothing waits."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """The inverse of `state_dict`."""
         ...
 
 

@@ -467,7 +467,7 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             for name, is_wrong in wrong.items()
             if is_wrong
         ]
-    own = ESTIMATORS.lines[names["estimator"]].arguments
+    own = ESTIMATORS.arguments(names["estimator"])
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
     if values["directions"] not in ("auto", 1):
         allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto with"

@@ -45,10 +45,12 @@ class Line:
         path: its class; "module:class" where the module is not the one of the member's name in the folder.
         help: what it is, in a few words.
         settings: its own, by name.
-        takes: settings that are written elsewhere, in `TrainConfig` or with another member.
+        takes: settings that are written elsewhere, in `TrainConfig` or with another member of the axis.
         in_weights: of a space: it trains weights inside the blocks. Their scales are float32, steps have one
             direction, and a replay needs the model.
         of_scales: of a space: it has nothing to train where weights are not quantized.
+        structured: of a space: its z depend on each other from weight to weight, so that nothing can be
+            learnt from their squares: Sigma is the identity.
     """
 
     path: str
@@ -57,12 +59,7 @@ class Line:
     takes: tuple[str, ...] = ()
     in_weights: bool = False
     of_scales: bool = False
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """All its settings: from the argument of its constructor to the field of `TrainConfig`."""
-        own = {setting.argument or name: name for name, setting in self.settings.items()}
-        return own | {name: name for name in self.takes}
+    structured: bool = False
 
 
 class Registry(Mapping[str, type[Member]], Generic[Member]):
@@ -75,6 +72,12 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
     def settings(self) -> dict[str, Setting]:
         """Those of all members, by name."""
         return {name: setting for line in self.lines.values() for name, setting in line.settings.items()}
+
+    def arguments(self, name: str) -> dict[str, str]:
+        """All settings of a member: from the argument of its constructor to the field of `TrainConfig`."""
+        line, known = self.lines[name], self.settings
+        called = {field: known[field].argument for field in (*line.settings, *line.takes) if field in known}
+        return {called.get(field) or field: field for field in (*line.settings, *line.takes)}
 
     def __getitem__(self, name: str) -> type[Member]:
         module, _, attribute = self.lines[name].path.rpartition(":")
@@ -103,7 +106,7 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         """The member that a `TrainConfig` names, with its settings; "auto" leaves one to the member."""
         name = getattr(config, self.axis)
         member: Any = self[name]
-        given = {argument: getattr(config, field) for argument, field in self.lines[name].arguments.items()}
+        given = {argument: getattr(config, field) for argument, field in self.arguments(name).items()}
         left = member.left_open(config) if "auto" in given.values() and hasattr(member, "left_open") else {}
         return self.make(name, **left | {k: v for k, v in given.items() if v != "auto"} | options)
 
@@ -112,13 +115,13 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         if part is None:
             return {}
         name: str = part.name  # type: ignore[attr-defined]
-        fields = self.lines[name].arguments if name in self else {}
+        fields = self.arguments(name) if name in self else {}
         said = {field: getattr(part, argument) for argument, field in fields.items()}
         return {self.axis: name} | {field: value for field, value in said.items() if value is not None}
 
     def having(self, field: str) -> list[str]:
         """The members that a setting is of."""
-        return [name for name, line in self.lines.items() if field in line.arguments.values()]
+        return [name for name, line in self.lines.items() if field in (*line.settings, *line.takes)]
 
 
 SPACES: Registry[Space] = Registry(
@@ -155,6 +158,41 @@ SPACES: Registry[Space] = Registry(
         },
         takes=("targets", "blocks", "head"),
         in_weights=True,
+    ),
+    lowrank=Line(
+        "LowRank",
+        "the weights, along directions of low rank (LOZO)",
+        {
+            "noise_rank": Setting(
+                int | Literal["auto"],
+                "auto",
+                "rank of a direction; auto: 2 for lowrank, 24 for subspace",
+                minimum=1,
+            ),
+            "noise_every": Setting(
+                int | Literal["auto"],
+                "auto",
+                "steps after which their column space is drawn anew; auto: 50 for lowrank, 1000 for subspace",
+                minimum=1,
+            ),
+            "momentum": Setting(
+                float,
+                0.0,
+                "share of the moves before in a move; above 0 it is LOZO-M",
+                minimum=0.0,
+                maximum=0.999,
+            ),
+        },
+        takes=("dense_update", "targets", "blocks", "head"),
+        in_weights=True,
+        structured=True,
+    ),
+    subspace=Line(
+        "Subspace",
+        "the weights, within a subspace of low rank (SubZero)",
+        takes=("noise_rank", "noise_every", "dense_update", "targets", "blocks", "head"),
+        in_weights=True,
+        structured=True,
     ),
     scales=Line(
         "Scales",

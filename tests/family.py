@@ -41,3 +41,27 @@ def fzoo(theta: np.ndarray, loss: Loss, u: np.ndarray, mu: float, lr: float, ste
     for row, value in zip(u, others, strict=True):
         total += (value - base) * row
     return theta - lr * total / (len(others) * deviation)
+
+
+def lozo_direction(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """U V' of arXiv 2410.07698, algorithm 1, in units where its values have a variance of one. u: (m, r)."""
+    out = np.zeros((len(u), len(v)))
+    for row in range(len(u)):
+        for column in range(len(v)):
+            out[row, column] = sum(u[row] * v[column]) / math.sqrt(u.shape[1])
+    return out
+
+
+def lozo_m(
+    n: np.ndarray, u: np.ndarray, v: np.ndarray, v_old: np.ndarray, slope: float, momentum: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 2: N, which is projected on another V first, and N V' as the direction of the move."""
+    if v is not v_old:
+        n = n @ v_old.T @ v / len(v)
+    n = momentum * n + (1 - momentum) * slope * u
+    return n, lozo_direction(n, v)
+
+
+def subzero_direction(u: np.ndarray, z: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """U Z V' of arXiv 2410.08989, algorithm 1, times sqrt(m n) / r."""
+    return u @ z @ v.T * math.sqrt(len(u) * len(v)) / len(z)

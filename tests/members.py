@@ -28,6 +28,22 @@ MEMBERS: dict[str, Case] = {
     "dense, requantize": Case(
         {"space": "dense", "dense_update": "requantize", "bits": "int8", "lr": 1e-4}, _WEIGHTS
     ),
+    "lowrank": Case({"space": "lowrank", "noise_every": 3}, _WEIGHTS),
+    "lowrank, momentum": Case(
+        {
+            "space": "lowrank",
+            "estimator": "mezo",
+            "lr": 1e-4,
+            "momentum": 0.9,
+            "noise_every": 3,
+            "bits": "int8",
+        },
+        _WEIGHTS,
+    ),
+    "subspace": Case({"space": "subspace", "noise_rank": 4, "noise_every": 3}, _WEIGHTS),
+    "subspace, requantize": Case(
+        {"space": "subspace", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize"}, _WEIGHTS
+    ),
     "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
     "gains": Case({"space": "gains", "lr": 1e-2}, ()),
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),

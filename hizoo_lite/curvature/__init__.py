@@ -9,7 +9,7 @@ from hizoo_lite.curvature.diagonal import Diagonal
 from hizoo_lite.curvature.factored import Factored
 from hizoo_lite.curvature.grouped import Grouped
 from hizoo_lite.curvature.none import NoCurvature
-from hizoo_lite.registry import CURVATURES
+from hizoo_lite.registry import CURVATURES, SPACES
 
 __all__ = ["CURVATURES", "Diagonal", "Factored", "Grouped", "NoCurvature", "for_estimator", "get"]
 
@@ -18,5 +18,10 @@ get = CURVATURES.make
 
 
 def for_estimator(config: Any, estimator: Estimator) -> Curvature:
-    """The curvature of a `TrainConfig`; the identity if its estimator measures none in all its steps."""
-    return CURVATURES.configured(config) if estimator.measures_within(config.steps) else NoCurvature()
+    """The curvature of a `TrainConfig`; the identity if its estimator measures none in all its steps.
+
+    So it is where the noise of its space is `structured`.
+    """
+    line = SPACES.lines.get(config.space)
+    learns = estimator.measures_within(config.steps) and not (line is not None and line.structured)
+    return CURVATURES.configured(config) if learns else NoCurvature()

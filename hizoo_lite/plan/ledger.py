@@ -100,9 +100,10 @@ def _held(model: Model, space: Space, count: _Count) -> dict[str, int]:
     stored = [
         s.tensor for n, x in model.linears.items() if model.block_of(n) is not None for s in x.weight.stored()
     ]
+    beside = [] if space.weights is None else space.weights.held
     return {
         "adapters": count.tensors(
-            [*space.parameters.values(), *space.exact.values(), *space.frozen.values()]
+            [*space.parameters.values(), *space.exact.values(), *space.frozen.values(), *beside]
         ),
         "resident_blocks": count.tensors(stored),
         "embeddings_and_head": count.tensors(_outside(model)),

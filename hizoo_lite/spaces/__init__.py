@@ -14,9 +14,22 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
+from hizoo_lite.spaces.lowrank import LowRank
 from hizoo_lite.spaces.scales import Scales
+from hizoo_lite.spaces.subspace import Subspace
 
-__all__ = ["SPACES", "Dense", "LoRA", "Scales", "get", "of_folder", "read_changes", "saved_in"]
+__all__ = [
+    "SPACES",
+    "Dense",
+    "LoRA",
+    "LowRank",
+    "Scales",
+    "Subspace",
+    "get",
+    "of_folder",
+    "read_changes",
+    "saved_in",
+]
 
 #: See `Registry.make`.
 get = SPACES.make
@@ -41,7 +54,7 @@ def saved_in(folder: Path, model: Model, **options: Any) -> Space:
     if name == LoRA.name:
         return LoRA.of_adapter(folder, model, **options)
     record = read_record(folder)
-    kept = {key: record[key] for key in SPACES.lines[name].arguments if key in record}
+    kept = {key: record[key] for key in SPACES.arguments(name) if key in record}
     if "head" in record:
         kept["head"] = "estimated" if record["head"] else "none"
     return SPACES.make(name, **kept, blocks="all")

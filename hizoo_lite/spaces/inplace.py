@@ -28,7 +28,7 @@ from hizoo_lite.quant.packed import Stored
 from hizoo_lite.spaces.changes import InPlaceChanges
 from hizoo_lite.spaces.heads import HeadMode, attach_head, check_mode
 from hizoo_lite.spaces.targets import Blocks, release, resolve_targets
-from hizoo_lite.spaces.weights import Part, WeightDelta, Weights
+from hizoo_lite.spaces.weights import Part, TileNoise, WeightDelta, Weights
 
 _HEAD = "head.safetensors"
 
@@ -59,6 +59,10 @@ class InPlaceSpace(Space):
     def part(self, model: Model, linear: BranchLinear) -> Part:
         """Prepare one layer's weight and say what is trained of it. `UserError` if it cannot be."""
 
+    def noise(self, model: Model) -> TileNoise:
+        """Where z comes from."""
+        return TileNoise()
+
     def options(self) -> dict[str, Any]:
         """What a space of this name must be made with to read what this one saved, beside the targets."""
         return {}
@@ -73,7 +77,7 @@ class InPlaceSpace(Space):
         self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         parts = [self.part(model, model.linears[target]) for target in self.target_names]
-        self.weights = Weights(model, parts)
+        self.weights = Weights(model, parts, self.noise(model))
         for part in parts:
             part.linear.delta = WeightDelta(part, self.weights)
         model.pending = self.weights

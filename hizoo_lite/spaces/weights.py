@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite import noise
+from hizoo_lite.arrays import Array
 from hizoo_lite.base import Curvature, LinearDelta
 from hizoo_lite.branches import BranchState
 from hizoo_lite.device import like
@@ -107,6 +108,52 @@ class Part(ABC):
         """Take out of both what is said in one of them only and needs no copying. `UserError` at `where`."""
 
 
+class Draw(NamedTuple):
+    """Which noise: that of a part's tile at a step."""
+
+    part: Part
+    tile: Tile
+    seed: int
+    step: int
+
+
+class TileNoise:
+    """z of each tile: standard normal, each value by itself. Others draw it from fewer values.
+
+    Attributes:
+        remembers: whether a move depends on those before, so that it is made of a coefficient of 0 as well.
+    """
+
+    remembers = False
+
+    def start(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Lay out what is held between steps for parts that are trained, and say what that is."""
+        return []
+
+    def fill(self, draw: Draw, out: Tensor) -> Tensor:
+        """Fill `out`, (rows, columns) float32 on the model's device, with the tile's z."""
+        return noise.tile_normal(draw.seed, draw.step, draw.part.name, draw.tile.first, out)
+
+    def move(
+        self, draw: Draw, before: int | None, coefficient: float, lr: float, out: Tensor
+    ) -> tuple[Tensor, float]:
+        """What the tile moves along, in `out`, and how far, in the step that is drawn.
+
+        before: the step of the last move. Nothing is kept of it before `moved`.
+        """
+        return self.fill(draw, out), lr * coefficient
+
+    def moved(self, draw: Draw) -> None:
+        """Called when the tile has moved."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What moves depend on, on the host."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """The inverse of `state_dict`."""
+
+
 class _Step(NamedTuple):
     """The directions of one step."""
 
@@ -117,15 +164,23 @@ class _Step(NamedTuple):
 
 class _Pending(NamedTuple):
     directions: _Step
-    amount: float
+    lr: float
     decay: float
+    coefficient: float
+    before: int | None  # the step of the move before this one
+
+
+#: In a state: the step of the last move.
+_LAST = "last_step"
 
 
 class Weights:
     """The parts of a model that are trained, and the update that waits for them. See `TrainedWeights`."""
 
-    def __init__(self, model: Model, parts: Sequence[Part]) -> None:
-        self.model, self.parts = model, list(parts)
+    def __init__(self, model: Model, parts: Sequence[Part], noise: TileNoise | None = None) -> None:
+        self.model, self.parts, self.noise = model, list(parts), noise or TileNoise()
+        self.held = self.noise.start(self.parts)
+        self._last: int | None = None  # the step of the last move
         self._by_block: dict[int, list[Part]] = {}
         for part in parts:
             block = model.block_of(part.linear.name)
@@ -149,18 +204,18 @@ class Weights:
         self._curvature = curvature
         self._unseen = {part.name for part in self.parts} if measured else set()
 
-    def update(self, amount: float, decay: float) -> None:
+    def update(self, lr: float, decay: float, coefficient: float = 1.0) -> None:
         """See `TrainedWeights.update`."""
         assert self._now is not None
         assert self._curvature is not None
         self.flush()
-        if amount == 0.0 and decay == 0.0:
+        if lr * coefficient == 0.0 and decay == 0.0 and not (lr and self.noise.remembers):
             return
         directions = self._now
         if self._curvature.updates_with_new_scale:
             directions = directions._replace(factors=self._factors(self._curvature))
-        self._pending, self._waiting = _Pending(directions, amount, decay), set(self._by_block)
-        self._moved = {}
+        self._pending = _Pending(directions, lr, decay, coefficient, self._last)
+        self._last, self._waiting, self._moved = directions.step, set(self._by_block), {}
 
     def see(self) -> None:
         """See `TrainedWeights.see`."""
@@ -184,13 +239,15 @@ class Weights:
 
     def _move(self, block: int) -> None:
         assert self._pending is not None
-        (seed, step, factors), amount, decay = self._pending
+        (seed, step, factors), lr, decay, coefficient, before = self._pending
         moved = self._moved.setdefault(block, 0)
         every = [(part, tile) for part in self._by_block[block] for tile in part.tiles]
         for part, tile in every[moved:]:
             rounding = noise.tile_rounding(seed, step, part.name, tile.first, self.model.device)
-            z = self._draw(part, tile, seed, step)
-            part.move(z, factors[part.name], tile, amount, decay, rounding)
+            draw, out = Draw(part, tile, seed, step), self._room(part, tile)
+            along, amount = self.noise.move(draw, before, coefficient, lr, out)
+            part.move(along, factors[part.name], tile, amount, decay, rounding)
+            self.noise.moved(draw)
             self._moved[block] += 1
 
     def flush(self) -> None:
@@ -207,7 +264,8 @@ class Weights:
     def direction(self, part: Part, tile: Tile) -> tuple[Tensor, Factors]:
         """z of a tile in this step, float32, until the next one is drawn, and Sigma^(1/2)."""
         assert self._now is not None
-        z = self._draw(part, tile, self._now.seed, self._now.step)
+        draw = Draw(part, tile, self._now.seed, self._now.step)
+        z = self.noise.fill(draw, self._room(part, tile))
         if part.name in self._unseen:
             assert self._curvature is not None
             self._curvature.see(part.name, z, part.rows(tile).start)
@@ -215,11 +273,20 @@ class Weights:
                 self._unseen.remove(part.name)
         return z, self._now.factors[part.name]
 
-    def _draw(self, part: Part, tile: Tile, seed: int, step: int) -> Tensor:
+    def _room(self, part: Part, tile: Tile) -> Tensor:
         rows = part.rows(tile)
         shape = (rows.stop - rows.start, *part.shape[1:])
-        out = self.model.scratch.take("weights.z", shape, torch.float32, self.model.device)
-        return noise.tile_normal(seed, step, part.name, tile.first, out)
+        return self.model.scratch.take("weights.z", shape, torch.float32, self.model.device)
+
+    def state_dict(self) -> dict[str, Array]:
+        """See `TrainedWeights.state_dict`."""
+        state = self.noise.state_dict()
+        return {**state, _LAST: torch.tensor([self._last])} if state and self._last is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """See `TrainedWeights.load_state_dict`."""
+        self._last = int(state[_LAST][0]) if state else None
+        self.noise.load_state_dict({name: value for name, value in state.items() if name != _LAST})
 
     def _factors(self, curvature: Curvature) -> dict[str, Factors]:
         here = [curvature.factors(part.name) for part in self.parts]

@@ -33,6 +33,7 @@ STATE = "state.json"
 _CURVATURE = "curvature.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HEAD = "head.safetensors"
+_WEIGHTS = "weights.safetensors"
 ADAPTER = "adapter"
 #: Of state.json: 1, without the entries `format` and `checksum`, was written up to version 0.1.
 _FORMAT = 2
@@ -135,6 +136,9 @@ def _write(temporary: Path, position: Position, stepper: Stepper, chunk_halvings
         _save_state(temporary / _OPTIMIZER, state)
     if state := stepper.head.state_dict():
         _save_state(temporary / _HEAD, state)
+    weights = stepper.space.weights
+    if weights is not None and (state := weights.state_dict()):
+        _save_state(temporary / _WEIGHTS, state)
     written = sorted(file for file in temporary.rglob("*") if file.is_file())
     record: dict[str, Any] = {
         "format": _FORMAT,
@@ -205,6 +209,9 @@ def load(path: Path, stepper: Stepper) -> Position:
     optimizer = tensorfile.load(path / _OPTIMIZER) if _OPTIMIZER in record["files"] else {}
     head = tensorfile.load(path / _HEAD) if _HEAD in record["files"] else {}
     stepper.space.load(path / ADAPTER)
+    if stepper.space.weights is not None:
+        weights = tensorfile.load(path / _WEIGHTS) if _WEIGHTS in record["files"] else {}
+        stepper.space.weights.load_state_dict(weights)
     stepper.head.load_state_dict(head)
     stepper.curvature.load_state_dict(curvature)
     stepper.optimizer.load_state_dict(optimizer)

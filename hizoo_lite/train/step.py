@@ -281,7 +281,7 @@ class Stepper:
         if self.head.count:
             self.head.update(exact, self.course(step))
         if self.space.weights is not None:
-            self.space.weights.update(lr * estimate.coefficients[0], decay)
+            self.space.weights.update(lr, decay, estimate.coefficients[0])
         return lr, decay
 
     def _clipped(self, coefficient: float) -> float:
