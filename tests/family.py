@@ -1,16 +1,43 @@
-"""Plain float64 references of the family's estimators, a function each, written from the papers' formulas.
+"""Plain float64 references of the family, a function each, from the papers, and what holds ours to them.
 
-They share no code with the package. `loss` is of a whole parameter vector; `z` has a row for each direction.
+References share no code with the package. `loss` is of a whole parameter vector; `z` has a row for each
+direction.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
+
+from hizoo_lite import noise as draws
+from hizoo_lite.arrays import NumpyArrays
+from hizoo_lite.batch import Losses
+from hizoo_lite.branches import Branches
+from hizoo_lite.curvature import NoCurvature
+from hizoo_lite.estimators import KerZOO
+from hizoo_lite.model.scratch import Scratch
+from hizoo_lite.optimizers.step_size import FixedRate, Schedule
+from hizoo_lite.spaces.lowrank import LowRankNoise
+from hizoo_lite.spaces.subspace import SubspaceNoise
+from hizoo_lite.spaces.weights import Draw, Tile, TileNoise
+from hizoo_lite.train.step import Stepper
 
 Loss = Callable[[np.ndarray], float]
+
+
+def hizoo(theta: np.ndarray, loss: Loss, z: np.ndarray, mu: float, lr: float, step: int) -> np.ndarray:
+    """arXiv 2402.15173, algorithm 1, with Sigma = I; several directions share a base, as in 2506.09034."""
+    if len(z) == 1:
+        return mezo(theta, loss, z, mu, lr, step)
+    total = np.zeros_like(theta)
+    for row in z:
+        total += (loss(theta + mu * row) - loss(theta)) / mu * row
+    return theta - lr * total
 
 
 def mezo(theta: np.ndarray, loss: Loss, z: np.ndarray, mu: float, lr: float, step: int) -> np.ndarray:
@@ -21,12 +48,10 @@ def mezo(theta: np.ndarray, loss: Loss, z: np.ndarray, mu: float, lr: float, ste
     return theta - lr * total / len(z)
 
 
-def kerzoo(
-    theta: np.ndarray, loss: Loss, z: np.ndarray, mu: float, lr: float, radii: np.ndarray
-) -> np.ndarray:
-    """arXiv 2505.18886: r uniform in [-1, 1], K(r) = 15/4 r (5 - 7 r^2)."""
+def kerzoo(theta: np.ndarray, loss: Loss, z: np.ndarray, mu: float, lr: float, step: int) -> np.ndarray:
+    """arXiv 2505.18886: r uniform in [-1, 1], K(r) = 15/4 r (5 - 7 r^2); the radii are ours of that step."""
     total = np.zeros_like(theta)
-    for row, r in zip(z, radii, strict=True):
+    for row, r in zip(z, KerZOO(len(z)).radii(step), strict=True):
         rise = (loss(theta + mu * r * row) - loss(theta - mu * r * row)) / (2 * mu)
         total += rise * (15 / 4) * (5 * r - 7 * r**3) * row
     return theta - lr * total / len(z)
@@ -65,3 +90,173 @@ def lozo_m(
 def subzero_direction(u: np.ndarray, z: np.ndarray, v: np.ndarray) -> np.ndarray:
     """U Z V' of arXiv 2410.08989, algorithm 1, times sqrt(m n) / r."""
     return u @ z @ v.T * math.sqrt(len(u) * len(v)) / len(z)
+
+
+# ----------------------------------------------------------------------------------- ours beside them
+
+
+SEED, MU, EXAMPLES, STEPS = 3, 1e-2, 6, 5
+SHAPES = {"a": (2, 3), "b": (4,)}
+COUNT = 10
+
+
+class Analytic:
+    """What a step asks of a model, of a smooth function: losses of every example at every point."""
+
+    def __init__(self, parameters: dict[str, np.ndarray]) -> None:
+        self.parameters = parameters
+        self.weights = np.random.default_rng(0).normal(size=(EXAMPLES, COUNT))
+
+    def per_example(self, theta: np.ndarray) -> np.ndarray:
+        """(examples,)."""
+        return np.log1p(np.exp(self.weights @ theta)) + 0.1 * (self.weights @ theta) ** 2
+
+    def mean(self, theta: np.ndarray) -> float:
+        """Over the examples."""
+        return float(self.per_example(theta).mean())
+
+    def losses(
+        self, batch: Any, branches: Branches, mu: float, directions: Mapping[str, np.ndarray]
+    ) -> Losses:
+        """See `BranchLosses.losses`."""
+        theta = flat(self.parameters)
+        points = [
+            theta + offset * mu * flat({name: d[k] for name, d in directions.items()})
+            for k, offset in branches.points
+        ]
+        per_example = np.stack([self.per_example(point) for point in points])
+        return Losses(per_example, None, np.zeros((branches.directions, EXAMPLES)))
+
+
+def flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All values in one float64 vector."""
+    return np.concatenate([np.asarray(values[name], np.float64).ravel() for name in SHAPES])
+
+
+def stepper(estimator: Any, lr: float) -> Stepper:
+    """A step over `Analytic`; the parameters are float64."""
+    draw = np.random.default_rng(1)
+    parameters = {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
+    space: Any = SimpleNamespace(name="analytic", parameters=parameters, exact={}, frozen={}, weights=None)
+    rate = FixedRate(Schedule("constant", lr))
+    options: Any = {"seed": SEED, "mu": MU, "smoothing": Schedule()}
+    return Stepper(Analytic(parameters), NumpyArrays(), space, estimator, NoCurvature(), rate, **options)
+
+
+def noise(step: int, directions: int) -> np.ndarray:
+    """z of a step as the package draws it, (directions, COUNT)."""
+    drawn = {name: draws.drawn_along(SEED, step, name, shape, directions) for name, shape in SHAPES.items()}
+    return np.stack([flat({name: z[k] for name, z in drawn.items()}) for k in range(directions)])
+
+
+#: Of every estimator of the registry.
+REFERENCES: dict[str, Callable[..., np.ndarray]] = {
+    "hizoo": hizoo,
+    "mezo": mezo,
+    "kerzoo": kerzoo,
+    "fzoo": fzoo,
+}
+
+
+def difference(estimator: Any, lr: float = 1e-2) -> float:
+    """The largest of our moves from the reference's over a few steps, relative to the step's largest move."""
+    ours = stepper(estimator, lr)
+    model: Any = ours.traversal
+    theta, directions = flat(ours.space.parameters), Branches(estimator.points(0)).directions
+    batch: Any = SimpleNamespace(examples=EXAMPLES, attention_mask=np.ones(1))
+    found = 0.0
+    for step in range(STEPS):
+        z = noise(step, directions)
+        z = np.where(z < 0, -1.0, 1.0) if estimator.noise == "signs" else z
+        expected = REFERENCES[estimator.name](theta, model.mean, z, MU, lr, step) - theta
+        ours.step(step, batch)
+        moved = flat(ours.space.parameters) - theta
+        found = max(found, float(np.abs(moved - expected).max() / np.abs(expected).max()))
+        theta = theta + moved
+    ours.close()
+    return found
+
+
+# ------------------------------------------------------------------------- noise of weights in blocks
+
+ROWS, COLUMNS, RANK, EVERY = 24, 40, 3, 4
+TILES = [Tile(0, 16), Tile(16, 8)]
+PART: Any = SimpleNamespace(
+    name="layer.weight",
+    shape=torch.Size((ROWS, COLUMNS)),
+    device=torch.device("cpu"),
+    rows=lambda tile: slice(tile.first, tile.first + tile.rows),
+)
+
+
+def filled(made: TileNoise, step: int) -> np.ndarray:
+    """z of the whole weight, tile by tile."""
+    parts = [
+        made.fill(Draw(PART, tile, SEED, step), torch.empty(tile.rows, COLUMNS)).clone() for tile in TILES
+    ]
+    return torch.cat(parts).double().numpy()
+
+
+def rows_of(step: int) -> np.ndarray:
+    """U of a step, as tiles draw it."""
+    drawn = [draws.tile_normal(SEED, step, PART.name, t.first, torch.empty(t.rows, RANK)) for t in TILES]
+    return torch.cat(drawn).double().numpy()
+
+
+def columns_of(step: int) -> np.ndarray:
+    """V of a step, (columns, r)."""
+    drawn = draws.generator(SEED, "columns", step // EVERY, PART.name).standard_normal((RANK, COLUMNS), "f4")
+    return drawn.T.astype(np.float64)
+
+
+def low_rank_difference() -> float:
+    """Of z from the reference, over two windows."""
+    made, steps = LowRankNoise(RANK, EVERY, 0.0, Scratch()), range(2 * EVERY)
+    return max(far(filled(made, step), lozo_direction(rows_of(step), columns_of(step))) for step in steps)
+
+
+def momentum_difference() -> float:
+    """Of what is moved along from the reference, over three windows."""
+    made = LowRankNoise(RANK, EVERY, 0.9, Scratch())
+    made.start([PART])
+    kept, v_old, before, found = np.zeros((ROWS, RANK)), columns_of(0), None, 0.0
+    for step, slope in enumerate([0.5, -1.0, 2.0, 0.0, 1.5, -0.5, 0.25, 1.0, -2.0, 0.125]):
+        v = v_old if step % EVERY else columns_of(step)
+        kept, expected = lozo_m(kept, rows_of(step), v, v_old if step else v, slope, 0.9)
+        parts = []
+        for tile in TILES:
+            draw = Draw(PART, tile, SEED, step)
+            along, amount = made.move(draw, before, slope, 1e-2, torch.empty(tile.rows, COLUMNS))
+            assert amount == 1e-2
+            parts.append(along.clone())
+            made.moved(draw)
+        found = max(found, far(torch.cat(parts).double().numpy(), expected))
+        before, v_old = step, v
+    return found
+
+
+def subspace_difference() -> float:
+    """Of z from the reference, and of U'U and V'V from the identity, over two windows."""
+    made, found = SubspaceNoise(RANK, EVERY), 0.0
+    u, v = (value for value in made.start([PART]))
+    for step in range(2 * EVERY):
+        ours = filled(made, step)
+        left, right = u.double().numpy(), v.double().numpy().T
+        z = draws.drawn(SEED, step, PART.name, (RANK, RANK)).astype(np.float64)
+        found = max(found, far(ours, subzero_direction(left, z, right)))
+        for basis in (left, right):
+            found = max(found, float(np.abs(basis.T @ basis - np.eye(RANK)).max()))
+    return found
+
+
+def far(ours: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+#: Of every space whose noise is `structured`, and their variants.
+NOISES: dict[str, Callable[[], float]] = {
+    "lowrank": low_rank_difference,
+    "lowrank, momentum": momentum_difference,
+    "subspace": subspace_difference,
+}
