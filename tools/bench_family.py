@@ -174,7 +174,8 @@ def main() -> None:
         [
             found["method"], found["bits"], f"{found['reference_max_difference']:.1e}",
             "equal" if found["resume_equal"] else "DIFFERS", "equal" if found["replay_equal"] else "DIFFERS",
-            f"{found['planned_over_measured']:.3f}", f"{found['loss_before']:.3f} -> {found['loss_after']:.3f}",
+            f"{found['planned_over_measured']:.3f}",
+            f"{found['loss_before']:.3f} -> {found['loss_after']:.3f}",
             f"{100 * found['metric_after']:.1f} %", found["forwards"],
         ]
         for found in rows
