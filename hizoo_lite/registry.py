@@ -49,6 +49,9 @@ class Line:
         in_weights: of a space: it trains weights inside the blocks. Their scales are float32, steps have one
             direction, and a replay needs the model.
         of_scales: of a space: it has nothing to train where weights are not quantized.
+        source: the paper that it is from, "" if it has none.
+        holds: what it keeps in memory beside the model.
+        pays: where it is the one to take, in a few words.
         structured: of a space: its z depend on each other from weight to weight, so that nothing can be
             learnt from their squares: Sigma is the identity.
     """
@@ -60,6 +63,9 @@ class Line:
     in_weights: bool = False
     of_scales: bool = False
     structured: bool = False
+    source: str = ""
+    holds: str = "nothing"
+    pays: str = ""
 
 
 class Registry(Mapping[str, type[Member]], Generic[Member]):
@@ -143,6 +149,9 @@ SPACES: Registry[Space] = Registry(
             ),
         },
         takes=("targets", "blocks", "exact_blocks", "head"),
+        source="arXiv 2106.09685",
+        holds="4 bytes a trained value, and the noise of a step and of the next",
+        pays="where the result is to be an adapter, and to begin with",
     ),
     dense=Line(
         "Dense",
@@ -158,6 +167,9 @@ SPACES: Registry[Space] = Registry(
         },
         takes=("targets", "blocks", "head"),
         in_weights=True,
+        source="arXiv 2305.17333",
+        holds="2 bytes a weight",
+        pays="where all weights may change and there is room for their difference",
     ),
     lowrank=Line(
         "LowRank",
@@ -186,6 +198,9 @@ SPACES: Registry[Space] = Registry(
         takes=("dense_update", "targets", "blocks", "head"),
         in_weights=True,
         structured=True,
+        source="arXiv 2410.07698",
+        holds="2 bytes a weight; with momentum 4 bytes times the rank a row",
+        pays="as dense, where moves are to have a low rank",
     ),
     subspace=Line(
         "Subspace",
@@ -193,6 +208,9 @@ SPACES: Registry[Space] = Registry(
         takes=("noise_rank", "noise_every", "dense_update", "targets", "blocks", "head"),
         in_weights=True,
         structured=True,
+        source="arXiv 2410.08989",
+        holds="2 bytes a weight and 4 bytes times the rank a row and column",
+        pays="as dense, in 576 values a weight and window: less noise a step, less that can be reached",
     ),
     scales=Line(
         "Scales",
@@ -200,6 +218,9 @@ SPACES: Registry[Space] = Registry(
         takes=("targets", "blocks", "head"),
         in_weights=True,
         of_scales=True,
+        source="arXiv 2505.13430",
+        holds="nothing",
+        pays="where there is no room beside the quantized weights",
     ),
 )
 
@@ -233,11 +254,29 @@ ESTIMATORS: Registry[Estimator] = Registry(
                 minimum=1,
             ),
         },
+        source="arXiv 2402.15173",
+        pays="to begin with: its learning rate needs no grid",
     ),
-    mezo=Line("MeZO", "the slope alone", takes=("directions",)),
-    kerzoo=Line("KerZOO", "slopes at random radii, weighted by a kernel", takes=("directions",)),
+    mezo=Line(
+        "MeZO",
+        "the slope alone",
+        takes=("directions",),
+        source="arXiv 2305.17333",
+        pays="as what others are compared with; needs a learning rate from a grid",
+    ),
+    kerzoo=Line(
+        "KerZOO",
+        "slopes at random radii, weighted by a kernel",
+        takes=("directions",),
+        source="arXiv 2505.18886",
+        pays="where mu is large, as in half precision: its bias falls with mu^4",
+    ),
     fzoo=Line(
-        "FZOO", "one-sided slopes along signs, by the deviation of their losses", takes=("directions",)
+        "FZOO",
+        "one-sided slopes along signs, by the deviation of their losses",
+        takes=("directions",),
+        source="arXiv 2506.09034",
+        pays="where a block is dear to fetch: several directions share it, and steps have one length",
     ),
 )
 
@@ -260,8 +299,16 @@ CURVATURES: Registry[Curvature] = Registry(
                 Literal["tensor", "row"], "tensor", "one value for each tensor or row", argument="per"
             )
         },
+        holds="8 bytes a tensor or row",
+        pays="to begin with: what is learnt of one value is learnt of all",
     ),
-    factored=Line("Factored", "one for each row and column (HiZOO-L)"),
+    factored=Line(
+        "Factored",
+        "one for each row and column (HiZOO-L)",
+        source="arXiv 2402.15173",
+        holds="8 bytes a row and column",
+        pays="in long runs, where rows differ more than tensors do",
+    ),
     diagonal=Line(
         "Diagonal",
         "one for each parameter, as published",
@@ -273,8 +320,11 @@ CURVATURES: Registry[Curvature] = Registry(
                 argument="mode",
             )
         },
+        source="arXiv 2402.15173",
+        holds="4 bytes a value",
+        pays="as what was published",
     ),
-    none=Line("NoCurvature", "Sigma is the identity"),
+    none=Line("NoCurvature", "Sigma is the identity", pays="with few blocks, whose curvatures are alike"),
 )
 
 OPTIMIZERS: Registry[Optimizer] = Registry(

@@ -28,6 +28,7 @@ from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
 from hizoo_lite.train import config_file
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
@@ -37,6 +38,18 @@ ROOT = Path(__file__).parents[1]
 
 def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
+
+
+def test_methods_says_of_every_member_what_it_costs_and_where_it_pays() -> None:
+    found = json.loads(call("methods", "--json").stdout)
+    for axis in (ESTIMATORS, SPACES, CURVATURES):
+        members = found[axis.axis]
+        assert [member["name"] for member in members] == list(axis)
+        assert all(member["pays"] and member["holds"] for member in members)
+    forwards = {member["name"]: member["forwards"] for member in found["estimator"]}
+    assert {"hizoo": 3, "mezo": 2, "kerzoo": 2, "fzoo": 9}.items() <= forwards.items()
+    shown = call("methods").stdout
+    assert all(f"--{axis}" in shown for axis in found)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -65,6 +78,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doctor",
         "plan",
         "profiles",
+        "methods",
         "quantize",
         "train",
         "eval",

@@ -19,6 +19,7 @@ from hizoo_lite.cli import (
     evaluate,
     export,
     generate,
+    methods,
     plan,
     profiles,
     quantize,
@@ -73,6 +74,7 @@ app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("profiles")(profiles.command)
+app.command("methods")(methods.command)
 app.command("quantize")(quantize.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
