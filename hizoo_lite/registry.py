@@ -212,6 +212,26 @@ SPACES: Registry[Space] = Registry(
         holds="2 bytes a weight and 4 bytes times the rank a row and column",
         pays="as dense, in 576 values a weight and window: less noise a step, less that can be reached",
     ),
+    small=Line(
+        "Small",
+        "the weights that are small (Sparse-MeZO)",
+        {
+            "small_share": Setting(
+                float,
+                0.25,
+                "how many of a layer's weights that is",
+                argument="share",
+                above=0.0,
+                maximum=1.0,
+            )
+        },
+        takes=("dense_update", "targets", "blocks", "head"),
+        in_weights=True,
+        structured=True,
+        source="arXiv 2402.15751",
+        holds="2 bytes a weight",
+        pays="as dense, where large weights carry what must not be lost",
+    ),
     scales=Line(
         "Scales",
         "only their absmax (QZO)",

@@ -23,6 +23,7 @@ from hizoo_lite.estimators import KerZOO
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lowrank import LowRankNoise
+from hizoo_lite.spaces.small import BINS, SmallNoise
 from hizoo_lite.spaces.subspace import SubspaceNoise
 from hizoo_lite.spaces.weights import Draw, Tile, TileNoise
 from hizoo_lite.train.step import Stepper
@@ -189,10 +190,10 @@ PART: Any = SimpleNamespace(
 )
 
 
-def filled(made: TileNoise, step: int) -> np.ndarray:
+def filled(made: TileNoise, step: int, part: Any = PART) -> np.ndarray:
     """z of the whole weight, tile by tile."""
     parts = [
-        made.fill(Draw(PART, tile, SEED, step), torch.empty(tile.rows, COLUMNS)).clone() for tile in TILES
+        made.fill(Draw(part, tile, SEED, step), torch.empty(tile.rows, COLUMNS)).clone() for tile in TILES
     ]
     return torch.cat(parts).double().numpy()
 
@@ -249,6 +250,38 @@ def subspace_difference() -> float:
     return found
 
 
+class Stored:
+    """What a part has of a weight: its values."""
+
+    def __init__(self) -> None:
+        self.matrix = torch.from_numpy(np.random.default_rng(2).normal(size=(ROWS, COLUMNS))).float()
+
+    def values(self, out: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows from `first` on, into `out`."""
+        return out.copy_(self.matrix[first : first + len(out)])
+
+
+def small_difference(share: float = 0.3) -> float:
+    """Of z from the reference; which weights are small differs where sizes are within a bin of each other."""
+    made, part = SmallNoise(share, Scratch()), SimpleNamespace(**vars(PART), tiles=TILES)
+    part.linear = SimpleNamespace(weight=Stored())
+    made.start([part])
+    sizes, found = np.abs(part.linear.weight.matrix.double().numpy()), 0.0
+    limit = sorted(sizes.ravel())[math.ceil(share * sizes.size) - 1]
+    unclear = np.abs(sizes - limit) <= sizes.max() / BINS
+    assert unclear.sum() < 4
+    for step in range(2):
+        whole = [torch.empty(tile.rows, COLUMNS) for tile in TILES]
+        drawn = [
+            TileNoise().fill(Draw(part, t, SEED, step), out) for t, out in zip(TILES, whole, strict=True)
+        ]
+        z = torch.cat(drawn).double().numpy()
+        expected = np.where(sizes <= limit, z, 0.0)
+        ours = filled(made, step, part)
+        found = max(found, far(np.where(unclear, expected, ours), expected))
+    return found
+
+
 def far(ours: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest value."""
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
@@ -259,4 +292,5 @@ NOISES: dict[str, Callable[[], float]] = {
     "lowrank": low_rank_difference,
     "lowrank, momentum": momentum_difference,
     "subspace": subspace_difference,
+    "small": small_difference,
 }

@@ -44,6 +44,11 @@ MEMBERS: dict[str, Case] = {
     "subspace, requantize": Case(
         {"space": "subspace", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize"}, _WEIGHTS
     ),
+    "small": Case({"space": "small", "bits": "int8"}, _WEIGHTS),
+    "small, requantize": Case(
+        {"space": "small", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize", "small_share": 0.5},
+        _WEIGHTS,
+    ),
     "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
     "gains": Case({"space": "gains", "lr": 1e-2}, ()),
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),

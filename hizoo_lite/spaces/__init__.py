@@ -16,6 +16,7 @@ from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.lowrank import LowRank
 from hizoo_lite.spaces.scales import Scales
+from hizoo_lite.spaces.small import Small
 from hizoo_lite.spaces.subspace import Subspace
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LoRA",
     "LowRank",
     "Scales",
+    "Small",
     "Subspace",
     "get",
     "of_folder",
