@@ -3,8 +3,8 @@
     m = [|w| <= h],    theta +- mu (m * z),    theta <- theta - lr g (m * z)
 
 with h for each layer such that a share of its weights is that small at the start. m is made of the weights
-as they are whenever z is drawn, and never stored: it is the same in the forward passes of a step and in its move,
-since a weight moves no sooner than that.
+as they are whenever z is drawn, and never stored: it is the same in the forward passes of a step and in its
+move, since a weight moves no sooner than that.
 
 As published (the paper's sparsity is one minus the share, 0.75 to 0.8), except that h is found to a 4096th of
 a layer's largest weight, so that no layer is sorted. z is 0 for most weights: nothing is learnt of curvature
