@@ -196,6 +196,49 @@ ESTIMATORS: Registry[Estimator] = Registry(
         },
     ),
     mezo=Line("MeZO", "the slope alone"),
+    dp=Line(
+        "DP",
+        "the slope alone, differentially private: each example's part is bounded, their sum noisy",
+        {
+            "dp_clip": Setting(
+                float,
+                1e-3,
+                "largest size of what one example adds to a step: its differences between the losses of two "
+                "points, together over the directions",
+                argument="clip",
+                above=0.0,
+            ),
+            "dp_noise": Setting(
+                float,
+                1.0,
+                "noise of a step's sums, in units of --dp-clip: its standard deviation, of laplace its scale",
+                argument="noise",
+                minimum=0.1,  # with less epsilon is beyond any meaning, and takes long to find
+            ),
+            "dp_mechanism": Setting(
+                Literal["gaussian", "laplace"],
+                "gaussian",
+                "distribution of the noise; laplace is for one direction",
+                argument="mechanism",
+            ),
+            "dp_delta": Setting(
+                float,
+                1e-5,
+                "delta that epsilon is told at; below one over the training examples",
+                argument="delta",
+                above=0.0,
+                maximum=0.5,
+            ),
+            "dp_epsilon": Setting(
+                float | None,
+                None,
+                "budget: the run ends, saved, before the step that would take more",
+                argument="epsilon",
+                above=0.0,
+            ),
+        },
+        takes=("directions",),
+    ),
 )
 
 OBJECTIVES: Registry[Objective] = Registry(

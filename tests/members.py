@@ -33,6 +33,10 @@ MEMBERS: dict[str, Case] = {
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),
     "hizoo, losses": Case({"estimator": "hizoo", "curvature_from": "losses", "curvature_every": 2}),
     "mezo": Case({"estimator": "mezo", "lr": 1e-2, "weight_decay": 0.1}),
+    "dp": Case({"estimator": "dp", "directions": 3, "lr": 1e-2, "weight_decay": 0.1, "dp_noise": 0.5}),
+    "dp, laplace": Case(
+        {"estimator": "dp", "dp_mechanism": "laplace", "space": "dense", "lr": 1e-4}, _WEIGHTS
+    ),
     "loss": Case({"objective": "loss", "head": "none"}),
     "accuracy": Case({"objective": "accuracy", "targets": "all-linear", "directions": 2, "mu": 0.3}),
     "f1": Case({"objective": "f1", "targets": "all-linear", "blocks": "all", "mu": 1.0}, writes=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hizoo_lite.estimators.dp import DP
 from hizoo_lite.estimators.exact import Exact
 from hizoo_lite.estimators.hizoo import HiZOO
 from hizoo_lite.estimators.mezo import MeZO
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import Estimator
     from hizoo_lite.config import TrainConfig
 
-__all__ = ["ESTIMATORS", "Exact", "HiZOO", "MeZO", "configured", "get"]
+__all__ = ["DP", "ESTIMATORS", "Exact", "HiZOO", "MeZO", "configured", "get"]
 
 #: See `Registry.make`.
 get = ESTIMATORS.make
