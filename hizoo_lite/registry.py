@@ -182,7 +182,8 @@ ESTIMATORS: Registry[Estimator] = Registry(
                 int | Literal["auto"],
                 "auto",
                 "random directions a step; 1 is a pair of points, 2 forwards (3 with curvature from losses); "
-                "n above 1 share one base, 1 + n forwards; auto: 2 for adapters, 1 for weights",
+                "n above 1 share one base, 1 + n forwards, or with dp have a pair each, 2 n; auto: 2 for "
+                "adapters, 1 for weights and with dp",
                 minimum=1,
                 maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
             ),
@@ -198,7 +199,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
     mezo=Line("MeZO", "the slope alone"),
     dp=Line(
         "DP",
-        "the slope alone, differentially private: each example's part is bounded, their sum noisy",
+        "the slope alone, with differential privacy",
         {
             "dp_clip": Setting(
                 float,

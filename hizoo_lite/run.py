@@ -290,8 +290,8 @@ def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
     tell(f"{setup.task.name}, {setup.splits}")
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
         tell(line)
-    estimates = setup.config.is_of_loss and setup.config.estimates
-    if estimates and setup.config.space in SPACES.having("exact_blocks"):
+    could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret
+    if could_be_exact and setup.config.estimates and setup.config.space in SPACES.having("exact_blocks"):
         count = len({setup.model.block_of(name) for name in setup.space.target_names})
         tell(
             f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "

@@ -36,7 +36,7 @@ def test_choices_of_the_configuration_equal_the_registries() -> None:
 
 def test_every_field_has_help_and_a_group() -> None:
     assert all(help_of(name) and field.metadata["group"] for name, field in settings().items())
-    assert help_of("estimator") == "hizoo: slope and curvature; mezo: the slope alone"
+    assert help_of("estimator").startswith("hizoo: slope and curvature; mezo: the slope alone; dp: ")
     assert help_of("rank") == "of lora: rank of the adapters"
     assert help_of("targets").startswith("attention (query and value)")  # all spaces have it
     assert not problems({f.name: f.default for f in fields(TrainConfig)} | MINIMAL)
