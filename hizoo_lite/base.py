@@ -4,7 +4,7 @@ Members import this module; it imports values from the ground (`branches`, `batc
 runs beside onnxruntime, with numpy alone, shares the axes that are not about modules. A step is
 
     Estimator.points -> Branches (folded into the batch axis) -> per-branch, per-example losses
-          -> Estimator.reduce, estimate -> coefficients, curvatures -> Curvature.observe -> update
+          -> Estimator.reduce, release, estimate -> coefficients, curvatures -> Curvature.observe -> update
 
 Weights that live inside the blocks are updated later, when their block is next present.
 
@@ -83,17 +83,44 @@ class Estimator(ABC):
 
     Attributes:
         measures_curvature: whether `estimate` gives curvatures, in some steps at least.
-        noise: what z is drawn from: "normal", or "signs", +-1 alike.
+        law: what z is drawn from: "normal", or "signs", +-1 alike.
+        secret: whether batches and what is released of their losses are drawn from the operating system's
+            source. A step that is taken again is then another one; of a step the coefficients alone are told:
+            no losses, examples, tokens or time; and nothing else that is made of losses is allowed.
     """
 
     name: str
     measures_curvature: ClassVar[bool] = False
-    noise: ClassVar[NoiseLaw] = "normal"
+    law: ClassVar[NoiseLaw] = "normal"
+    secret: ClassVar[bool] = False
 
     @staticmethod
     def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
         """What is wrong with options that are fine alone; `where` names an option as the user did."""
         return []
+
+    def begin(self, examples: int, batch_size: int, steps: int, evaluated: Sequence[str]) -> list[str]:
+        """Told before the first step of a run; what a user is to know, in lines.
+
+        Args:
+            examples: to train on.
+            batch_size: examples of a step, as the configuration has it.
+            steps: of the whole run.
+            evaluated: what evaluations are of, in words.
+        """
+        return []
+
+    def sample(self) -> list[int] | None:
+        """The next step's examples, of those to train on, in rising order; None: in the order of the data."""
+        return None
+
+    def over(self, steps: int) -> str | None:
+        """Who ends the run after `steps` steps, in words; None: nobody. Not before the first."""
+        return None
+
+    def account(self, steps: int) -> tuple[dict[str, Any], str]:
+        """Of `steps` steps that were taken: entries of summary.json, and a line about them; empty if none."""
+        return {}, ""
 
     @abstractmethod
     def points(self, step: int) -> tuple[Point, ...]:
@@ -118,8 +145,7 @@ class Estimator(ABC):
     def reduce(self, step: int, losses: np.ndarray) -> np.ndarray:
         """Sums over examples, which are added over the parts of a batch and over ranks.
 
-        A step's record holds their means. What is done to each example's own losses, such as clipping them,
-        is done here.
+        What is done to each example's own losses, such as clipping them, is done here.
 
         Args:
             losses: of each point and example, (points, examples) float64.
@@ -129,12 +155,21 @@ class Estimator(ABC):
         """
         return np.asarray(losses.sum(axis=1))
 
-    @abstractmethod
-    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
-        """The scalars of a step, from means over its examples.
+    def release(self, step: int, sums: np.ndarray, examples: int) -> np.ndarray:
+        """What is recorded of a step and given to `estimate`, by default means; once a step.
 
         Args:
-            losses: what `reduce` summed, by default the loss of each point, (points,) float64.
+            sums: of `reduce`, over all parts of the batch and all ranks, (n,) float64.
+            examples: of the batch.
+        """
+        return sums / examples
+
+    @abstractmethod
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """The scalars of a step.
+
+        Args:
+            losses: what `release` gave, by default the mean loss of each point, (points,) float64.
             divergences: of the predictions along each direction, (directions,) float64, see `Losses`.
             mu: perturbation scale, above 0.
         """

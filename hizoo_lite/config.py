@@ -126,7 +126,7 @@ class TrainConfig:
         "a classifier's head, or rows added to a language model's head for the tokens of label words: exact "
         "has their gradient from the base branch; estimated perturbs a classifier's head, which a runtime "
         "without gradients can do, and adds no rows; nor are there any beside --exact-blocks; auto: exact, "
-        "and estimated with another objective than the loss",
+        "and estimated with another objective than the loss, or an estimator that is differentially private",
         group="Space",
     )
 
@@ -175,13 +175,14 @@ class TrainConfig:
     balanced: Literal["auto", "off"] = _setting(
         "auto",
         "of tasks with choices: auto gives every batch as many of each class where none has above 1.5 times "
-        "the examples of another, and the proportions of the whole otherwise",
+        "the examples of another, and the proportions of the whole otherwise; off where the estimator draws "
+        "batches itself",
         group="Run",
     )
     by_length: Literal["auto", "off"] = _setting(
         "auto",
         "auto sorts examples by length among every 8 batches (fewer if an epoch has few) of which a third "
-        "or more is padding",
+        "or more is padding; off where the estimator draws batches itself",
         group="Run",
     )
     hidden_states: Literal["auto", "off"] = _setting(
@@ -268,18 +269,21 @@ class TrainConfig:
         return self.objective == next(iter(OBJECTIVES))
 
     def __post_init__(self) -> None:
-        for name, value in by_objective(self).items():
+        for name, value in by_members(self).items():
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
 
 
-def by_objective(config: TrainConfig) -> dict[str, Any]:
-    """What `auto` is of the settings that an objective decides; a configuration that is made has that."""
-    if config.is_of_loss:
-        return {"head": "exact", "mu": 1e-3}
-    space = SPACES.lines.get(config.space)
-    return {"head": "estimated", "mu": 1e-3 if space is None or space.in_weights else 0.3}
+def by_members(config: TrainConfig) -> dict[str, Any]:
+    """What `auto` is of settings that objective and estimator decide; a configuration that is made has it."""
+    found: dict[str, Any] = {"head": "exact", "mu": 1e-3}
+    if not config.is_of_loss:
+        space = SPACES.lines.get(config.space)
+        found = {"head": "estimated", "mu": 1e-3 if space is None or space.in_weights else 0.3}
+    if config.estimator in ESTIMATORS and ESTIMATORS[config.estimator].secret:
+        found |= {"head": "estimated", "balanced": "off", "by_length": "off"}
+    return found
 
 
 def _estimates(exact_blocks: Any, blocks: Any) -> bool:
@@ -467,6 +471,8 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             for name, is_wrong in wrong.items()
             if is_wrong
         ]
+    if estimator.secret:
+        found += _unreleased(values, where)
     own = ESTIMATORS.arguments(names["estimator"])
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
     if values["directions"] not in ("auto", 1):
@@ -485,6 +491,19 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             "quantized weights; allowed: nf4, fp4, int8"
         )
     return found
+
+
+def _unreleased(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """Settings that make more of losses than a secret estimator releases."""
+    wrong = {"exact_blocks": values["exact_blocks"] != 0, "head": values["head"] == "exact"}
+    wrong["objective"] = values["objective"] != next(iter(OBJECTIVES))
+    instead = {"exact_blocks": "0", "head": "auto, estimated, none", "objective": next(iter(OBJECTIVES))}
+    return [
+        f"{where(name)}: got {values[name]!r}, but {where('estimator')} {values['estimator']} releases noisy "
+        f"sums of differences of losses alone; allowed: {instead[name]}"
+        for name, is_wrong in wrong.items()
+        if is_wrong
+    ]
 
 
 def default(name: str) -> Any:

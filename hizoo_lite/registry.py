@@ -262,7 +262,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
                 "auto",
                 "random directions a step; hizoo: 1 is a pair of points, 2 forwards (3 with curvature from "
                 "losses), n above 1 share one base, 1 + n forwards, auto: 2 for adapters, 1 for weights; "
-                "mezo, kerzoo: a pair each, 2 n forwards, auto: 1; fzoo: 1 + n forwards, auto: 8",
+                "mezo, kerzoo, dp: a pair each, 2 n forwards, auto: 1; fzoo: 1 + n forwards, auto: 8",
                 minimum=1,
                 maximum=254,  # with the base 255 points, `journal.MOST_BRANCHES`
             ),
@@ -297,6 +297,51 @@ ESTIMATORS: Registry[Estimator] = Registry(
         takes=("directions",),
         source="arXiv 2506.09034",
         pays="where a block is dear to fetch: several directions share it, and steps have one length",
+    ),
+    dp=Line(
+        "DP",
+        "the slope alone, with differential privacy",
+        {
+            "dp_clip": Setting(
+                float,
+                1e-3,
+                "largest size of what one example adds to a step: its differences between the losses of two "
+                "points, together over the directions",
+                argument="clip",
+                above=0.0,
+            ),
+            "dp_noise": Setting(
+                float,
+                1.0,
+                "noise of a step's sums, in units of --dp-clip: its standard deviation, of laplace its scale",
+                argument="noise",
+                minimum=0.1,  # with less epsilon is beyond any meaning, and takes long to find
+            ),
+            "dp_mechanism": Setting(
+                Literal["gaussian", "laplace"],
+                "gaussian",
+                "distribution of the noise; laplace is for one direction",
+                argument="mechanism",
+            ),
+            "dp_delta": Setting(
+                float,
+                1e-5,
+                "delta that epsilon is told at; below one over the training examples",
+                argument="delta",
+                above=0.0,
+                maximum=0.5,
+            ),
+            "dp_epsilon": Setting(
+                float | None,
+                None,
+                "budget: the run ends, saved, before the step that would take more",
+                argument="epsilon",
+                above=0.0,
+            ),
+        },
+        takes=("directions",),
+        source="arXiv 2401.04343",
+        pays="where what is learnt of one example must be bounded, and told",
     ),
 )
 

@@ -284,11 +284,14 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
+    """What the run is of. UserError if its estimator cannot do with that."""
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     tell(f"{setup.task.name}, {setup.splits}")
-    estimates = setup.config.is_of_loss and setup.config.estimates
-    if estimates and setup.config.space in SPACES.having("exact_blocks"):
+    for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
+        tell(line)
+    could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret
+    if could_be_exact and setup.config.estimates and setup.config.space in SPACES.having("exact_blocks"):
         count = len({setup.model.block_of(name) for name in setup.space.target_names})
         tell(
             f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "
@@ -357,7 +360,8 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
             summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            summary |= {**profiler.figures(), "adapter_step": adapter_step, "ranks": ranks.count}
+            figures = {} if setup.stepper.estimator.secret else profiler.figures()
+            summary |= {**figures, "adapter_step": adapter_step, "ranks": ranks.count, **loop.account()}
             folder.write_summary(summary)
             _report(folder, callbacks.message)
         except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone

@@ -168,7 +168,7 @@ def difference(estimator: Any, lr: float = 1e-2) -> float:
     found = 0.0
     for step in range(STEPS):
         z = noise(step, directions)
-        z = np.where(z < 0, -1.0, 1.0) if estimator.noise == "signs" else z
+        z = np.where(z < 0, -1.0, 1.0) if estimator.law == "signs" else z
         expected = REFERENCES[estimator.name](theta, model.mean, z, MU, lr, step) - theta
         ours.step(step, batch)
         moved = flat(ours.space.parameters) - theta

@@ -142,6 +142,20 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
     assert write_report([folder]).html.is_file()
 
 
+def test_private_steps_are_taken_and_accounted_for_on_a_device(
+    config: TrainConfig, exported: Path, tmp_path: Path
+) -> None:
+    changes = {"estimator": "dp", "lr": 1e-2, "directions": 2, "dp_epsilon": 8.0, "steps": STEPS}
+    folder, summary = train(exported, replace(config, out=str(tmp_path / "run"), **changes))
+    taken = summary["steps"]
+    assert 0 < taken < STEPS  # its budget is not enough for all
+    assert summary["dp"]["steps"] == taken
+    assert 0 < summary["dp"]["epsilon"] <= 8.0
+    assert not (folder / "memory.json").exists()
+    assert {line["seconds"] for line in lines(folder) if line["kind"] == "step"} == {None}
+    assert replay(folder, taken, tmp_path / "replayed").differs == []
+
+
 def test_the_adapter_goes_back_to_torch_and_to_onnxruntime(
     config: TrainConfig, exported: Path, tmp_path: Path
 ) -> None:

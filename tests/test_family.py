@@ -33,7 +33,8 @@ def test_moves_are_the_papers(name: str) -> None:
 
 
 def test_every_estimator_has_a_reference() -> None:
-    assert set(family.REFERENCES) == set(ESTIMATORS)
+    open_ones = {name for name, member in ESTIMATORS.items() if not member.secret}  # of dp: test_dp.py
+    assert set(family.REFERENCES) == open_ones
 
 
 def test_kerzoos_kernel_keeps_the_slope_and_drops_the_third_derivative() -> None:

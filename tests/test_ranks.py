@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.run import fit
 from hizoo_lite.train.ranks import ONE, Ranks
+from hizoo_lite.train.replay import replay
 
 #: Losses of float32 products with other rows, averaged, after a few steps.
 TOLERANCE = 5e-6
@@ -135,6 +136,17 @@ def test_a_killed_rank_ends_the_others_saved_and_another_number_of_ranks_goes_on
     fit(TrainConfig(**{**options, "resume": True}))
     assert np.abs(losses(folder) - losses(wanted.folder)).max() < 10 * TOLERANCE
     assert len(losses(folder)) == 16
+
+
+@pytest.mark.slow
+def test_ranks_of_a_secret_estimator_share_what_one_of_them_has_drawn(tmp_path: Path) -> None:
+    options = settings(tmp_path / "two", estimator="dp", directions=2)
+    finish(launch(2, options, state=tmp_path / "state"))
+    first, second = (load_file(tmp_path / f"state.{rank}") for rank in (0, 1))
+    assert all(value.equal(second[name]) for name, value in first.items())
+    folder = Path(options["out"])
+    assert replay(folder, out=tmp_path / "replayed").differs == []
+    assert json.loads((folder / "summary.json").read_text())["dp"]["steps"] == 6
 
 
 def test_a_batch_in_parts_is_the_same_batch(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
     )
     calls.message(f"{setup.task.name}, {setup.splits}")
     try:
+        for line in components.begin(setup.stepper.estimator, config, setup.splits):
+            calls.message(line)
         return run.path, _run(setup, run, folder, calls, start_bytes)
     finally:
         setup.stepper.close()
@@ -180,7 +182,8 @@ def _run(
             peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
             summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted))
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            summary |= {**memory.figures(), "adapter_step": adapter_step, "ranks": 1}
+            figures = {} if setup.stepper.estimator.secret else memory.figures()
+            summary |= {**figures, "adapter_step": adapter_step, "ranks": 1, **loop.account()}
             folder.write_summary(summary)
         except StorageError as error:
             failure = failure if isinstance(failure, StorageError) else error

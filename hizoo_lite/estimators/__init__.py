@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hizoo_lite.estimators.dp import DP
 from hizoo_lite.estimators.exact import Exact
 from hizoo_lite.estimators.fzoo import FZOO
 from hizoo_lite.estimators.hizoo import HiZOO
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import Estimator
     from hizoo_lite.config import TrainConfig
 
-__all__ = ["ESTIMATORS", "FZOO", "Exact", "HiZOO", "KerZOO", "MeZO", "configured", "get"]
+__all__ = ["DP", "ESTIMATORS", "FZOO", "Exact", "HiZOO", "KerZOO", "MeZO", "configured", "get"]
 
 #: See `Registry.make`.
 get = ESTIMATORS.make

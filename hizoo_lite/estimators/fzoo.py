@@ -28,7 +28,7 @@ class FZOO(Estimator):
     """Normalized one-sided slopes along several directions that share a base."""
 
     name = "fzoo"
-    noise: ClassVar[NoiseLaw] = "signs"
+    law: ClassVar[NoiseLaw] = "signs"
 
     def __init__(self, directions: int = 8) -> None:
         """directions: n. UserError unless it is a whole number of 2 or more, for a deviation."""

@@ -38,6 +38,7 @@ class Splits:
     test: list[Example]
     unused: int = 0  # examples of the files that were read and are in no part
     shared: bool = False  # the train file was too small for what was to be taken from it
+    carved: tuple[str, ...] = ()  # parts that were taken out of the train file
 
     def __repr__(self) -> str:
         return f"Splits({self})"
@@ -116,7 +117,9 @@ def make_splits(
         *sizes, shared = _sizes(len(pool), wanted)
         train, carved_dev, carved_test = _carve(pool, sizes, wanted)
     parts = train, carved_dev if dev is None else dev, carved_test if test is None else test
-    return Splits(*parts, len(pool) + len(devs) + len(tests) - sum(map(len, parts)), shared)
+    unused = len(pool) + len(devs) + len(tests) - sum(map(len, parts))
+    carved = tuple(name for name, own in (("dev", dev), ("test", test)) if own is None)
+    return Splits(*parts, unused, shared, carved)
 
 
 def _name_the_rest(data: Path | str | Records | None) -> None:

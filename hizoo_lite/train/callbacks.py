@@ -254,7 +254,7 @@ class Callbacks:
     def _logs(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """A line of metrics.jsonl by transformers' names."""
         if line["kind"] == "step":
-            found = {"loss": sum(line["losses"]) / len(line["losses"]), "learning_rate": line["lr"]}
+            found = _loss(line) | {"learning_rate": line["lr"]}
             found |= {name: line[name] for name in ("projected_grad", "curvature") if line[name] is not None}
         else:
             prefix = _PREFIXES[line["when"]]
@@ -306,8 +306,13 @@ def scores(line: Mapping[str, Any]) -> dict[str, float]:
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """Of a step's line."""
     names = ("projected_grad", "lr", "seconds", "curvature")
-    loss = sum(line["losses"]) / len(line["losses"])
-    return {"loss": loss, **{name: line[name] for name in names if line[name] is not None}}
+    return _loss(line) | {name: line[name] for name in names if line[name] is not None}
+
+
+def _loss(line: Mapping[str, Any]) -> dict[str, float]:
+    """Of a step's line; nothing if it tells none."""
+    losses = line["losses"]
+    return {"loss": sum(losses) / len(losses)} if losses else {}
 
 
 def _step(line: Mapping[str, Any]) -> int:

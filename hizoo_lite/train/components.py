@@ -112,6 +112,16 @@ def task_encoder(
     return Encoder(tokenizer, kind, task, most, loss=chosen, order=order, vocabulary=vocabulary)
 
 
+def begin(estimator: Estimator, config: TrainConfig, splits: Splits) -> list[str]:
+    """`Estimator.begin` of a run's examples."""
+    parts = ["dev"] * bool(config.eval_every) + ["test"]
+    evaluated = [
+        f"evaluations on {part} examples" + " (out of the training file)" * (part in splits.carved)
+        for part in parts
+    ]
+    return estimator.begin(len(splits.train), config.batch_size, config.steps, evaluated)
+
+
 def make_stepper(
     config: TrainConfig,
     traversal: BranchLosses | None,

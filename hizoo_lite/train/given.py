@@ -12,7 +12,7 @@ import torch
 
 from hizoo_lite import tasks
 from hizoo_lite.base import Curvature, Estimator, Space
-from hizoo_lite.config import TrainConfig, by_objective, refuse
+from hizoo_lite.config import TrainConfig, by_members, refuse
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import storage_errors, write_text
@@ -26,6 +26,8 @@ from hizoo_lite.train.ranks import Ranks
 
 #: What the data of a run is called until its folder is known.
 IN_MEMORY = "in memory"
+#: Members that say what `auto` is, see `by_members`.
+_DECIDING = ("objective", "estimator")
 _Part = TypeVar("_Part", Space, Estimator, Curvature)
 #: Of objects that stand in for a name.
 _EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
@@ -89,8 +91,9 @@ def configured(
     )
     options = {name: value for name, value in options.items() if name not in named}
     if isinstance(model, TrainConfig):
-        if options.get("objective", model.objective) != model.objective:
-            left_open = (name for name, value in by_objective(model).items() if getattr(model, name) == value)
+        said = {**options, **named}
+        if any(said.get(axis, getattr(model, axis)) != getattr(model, axis) for axis in _DECIDING):
+            left_open = (name for name, value in by_members(model).items() if getattr(model, name) == value)
             options = {**dict.fromkeys(left_open, "auto"), **options}
         return _with_budgets(replace(model, **options, **named)), None
     if isinstance(model, Model):

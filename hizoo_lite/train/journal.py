@@ -52,7 +52,7 @@ class Record(NamedTuple):
     step: int
     seed: int  # of the run
     position: int  # examples that earlier steps have drawn: where in the data's order this step begins
-    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.reduce` gives them
+    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.release` gives them; none of a secret
     coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
     curvatures: tuple[float, ...] | None  # along each; None if it was not measured
     smoothing: float  # weight of that observation

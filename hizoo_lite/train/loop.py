@@ -140,7 +140,8 @@ class Loop:
             self._step()
             self._due()
         if self.position.step < total:
-            self.callbacks.message(f"a callback ends the run after {self.position.step} of {total} steps")
+            who = self.setup.stepper.estimator.over(self.position.step) or "a callback"
+            self.callbacks.message(f"{who} ends the run after {self.position.step} of {total} steps")
         if self.setup.config.keep == "best":
             self.save()
             self._take_best()
@@ -172,7 +173,8 @@ class Loop:
         best = self.best_step()
         limit = self.setup.config.save_total_limit
         checkpoint.keep(self.folder.checkpoints, limit, [] if best is None else [best])
-        self.folder.write_memory(self.memory())
+        if not self.setup.stepper.estimator.secret:
+            self.folder.write_memory(self.memory())
         self.callbacks.saved()
 
     def _save_state(self) -> None:
@@ -184,7 +186,7 @@ class Loop:
             )
 
     def _is_over(self) -> bool:
-        """Whether there is no other step: all were taken, or a callback wants no more.
+        """Whether there is no other step: all were taken, or a callback or the estimator wants no more.
 
         Raises `Interrupted` if one has failed or a signal came. All ranks end after the same step.
         """
@@ -193,7 +195,10 @@ class Loop:
         if interrupted:  # not what this one alone knows by now: a signal may come while it waits
             self.interrupt.requested = True
             raise Interrupted
-        return stopped or self.position.step >= self.setup.config.steps
+        step = self.position.step
+        return (
+            stopped or step >= self.setup.config.steps or self.setup.stepper.estimator.over(step) is not None
+        )
 
     def _may_end(self) -> Callable[[], None]:
         """What raises `Interrupted` between two batches, if it may."""
@@ -202,6 +207,13 @@ class Loop:
     def _any(self, *flags: bool) -> list[bool]:
         """Whether any rank says so, of each."""
         return [bool(count) for count in self.ranks.sum(np.array(flags, dtype=np.float64))]
+
+    def account(self) -> dict[str, Any]:
+        """What the estimator has to say of the steps that were taken; entries of summary.json."""
+        entries, line = self.setup.stepper.estimator.account(self.position.step)
+        if line:
+            self.callbacks.message(line)
+        return entries
 
     def best_step(self) -> int | None:
         """After how many steps the evaluation on dev was best; the earliest of several. None without one.
@@ -315,12 +327,14 @@ class Loop:
         return self.position.step if step is None else step
 
     def _batches(self, number: int) -> list[Batch]:
-        """This rank's share of a step's examples, in the parts that are asked for; none that is empty."""
-        config, count = self.setup.config, len(self.setup.splits.train)
-        mine = self.ranks.share(
-            batch_indices(count, config.batch_size, config.seed, number, self._labels, self._length)
-        )
-        bounds = [len(mine) * part // config.accumulate for part in range(config.accumulate + 1)]
+        """This rank's share of a step's examples, in the parts that are asked for; none that is empty.
+
+        More parts where a step has more examples than the settings say: no part is larger for it.
+        """
+        config, mine = self.setup.config, self.ranks.share(self._chosen(number))
+        most = -(-config.batch_size // (config.accumulate * self.ranks.count))
+        count = max(config.accumulate, -(-len(mine) // most))
+        bounds = [len(mine) * part // count for part in range(count + 1)]
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
         made = map(self._collated, parts)
         if self.hidden is not None:
@@ -330,6 +344,14 @@ class Loop:
             batch._replace(made_of=tuple(examples[index] for index in part))
             for batch, part in zip(made, parts, strict=True)
         ]
+
+    def _chosen(self, number: int) -> Sequence[int]:
+        """A step's examples, on all ranks."""
+        sample = self.setup.stepper.estimator.sample()
+        if sample is not None:
+            return self.ranks.gather(sample)[0]
+        config, count = self.setup.config, len(self.setup.splits.train)
+        return batch_indices(count, config.batch_size, config.seed, number, self._labels, self._length)
 
     def _collated(self, part: Sequence[int]) -> Batch:
         """The batch of some training examples."""
@@ -350,8 +372,9 @@ class Loop:
         return list(map(len, self._example(index).rows))
 
     def _record(self, record: StepRecord, seconds: float) -> dict[str, Any]:
-        """The line of metrics.jsonl."""
-        line = {"kind": "step", **record.metrics(), "seconds": seconds}
+        """The line of metrics.jsonl. The time of a step tells how many examples it had."""
+        told = None if self.setup.stepper.estimator.secret else seconds
+        line = {"kind": "step", **record.metrics(), "seconds": told}
         self.folder.append_metrics(line)
         if self.journal is not None:
             self.journal.append(self._journalled(record))

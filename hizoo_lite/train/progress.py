@@ -97,7 +97,7 @@ class RunningMeans(Progress):
             self.forwards_per_second, record.forwards / max(now - self._last, 1e-9)
         )
         self._last = now
-        if not record.skipped:
+        if record.losses and not record.skipped:
             self.loss = _mean(self.loss, self._sign * sum(record.losses) / len(record.losses))
 
     def advanced(self, units: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from hizoo_lite import objectives
 from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.config import TrainConfig, by_objective, default
+from hizoo_lite.config import TrainConfig, by_members, default
 from hizoo_lite.device import is_gpu
 from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.residency import Streamed
@@ -141,7 +141,7 @@ def _say_what_is_unused(config: TrainConfig) -> None:
     """Settings of estimated gradients that were given, of a run that estimates none."""
     if config.estimates:
         return
-    left = by_objective(config)
+    left = by_members(config)
     given = [name for name in _OF_ESTIMATES if getattr(config, name) != left.get(name, default(name))]
     if given:
         _log.warning(

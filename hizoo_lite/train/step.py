@@ -52,7 +52,7 @@ class StepRecord(NamedTuple):
     """The scalars of one step; with the seed they determine the update."""
 
     step: int
-    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.reduce` gives them
+    losses: tuple[float, ...]  # mean loss of each branch, as `Estimator.release` gives them; none of a secret
     coefficients: tuple[float, ...]  # of each direction, after clipping; none in a skipped step
     curvatures: tuple[float, ...] | None
     lr: float  # 0.0 in a skipped step
@@ -61,7 +61,7 @@ class StepRecord(NamedTuple):
     clipped: bool = False  # a coefficient was cut to the limit
     smoothing: float = 0.0  # weight of the curvature in Sigma; 0.0 if none was measured
     decay: float = 0.0  # of the weights, already times lr
-    tokens: int = 0  # of the batch, on all ranks
+    tokens: int | None = 0  # of the batch, on all ranks; None of a secret
     predicted: bool = False  # the curvature is from predictions, not from losses
     exact: bytes = b""  # see `Record`
 
@@ -150,8 +150,13 @@ class Stepper:
                 f"--estimator: {estimator.name} has one-sided points, but --space {space.name} trains "
                 "weights inside the blocks, which need pairs"
             )
+        if estimator.secret and space.exact:
+            raise UserError(
+                f"--head: exact gradients are no noisy sums, which are all that --estimator {estimator.name} "
+                "may release; allowed: estimated, none"
+            )
         shapes = {name: p.shape for name, p in space.parameters.items()}
-        self.noise = StepNoise(seed, shapes, self._arrays, directions, estimator.noise)
+        self.noise = StepNoise(seed, shapes, self._arrays, directions, estimator.law)
         curvature.start(trainable(space), self._arrays)
         self.optimizer.start(shapes, self._arrays)
         self.head, self.course = ExactAdam(space.exact, arrays), course or Schedule()
@@ -171,8 +176,8 @@ class Stepper:
         directions = self._begin(step, z, measured=self.estimator.measures(step))
         losses, divergences, exact, tokens = self._mean_losses(step, batches, branches, directions)
         estimate = self.estimator.estimate(step, losses, divergences, self.mu)
-        values = tuple(map(float, losses))
-        if not all(map(math.isfinite, values)) or not np.isfinite(exact).all():
+        values = () if self.estimator.secret else tuple(map(float, losses))
+        if not np.isfinite(losses).all() or not np.isfinite(exact).all():
             return StepRecord(step, values, (), None, 0.0, branches.count, True, tokens=tokens)
         coefficients = tuple(map(self._clipped, estimate.coefficients))
         clipped = coefficients != estimate.coefficients
@@ -225,10 +230,10 @@ class Stepper:
 
     def _mean_losses(
         self, step: int, batches: Sequence[Batch], branches: Branches, directions: Mapping[str, Array]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Reduced losses, divergences (directions,), exact gradients, float64, over all ranks; their tokens.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int | None]:
+        """What is released of the losses, divergences (directions,) and exact gradients, float64; tokens.
 
-        All that ranks tell each other in a step. Padding is no token.
+        Means, over all ranks: all that they tell each other in a step. Padding is no token.
         """
         assert self.traversal is not None
         losses = self.estimator.reduce(step, np.zeros((branches.count, 0)))
@@ -245,9 +250,12 @@ class Stepper:
             self.space.weights.see()  # where this rank had no examples
             self.space.weights.flush()  # now, while nothing has been learnt: it can fail
         sums = self.ranks.sum(np.concatenate([losses, others]))
-        means = sums[:-2] / sums[-2]
-        parts = np.split(means, np.cumsum([len(losses), branches.directions]))
-        return parts[0], parts[1], parts[2], int(sums[-1])
+        parts = np.split(sums[:-2], np.cumsum([len(losses), branches.directions]))
+        examples, tokens = map(int, sums[-2:])
+        released = self.estimator.release(step, parts[0], examples)
+        if self.estimator.secret:  # every rank has drawn; there may be no examples
+            return np.array(self.ranks.gather(released.tolist())[0]), np.zeros_like(parts[1]), parts[2], None
+        return released, parts[1] / examples, parts[2] / examples, tokens
 
     def _begin(self, step: int, z: Mapping[str, Array], *, measured: bool) -> dict[str, Array]:
         """The directions of the parameters in memory; those of the weights are drawn when they are needed."""

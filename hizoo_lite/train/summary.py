@@ -47,7 +47,7 @@ def summarize(
         "objective": config.objective,
         "curvature": setup.stepper.curvature.name,
         "residency": model.residency.name,
-        **_streaming(model),
+        **({} if setup.stepper.estimator.secret else _streaming(model)),
         "noise": GENERATORS["parameters" if setup.space.weights is None else like(model.device)],
         "model": config.model,
         "task": config.task,
