@@ -83,6 +83,8 @@ class Estimator(ABC):
 
     Attributes:
         measures_curvature: whether `estimate` gives curvatures, in some steps at least.
+        groups: into how many groups a batch's examples are divided, each of which is evaluated at `points`
+            along directions of its own.
         law: what z is drawn from: "normal", or "signs", +-1 alike.
         secret: whether batches and what is released of their losses are drawn from the operating system's
             source. A step that is taken again is then another one; of a step the coefficients alone are told:
@@ -90,6 +92,7 @@ class Estimator(ABC):
     """
 
     name: str
+    groups: int = 1
     measures_curvature: ClassVar[bool] = False
     law: ClassVar[NoiseLaw] = "normal"
     secret: ClassVar[bool] = False
@@ -130,6 +133,11 @@ class Estimator(ABC):
         """
 
     @property
+    def directions_of_step(self) -> int:
+        """Along how many directions a step moves."""
+        return self.groups * Branches(self.points(0)).directions
+
+    @property
     def predicts(self) -> bool:
         """Whether its curvature is from predictions, in place of losses."""
         return False
@@ -148,7 +156,7 @@ class Estimator(ABC):
         What is done to each example's own losses, such as clipping them, is done here.
 
         Args:
-            losses: of each point and example, (points, examples) float64.
+            losses: of each point and example, (points, examples) float64; of one group.
 
         Returns:
             (n,) float64, the same n in every step, at most the points of step 0; by default each point's sum.
@@ -159,7 +167,7 @@ class Estimator(ABC):
         """What is recorded of a step and given to `estimate`, by default means; once a step.
 
         Args:
-            sums: of `reduce`, over all parts of the batch and all ranks, (n,) float64.
+            sums: of `reduce`, over all parts of the batch and all ranks, (groups * n,) float64.
             examples: of the batch.
         """
         return sums / examples

@@ -298,6 +298,20 @@ ESTIMATORS: Registry[Estimator] = Registry(
         source="arXiv 2506.09034",
         pays="where a block is dear to fetch: several directions share it, and steps have one length",
     ),
+    grzo=Line(
+        "GRZO",
+        "advantages of groups of examples, each along a direction of its own",
+        {
+            "groups": Setting(
+                int,
+                4,
+                "into how many groups a batch is divided, which go through the blocks by turns",
+                minimum=2,
+            )
+        },
+        source="arXiv 2606.02857",
+        pays="where examples agree more than directions do; blocks come once for each group",
+    ),
     dp=Line(
         "DP",
         "the slope alone, with differential privacy",

@@ -7,7 +7,8 @@ direction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,19 @@ def fzoo(theta: np.ndarray, loss: Loss, u: np.ndarray, mu: float, lr: float, ste
     return theta - lr * total / (len(others) * deviation)
 
 
+def grzo(
+    theta: np.ndarray, losses: Sequence[Loss], z: np.ndarray, mu: float, lr: float, step: int
+) -> np.ndarray:
+    """arXiv 2606.02857, its learning rate over 2 mu. losses: of each group's examples, over all examples."""
+    rises = [loss(theta + mu * row) - loss(theta - mu * row) for loss, row in zip(losses, z, strict=True)]
+    mean = sum(rises) / len(rises)
+    deviation = math.sqrt(sum((rise - mean) ** 2 for rise in rises) / (len(rises) - 1))
+    total = np.zeros_like(theta)
+    for row, rise in zip(z, rises, strict=True):
+        total += rise / deviation * row
+    return theta - lr * total / len(rises)
+
+
 def lozo_direction(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """U V' of arXiv 2410.07698, algorithm 1, in units where its values have a variance of one. u: (m, r)."""
     out = np.zeros((len(u), len(v)))
@@ -112,9 +126,9 @@ class Analytic:
         """(examples,)."""
         return np.log1p(np.exp(self.weights @ theta)) + 0.1 * (self.weights @ theta) ** 2
 
-    def mean(self, theta: np.ndarray) -> float:
-        """Over the examples."""
-        return float(self.per_example(theta).mean())
+    def mean(self, theta: np.ndarray, of: slice) -> float:
+        """Of some examples, over all."""
+        return float(self.per_example(theta)[of].sum() / EXAMPLES)
 
     def losses(
         self, batch: Any, branches: Branches, mu: float, directions: Mapping[str, np.ndarray]
@@ -125,8 +139,8 @@ class Analytic:
             theta + offset * mu * flat({name: d[k] for name, d in directions.items()})
             for k, offset in branches.points
         ]
-        per_example = np.stack([self.per_example(point) for point in points])
-        return Losses(per_example, None, np.zeros((branches.directions, EXAMPLES)))
+        per_example = np.stack([self.per_example(point)[batch.of] for point in points])
+        return Losses(per_example, None, np.zeros((branches.directions, batch.examples)))
 
 
 def flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -156,6 +170,7 @@ REFERENCES: dict[str, Callable[..., np.ndarray]] = {
     "mezo": mezo,
     "kerzoo": kerzoo,
     "fzoo": fzoo,
+    "grzo": grzo,
 }
 
 
@@ -163,14 +178,19 @@ def difference(estimator: Any, lr: float = 1e-2) -> float:
     """The largest of our moves from the reference's over a few steps, relative to the step's largest move."""
     ours = stepper(estimator, lr)
     model: Any = ours.traversal
-    theta, directions = flat(ours.space.parameters), Branches(estimator.points(0)).directions
-    batch: Any = SimpleNamespace(examples=EXAMPLES, attention_mask=np.ones(1))
+    theta, directions, groups = flat(ours.space.parameters), estimator.directions_of_step, estimator.groups
+    each = EXAMPLES // groups
+    parts = [slice(each * group, each * (group + 1)) for group in range(groups)]
+    batches: Any = [SimpleNamespace(examples=each, attention_mask=np.ones(1), of=part) for part in parts]
+    losses = [partial(model.mean, of=part) for part in parts]
     found = 0.0
     for step in range(STEPS):
         z = noise(step, directions)
         z = np.where(z < 0, -1.0, 1.0) if estimator.law == "signs" else z
-        expected = REFERENCES[estimator.name](theta, model.mean, z, MU, lr, step) - theta
-        ours.step(step, batch)
+        expected = (
+            REFERENCES[estimator.name](theta, losses if groups > 1 else losses[0], z, MU, lr, step) - theta
+        )
+        ours.step(step, *batches)
         moved = flat(ours.space.parameters) - theta
         found = max(found, float(np.abs(moved - expected).max() / np.abs(expected).max()))
         theta = theta + moved

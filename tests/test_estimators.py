@@ -140,7 +140,7 @@ def test_non_finite_losses_give_non_finite_scalars():
 
 def test_unknown_estimator_is_an_error():
     with pytest.raises(
-        UserError, match="--estimator: unknown name 'adam', allowed are dp, fzoo, hizoo, kerzoo, mezo"
+        UserError, match="--estimator: unknown name 'adam', allowed are dp, fzoo, grzo, hizoo, kerzoo, mezo"
     ):
         get("adam")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.estimators import FZOO, HiZOO, KerZOO, MeZO
+from hizoo_lite.estimators import FZOO, GRZO, HiZOO, KerZOO, MeZO
 from hizoo_lite.estimators.kerzoo import kernel
 from hizoo_lite.registry import ESTIMATORS
 from tests import family
@@ -24,12 +24,20 @@ MADE = {
     "kerzoo, 3": KerZOO(3),
     "fzoo": FZOO(),
     "fzoo, 2": FZOO(2),
+    "grzo": GRZO(3),
 }
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_moves_are_the_papers(name: str) -> None:
     assert family.difference(MADE[name]) < CLOSE
+
+
+def test_grzo_stands_still_where_all_groups_are_alike() -> None:
+    alike = GRZO(2).estimate(0, np.array([1.5, 1.0, 1.5, 1.0]), np.zeros(2), family.MU)
+    assert alike.coefficients == (0.0, 0.0)
+    with pytest.raises(UserError, match="estimator grzo: groups must be a whole number >= 2, got 1"):
+        GRZO(1)
 
 
 def test_every_estimator_has_a_reference() -> None:

@@ -5,9 +5,9 @@
 A row is a method in a stored form. `difference`: the largest difference of our moves from a float64
 reference written from the paper (`tests/family.py`), relative to a step's largest move; of a space, its
 noise's as well. `resumed`: a run that is killed between two checkpoints and goes on has the same bytes as one
-that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`: its journal alone makes the same bytes. `planned`: the peak that was
-planned over the one measured, in a process of its own; with --quick in a fork of one. Losses are of the test
-examples, before and after.
+that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`: its journal
+alone makes the same bytes. `planned`: the peak that was planned over the one measured, in a process of its
+own; with --quick in a fork of one. Losses are of the test examples, before and after.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ METHODS = {
     "mezo, 4 directions": Method({"estimator": "mezo", "lr": 1e-2, "directions": 4}),
     "kerzoo": Method({"estimator": "kerzoo", "lr": 1e-2}),
     "fzoo": Method({"estimator": "fzoo", "lr": 3e-3}),
+    "grzo": Method({"estimator": "grzo", "lr": 3e-3}),
     "dp": Method({"estimator": "dp", "lr": 1e-2, "dp_noise": 0.5}),
     "dense": Method({"space": "dense"}),
     "lowrank": Method({"space": "lowrank"}, "lowrank"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hizoo_lite.estimators.dp import DP
 from hizoo_lite.estimators.exact import Exact
 from hizoo_lite.estimators.fzoo import FZOO
+from hizoo_lite.estimators.grzo import GRZO
 from hizoo_lite.estimators.hizoo import HiZOO
 from hizoo_lite.estimators.kerzoo import KerZOO
 from hizoo_lite.estimators.mezo import MeZO
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from hizoo_lite.base import Estimator
     from hizoo_lite.config import TrainConfig
 
-__all__ = ["DP", "ESTIMATORS", "FZOO", "Exact", "HiZOO", "KerZOO", "MeZO", "configured", "get"]
+__all__ = ["DP", "ESTIMATORS", "FZOO", "GRZO", "Exact", "HiZOO", "KerZOO", "MeZO", "configured", "get"]
 
 #: See `Registry.make`.
 get = ESTIMATORS.make

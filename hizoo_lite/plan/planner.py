@@ -101,7 +101,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     streamed = option.place != "resident"
     held = subject.held(option.place)
     sizes, offloaded = held.block_bytes, held.offloaded_bytes
-    noise = subject.trained_bytes() * subject.branches().directions
+    noise = subject.trained_bytes() * subject.estimator.directions_of_step
     device = {
         "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
         **{category: size for category, size in held.categories.items() if category != "resident_blocks"},

@@ -12,7 +12,6 @@ from hizoo_lite import estimators, tasks
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.branches import Branches
 from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
@@ -148,7 +147,7 @@ def make_stepper(
             course,
             estimator.measures_within(config.steps),
             estimator.predicts,
-            Branches(estimator.points(0)).directions,
+            estimator.directions_of_step,
         ),
         seed=config.seed,
         mu=float(config.mu),

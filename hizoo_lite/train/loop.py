@@ -329,11 +329,13 @@ class Loop:
     def _batches(self, number: int) -> list[Batch]:
         """This rank's share of a step's examples, in the parts that are asked for; none that is empty.
 
+        As many parts for each of the estimator's groups.
         More parts where a step has more examples than the settings say: no part is larger for it.
         """
         config, mine = self.setup.config, self.ranks.share(self._chosen(number))
         most = -(-config.batch_size // (config.accumulate * self.ranks.count))
-        count = max(config.accumulate, -(-len(mine) // most))
+        groups = self.setup.stepper.estimator.groups
+        count = groups * -(-max(config.accumulate, -(-len(mine) // most)) // groups)
         bounds = [len(mine) * part // count for part in range(count + 1)]
         parts = [mine[first:last] for first, last in pairwise(bounds) if first < last]
         made = map(self._collated, parts)

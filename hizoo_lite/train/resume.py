@@ -38,7 +38,9 @@ def open_journal(folder: RunFolder, stepper: Stepper, position: Position) -> Jou
 def form_of(stepper: Stepper) -> Form:
     """What a record of its steps holds."""
     branches = Branches(stepper.estimator.points(0))
-    return Form(branches.count, branches.directions, stepper.head.count)
+    estimator = stepper.estimator
+    count = branches.count * estimator.groups
+    return Form(count, estimator.directions_of_step, stepper.head.count)
 
 
 def resume(folder: RunFolder, stepper: Stepper, steps: int, tell: Callable[[str], None]) -> Start:

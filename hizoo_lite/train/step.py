@@ -138,8 +138,12 @@ class Stepper:
                 f"--optimizer: {self.optimizer.name} keeps values for every parameter and cannot be used "
                 f"with --space {space.name}; allowed: {_which(OPTIMIZERS, 'streams')}"
             )
-        branches = Branches(estimator.points(0))
-        directions = branches.directions
+        branches, directions = Branches(estimator.points(0)), estimator.directions_of_step
+        if space.weights is not None and estimator.groups > 1:
+            raise UserError(
+                f"--estimator: {estimator.name} gives groups of examples their own directions, but --space "
+                f"{space.name} trains weights inside the blocks, along one direction"
+            )
         if space.weights is not None and directions > 1:
             raise UserError(
                 f"--directions: got {directions}, but --space {space.name} trains weights inside the blocks, "
@@ -236,21 +240,25 @@ class Stepper:
         Means, over all ranks: all that they tell each other in a step. Padding is no token.
         """
         assert self.traversal is not None
-        losses = self.estimator.reduce(step, np.zeros((branches.count, 0)))
-        others = np.zeros(branches.directions + self.head.count + 2)  # with examples and tokens behind
+        groups, along = self.estimator.groups, branches.directions
+        none = self.estimator.reduce(step, np.zeros((branches.count, 0)))
+        losses, apart = np.zeros((groups, len(none))), np.zeros((groups, along))
+        others = np.zeros(self.head.count + 2)  # with examples and tokens behind
         exact = {"exact": self.space.exact} if self.head.count else {}
-        for batch in batches:
-            found = self.traversal.losses(batch, branches, self.mu, directions, **exact)
-            losses = losses + self.estimator.reduce(step, np.asarray(found.per_example))
-            others[: branches.directions] += np.asarray(found.divergences).sum(axis=1)
+        for number, batch in enumerate(batches):
+            group = number * groups // len(batches)
+            own = {name: d[group * along : (group + 1) * along] for name, d in directions.items()}
+            found = self.traversal.losses(batch, branches, self.mu, own, **exact)
+            losses[group] += self.estimator.reduce(step, np.asarray(found.per_example))
+            apart[group] += np.asarray(found.divergences).sum(axis=1)
             if found.exact is not None:
-                others[branches.directions : -2] += np.asarray(found.exact)
+                others[:-2] += np.asarray(found.exact)
             others[-2:] += batch.examples, int(batch.attention_mask.sum())
         if self.space.weights is not None:
             self.space.weights.see()  # where this rank had no examples
             self.space.weights.flush()  # now, while nothing has been learnt: it can fail
-        sums = self.ranks.sum(np.concatenate([losses, others]))
-        parts = np.split(sums[:-2], np.cumsum([len(losses), branches.directions]))
+        sums = self.ranks.sum(np.concatenate([losses.ravel(), apart.ravel(), others]))
+        parts = np.split(sums[:-2], np.cumsum([losses.size, apart.size]))
         examples, tokens = map(int, sums[-2:])
         released = self.estimator.release(step, parts[0], examples)
         if self.estimator.secret:  # every rank has drawn; there may be no examples

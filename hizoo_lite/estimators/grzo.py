@@ -1,0 +1,51 @@
+"""GRZO's estimator: a direction for each group of examples, advantages in place of losses (arXiv 2606.02857).
+
+Group g of G has a direction z_g of its own, and with delta_g the mean over the batch of its examples'
+differences l(theta + mu z_g) - l(theta - mu z_g), s the deviation of delta_1 ... delta_G,
+
+    a_g = delta_g / s,        g = 1/G sum_g a_g z_g
+
+Examples that share a direction share its noise; with a direction each their noise averages out, as far as the
+noise of a direction is larger than that of an example, which on language models it is not (tools/LOG.md).
+
+Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups are
+single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after the
+other, each with a draw of its own: 2 forwards of each example as in MeZO, but blocks are unpacked, or streamed,
+G times. s has G - 1 in its denominator; where it is 0 nothing moves. The noise of G directions is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from hizoo_lite.base import Estimate, Estimator
+from hizoo_lite.branches import Branches, Point
+from hizoo_lite.errors import UserError
+from hizoo_lite.estimators.mezo import as_losses
+
+
+class GRZO(Estimator):
+    """Normalized differences from a pair for each group of examples."""
+
+    name = "grzo"
+
+    def __init__(self, groups: int = 4) -> None:
+        """groups: G. UserError unless it is a whole number of 2 or more, for a deviation."""
+        if not isinstance(groups, int) or isinstance(groups, bool) or groups < 2:
+            raise UserError(f"estimator grzo: groups must be a whole number >= 2, got {groups!r}")
+        self.groups = groups
+
+    def points(self, step: int) -> tuple[Point, ...]:
+        """The pair that the examples of a group are evaluated at."""
+        return Branches.of(base=False, pairs=1).points
+
+    def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
+        """See `Estimator.estimate`; losses are l+, l- of each group. What is not finite passes through."""
+        values = as_losses(losses, (2 * self.groups,), self.name)
+        rises = [plus - minus for plus, minus in zip(values[::2], values[1::2], strict=True)]
+        deviation = statistics.stdev(rises) if np.isfinite(rises).all() else float("nan")
+        if deviation == 0.0:
+            return Estimate((0.0,) * self.groups, None)
+        return Estimate(tuple(rise / (deviation * self.groups) for rise in rises), None)
