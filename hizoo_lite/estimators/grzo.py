@@ -8,10 +8,11 @@ differences l(theta + mu z_g) - l(theta - mu z_g), s the deviation of delta_1 ..
 Examples that share a direction share its noise; with a direction each their noise averages out, as far as the
 noise of a direction is larger than that of an example, which on language models it is not (tools/LOG.md).
 
-Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups are
-single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after the
-other, each with a draw of its own: 2 forwards of each example as in MeZO, but blocks are unpacked, or streamed,
-G times. s has G - 1 in its denominator; where it is 0 nothing moves. The noise of G directions is kept.
+Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups
+are single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after
+the other, each with a draw of its own: 2 forwards of each example as in MeZO, but blocks are unpacked, or
+streamed, G times. s has G - 1 in its denominator; where it is 0 nothing moves. The noise of G directions is
+kept.
 """
 
 from __future__ import annotations
