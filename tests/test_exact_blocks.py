@@ -161,8 +161,9 @@ def test_what_is_asked_for_next_is_fetched_in_both_directions(tmp_path: Path) ->
     traversal, fetched = Traversal(model), []
     traversal.losses(batch, EVALUATION, exact=space.exact)
     residency: Any = model.residency
-    fetch = residency._fetch
-    residency._fetch = lambda block, slot: (fetched.append(block), fetch(block, slot))
+    fetcher = residency.prepare()
+    fetch = fetcher.fetch
+    fetcher.fetch = lambda block, slot: (fetched.append(block), fetch(block, slot))
     traversal.losses(batch, EVALUATION, exact=space.exact)
     assert fetched == [1, 2, 3, 4, 5, 3, 2, 0]  # 0 was there, and 5 and 4 are when the pass comes back
     model.residency.close()

@@ -21,8 +21,8 @@ from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import StorageError, UserError
-from hizoo_lite.run import fit
-from hizoo_lite.train import loop
+from hizoo_lite.run import Run, fit
+from hizoo_lite.train import loop, progress, setup
 from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.step import StepRecord
 from tests.batches import tiny_task_batch
@@ -178,6 +178,87 @@ def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_
     fit(TrainConfig(**settings(steps=12), out=str(stopped), resume=True))
     assert losses_of(stopped) == losses_of(undisturbed)
     assert adapter(stopped) == adapter(undisturbed)
+
+
+class Watches(Progress):
+    """Notes what it is told, and after every step how large the file is and how much was moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: list[tuple[str, int]] = []
+        self.done: list[int] = []
+        self.sizes: set[int] = set()
+        self.moved: list[int] = []
+
+    def phase(self, label: str, total: int, done: int = 0) -> None:
+        self.phases.append((label, total))
+        self.done.append(done)
+
+    def advanced(self, units: int) -> None:
+        self.done[-1] += units
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        path = Path(args.output_dir) / "hidden.bin"
+        self.sizes.add(path.stat().st_size if path.exists() else 0)
+        self.moved.append(getattr(self.residency, "moved_bytes", 0))
+
+
+def watched(tmp_path: Path, **changes: Any) -> tuple[Watches, Run]:
+    """A run, each of whose steps is watched."""
+    watches, prepare = Watches(), setup.prepare_blocks
+
+    def prepared(model: Any, *given: Any) -> None:
+        watches.residency = model.residency
+        prepare(model, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "prepare_blocks", prepared)
+        run = fit(TrainConfig(**settings(**changes), out=str(tmp_path / "run")), callbacks=[watches])
+    return watches, run
+
+
+def test_the_plan_counts_the_file_to_the_byte(tmp_path: Path) -> None:
+    watches, run = watched(tmp_path)
+    plan = run.setup.plan
+    assert plan is not None
+    assert watches.sizes == {plan.ledger.disk["hidden_states"]}
+    assert plan.assumed == ()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "changes"),
+    [
+        (1, {}),
+        (2, {"hidden_states": "off"}),
+        (3, {}),
+        (3, {"exact_blocks": 3, "lr": "auto", "lr_schedule": "linear"}),
+        (2, {"exact_blocks": 2, "lr": "auto", "lr_schedule": "linear"}),
+        (3, {"exact_blocks": 2, "lr_schedule": "linear", "hidden_states": "off"}),
+    ],
+    ids=str,
+)
+def test_the_plan_says_what_a_step_moves(blocks: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    watches, run = watched(tmp_path, bits="none", residency="disk", blocks=blocks, **changes)
+    assert run.setup.plan is not None
+    before, after = watches.moved[-2:]
+    assert run.setup.plan.moved_bytes == after - before
+    assert (after > before) == (blocks > 2 or "hidden_states" in changes)
+
+
+def test_how_far_they_are_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    watches, _ = watched(tmp_path)
+    assert watches.phases == [
+        ("evaluate before", 8),
+        ("hidden states", 32),
+        ("train", 12),
+        ("evaluate after", 8),
+    ]
+    assert watches.done == [8, 32, 0, 8]
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    fit(TrainConfig(**settings(), out=str(tmp_path / "lines")), callbacks=[progress.Lines()])
+    shown = capsys.readouterr().err
+    assert "hidden states 8/32, ETA " in shown
+    assert "train 12/12: loss " in shown
 
 
 class Removes(Progress):

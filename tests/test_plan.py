@@ -34,7 +34,7 @@ from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan
-from hizoo_lite.plan.workload import ONE_ROW
+from hizoo_lite.plan.workload import ONE_ROW, Workload
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import components, planning
@@ -170,13 +170,73 @@ def test_a_dry_run_makes_the_tensors_of_a_real_pass(name: str, branches: Branche
     assert made.peak_bytes - scratch == pytest.approx(meter.peak_bytes, rel=0.03)
 
 
-def dry_run(folder: Path, space: Any, bits: Any = "nf4") -> DryRun:
+def dry_run(folder: Path, space: Any, bits: Any = "nf4", below: int = 0) -> DryRun:
     config = build.read_config(folder, "causal", 2)
     inventory = Inventory.of(Checkpoint.open(folder))
     source = Source(
         inventory, config, "causal", bits, space is None or space.name == "lora", torch.bfloat16, "cpu"
     )
-    return DryRun(source, "resident", build.build(config, "causal"), space, CURVATURES.make("none"))
+    module, curvature = build.build(config, "causal"), CURVATURES.make("none")
+    return DryRun(source, "resident", module, space, curvature, below=below)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    covering(("llama", "opt", "gpt2", "gemma2"), (EVALUATION, Branches.of(one_sided=2, pairs=0))),
+)
+def test_a_dry_run_with_hidden_states_makes_the_tensors_of_a_real_pass(
+    name: str, count: Branches, tmp_path: Path
+) -> None:
+    save_tiny(name, tmp_path, dtype=torch.bfloat16, num_hidden_layers=4)
+    rows, length, config = 4, 48, config_of(tmp_path, blocks=2)
+    model = load(tmp_path, bits="nf4", device="cpu", compute_dtype="bf16")
+    space = SPACES.configured(config)
+    space.attach(model, seed=0)
+    directions = {k: torch.zeros(count.directions, *v.shape) for k, v in space.parameters.items()}
+    batch, traversal = answer_batch(model.config.vocab_size, rows=rows, length=length), Traversal(model)
+    batch.attention_mask[-1, -1:] = 0
+    traversal.losses(batch)
+    held = batch._replace(hidden=torch.from_numpy(traversal.hidden_states(batch, 2)))
+    traversal.losses(held, count, 1e-3, directions)
+    scratch = sum(buffer.numel() for buffer in model.scratch._buffers.values())
+    with MemoryMeter() as meter, KernelMemory():
+        traversal.losses(held, count, 1e-3, directions)
+    dry = dry_run(tmp_path, space, below=1)
+    made = dry.run(Pass(rows, length, count, rows))
+    assert dry.features == held.hidden.shape[-1]
+    assert sum(made.scratch.values()) == scratch
+    assert made.peak_bytes - scratch == pytest.approx(meter.peak_bytes, rel=0.03)
+
+
+def test_hidden_states_are_planned_where_a_run_keeps_them(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama", num_hidden_layers=4)
+    each: dict[str, Any] = {"train_examples": 10, "steps": 5, "blocks": 2}
+    workload = Workload(examples=10, tokens=70)
+
+    def found(folder: str, workload: Workload = ONE_ROW, **changes: Any) -> Plan:
+        config = config_of(tmp_path / folder, **{**each, **changes})
+        return planner.plan_run(
+            config, Checkpoint.open(config.model), "causal", workload, framework=FRAMEWORK
+        )
+
+    kept, known = found("llama"), found("llama", workload)
+    features = known.ledger.disk["hidden_states"] // (70 * 4)
+    assert kept.ledger.disk["hidden_states"] == 10 * 16 * features * 4
+    assert "10 training examples, each as long as the longest, 16 tokens" in kept.assumed[0]
+    assert known.assumed == ()
+    many = found("llama", batch_size=2000)
+    assert many.ledger.device["batch_states"] == 2000 * 16 * features * 4
+    for without in (
+        found("llama", steps=4),
+        found("llama", train_examples=11),
+        found("llama", hidden_states="off"),
+        found("llama", blocks="all"),
+        found("llama", space="dense", blocks="auto"),
+    ):
+        assert without.ledger.disk.get("hidden_states", 0) == 0
+        assert without.assumed == ()
+    save_tiny("gemma4", tmp_path / "gemma4", num_hidden_layers=4)
+    assert not found("gemma4").ledger.to_json()["disk"]  # it reads what lower blocks give
 
 
 @pytest.mark.parametrize("name", [n for n, tiny in TINY_CONFIGS.items() if tiny.kind == "masked"])
@@ -365,7 +425,12 @@ def large(shape: str, folder: Path) -> Inventory:
 def test_a_70b_model_is_planned_from_its_shapes_alone(tmp_path: Path) -> None:
     inventory = large("llama-2-70b", tmp_path)
     config = config_of(tmp_path, compute_dtype="bf16", batch_size=16, max_length=256, device_budget="24GiB")
+    with_states = planner.plan_run(config, inventory, "causal", framework=FRAMEWORK)
+    assert with_states.moved_bytes == 0  # the upper third stays
+    assert with_states.ledger.disk["hidden_states"] == 1000 * 256 * 8192 * 4
+    config = replace(config, hidden_states="off")
     plan = planner.plan_run(config, inventory, "causal", framework=FRAMEWORK)
+    assert not plan.ledger.to_json()["disk"]
     assert plan.fits
     assert plan.residency == "disk"
     assert 0 < plan.blocks_on_device < 80
@@ -400,7 +465,8 @@ def test_the_command_prints_owners_choice_and_what_is_missing(streamable: Path, 
 
 
 def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> None:
-    done = call("--model", str(streamable), "--profile", "edge-4gb-cpu", "--json", "--estimator", "mezo")
+    given = ("--model", str(streamable), "--profile", "edge-4gb-cpu", "--json", "--estimator", "mezo")
+    done = call(*given, "--steps", "2000")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     keys = {"fits", "residency", "blocks", "blocks_on_device", "batch_size", "branch_chunk", "peak_bytes"}
@@ -408,6 +474,12 @@ def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> Non
     assert keys <= set(found)
     assert found["peak_bytes"] == sum(found["ledger"]["device"].values())
     assert found["seconds_lower_bound"] > 0
+    whole = json.loads(call(*given, "--steps", "2000", "--hidden-states", "off").stdout)
+    assert whole["assumed"] == []
+    assert len(found["assumed"]) == 1
+    assert found["ledger"]["disk"]["hidden_states"] == 1000 * found["max_length"] * 128 * 4
+    assert found["bounds"]["products"] < 0.8 * whole["bounds"]["products"]
+    assert found["bounds"]["unpacking"] < 0.5 * whole["bounds"]["unpacking"]
 
 
 def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(streamable: Path) -> None:

@@ -5,9 +5,10 @@
 A random Llama (shape tinyllama-1.1b with 4 blocks) is written once in NF4 and int8. Every figure is the peak
 of RssAnon, sampled each millisecond from before the imports on, of a fresh process that loads the model and
 then evaluates a batch (`inference`; with what the space adds, a dense one its residual), takes steps on it
-and evaluates it, as a run does (`train`), or backpropagates through a PEFT LoRA on bitsandbytes' layers
-(`backprop`). The prediction is the planner's, which has seen the headers only; its `framework` is measured in
-a fresh process too. Batches are padded on the right, with one label a row.
+and evaluates it, as a run does (`train`; the batch comes with hidden states where a run would keep them), or
+backpropagates through a PEFT LoRA on bitsandbytes' layers (`backprop`). The prediction is the planner's,
+which has seen the headers only; its `framework` is measured in a fresh process too. Batches are padded on the
+right, with one label a row.
 
 Training is measured twice: under a budget of 1.05 times the peak of inference, held as in a run (the plan's
 chunks, the system's limit), and in the usual chunks without a limit (`usual_`). Where the plan says that the
@@ -122,6 +123,16 @@ def make_batch(rows: int, length: int) -> Any:
     return Batch(ids, mask, None, one, last, one, ids[:, 0], one, one, one, "answer")
 
 
+def with_hidden_states(traversal: Any, batch: Any) -> Any:
+    """The batch as a run has it that keeps hidden states: they come from a file."""
+    import numpy as np
+
+    from hizoo_lite.engine.hidden import first_trained
+
+    found = traversal.hidden_states(batch, first_trained(traversal.model))
+    return batch._replace(hidden=np.where(batch.attention_mask.numpy()[..., None], found, np.float32(0)))
+
+
 def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[str, Any]:
     """Load, then steps or evaluations, held to the budget of the case; what was there when."""
     import torch
@@ -129,6 +140,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     import hizoo_lite.run  # noqa: F401 - what a run imports
     from hizoo_lite.checkpoints.checkpoint import Checkpoint
     from hizoo_lite.engine.budget import Budget, enforced
+    from hizoo_lite.engine.hidden import worth_keeping
     from hizoo_lite.engine.load import load
     from hizoo_lite.engine.traversal import Traversal
     from hizoo_lite.memory.limits import Budgets
@@ -162,8 +174,11 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         stepper = components.make_stepper(config, traversal, arrays, space) if training else None
         trim()
         if stepper is not None:
+            keeps = worth_keeping(model, space, config.steps * config.batch_size, config.train_examples)
+            own = with_hidden_states(traversal, batch) if keeps else batch
             for step in range(_STEPS):
-                stepper.step(step, batch)
+                stepper.step(step, own)
+            del own
             found["step_bytes"] = sampler.peak_bytes
             trim()
         for _ in range(_STEPS):

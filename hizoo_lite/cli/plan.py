@@ -28,6 +28,7 @@ SHARED = (
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
     *("estimator", "objective", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
+    *("steps", "train_examples", "hidden_states"),
     *("profile", "device_budget", "host_budget"),
 )
 #: What a few of them are to a plan, where that is something else.
@@ -184,6 +185,8 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
         typer.echo(f"a step takes at least {plan.seconds_lower_bound:.3g} s: {parts}")
     if plan.moved_bytes:
         typer.echo(f"moved to the device each step: {format_bytes(plan.moved_bytes)}")
+    for text in plan.assumed:
+        typer.echo(f"assumed: {text}")
     for text in plan.unaccounted:
         typer.echo(f"not counted: {text}")
 

@@ -6,7 +6,6 @@ Lines are used where stderr is no terminal, and with --quiet.
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import rich.progress
@@ -21,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hizoo_lite.train.progress import LINE_SECONDS, Lines, Progress, RunningMeans
+from hizoo_lite.train.progress import Lines, Progress, RunningMeans
 from hizoo_lite.train.step import StepRecord
 
 if TYPE_CHECKING:
@@ -85,16 +84,7 @@ class Bars(RunningMeans):
 
 
 class _Written(Lines):
-    """A line every ten seconds, and at the end."""
-
-    printed = time.perf_counter()
-
-    def advanced(self, units: int) -> None:
-        super().advanced(units)
-        now = time.perf_counter()
-        if now - self.printed >= LINE_SECONDS:
-            self.printed = now
-            self.message(f"{self.label} {self.done}/{self.total}")
+    """A line at the end as well."""
 
     def finish(self) -> None:
         self.message(f"{self.label} {self.done}/{self.total}")

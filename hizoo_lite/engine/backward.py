@@ -111,17 +111,22 @@ def kept_boundaries(model: Model, exact: Mapping[str, Tensor], standing: int) ->
 
     standing: how many of the first branches stand for theta.
     """
-    inside = [block for name in exact if (block := model.block_of(name)) is not None]
-    if not inside:
+    lowest = lowest_exact(model, exact)
+    if lowest is None:
         yield None
         return
-    made = model.boundaries = Boundaries(model, min(inside), standing)
+    made = model.boundaries = Boundaries(model, lowest, standing)
     model.residency.turns_at = made.lowest
     try:
         yield made
     finally:
         model.boundaries = model.residency.turns_at = None
         model.residency.falls = False
+
+
+def lowest_exact(model: Model, exact: Mapping[str, Tensor]) -> int | None:
+    """The first block that any of these parameters are in; None: they are outside of the blocks."""
+    return min((block for name in exact if (block := model.block_of(name)) is not None), default=None)
 
 
 def _place(tensor: Tensor) -> tuple[int, Any]:

@@ -30,6 +30,7 @@ from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.files import check_space, read_json, storage_errors, sync_file, write_text
 
 if TYPE_CHECKING:
+    from hizoo_lite.base import Space
     from hizoo_lite.model.model import Model
 
 _FORMAT = 1
@@ -64,6 +65,19 @@ def first_trained(model: Model) -> int:
     """The first block that has something trained; as many as there are blocks if none has."""
     trained = (model.block_of(name) for name, linear in model.linears.items() if linear.delta is not None)
     return min((block for block in trained if block is not None), default=len(model.blocks))
+
+
+def worth_keeping(model: Model, space: Space, drawn: int, examples: int) -> bool:
+    """Whether they are kept where they may be: if every example comes twice, and there are any.
+
+    drawn: examples of all steps together. examples: to train on.
+    """
+    return drawn >= 2 * examples and space.weights is None and first_trained(model) > 0
+
+
+def stored_bytes(tokens: int, features: int) -> int:
+    """What the file has of so many tokens."""
+    return tokens * features * _VALUE_BYTES
 
 
 class Known:
@@ -127,7 +141,7 @@ class Taken:
     def left_out(self, hidden: Tensor) -> Tensor:
         """What is handed on in place of a block's output."""
         if self.hidden is None:
-            self.hidden = hidden.to("cpu", copy=True)
+            self.hidden = hidden.clone() if hidden.is_meta else hidden.to("cpu", copy=True)
         return hidden
 
     def given(
@@ -186,11 +200,14 @@ class HiddenStates:
         writes: bool,
         tell: Callable[[str], None],
         check: Callable[[], None],
+        begins: Callable[[int], None],
+        advanced: Callable[[int], None],
     ) -> None:
         """Read the file, or make it if there is none that is whole. A model that is not suited: `tell`.
 
         groups: the examples that go through together. lengths: tokens of each row of one. collate: of some.
         writes: False for a rank that waits until the main one has made the file. check: may raise.
+        begins, advanced: called as it is made, with how many examples there are, and are done since.
         """
         if not self._is_suited(collate([groups[0][0], groups[-1][-1]])):
             tell("the model reads hidden states below the first trained block: they are not kept")
@@ -198,9 +215,15 @@ class HiddenStates:
         first = 0
         for index in (index for group in groups for index in group):
             self._places[index] = first, lengths(index)
-            first += sum(lengths(index)) * self._features * _VALUE_BYTES
+            first += stored_bytes(sum(lengths(index)), self._features)
         if writes and not self._is_whole(first):
-            self._make(groups, collate, first, tell, check)
+            self._check_room(first)
+            tell(
+                f"computing the hidden states below block {self.first} once, for {len(self._places)} "
+                f"examples ({first / 2**20:.0f} MiB in {self._data.name})"
+            )
+            begins(len(self._places))
+            self._make(groups, collate, first, check, advanced)
         self.is_open = True
 
     def of(self, examples: Sequence[int], batch: Batch) -> Batch:
@@ -262,22 +285,20 @@ class HiddenStates:
         }
         return {**about, "blake2b": _digest(self._data)}
 
+    def _check_room(self, size: int) -> None:
+        try:
+            check_space(self._data.parent, size)
+        except UserError as error:
+            raise UserError(f"{error}, or do without {self._data.name}: --hidden-states off") from error
+
     def _make(
         self,
         groups: Sequence[Sequence[int]],
         collate: Callable[[Sequence[int]], Batch],
         size: int,
-        tell: Callable[[str], None],
         check: Callable[[], None],
+        advanced: Callable[[int], None],
     ) -> None:
-        try:
-            check_space(self._data.parent, size)
-        except UserError as error:
-            raise UserError(f"{error}, or do without {self._data.name}: --hidden-states off") from error
-        tell(
-            f"computing the hidden states below block {self.first} once, for {len(self._places)} examples "
-            f"({size / 2**20:.0f} MiB in {self._data.name})"
-        )
         self._about.unlink(missing_ok=True)
         with storage_errors(self._data), self._data.open("wb") as file:
             for group in groups:
@@ -286,6 +307,7 @@ class HiddenStates:
                 found = self.traversal.hidden_states(batch, self.first)
                 for row, length in zip(found, batch.attention_mask.sum(1), strict=True):
                     file.write(row[: int(length)].tobytes())
+                advanced(len(group))
             file.close()
             sync_file(self._data)
             write_text(self._about, json.dumps(self._says(size)) + "\n")

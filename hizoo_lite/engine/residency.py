@@ -20,6 +20,7 @@ from torch import Tensor
 from hizoo_lite.device import is_gpu, kind_of
 from hizoo_lite.engine.fetch import Fetcher, make_fetcher
 from hizoo_lite.engine.layout import Layout, layouts
+from hizoo_lite.engine.passing import SLOTS, Passing
 from hizoo_lite.engine.storage import READERS, DiskSource, HostSource, Source
 from hizoo_lite.errors import BudgetError
 from hizoo_lite.units import format_bytes
@@ -71,13 +72,13 @@ class Streamed:
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0  # for what a pass needs besides the weights; set before the first one
         self.mostly_from = 0  # most passes begin at this block; set before the first one
-        self.slots = 2  # blocks that are here while they pass; with 1 none is fetched while another computes
+        self.slots = SLOTS  # with 1 no block is fetched while another computes
         self.scratch: Path | None = None  # folder for changed blocks; None: the system's
         self._model = [model]
         self._fetcher: Fetcher | None = None  # from the first acquire on
         self._kept: dict[int, Tensor] = {}  # block -> its bytes, on the device for good
         self._slots: list[Tensor] = []
-        self._held: list[int | None] = []  # the block whose bytes each slot has, or will have
+        self._passing: Passing | None = None  # likewise
         self._present: tuple[int, int] | None = None  # (block, slot) of the one that runs
 
     # ---------------------------------------------------------------------------------- residency
@@ -87,15 +88,16 @@ class Streamed:
         fetcher = self.prepare()
         if block in self._kept:
             return
-        slot = self._slot_of(block)
+        assert self._passing is not None
+        slot = self._passing.slot_of(block)
         try:
             fetcher.wait(slot)
         except BaseException:
-            self._held[slot] = None
+            self._passing.lost(slot)
             raise
         self._layouts[block].bind(self._slots[slot])
         self._present = (block, slot)
-        self._prefetch(block, other_than=slot)
+        self._passing.prefetch(block, slot)
 
     def prepare(self) -> Fetcher:
         """Lay everything out, if that is not done yet. Raises `BudgetError` if it does not fit."""
@@ -112,7 +114,8 @@ class Streamed:
         if block in self._kept:
             return False
         _, (_, slot) = self._running()
-        self._held[slot] = None
+        assert self._passing is not None
+        self._passing.lost(slot)
         return True
 
     def release(self, block: int) -> None:
@@ -173,13 +176,11 @@ class Streamed:
         affordable = self._affordable(model.device, largest_bytes)
         staying = spread(len(self._layouts), affordable, self.mostly_from)
         source = self._make_source(model)
-        self._order = [block for block in range(len(self._layouts)) if block not in staying]
-        size = max((self._layouts[block].nbytes for block in self._order), default=0)
-        self._slots = [
-            torch.empty(size, dtype=torch.uint8, device=model.device) for _ in self._order[: self.slots]
-        ]
-        self._held = [None for _ in self._slots]
+        order = [block for block in range(len(self._layouts)) if block not in staying]
+        size = max((self._layouts[block].nbytes for block in order), default=0)
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=model.device) for _ in order[: self.slots]]
         fetcher = make_fetcher(source, self._layouts, self._slots, model.device)
+        self._passing = Passing(self, order, self.slots, fetcher)
         for block, layout in enumerate(self._layouts):
             layout.unbind()
             if block in staying:
@@ -223,38 +224,6 @@ class Streamed:
                 "a smaller --batch-size, --max-length or --branch-chunk makes the pass smaller"
             )
         return min(len(sizes) - self.slots, (free - slots) // largest_bytes)
-
-    def _slot_of(self, block: int) -> int:
-        """The slot with the block in it, or on its way; else one is taken and the fetch begun."""
-        if block in self._held:
-            return self._held.index(block)
-        slot = next((i for i, held in enumerate(self._held) if held is None), 0)
-        self._fetch(block, slot)
-        return slot
-
-    def _prefetch(self, block: int, other_than: int) -> None:
-        if len(self._slots) == 1:
-            return
-        position = self._order.index(block)
-        following = self._following(position)
-        if following not in self._held:
-            self._fetch(following, 1 - other_than)
-
-    def _following(self, position: int) -> int:
-        """The streamed block that is asked for after the one at `position` of their order."""
-        first = next((block for block in self._order if block >= self.starts_at), self._order[0])
-        if not self.falls and position + 1 < len(self._order):
-            return self._order[position + 1]
-        if self.turns_at is None:
-            return first
-        below = self._order[position - 1] if position else -1
-        return below if below >= self.turns_at else first
-
-    def _fetch(self, block: int, slot: int) -> None:
-        assert self._fetcher is not None
-        self._held[slot] = None
-        self._fetcher.fetch(block, slot)
-        self._held[slot] = block
 
 
 def spread(blocks: int, kept: int, first: int = 0) -> set[int]:

@@ -127,8 +127,12 @@ class Traversal:
         Raises `Unsuited` where the model is first found to be.
         """
         standing, known = len(theta(branches)), self._known(batch)
-        with self._branches(branches, mu, directions), kept_boundaries(self.model, exact, standing) as kept:
-            with self._laid_out(batch, branches.count) as inputs, in_part(self.model, known), recorded(exact):
+        with (
+            self._branches(branches, mu, directions),
+            kept_boundaries(self.model, exact, standing) as kept,
+            in_part(self.model, known),
+        ):
+            with self._laid_out(batch, branches.count) as inputs, recorded(exact):
                 if self.model.kind == "classifier":
                     logits = self.model.module(**inputs).logits
                     logits = logits.view(branches.count, batch.examples, -1).double()
@@ -151,9 +155,10 @@ class Traversal:
     def hidden_states(self, batch: Batch, first: int) -> np.ndarray:
         """What goes into block `first` at theta: (rows, length, features) float32."""
         made = batch_tensors(batch)
-        return self.guard(lambda: until_suited(self.model, partial(self._hidden_states, made, first)))
+        return self.guard(lambda: until_suited(self.model, partial(self.taken, made, first))).numpy()
 
-    def _hidden_states(self, batch: Batch, first: int) -> np.ndarray:
+    def taken(self, batch: Batch, first: int) -> Tensor:
+        """The same, on the host. Raises `Unsuited` where the model is first found to be."""
         taken = Taken(first)
         with (
             self._branches(EVALUATION, 0.0, {}),
@@ -163,7 +168,7 @@ class Traversal:
             trunk = self.model.module.get_submodule(self.model.trunk_name)
             trunk(**inputs, **self._no_cache())
         assert taken.hidden is not None
-        return taken.hidden.numpy()
+        return taken.hidden
 
     def _known(self, batch: Batch) -> Known | None:
         """The part of the model that is run on a batch whose lower hidden states are known."""

@@ -6,16 +6,17 @@ is the Hugging Face model. Only tensors have no memory, and a meter counts those
 the kind of device, such as the size of a tile, is that one's. There are no formulas of an architecture here.
 
 A pass is run with the model's first blocks, and each of them on two chunks of a batch; of a weight the first
-tile, the largest, is multiplied, perturbed and updated. What would follow is like what was before.
+tile, the largest, is multiplied, perturbed and updated. What would follow is like what was before. Of a run
+that keeps hidden states one more block lies below, and is left out.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,17 @@ from torch.utils._pytree import tree_map_only
 
 from hizoo_lite.base import Bits, Curvature, ModelKind, Space
 from hizoo_lite.batch import Batch
-from hizoo_lite.branches import Branches, BranchState
+from hizoo_lite.branches import EVALUATION, Branches, BranchState
 from hizoo_lite.device import is_gpu, like, meta_as
+from hizoo_lite.engine.backward import kept_boundaries
 from hizoo_lite.engine.block import PresentBlock, install
 from hizoo_lite.engine.head import HELD_BYTES, LOGITS_BYTES
+from hizoo_lite.engine.hidden import first_trained
 from hizoo_lite.engine.layout import layouts
 from hizoo_lite.engine.load import assemble
 from hizoo_lite.engine.overwritten import until_suited
-from hizoo_lite.engine.residency import Resident
+from hizoo_lite.engine.passing import SLOTS, Passing
+from hizoo_lite.engine.residency import Resident, spread
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.memory.limits import Place
 from hizoo_lite.model import build
@@ -46,9 +50,12 @@ from hizoo_lite.spaces.inplace import InPlaceSpace
 from hizoo_lite.tasks.collate import Loss
 from hizoo_lite.tensors import TorchArrays
 
+Result = TypeVar("Result")
 META = torch.device("meta")
 #: Blocks that a pass is run with: the first, whose input is the embeddings, and one whose input is a block's.
 _BLOCKS = 2
+#: Steps after which every one moves the same blocks.
+_STEPS = 3
 #: The part of a block that treats every token alike, by its first and last module.
 _MLPS = (("mlp", "mlp"), ("fc1", "fc2"), ("intermediate", "output"))
 
@@ -71,6 +78,10 @@ class Activations(NamedTuple):
     peaks: Mapping[str, int]  # the most that was alive while that part ran
     scratch: Mapping[str, int]  # reused buffers by name
     peak_bytes: int  # of worst and scratch together
+
+    def beside(self, category: str, size: int) -> Activations:
+        """With bytes that are there while it runs, and that it does not make."""
+        return self._replace(worst={**self.worst, category: size}, peak_bytes=self.peak_bytes + size)
 
 
 class Source(NamedTuple):
@@ -100,18 +111,21 @@ class _Buffers(Scratch):
             return super().take(name, shape, dtype, device)
 
 
-def load(source: Source, place: Place, module: nn.Module, few: bool, buffers: Scratch | None = None) -> Model:
+def load(
+    source: Source, place: Place, module: nn.Module, few: int | None = None, buffers: Scratch | None = None
+) -> Model:
     """The model of a source as a run loads it, on the meta device, which must stand for the planned one.
 
-    module: the empty one, which is taken over. few: without the blocks that a pass need not be run with.
+    module: the empty one, which is taken over. few: how many of its blocks; None: all.
     """
     described = Described(source.inventory, module, source.kind)
     where: Literal["device", "host"] = "device" if place == "resident" else "host"
     told = source.kind, source.bits, source.double_quant, source.compute, META, 0, where
     loader = WeightLoader(described, module, *told)
-    if few:
-        few_blocks(module, loader.blocks.prefix, source.config)
+    if few is not None:
         layers: Any = module.get_submodule(loader.blocks.prefix)
+        assert isinstance(layers, nn.ModuleList)
+        del layers[few:]
         loader.blocks = Blocks(loader.blocks.prefix, list(layers))
     loader.scratch = buffers or Scratch()
     model = assemble(loader, source.config, str(source.inventory.folder))
@@ -123,16 +137,12 @@ def load(source: Source, place: Place, module: nn.Module, few: bool, buffers: Sc
     return model
 
 
-def few_blocks(module: nn.Module, prefix: str, config: Any) -> None:
-    """Take the blocks off that a pass need not be run with; every kind of layer stays."""
-    layers = module.get_submodule(prefix)
-    assert isinstance(layers, nn.ModuleList)
-    del layers[fewest_blocks(config) :]
+def fewest_blocks(config: Any, below: int = 0) -> int:
+    """How many a pass is run with, of a model that has as many, and `below` under them.
 
-
-def fewest_blocks(config: Any) -> int:
-    """How many a pass is run with, of a model that has as many."""
-    types = list(getattr(config.get_text_config(), "layer_types", None) or [])
+    Every kind of layer is among them.
+    """
+    types = list(getattr(config.get_text_config(), "layer_types", None) or [])[below:]
     return max([_BLOCKS, *(types.index(kind) + 1 for kind in set(types))])
 
 
@@ -156,7 +166,7 @@ class Held:
         self, source: Source, place: Place, module: nn.Module, space: Space, labels: Sequence[int] | None
     ) -> None:
         with meta_as(source.device):
-            self.model, self.space = load(source, place, module, few=False), space
+            self.model, self.space = load(source, place, module), space
             space.attach(self.model, 0, labels)
             self.categories = held(self.model, space)
             self.unaccounted = tuple(dict.fromkeys(self.model.checkpoint.unaccounted))  # type: ignore[attr-defined]
@@ -171,12 +181,47 @@ class Held:
                 self.block_bytes = [layout.nbytes for layout in layouts(self.model)]
             self.offloaded_bytes = sum(self.model.checkpoint.nbytes(name) for name in self.model.offloaded)
 
+    def moved_bytes(self, kept: int, first: int) -> int:
+        """What each step fetches if `kept` blocks stay on the device and passes begin at block `first`."""
+        blocks, residency = range(len(self.block_bytes)), self.model.residency
+        staying, moves = spread(len(blocks), kept, first), _Counted(self.block_bytes)
+        passing = Passing(residency, [block for block in blocks if block not in staying], SLOTS, moves)
+
+        def run(asked: Iterable[int]) -> None:
+            for block in asked:
+                if block not in staying:
+                    passing.prefetch(block, passing.slot_of(block))
+
+        residency.starts_at = first
+        for _ in range(_STEPS):
+            moves.nbytes = 0
+            with kept_boundaries(self.model, self.space.exact, 1) as boundaries:
+                run(blocks[first:])
+                if boundaries is not None:
+                    residency.falls = True
+                    run(reversed(blocks[boundaries.lowest :]))
+        return moves.nbytes
+
+
+class _Counted:
+    """In place of a fetcher: the bytes that it would move."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.nbytes = sizes, 0
+
+    def fetch(self, block: int, slot: int) -> None:
+        """See `Fetches.fetch`."""
+        self.nbytes += self.sizes[block]
+
 
 # ----------------------------------------------------------------------------------------- a pass
 
 
 class DryRun:
-    """A model with few blocks and, if one is given, a space on it: ready to be run on any batch."""
+    """A model with few blocks and, if one is given, a space on it: ready to be run on any batch.
+
+    features: of the hidden states that batches come with, as a run keeps them; 0: they come without.
+    """
 
     def __init__(
         self,
@@ -186,10 +231,12 @@ class DryRun:
         space: Space | None = None,
         curvature: Curvature | None = None,
         labels: Sequence[int] | None = None,
+        below: int = 0,
     ) -> None:
         """`module` is taken over. curvature: of a space that trains weights, for their Sigma; not started.
 
-        labels: as `Space.attach` takes them.
+        labels: as `Space.attach` takes them. below: blocks that are added under the first trained one, for
+            runs that keep what goes into that. The space must leave them out.
         """
         self.device, self.space = source.device, space
         pads: Any = source.config.get_text_config()
@@ -198,7 +245,8 @@ class DryRun:
             module.config.get_text_config().pad_token_id = 0  # type: ignore[union-attr, operator]
         with meta_as(self.device):
             self.buffers, self.meter = _Buffers(), MemoryMeter()
-            self.model = model = load(source, place, module, True, self.buffers)
+            few = below + fewest_blocks(source.config, below)
+            self.model = model = load(source, place, module, few, self.buffers)
             self._see_owners()
             install(model)
             if space is not None:
@@ -212,24 +260,50 @@ class DryRun:
         for linear in model.linears.values():
             linear.__dict__["_tiles"] = partial(_first, linear._tiles)
         self.blocks = [_TwoChunks(cast(PresentBlock, present), model.state) for present in model.blocks]
+        self.features = self._features() if below else 0
+
+    def _features(self) -> int:
+        """0 for a model that reads what the blocks below give: it runs in full."""
+        batch, traversal = self._batch(Pass(1, 2, EVALUATION, 1)), Traversal(self.model)
+
+        def outcome(batch: Batch) -> None:
+            self._anew(lambda: traversal.outcome(batch, EVALUATION, 0.0, {}))
+
+        with meta_as(self.device), torch.no_grad(), KernelMemory(is_gpu(self.device)), MemoryMeter():
+            outcome(batch)  # so that it is known what blocks give
+            hidden = self._anew(lambda: traversal.taken(batch, first_trained(self.model)))
+            outcome(batch._replace(hidden=hidden))
+        return 0 if self.model.reads_below else hidden.shape[-1]
+
+    def _anew(self, work: Callable[[], Result]) -> Result:
+        """One traversal, none of whose blocks has been run before."""
+
+        def begun() -> Result:
+            for block in self.blocks:
+                block.calls = 0
+            return work()
+
+        return until_suited(self.model, begun)
 
     def run(self, wanted: Pass) -> Activations:
         """One traversal, with the branches' directions if it has some and an update where one may wait."""
         with meta_as(self.device):
-            return until_suited(self.model, lambda: self._run(wanted))
+            return self._anew(lambda: self._run(wanted))
 
     def _run(self, wanted: Pass) -> Activations:
         model = self.model
         model.branch_chunk, model.chunk_halvings = wanted.chunk, wanted.chunk_halvings
         self.buffers.clear()
-        for block in self.blocks:
-            block.calls = 0
         along = wanted.branches.directions
         parameters = {} if self.space is None or not along else self.space.parameters
         directions = {name: torch.empty(along, *p.shape, device=META) for name, p in parameters.items()}
         self._let_an_update_wait()
         self.meter = meter = MemoryMeter()
-        given = self._batch(wanted), wanted.branches, 1e-3, directions, self._exact()
+        batch = self._batch(wanted)
+        if self.features:
+            states = torch.empty(wanted.rows, wanted.length, self.features, device=META)
+            batch = batch._replace(hidden=states)
+        given = batch, wanted.branches, 1e-3, directions, self._exact()
         with torch.no_grad(), KernelMemory(is_gpu(self.device)), meter:
             Traversal(model).outcome(*given)
         scratch = {name: buffer.nbytes for (name, _), buffer in self.buffers._buffers.items()}

@@ -29,6 +29,7 @@ CATEGORIES: Mapping[str, str] = {
     "noise": "z of two steps, directions of one",
     "scratch": "reused buffers: weight tile, operands, product",
     "between_blocks": "embeddings, inputs and outputs of blocks, masks",
+    "batch_states": "hidden states of a batch, as they are kept",
     "boundaries": "inputs of blocks whose gradients are to come",
     "attention": "inside of attention",
     "mlp": "inside of the MLP",
@@ -40,7 +41,9 @@ CATEGORIES: Mapping[str, str] = {
     "prefetch_buffers": "page-locked buffers between disk and device",
     "pinned_host": "blocks and large matrices in host memory",
     "changed_blocks": "file of changed blocks",
+    "hidden_states": "file of the training examples' hidden states below the first trained block",
 }
+_ON_DISK = ("changed_blocks", "hidden_states")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def tensor_bytes(value: Any) -> int:
 
 
 def _placed(found: dict[str, int], device_type: str) -> Ledger:
-    disk = {"changed_blocks": found.pop("changed_blocks")}
+    disk = {name: found.pop(name) for name in _ON_DISK}
     if device_type == "cpu":
         return Ledger(found, {}, disk)
     on_host = {name: found.pop(name) for name in ("curvature", "prefetch_buffers", "pinned_host")}

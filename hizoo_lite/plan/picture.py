@@ -20,7 +20,10 @@ _PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("scratch", ("scratch",), "#009E73"),
     (
         "activations",
-        ("between_blocks", "boundaries", "attention", "mlp", "logits", "cache", "update", "loading", "heap"),
+        (
+            *("between_blocks", "batch_states", "boundaries", "attention", "mlp", "logits", "cache"),
+            *("update", "loading", "heap"),
+        ),
         "#E69F00",
     ),
 )

@@ -14,6 +14,7 @@ _OF_A_PASS = (
     "noise",
     "scratch",
     "between_blocks",
+    "batch_states",
     "attention",
     "mlp",
     "logits",
@@ -47,6 +48,7 @@ class Plan:
     why: str = ""
     nearest: Plan | None = None  # where this does not fit: what would
     unaccounted: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()  # where the examples are not known
 
     @property
     def categories(self) -> dict[str, int]:
@@ -102,6 +104,7 @@ class Plan:
             "why": self.why,
             "nearest": None if self.nearest is None else self.nearest.to_json(),
             "unaccounted": list(self.unaccounted),
+            "assumed": list(self.assumed),
         }
 
     def table(self) -> list[list[str]]:

@@ -116,11 +116,10 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     if subject.device == "cpu":
         device["boundaries"] = max(0, kept_inputs - metered)
     else:
-        host["boundaries"] = kept_inputs
+        host |= {"boundaries": kept_inputs, "batch_states": subject.batch_bytes(option)}
     if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
-    kept = len(sizes)
-    slots = 0
+    kept, slots, moved, disk = len(sizes), 0, 0, {"hidden_states": subject.hidden_bytes(option)}
     if streamed:
         kept, slots = _kept(
             subject, sizes, sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
@@ -132,10 +131,11 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
             host["pinned_host"] = sum(offloaded_blocks) + offloaded
         elif subject.device == "cuda":
             host["prefetch_buffers"] = slots
+        if option.place == "disk" and subject.in_weights:
+            disk["changed_blocks"] = sum(offloaded_blocks)
+        moved = held.moved_bytes(kept, subject.first if subject.features(option) else 0)
     else:
         device["resident_blocks"] = sum(sizes)
-    moved = sum(sorted(sizes, reverse=True)[: len(sizes) - kept]) if streamed else 0
-    disk = {"changed_blocks": moved} if option.place == "disk" and subject.in_weights else {}
     ledger = _ledger(subject, device, host, disk)
     host_budget = subject.budgets.host_bytes if subject.device == "cuda" else None
     on_device = _within(ledger.device_bytes, subject.budgets.device_bytes)
@@ -158,6 +158,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         moved_bytes=moved,
         bounds=_bounds(subject, option, moved),
         unaccounted=_unaccounted(subject),
+        assumed=_assumed(subject, option),
     )
 
 
@@ -203,11 +204,22 @@ def _unaccounted(subject: Subject) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _assumed(subject: Subject, option: Option) -> tuple[str, ...]:
+    """Of hidden states that are kept, where no example was seen."""
+    if not subject.features(option) or subject.workload.tokens is not None:
+        return ()
+    longest = f"each as long as the longest, {option.length} tokens"
+    return (f"hidden states are kept of {subject.examples} training examples, {longest}",)
+
+
 # --------------------------------------------------------------------------------------------- speed
 
 
 def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
-    """Least seconds of a step, by what takes them; empty if no rates are known."""
+    """Least seconds of a step, by what takes them; empty if no rates are known.
+
+    Blocks whose hidden states are kept are not run.
+    """
     machine = subject.hardware
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(subject.compute, "float32")
     # a dtype that the machine has no products in takes at least the time of those that it has
@@ -217,8 +229,9 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     branches, rows = subject.branches(), subject.rows(option.batch)
     sites = subject.sites(option.batch, subject.workload.training, option.length)
     tokens = rows * option.length
-    elements, shared, heads = subject.elements()
-    operations = 2 * tokens * (branches.count * (elements - shared) + shared)
+    elements, below, heads = subject.elements()
+    shared = 0 if subject.features(option) else below
+    operations = 2 * tokens * (branches.count * (elements - below) + shared)
     operations += 2 * branches.count * sites * heads
     if subject.in_weights:
         trained = sum(math.prod(shape) for shape in subject.shapes.values())
@@ -229,7 +242,7 @@ def _bounds(subject: Subject, option: Option, moved: int) -> dict[str, float]:
     )
     packed = sum(subject.held(option.place).block_bytes)
     unpacked = elements * subject.compute.itemsize
-    times = (chunks * (elements - shared) + chunks_below * shared) / elements
+    times = (chunks * (elements - below) + chunks_below * shared) / elements
     bounds = {
         "products": operations / rate,
         "unpacking": times * (packed + 2 * unpacked) / machine.device_bandwidth,

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from hizoo_lite import estimators
-from hizoo_lite.base import Bits, Curvature, ModelKind, trainable
+from hizoo_lite.base import Bits, Curvature, ModelKind, Space, trainable
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.device import choose_device, like
+from hizoo_lite.engine.backward import lowest_exact
 from hizoo_lite.engine.exact import theta
+from hizoo_lite.engine.hidden import first_trained, stored_bytes, worth_keeping
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Budgets, Place
 from hizoo_lite.model import build
@@ -94,7 +96,7 @@ class Subject:
         known = inventory, model_config, kind, self.bits, double_quant, self.compute, self.device
         self.source = Source(*known)
         self._held: dict[Place, Held] = {}
-        self._runs: dict[tuple[Place, bool], DryRun] = {}
+        self._runs: dict[tuple[Place, int | None], DryRun] = {}
         self._passes: dict[tuple[Any, ...], Activations] = {}
         self.place: Place = "resident" if config.residency == "auto" else config.residency
         self.length = min(self.length, self.held(self.place).model.positions or self.length)
@@ -137,22 +139,62 @@ class Subject:
             self._held[place] = Held(self.source, place, copy.deepcopy(self.module), space, self.labels)
         return self._held[place]
 
-    def _run(self, place: Place, trains: bool) -> DryRun:
-        """The first blocks of it, all of which are trained where the space trains any."""
-        key = place, trains
+    def _run(self, place: Place, below: int | None) -> DryRun:
+        """The first blocks of it, all of which are trained but `below`; None: none are, for evaluations."""
+        place = "resident" if place == "resident" else "host"  # of which the blocks come and go alike
+        key = place, below
         if key not in self._runs:
-            leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.space.target_names}))
-            options: dict[str, Any] = {"targets": leaves, "blocks": "all"}
-            if self.config.exact_blocks not in (0, "all"):
-                few = min(fewest_blocks(self.source.config), len(self.held(self.place).model.blocks))
-                options["exact_blocks"] = min(int(self.config.exact_blocks), few)
-            space = SPACES.configured(self.config, **options) if trains else None
-            module = copy.deepcopy(self.module)
-            self._runs[key] = DryRun(self.source, place, module, space, self._curvature(), self.labels)
+            space = None if below is None else self._space(below)
+            given = copy.deepcopy(self.module), space, self._curvature(), self.labels, below or 0
+            self._runs[key] = DryRun(self.source, place, *given)
         return self._runs[key]
+
+    def _space(self, below: int) -> Space:
+        """The space of a dry run."""
+        leaves = ",".join(sorted({name.rsplit(".", 1)[-1] for name in self.space.target_names}))
+        most = len(self.held(self.place).model.blocks) - below
+        few = min(fewest_blocks(self.source.config, below), most)
+        options: dict[str, Any] = {"targets": leaves, "blocks": few if below else "all"}
+        if self.config.exact_blocks not in (0, "all"):
+            options["exact_blocks"] = min(int(self.config.exact_blocks), few)
+        return SPACES.configured(self.config, **options)
 
     def _curvature(self) -> Curvature:
         return for_estimator(self.config, self.estimator)
+
+    # --------------------------------------------------------------------------------- hidden states
+
+    @property
+    def first(self) -> int:
+        """The first block that has something trained."""
+        return first_trained(self.held(self.place).model)
+
+    @property
+    def examples(self) -> int:
+        """To train on; the most that there may be where they are not known."""
+        known = self.workload.examples
+        return self.config.train_examples if known is None else known
+
+    def _below(self, option: Option) -> int:
+        """Blocks that a dry run of steps leaves out: one if a run may keep hidden states."""
+        held, drawn = self.held(self.place), self.config.steps * option.batch
+        may = self.config.hidden_states == "auto"
+        return int(may and worth_keeping(held.model, held.space, drawn, self.examples))
+
+    def features(self, option: Option) -> int:
+        """Of the hidden states that a run keeps; 0: it keeps none."""
+        below = self._below(option)
+        return self._run(option.place, below).features if below else 0
+
+    def hidden_bytes(self, option: Option) -> int:
+        """Of the file of hidden states; of examples whose lengths are not known, if all are the longest."""
+        longest = self.examples * self.workload.training.rows * option.length
+        known = self.workload.tokens
+        return stored_bytes(longest if known is None else min(known, longest), self.features(option))
+
+    def batch_bytes(self, option: Option) -> int:
+        """Of the hidden states that a batch comes with."""
+        return stored_bytes(self.rows(option.batch) * option.length, self.features(option))
 
     # ------------------------------------------------------------------------------------ quantities
 
@@ -167,18 +209,19 @@ class Subject:
     def boundaries(self, option: Option) -> tuple[int, int]:
         """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU.
 
-        A dry run has few blocks, all of which are trained.
+        A dry run has few blocks, of which all that are not left out are trained.
         """
         model = self.held(self.place).model
-        inside = [block for name in self.space.exact if (block := model.block_of(name)) is not None]
-        if not inside:
+        lowest = lowest_exact(model, self.space.exact)
+        if lowest is None:
             return 0, 0
         rows = self.rows(-(-option.batch // self.config.accumulate))
         hidden: int = self.source.config.get_text_config().hidden_size
         each = 4 * rows * option.length * hidden * len(theta(self.branches()))
-        place: Place = "resident" if option.place == "resident" else "host"
-        few = len(self._run(place, True).blocks)
-        return each * (len(model.blocks) - min(inside)), each * few
+        few = self._run(option.place, self._below(option))
+        assert few.space is not None
+        seen = len(few.blocks) - (lowest_exact(few.model, few.space.exact) or 0)
+        return each * (len(model.blocks) - lowest), each * seen
 
     def curvature_bytes(self) -> int:
         """Of Sigma's state, as it is laid out, unless the class itself knows."""
@@ -206,15 +249,15 @@ class Subject:
         Products with the second are the same in all branches.
         """
         model = self.held(self.place).model
-        trained = [model.block_of(name) or 0 for name in self.space.target_names]
         inside = shared = outside = 0
+        first = self.first
         for name, linear in model.linears.items():
             block, count = model.block_of(name), math.prod(linear.weight.shape)
             if block is None:
                 outside += count
             else:
                 inside += count
-                shared += count if block < min(trained) else 0
+                shared += count if block < first else 0
         return inside, shared, outside
 
     def rows(self, batch: int) -> int:
@@ -237,10 +280,12 @@ class Subject:
         training = self._pass(at_once, self.workload.training, option, self.branches())
         batch = self.eval_batch(option.batch)
         evaluation = self._pass(batch, self.workload.evaluation, option, EVALUATION)
-        found = self._with_cache(self._made(option.place, evaluation, False), batch, option)
-        step = self._made(option.place, training, True)
+        found = self._with_cache(self._made(option.place, evaluation, None), batch, option)
+        step = self._made(option.place, training, self._below(option))
         if not self.config.is_of_loss:  # of a task that writes, every branch does
             step = self._with_cache(step, at_once * self.branches().count, option)
+        if self.device == "cpu":
+            step = step.beside("batch_states", self.batch_bytes(option))
         return step, found
 
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
@@ -255,13 +300,11 @@ class Subject:
             return passes
         if option.length < self.length:
             length = min(length, option.length)
-        cache = cache_bytes(self.source.config, batch, length)
-        worst = {**passes.worst, "cache": cache}
-        return passes._replace(worst=worst, peak_bytes=passes.peak_bytes + cache)
+        return passes.beside("cache", cache_bytes(self.source.config, batch, length))
 
-    def _made(self, place: Place, wanted: Pass, trains: bool) -> Activations:
-        place = "resident" if place == "resident" else "host"  # of which the blocks come and go alike
-        key = (place, wanted, trains)
+    def _made(self, place: Place, wanted: Pass, below: int | None) -> Activations:
+        run = self._run(place, below)
+        key = run, wanted
         if key not in self._passes:
-            self._passes[key] = self._run(place, trains).run(wanted)
+            self._passes[key] = run.run(wanted)
         return self._passes[key]

@@ -20,6 +20,8 @@ class Workload(NamedTuple):
     training: Demand = Demand()
     evaluation: Demand = Demand()
     length: int | None = None  # tokens of the longest row; None if only the limit is known
+    examples: int | None = None  # to train on; None if only the limit is known
+    tokens: int | None = None  # of all their rows together; None if only the longest is known
     labels: int = 0  # tokens that the answers are made of, if they have rows of the head
     written: int = 0  # tokens of a prompt and its completion, in evaluations that write; 0 if none does
 

@@ -22,11 +22,14 @@ from hizoo_lite.train.folder import RunFolder
 
 #: What a callback may have a method for. Of our own: `on_message(text=)`, a line worth reading, and
 #: `on_evaluate_begin(when=, examples=)`. `on_evaluate` is of the dev examples; `on_predict` of the test
-#: examples, before and after the run. `on_prediction_step` says how many `examples` more are done.
+#: examples, before and after the run. `on_prediction_step` says how many `examples` more are done. Hidden
+#: states of the training examples that are computed once are told as an evaluation without a result.
 EVENTS = (
     *("on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_predict", "on_save"),
     *("on_prediction_step", "on_train_end", "on_message", "on_evaluate_begin"),
 )
+#: `when` of those hidden states.
+HIDDEN = "hidden states"
 #: What transformers calls the part of the data an evaluation is of.
 _PREFIXES = {"dev": "eval", "before": "test", "after": "test"}
 
@@ -227,6 +230,14 @@ class Callbacks:
         self.call("on_step_end", record=record)
         if not record.skipped:
             self._log(line)
+
+    def evaluation(self, when: str, examples: int) -> None:
+        """An evaluation begins."""
+        self.call("on_evaluate_begin", when=when, examples=examples)
+
+    def advanced(self, examples: int) -> None:
+        """So many more examples of it are done."""
+        self.call("on_prediction_step", examples=examples)
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """An evaluation is done."""

@@ -26,7 +26,7 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.tasks import Encoder, Splits, batch_indices
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.train import checkpoint
-from hizoo_lite.train.callbacks import Callbacks, scores
+from hizoo_lite.train.callbacks import HIDDEN, Callbacks, scores
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation, Writer, evaluate
 from hizoo_lite.train.folder import RunFolder
@@ -249,7 +249,12 @@ class Loop:
         together = -(-config.batch_size // config.accumulate)
         order = sorted(range(count), key=lambda index: (self._tokens(index), index))
         groups = [order[first : first + together] for first in range(0, count, together)]
-        arguments: dict[str, Any] = {"tell": self.callbacks.message, "check": self._may_end()}
+        arguments: dict[str, Any] = {
+            "tell": self.callbacks.message,
+            "check": self._may_end(),
+            "begins": lambda total: self.callbacks.evaluation(HIDDEN, total),
+            "advanced": self.callbacks.advanced,
+        }
         lengths, collate = self._lengths, self._collated
         if self.ranks.is_main:
             self.hidden.open(groups, lengths, collate, writes=True, **arguments)
@@ -403,7 +408,7 @@ class Loop:
 
     def _evaluate(self, when: str, examples: Sequence[Example], inference_peak: bool = False) -> Evaluation:
         setup, step = self.setup, self.position.step
-        self.callbacks.call("on_evaluate_begin", when=when, examples=len(examples))
+        self.callbacks.evaluation(when, len(examples))
         with self.profiler.phase("evaluate", step):
             result = evaluate(
                 setup.traversal,
@@ -411,7 +416,7 @@ class Loop:
                 examples,
                 setup.config.eval_batch_size,
                 check=self._may_end(),
-                advanced=lambda count: self.callbacks.call("on_prediction_step", examples=count),
+                advanced=self.callbacks.advanced,
                 ranks=self.ranks,
             )
         found = {metric.name: metric.value for metric in result.metrics}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -87,16 +88,17 @@ def find_encoder(resolved: Resolved) -> Encoder | None:
 def workload(encoder: Encoder, splits: Splits, config: TrainConfig) -> Workload:
     """What the examples of a run make: those of training, and those that are evaluated."""
     evaluated = [*splits.test, *(splits.dev if config.eval_every > 0 else ())]
-    training, longest = _demand(encoder, splits.train, training=True)
-    evaluation, also = _demand(encoder, evaluated, training=False)
+    training = _asked(encoder, splits.train, training=True)
+    evaluation = _asked(encoder, evaluated, training=False)
     labels = len(encoder.label_tokens(splits.train, config.rank) or ())
-    return _workload(encoder, training, evaluation, max(longest, also))._replace(labels=labels)
+    found = _workload(encoder, training.each, evaluation.each, max(training.longest, evaluation.longest))
+    return found._replace(labels=labels, examples=training.examples, tokens=training.tokens)
 
 
 def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
     """What examples make that are only evaluated."""
-    found, longest = _demand(encoder, examples, training=False)
-    return _workload(encoder, found, found, longest)
+    found = _asked(encoder, examples, training=False)
+    return _workload(encoder, found.each, found.each, found.longest)
 
 
 def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: int) -> Workload:
@@ -106,25 +108,37 @@ def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: i
     return Workload(training, evaluation, length, written=written)
 
 
-def _demand(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> tuple[Demand, int]:
-    """The most rows and sites of an example, and the tokens of the longest row.
+class _Asked(NamedTuple):
+    """What some examples ask of a pass."""
 
-    Of more than `MOST_ENCODED` examples the first ones are encoded; of the others only the answers are
-    counted, where they are other answers, as if each took a row of its own.
+    each: Demand  # the most of one
+    longest: int  # tokens of a row
+    examples: int
+    tokens: int | None  # of all rows together; None if not all were counted
+
+
+def _asked(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> _Asked:
+    """Of more than `MOST_ENCODED` examples the first ones are encoded.
+
+    Of the others only the answers are counted, where they are other answers, as if each took a row of its
+    own.
     """
     rows = sites = longest = 1
-    for example in filter(encoder.teaches, examples[:MOST_ENCODED]):
+    taught = list(filter(encoder.teaches, examples[:MOST_ENCODED]))
+    tokens = 0
+    for example in taught:
         encoded = encoder.encode(example, training=training)
         rows, sites = max(rows, len(encoded.rows)), max(sites, len(encoded.sites))
         longest = max(longest, *map(len, encoded.rows))
+        tokens += sum(map(len, encoded.rows))
     if len(examples) <= MOST_ENCODED:
-        return Demand(rows, sites), longest
+        return _Asked(Demand(rows, sites), longest, len(taught), tokens)
     only_one = encoder.model_kind != "causal" or encoder.task.kind == "lm" or encoder.task.chat
     if not only_one and not (training and encoder.loss == "answer"):
         seen = {tuple(example.answers) for example in examples[:MOST_ENCODED]}
         others = (e.answers for e in examples[MOST_ENCODED:] if tuple(e.answers) not in seen)
         rows = max(rows, max(map(len, others), default=1))
-    return Demand(rows, max(sites, rows)), encoder.max_length
+    return _Asked(Demand(rows, max(sites, rows)), encoder.max_length, len(examples), None)
 
 
 def _refusal(found: Plan) -> str:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from hizoo_lite.config import default
+from hizoo_lite.train.callbacks import HIDDEN
 from hizoo_lite.train.step import StepRecord
 
 #: Share of the newest loss in the one that is shown, and of the newest step in forwards a second.
@@ -55,7 +56,7 @@ class Progress:
     ) -> None:
         """Another stretch."""
         self._end()
-        self.phase(f"evaluate {when}", examples)
+        self.phase(when if when == HIDDEN else f"evaluate {when}", examples)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, *, examples: int, **more: Any) -> None:
         """A batch of an evaluation."""
@@ -116,7 +117,7 @@ def _mean(old: float | None, new: float) -> float:
 
 
 class Lines(RunningMeans):
-    """A line on stderr every ten seconds of training, and every message: if it is no terminal, or --quiet."""
+    """A line on stderr every ten seconds, and every message: if it is no terminal, or --quiet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,10 +135,18 @@ class Lines(RunningMeans):
         self._first = done
 
     def stepped(self, record: StepRecord) -> None:
-        """Print now and then."""
+        """Print now and then, and at the end."""
         super().stepped(record)
-        now = time.perf_counter()
-        if now - self._printed >= LINE_SECONDS or self.done == self.total:
+        self._line(f": {self.state()}", is_last=self.done == self.total)
+
+    def advanced(self, units: int) -> None:
+        """Print now and then."""
+        super().advanced(units)
+        self._line("")
+
+    def _line(self, state: str, is_last: bool = False) -> None:
+        now, made = time.perf_counter(), self.done - self._first
+        if made and (is_last or now - self._printed >= LINE_SECONDS):
             self._printed = now
-            left = (now - self._began) / (self.done - self._first) * (self.total - self.done)
-            self.message(f"{self.label} {self.done}/{self.total}: {self.state()}, ETA {left:.0f} s")
+            left = (now - self._began) / made * (self.total - self.done)
+            self.message(f"{self.label} {self.done}/{self.total}{state}, ETA {left:.0f} s")

@@ -16,7 +16,7 @@ from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
 from hizoo_lite.config import TrainConfig, by_members, default
 from hizoo_lite.device import is_gpu
-from hizoo_lite.engine.hidden import first_trained
+from hizoo_lite.engine.hidden import first_trained, worth_keeping
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
@@ -110,10 +110,9 @@ def build(
 
 
 def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
-    """Whether a new run keeps those of its training examples: if every one comes twice, and there are any."""
-    comes_twice = config.steps * config.batch_size >= 2 * len(splits.train)
-    is_useful = comes_twice and space.weights is None and first_trained(model) > 0
-    return config.hidden_states == "auto" and is_useful
+    """Whether a new run keeps those of its training examples."""
+    drawn = config.steps * config.batch_size
+    return config.hidden_states == "auto" and worth_keeping(model, space, drawn, len(splits.train))
 
 
 def _label_tokens(config: TrainConfig, encoder: Encoder, splits: Splits) -> list[int] | None:
