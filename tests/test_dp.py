@@ -491,7 +491,8 @@ def test_no_file_tells_which_or_how_many_examples_a_step_had(
         chosen = itertools.cycle(batches)
         monkeypatch.setattr(DP, "sample", lambda self, chosen=chosen: next(chosen))
         said = Messages()
-        runs.append((run_of(tmp_path, callbacks=[said], out=str(tmp_path / name)), said.lines))
+        run = run_of(tmp_path, callbacks=[said], out=str(tmp_path / name), residency="host")
+        runs.append((run, said.lines))
     ours, theirs = (dict(told_by(run)) for run, _ in runs)
     assert ours == theirs
     assert "memory.json" not in ours

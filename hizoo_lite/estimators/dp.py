@@ -25,9 +25,8 @@ come from the operating system's source, never from the run's seed, and are stor
 multiple of some 2^-24 of the noise: the last bits of a float that noise was added to tell what it was added
 to (Mironov, CCS 2012). An example whose differences are not finite adds nothing, so no step is skipped.
 
-A step costs 2 K forwards of its batch, and 2 K branches in memory: a loss at theta that all directions share
-would be one example's part in each of them. A batch that turned out large goes through in parts of the
-usual size, within the plan of memory.
+A step costs 2 K forwards of its batch, and 2 K branches in memory. A batch that turned out large goes through
+in parts of the usual size, within the plan of memory.
 
 Epsilon covers what the coefficients tell and all that is computed from them: journal.bin, the lines of steps
 in metrics.jsonl, checkpoints/ and adapter/; for data sets that differ by one training example. It does not

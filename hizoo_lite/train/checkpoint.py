@@ -3,9 +3,10 @@
 `checkpoints/step-000100/` holds the state *after* 100 steps: what the space saves (`adapter/`),
 `curvature.safetensors`, `optimizer.safetensors` and `head.safetensors` if these have a state, and
 `state.json` with the step size's state, a checksum of every other file and one of itself. Noise and batches
-need no state: they are functions of (seed, step). A checkpoint is written beside its place, forced to the
-disk and renamed: one that has its name is complete. One whose checksums are wrong is passed over for an older
-one, and renamed once the run goes on from there. `step-000000` of a space in memory is where `replay` begins.
+need no state: they are functions of (seed, step), or are drawn anew by a secret estimator. A checkpoint is
+written beside its place, forced to the disk and renamed: one that has its name is complete. One whose
+checksums are wrong is passed over for an older one, and renamed once the run goes on from there.
+`step-000000` of a space in memory is where `replay` begins.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 Where an estimator takes several directions a step, each has its own z, d, g and c, and theta moves along all.
 Parameters are never perturbed in place: the branches exist only inside the linear layers. What a space
 trains inside the blocks draws its own z there, and is updated when its block is next present. A step is a
-pure function of (state, step number, batch); without its losses, of (state, its record), which is what
-`replay` takes.
+pure function of (state, step number, batch), and of what a secret estimator has drawn; without its losses,
+of (state, its record), which is what `replay` takes.
 """
 
 from __future__ import annotations
