@@ -67,6 +67,7 @@ METHODS = {
     "lowrank": Method({"space": "lowrank"}, "lowrank"),
     "lowrank, momentum": Method({"space": "lowrank", "momentum": 0.9}, "lowrank, momentum"),
     "subspace": Method({"space": "subspace"}, "subspace"),
+    "sparse": Method({"space": "sparse"}),
     "scales": Method({"space": "scales"}),
 }
 

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
 
 
+class NoReverse(UserError):
+    """The model's blocks allow no reverse mode: `why`, in words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"--exact-blocks: {why}; allowed for this model: 0")
+        self.why = why
+
+
 class Given(NamedTuple):
     """What a block was given, of the branches that stand for theta."""
 
@@ -86,7 +94,7 @@ class Boundaries:
         return out
 
     def _refuse(self, why: str) -> None:
-        raise UserError(f"--exact-blocks: {self.model.config.model_type} {why}; allowed for this model: 0")
+        raise NoReverse(f"{self.model.config.model_type} {why}")
 
     def gradients(self, gradient: Tensor, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the blocks' parameters among `exact`, float64, by name.

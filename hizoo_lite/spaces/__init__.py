@@ -16,6 +16,7 @@ from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.lowrank import LowRank
 from hizoo_lite.spaces.scales import Scales
+from hizoo_lite.spaces.sparse import Sparse
 from hizoo_lite.spaces.subspace import Subspace
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LoRA",
     "LowRank",
     "Scales",
+    "Sparse",
     "Subspace",
     "get",
     "of_folder",

@@ -109,6 +109,16 @@ def build(
     return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan, objective)
 
 
+def calibrate(setup: Setup) -> None:
+    """Show the space, if it asks for them, the first training examples, as many as a pass of a step has."""
+    if not setup.space.calibrates:
+        return
+    together = -(-setup.config.batch_size // setup.config.accumulate)
+    examples = setup.splits.train[:together]
+    encoded = [setup.encoder.encode(example, training=True) for example in examples]
+    setup.space.calibrate(setup.traversal, setup.encoder.collate(encoded))
+
+
 def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
     """Whether a new run keeps those of its training examples: if every one comes twice, and there are any."""
     comes_twice = config.steps * config.batch_size >= 2 * len(splits.train)
@@ -129,7 +139,7 @@ def _label_tokens(config: TrainConfig, encoder: Encoder, splits: Splits) -> list
 
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
     """Tokens that have no rows of the head, though they would have been wanted."""
-    has_rows = config.head == "exact" and not SPACES.lines[config.space].in_weights
+    has_rows = config.head == "exact" and config.space in SPACES.having("rank")
     if has_rows and config.exact_blocks == 0 and len(labels) > config.rank:
         _log.warning(
             "--head: answers begin with %d tokens, an adapter of --rank %d has no rows for as many",
