@@ -75,7 +75,8 @@ def test_there_is_one_scale_a_block_or_row(tmp_path: Path) -> None:
 
 def test_unknown_spaces_and_options_are_refused() -> None:
     with pytest.raises(
-        UserError, match="--space: unknown name 'full', allowed are dense, lora, lowrank, scales, subspace"
+        UserError,
+        match="--space: unknown name 'full', allowed are dense, lora, lowrank, scales, sparse, subspace",
     ):
         get("full")
     with pytest.raises(UserError, match=r"--space scales: .*rank"):

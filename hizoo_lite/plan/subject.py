@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -165,19 +166,22 @@ class Subject:
         return 2 * sum(value.nbytes for value in self.space.exact.values())
 
     def boundaries(self, option: Option) -> tuple[int, int]:
-        """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU.
+        """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU."""
+        return self._waiting(self.space.exact, option, len(theta(self.branches())))
+
+    def _waiting(self, names: Iterable[str], option: Option, standing: int) -> tuple[int, int]:
+        """`boundaries` of a pass with gradients of these, at so many points.
 
         A dry run has few blocks, all of which are trained.
         """
         model = self.held(self.place).model
-        inside = [block for name in self.space.exact if (block := model.block_of(name)) is not None]
+        inside = [block for name in names if (block := model.block_of(name)) is not None]
         if not inside:
             return 0, 0
         rows = self.rows(-(-option.batch // self.config.accumulate))
         hidden: int = self.source.config.get_text_config().hidden_size
-        each = 4 * rows * option.length * hidden * len(theta(self.branches()))
-        place: Place = "resident" if option.place == "resident" else "host"
-        few = len(self._run(place, True).blocks)
+        each = 4 * rows * option.length * hidden * standing
+        few = len(self._trains(option.place).blocks)
         return each * (len(model.blocks) - min(inside)), each * few
 
     def curvature_bytes(self) -> int:
@@ -242,6 +246,27 @@ class Subject:
         if not self.config.is_of_loss:  # of a task that writes, every branch does
             step = self._with_cache(step, at_once * self.branches().count, option)
         return step, found
+
+    def calibration(self, option: Option) -> list[Activations]:
+        """What comes before the first step, if the space wants it; the same whatever `chunk_halvings` are."""
+        if not self.space.calibrates:
+            return []
+        at_once = -(-option.batch // self.config.accumulate)
+        wanted = self._pass(at_once, self.workload.training, option._replace(chunk_halvings=0), EVALUATION)
+        key = option.place, wanted, "calibrate"
+        if key not in self._passes:
+            found = self._trains(option.place).calibrate(wanted)
+            if "attention" in found.peaks:  # else no block has run
+                kept, metered = self._waiting(self.space.target_names, option, 1)
+                worst = {**found.worst, "boundaries": max(0, kept - metered)}
+                peak = found.peak_bytes + (worst["boundaries"] if self.device == "cpu" else 0)
+                found = found._replace(worst=worst, peak_bytes=peak)
+            self._passes[key] = found
+        return [self._passes[key]]
+
+    def _trains(self, place: Place) -> DryRun:
+        """The dry run of a step; blocks of the host and of a disk come and go alike."""
+        return self._run("resident" if place == "resident" else "host", True)
 
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
         sites = self.sites(batch, demand, option.length)

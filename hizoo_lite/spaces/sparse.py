@@ -1,8 +1,8 @@
 """Extreme sparsity (SensZOQ: Guo et al., 2406.02913): a fixed small share of sensitive weights is trained.
 
 Sensitive are the weights with the largest squared gradient, the diagonal of the empirical Fisher matrix,
-found once, before the first step. The rest, quantized or not, stays as it is. Beside the shared base product a
-branch k has y_k += S_k x_k, in float32, with S_k the few differences from the stored weights at this point.
+found once, before the first step. The rest, quantized or not, stays as it is. Beside the shared base product
+a branch k has y_k += S_k x_k, in float32, with S_k the few differences from the stored weights at its point.
 They begin at zero, and lie in memory like an adapter: values and their places, both saved, so that steps are
 replayed without the model.
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hizoo_lite.base import LinearDelta, Space
@@ -48,8 +49,10 @@ SparseBy = Literal["gradients", "magnitude"]
 FILE = "sparse.safetensors"
 #: Behind a layer's name.
 VALUES, INDEX, PROBE = ".sparse.values", ".sparse.index", ".sparse.probe"
-#: Inputs that a product gathers at once, at most: as much as stays in cache on a CPU.
-PIECE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+#: Tokens whose products are there at once: their inputs stay in cache on a CPU.
+PIECE_TOKENS = {"cpu": 64, "cuda": 1024}
+#: Of the rows whose gradients are summed before they are squared: one row if it is longer.
+CHUNK_TOKENS = 128
 #: Scores of a weight that are there at once.
 SCORE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 #: Places are 32 bits where a matrix allows that.
@@ -64,25 +67,28 @@ class SparseDelta(LinearDelta):
         self.values, self.index, self.shape, self.name = values, index, shape, name
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """Entries of a row are summed one after the other, in float32: the same on every call."""
+        """A row's entries are summed one after the other, as bags of an embedding are: the same every time.
+
+        On a core of a CPU that takes 3 % of a dense float32 product at a share of 0.001 and of 0.01, without
+        a tensor of the entries' inputs; gathered and summed by segment it takes 10 % and 150 %.
+        """
         assert y is not None
-        values = state.once(self.name, lambda: branch_values(self.values, self.name, state).t().unsqueeze(2))
-        columns = state.once(f"{self.name}, columns", lambda: self.index % self.shape[1])
-        lengths = state.once(f"{self.name}, lengths", self._lengths)
-        branches, tokens = x.shape[:2]
-        size = max(1, PIECE_BYTES[like(x.device)] // (4 * branches * len(columns)))
-        for first in range(0, tokens, size):
+        values = state.once(self.name, lambda: branch_values(self.values, self.name, state))
+        columns = state.once(f"{self.name}, columns", lambda: (self.index % self.shape[1]).int())
+        ends = state.once(f"{self.name}, ends", self._ends)
+        size = PIECE_TOKENS[like(x.device)]
+        for first in range(0, x.shape[1], size):
             part = slice(first, first + size)
-            taken = x[:, part].permute(2, 0, 1).contiguous().index_select(0, columns).mul_(values)
-            sums = torch.segment_reduce(taken, "sum", lengths=lengths, axis=0, unsafe=True)
-            y[:, part] += sums.permute(1, 2, 0)
+            for given, out, own in zip(x[:, part], y[:, part], values, strict=True):
+                arguments: Any = {"mode": "sum", "per_sample_weights": own, "include_last_offset": True}
+                out += F.embedding_bag(columns, given.t().contiguous(), ends, **arguments).t()
         return y
 
-    def _lengths(self) -> Tensor:
-        """Entries of each row, (out_features,) int64."""
+    def _ends(self) -> Tensor:
+        """Where each row begins among the entries, and the end of the last: (out_features + 1,) int32."""
         rows, columns = self.shape
-        ends = torch.arange(rows + 1, device=self.index.device) * columns
-        return torch.searchsorted(self.index.long(), ends).diff()
+        starts = torch.arange(rows + 1, device=self.index.device) * columns
+        return torch.searchsorted(self.index.long(), starts).int()
 
 
 class SparseChanges:
@@ -192,14 +198,14 @@ class Sparse(Space):
             self._by_magnitude(index)
 
     def _by_gradients(self, traversal: Traversal, batch: Batch, index: Mapping[str, Tensor]) -> None:
-        """A row of the batch goes through a block at a time, whatever the budget: sums round by that."""
+        """In chunks that are the same whatever the device and its budget: squares are of their sums."""
         model, made = self.model, batch_tensors(batch)
         sensitivity = _Sensitivity(model, index)
         deltas = {target: model.linears[target].delta for target in index}
         chunks = model.branch_chunk, model.chunk_halvings
         for target in index:
             model.linears[target].delta = _Probe(target, sensitivity)
-        model.branch_chunk, model.chunk_halvings = 1, 0
+        model.branch_chunk, model.chunk_halvings = max(1, CHUNK_TOKENS // made.input_ids.shape[1]), 0
         try:
             traversal.guard(lambda: until_suited(model, partial(sensitivity.run, traversal, made)))
         except NoReverse as error:
@@ -376,5 +382,5 @@ def _check_places(path: Path, linear: str, index: Tensor, shape: tuple[int, int]
     wide, size = index.long(), shape[0] * shape[1]
     if index.ndim != 1 or index.is_floating_point() or not bool((wide.diff() > 0).all()):
         raise UserError(f"{path}: {linear}{INDEX}: allowed are places that rise, as whole numbers")
-    if len(wide) and not (0 <= int(wide[0]) and int(wide[-1]) < size):
+    if len(wide) and (int(wide[0]) < 0 or int(wide[-1]) >= size):
         raise UserError(f"{path}: {linear}{INDEX}: has places beyond the {size} of the model's weight")
