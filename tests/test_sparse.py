@@ -19,7 +19,7 @@ from hizoo_lite.base import ModelKind
 from hizoo_lite.batch import Batch
 from hizoo_lite.branches import EVALUATION, Branches, BranchState
 from hizoo_lite.checkpoints.adapter import PEFT_METADATA
-from hizoo_lite.config import TrainConfig
+from hizoo_lite.config import DEMO, TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
@@ -30,20 +30,25 @@ from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.model import Model
 from hizoo_lite.noise import normal
 from hizoo_lite.plan import planner
+from hizoo_lite.plan.dry_run import Pass
 from hizoo_lite.plan.inventory import Inventory
+from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.plan.subject import Option, Subject
 from hizoo_lite.plan.workload import ONE_ROW
 from hizoo_lite.run import evaluate, fit
 from hizoo_lite.spaces import Sparse, sparse
 from hizoo_lite.spaces.sparse import FILE, INDEX, VALUES, SparseDelta
 from hizoo_lite.train import checkpoint
+from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.saved import attach_adapter
+from hizoo_lite.train.setup import calibrate
 from tests import family
 from tests.architectures import RELATIVE_CONFIGS, TINY_CONFIGS, save_tiny
 from tests.batches import reference_losses, tiny_task_batch
 from tests.export_fixtures import KINDS
 from tests.run_fixtures import nan_head, short_run
 from tests.test_export_merged import AUTO, FLOAT32
+from tests.test_plan import answer_batch, dry_run
 from tests.test_stream import checkpoint as packed
 from tests.weights_reference import decoded
 
@@ -295,6 +300,59 @@ def test_a_classifiers_run_has_its_head_in_the_same_file(tmp_path: Path) -> None
         assert torch.equal(Traversal(model).losses(batch).per_example, losses)
 
 
+def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
+    folder, found = tmp_path / "nf4", []
+    Quantization(DEMO, folder, kind="causal", bits="nf4").run()
+    for where in ("resident", "disk", "host"):
+        changes = {"model": str(folder), "residency": where, "space": "sparse", "steps": 2}
+        run = fit(TrainConfig(**short_run(tmp_path, out=str(tmp_path / where), **changes)))
+        losses = (run.summary["loss_before"], run.summary["loss_after"])
+        found.append(((run.folder / "adapter" / FILE).read_bytes(), losses))
+    assert found[0] == found[1] == found[2]
+
+
+def test_every_rank_has_the_places_of_the_main_one(tmp_path: Path) -> None:
+    run = fit(TrainConfig(**short_run(tmp_path, space="sparse", head="none", steps=1)))
+    setup, wanted = run.setup, places(run.setup.space)  # type: ignore[arg-type]
+    theirs = iter([index.double().numpy() + 1 for index in wanted.values()])
+
+    class Second(Ranks):
+        rank, count = 1, 2
+
+        def sum(self, values: Any) -> Any:
+            return values + next(theirs)
+
+    setup.stepper.ranks = Second()
+    calibrate(setup)
+    for target, index in places(setup.space).items():  # type: ignore[arg-type]
+        assert torch.equal(index, wanted[target] + 1)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1])
+def test_a_dry_run_makes_the_tensors_of_a_real_step_and_of_what_comes_before(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that is only counted gives values that are not there."""
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    model, rows, length = load(tmp_path, bits="nf4", device="cpu", compute_dtype="bf16"), 16, 48
+    space, branches, traversal = Sparse(share=share), Branches.of(True, 0, 2), Traversal(model)
+    space.attach(model, 0)
+    directions = {key: torch.zeros(2, *value.shape) for key, value in space.parameters.items()}
+    batch = answer_batch(model.config.vocab_size, rows=rows, length=length)
+    batch.attention_mask[-1, -1] = 0
+    dry = dry_run(tmp_path, Sparse(share=share))
+    for work, made in (
+        (lambda: traversal.losses(batch, branches, 1e-3, directions), dry.run),
+        (lambda: space.calibrate(traversal, batch), dry.calibrate),
+    ):
+        work()  # scratch is there from now on
+        with MemoryMeter() as meter, KernelMemory():
+            work()
+        found = made(Pass(rows, length, branches, rows))
+        assert sum(found.worst.values()) == pytest.approx(meter.peak_bytes, rel=0.03)
+
+
 def test_a_plan_counts_the_pass_before_the_first_step(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, num_hidden_layers=6)
     found = {}
@@ -373,13 +431,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, run = tuned(tmp_path, "llama", "none")
     record, good = json.loads((run / "hizoo_space.json").read_text()), load_file(run / FILE)
     name = f"{record['targets'][0]}{INDEX}"
-    size = 64 * 64
+    values, size = f"{record['targets'][0]}{VALUES}", 64 * 64
     for change, message in (
         ({name: good[name].flip(0)}, "allowed are places that rise"),
         ({name: torch.cat([good[name][:-1], torch.tensor([size], dtype=torch.int32)])}, "places beyond"),
         ({name: good[name] - good[name][-1] - 1}, "places beyond"),
         ({name: good[name].long()}, "is torch.int64, the model wants torch.int32"),
         ({name: good[name][:-1]}, "has shape"),
+        ({values: good[values].double()}, "is torch.float64, the model wants torch.float32"),
         ({"other": good[name].clone()}, "does not fit this model and space"),
     ):
         save_file({**good, **change}, run / FILE, PEFT_METADATA)
@@ -387,9 +446,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             attach_adapter(model, run).load(run)
         assert before.keys() == places_of(model).keys()
-    save_file({**good, name: good[name].flip(0)}, run / FILE, PEFT_METADATA)
-    with pytest.raises(UserError, match="allowed are places that rise"):
-        merged.prepare(run, tmp_path / "out", base_bits="none").run()
+    for change, message in (
+        ({name: good[name].flip(0)}, "allowed are places that rise"),
+        ({values: good[values][:-1]}, r"has shape \(81,\), there are 82 places"),
+    ):
+        save_file({**good, **change}, run / FILE, PEFT_METADATA)
+        with pytest.raises(UserError, match=message):
+            merged.prepare(run, tmp_path / "out", base_bits="none").run()
+        shutil.rmtree(tmp_path / "out")
     save_file({key: good[key] for key in good if key != name}, run / FILE, PEFT_METADATA)
     with pytest.raises(UserError, match=rf"hizoo_space.json and sparse.safetensors differ about '{name}'"):
         merged.prepare(run, tmp_path / "out", base_bits="none")

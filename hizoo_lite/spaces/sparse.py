@@ -112,7 +112,7 @@ class SparseChanges:
     def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
         """The base itself. Raises `UserError` if the places are none of it."""
         if linear in self.linears:
-            _check_places(self.files[-1], linear, self._saved[linear + INDEX], base.shape)
+            _check_places(self.files[-1], linear, self._saved, base.shape)
         return base
 
     def add(self, linear: str, rows: Tensor, first_row: int) -> None:
@@ -245,7 +245,7 @@ class Sparse(Space):
             if saved[name].dtype != value.dtype:
                 raise UserError(f"{path}: {name} is {saved[name].dtype}, the model wants {value.dtype}")
         for target in self.target_names:
-            _check_places(path, target, saved[target + INDEX], self.model.linears[target].weight.shape)
+            _check_places(path, target, saved, self.model.linears[target].weight.shape)
         for name, value in own.items():
             value.copy_(saved[name])
 
@@ -377,10 +377,14 @@ def _sizes(weight: PackedWeight, tile: Tensor, first: int) -> None:
     weight.values(tile, first).abs_()
 
 
-def _check_places(path: Path, linear: str, index: Tensor, shape: tuple[int, int]) -> None:
-    """UserError unless they rise and are inside a weight."""
-    wide, size = index.long(), shape[0] * shape[1]
+def _check_places(path: Path, linear: str, saved: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+    """UserError unless a layer's places rise, are inside its weight and have a value each."""
+    index, size = saved[linear + INDEX], shape[0] * shape[1]
+    wide = index.long()
     if index.ndim != 1 or index.is_floating_point() or not bool((wide.diff() > 0).all()):
         raise UserError(f"{path}: {linear}{INDEX}: allowed are places that rise, as whole numbers")
     if len(wide) and (int(wide[0]) < 0 or int(wide[-1]) >= size):
         raise UserError(f"{path}: {linear}{INDEX}: has places beyond the {size} of the model's weight")
+    if saved[linear + VALUES].shape != index.shape:
+        got = tuple(saved[linear + VALUES].shape)
+        raise UserError(f"{path}: {linear}{VALUES} has shape {got}, there are {len(index)} places")

@@ -11,6 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from hizoo_lite import objectives
 from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
@@ -110,13 +113,20 @@ def build(
 
 
 def calibrate(setup: Setup) -> None:
-    """Show the space, if it asks for them, the first training examples, as many as a pass of a step has."""
+    """Show the space, if it asks for them, the first training examples, as many as a pass of a step has.
+
+    All ranks look at the same ones, and take what the main one has found: others may round otherwise.
+    """
     if not setup.space.calibrates:
         return
     together = -(-setup.config.batch_size // setup.config.accumulate)
     examples = setup.splits.train[:together]
     encoded = [setup.encoder.encode(example, training=True) for example in examples]
     setup.space.calibrate(setup.traversal, setup.encoder.collate(encoded))
+    ranks = setup.stepper.ranks
+    for value in setup.space.frozen.values() if ranks.count > 1 else ():
+        mine = value.cpu().double().numpy()
+        value.copy_(torch.from_numpy(ranks.sum(mine if ranks.is_main else np.zeros_like(mine))))
 
 
 def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
