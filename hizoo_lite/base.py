@@ -397,6 +397,8 @@ class Space(AttachedSpace, Protocol):
     changes: ClassVar[type[Any] | None] = None
     #: Whether scales or codes are changed, for which scales that are stored in 8 bits must become float32.
     needs_own_scales: bool = False
+    #: Whether `calibrate` is to be called, once it is attached and nothing that was saved is loaded.
+    calibrates: bool = False
     #: Full names of the linear layers that it is attached to.
     target_names: list[str]
 
@@ -407,6 +409,12 @@ class Space(AttachedSpace, Protocol):
             and the same in all examples; see `LoRA`.
         """
         ...
+
+    def calibrate(self, traversal: Any, batch: Batch) -> None:
+        """Look at the first examples of a run, before its first step; what comes of that is saved.
+
+        Must not depend on the memory that there is: blocks that are streamed give the same bits.
+        """
 
 
 def trained_count(space: AttachedSpace) -> int:

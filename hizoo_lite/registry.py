@@ -232,6 +232,28 @@ SPACES: Registry[Space] = Registry(
         holds="2 bytes a weight",
         pays="as dense, where large weights carry what must not be lost",
     ),
+    sparse=Line(
+        "Sparse",
+        "a few sensitive weights, at places that are chosen once (SensZOQ)",
+        {
+            "sparse_share": Setting(
+                float,
+                0.001,
+                "share of the weights of each layer that is trained",
+                argument="share",
+                above=0.0,
+                maximum=1.0,
+            ),
+            "sparse_by": Setting(
+                Literal["gradients", "magnitude"],
+                "gradients",
+                "what they have the most of: squared gradients on the first examples, from a reverse pass in "
+                "about the memory of a forward; or size, for models that allow no reverse pass",
+                argument="by",
+            ),
+        },
+        takes=("targets", "blocks", "head"),
+    ),
     scales=Line(
         "Scales",
         "only their absmax (QZO)",

@@ -49,7 +49,7 @@ from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.resolved import Resolved
-from hizoo_lite.train.setup import Setup, build, keeps_hidden_states
+from hizoo_lite.train.setup import Setup, build, calibrate, keeps_hidden_states
 from hizoo_lite.train.summary import summarize
 
 if TYPE_CHECKING:
@@ -462,6 +462,9 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
         identity.check(folder.identity, made_of)
         for words in identity.changes(folder.identity, made_of):
             tell(f"{words}: steps from here on may round otherwise than the ones before")
+    if checkpoint.newest(folder.checkpoints) is None:
+        calibrate(setup)
+    if setup.config.resume:
         start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
         setup.model.chunk_halvings = max(setup.model.chunk_halvings, start.chunk_halvings)
         tell(f"resuming after {start.position.step} of {setup.config.steps} steps")

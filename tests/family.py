@@ -18,13 +18,14 @@ import torch
 from hizoo_lite import noise as draws
 from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.batch import Losses
-from hizoo_lite.branches import Branches
+from hizoo_lite.branches import EVALUATION, Branches, BranchState
 from hizoo_lite.curvature import NoCurvature
 from hizoo_lite.estimators import KerZOO
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule
 from hizoo_lite.spaces.lowrank import LowRankNoise
 from hizoo_lite.spaces.small import BINS, SmallNoise
+from hizoo_lite.spaces.sparse import SparseDelta
 from hizoo_lite.spaces.subspace import SubspaceNoise
 from hizoo_lite.spaces.weights import Draw, Tile, TileNoise
 from hizoo_lite.train.step import Stepper
@@ -105,6 +106,24 @@ def lozo_m(
 def subzero_direction(u: np.ndarray, z: np.ndarray, v: np.ndarray) -> np.ndarray:
     """U Z V' of arXiv 2410.08989, algorithm 1, times sqrt(m n) / r."""
     return u @ z @ v.T * math.sqrt(len(u) * len(v)) / len(z)
+
+
+def sensitive(gradients: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The diagonal of the empirical Fisher matrix of 2406.02913, flat, and the `count` largest's places.
+
+    gradients: of a weight, from one part of the examples after the other.
+    """
+    scores = np.zeros(gradients[0].size)
+    for gradient in gradients:
+        scores += np.asarray(gradient, np.float64).ravel() ** 2
+    return scores, np.argsort(-scores, kind="stable")[:count]
+
+
+def sparse_product(x: np.ndarray, values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> Any:
+    """x S', of a dense S that has `values` at flat `places`."""
+    dense = np.zeros(shape[0] * shape[1])
+    dense[places] = values
+    return np.asarray(x, np.float64) @ dense.reshape(shape).T
 
 
 # ----------------------------------------------------------------------------------- ours beside them
@@ -302,15 +321,37 @@ def small_difference(share: float = 0.3) -> float:
     return found
 
 
+def product_difference(
+    rows: int = ROWS, columns: int = COLUMNS, count: int = 100, branches: Branches = EVALUATION
+) -> float:
+    """Of the space of sparse differences: of products at every branch."""
+    draw, state = np.random.default_rng(0), BranchState()
+    places = np.sort(draw.permutation(rows * columns)[:count])
+    values, along = (draw.normal(size=size) for size in (count, (branches.directions, count)))
+    x, y = (draw.normal(size=(branches.count, 9, features)) for features in (columns, rows))
+    delta = SparseDelta(_float(values), torch.tensor(places, dtype=torch.int32), (rows, columns), "layer")
+    state.set(branches, MU, {"layer": _float(along)})
+    ours = delta.apply(_float(x), _float(y), state).double().numpy()
+    for branch, (direction, offset) in enumerate(branches.points):
+        moved = values + (offset * MU * along[direction] if offset else 0.0)
+        y[branch] += sparse_product(x[branch], moved, places, (rows, columns))
+    return far(ours, y)
+
+
+def _float(value: np.ndarray) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
 def far(ours: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest value."""
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
-#: Of every space whose noise is `structured`, and their variants.
+#: Of every space whose noise is `structured`, and their variants; and of products beside the shared one.
 NOISES: dict[str, Callable[[], float]] = {
     "lowrank": low_rank_difference,
     "lowrank, momentum": momentum_difference,
     "subspace": subspace_difference,
     "small": small_difference,
+    "sparse": lambda: product_difference(branches=Branches.of(True, 2)),
 }

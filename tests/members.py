@@ -49,6 +49,11 @@ MEMBERS: dict[str, Case] = {
         {"space": "small", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize", "small_share": 0.5},
         _WEIGHTS,
     ),
+    "sparse": Case({"space": "sparse", "sparse_share": 0.01, "head": "none"}, _WEIGHTS),
+    "sparse, magnitude": Case(
+        {"space": "sparse", "sparse_by": "magnitude", "directions": 2, "weight_decay": 0.1, "bits": "int8"},
+        _WEIGHTS,
+    ),
     "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
     "gains": Case({"space": "gains", "lr": 1e-2}, ()),
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),

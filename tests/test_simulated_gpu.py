@@ -58,7 +58,7 @@ MIB = 1 << 20
 MOST_LAUNCHES, MOST_BYTES = 92, 4.02e6
 DEVICE = torch.device("simgpu", 0)
 #: Of `figures.RUNS`: adapters and weights, on the device, from host memory and from disk.
-FAST_RUNS = {("lora", "resident"), ("dense", "disk"), ("scales", "host")}
+FAST_RUNS = {("lora", "resident"), ("dense", "disk"), ("scales", "host"), ("sparse", "host")}
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@
 
 A row is a method in a stored form. `difference`: the largest difference of our moves from a float64
 reference written from the paper (`tests/family.py`), relative to a step's largest move; of a space, its
-noise's as well. `resumed`: a run that is killed between two checkpoints and goes on has the same bytes as one
-that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`: its journal
-alone makes the same bytes. `planned`: the peak that was planned over the one measured, in a process of its
-own; with --quick in a fork of one. Losses are of the test examples, before and after.
+noise's or product's as well. `resumed`: a run that is killed between two checkpoints and goes on has the same
+bytes as one that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`:
+its journal alone makes the same bytes. `planned`: the peak that was planned over the one measured, in a
+process of its own; with --quick in a fork of one. Losses are of the test examples, before and after.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ METHODS = {
     "lowrank, momentum": Method({"space": "lowrank", "momentum": 0.9}, "lowrank, momentum"),
     "subspace": Method({"space": "subspace"}, "subspace"),
     "small": Method({"space": "small"}, "small"),
+    "sparse": Method({"space": "sparse"}, "sparse"),
     "scales": Method({"space": "scales"}),
 }
 

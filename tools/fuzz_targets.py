@@ -521,6 +521,7 @@ def targets() -> Iterable[Target]:
         _loading(
             "inplace-load", "scales", {"hizoo_space.json": "json", "block-00000.safetensors": "safetensors"}
         ),
+        _loading("sparse-load", "sparse", {"hizoo_space.json": "json", "sparse.safetensors": "safetensors"}),
         Target("train", {"train.json": _json(_TRAIN)}, {"train.json": "json"}, TrainRecord.read),
         Target("tokenizer", _TOKENIZER, _every(_TOKENIZER, "json"), _read_tokenizer),
     )

@@ -13,7 +13,7 @@ elsewhere. Other models are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,14 @@ from hizoo_lite.process import trim
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
+
+
+class NoReverse(UserError):
+    """The model's blocks allow no reverse mode: `why`, in words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"--exact-blocks: {why}; allowed for this model: 0")
+        self.why = why
 
 
 class Given(NamedTuple):
@@ -86,7 +94,7 @@ class Boundaries:
         return out
 
     def _refuse(self, why: str) -> None:
-        raise UserError(f"--exact-blocks: {self.model.config.model_type} {why}; allowed for this model: 0")
+        raise NoReverse(f"{self.model.config.model_type} {why}")
 
     def gradients(self, gradient: Tensor, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the blocks' parameters among `exact`, float64, by name.
@@ -124,8 +132,8 @@ def kept_boundaries(model: Model, exact: Mapping[str, Tensor], standing: int) ->
         model.residency.falls = False
 
 
-def lowest_exact(model: Model, exact: Mapping[str, Tensor]) -> int | None:
-    """The first block that any of these parameters are in; None: they are outside of the blocks."""
+def lowest_exact(model: Model, exact: Iterable[str]) -> int | None:
+    """The first block that any parameters or layers of these names are in; None: all are outside."""
     return min((block for name in exact if (block := model.block_of(name)) is not None), default=None)
 
 

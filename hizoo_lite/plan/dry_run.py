@@ -290,22 +290,38 @@ class DryRun:
         with meta_as(self.device):
             return self._anew(lambda: self._run(wanted))
 
-    def _run(self, wanted: Pass) -> Activations:
+    def calibrate(self, wanted: Pass) -> Activations:
+        """What the space does with such a batch before the first step."""
+        with meta_as(self.device):
+            return self._anew(lambda: self._calibrate(wanted))
+
+    def _calibrate(self, wanted: Pass) -> Activations:
+        assert self.space is not None
+        self._begin(wanted)
+        return self._metered(partial(self.space.calibrate, Traversal(self.model), self._batch(wanted)))
+
+    def _begin(self, wanted: Pass) -> None:
         model = self.model
         model.branch_chunk, model.chunk_halvings = wanted.chunk, wanted.chunk_halvings
         self.buffers.clear()
+
+    def _run(self, wanted: Pass) -> Activations:
+        self._begin(wanted)
         along = wanted.branches.directions
         parameters = {} if self.space is None or not along else self.space.parameters
         directions = {name: torch.empty(along, *p.shape, device=META) for name, p in parameters.items()}
         self._let_an_update_wait()
-        self.meter = meter = MemoryMeter()
         batch = self._batch(wanted)
         if self.features:
             states = torch.empty(wanted.rows, wanted.length, self.features, device=META)
             batch = batch._replace(hidden=states)
         given = batch, wanted.branches, 1e-3, directions, self._exact()
+        return self._metered(partial(Traversal(self.model).outcome, *given))
+
+    def _metered(self, work: Callable[[], object]) -> Activations:
+        self.meter = meter = MemoryMeter()
         with torch.no_grad(), KernelMemory(is_gpu(self.device)), meter:
-            Traversal(model).outcome(*given)
+            work()
         scratch = {name: buffer.nbytes for (name, _), buffer in self.buffers._buffers.items()}
         made = sum(meter.worst.values()) + sum(scratch.values())
         return Activations(dict(meter.worst), dict(meter.peaks), scratch, made)

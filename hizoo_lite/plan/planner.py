@@ -92,9 +92,11 @@ def plan_run(
 def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     """The ledger of one configuration, with as many blocks on the device as fit."""
     training, evaluation = subject.passes(option)
-    worst = max(training, evaluation, key=lambda one: one.peak_bytes)
-    scratch = {k: max(training.scratch.get(k, 0), evaluation.scratch.get(k, 0)) for k in training.scratch}
+    passes = [training, evaluation, *subject.calibration(option)]
+    worst = max(passes, key=lambda one: one.peak_bytes)
+    scratch = {name: max(one.scratch.get(name, 0) for one in passes) for name in training.scratch}
     activations = _owned(worst.worst)
+    waiting = activations.pop("boundaries", 0)
     made = sum(activations.values()) + sum(scratch.values())
     if subject.device == "cpu" and made < LOADING_BYTES:
         activations = {"loading": LOADING_BYTES - sum(scratch.values())}
@@ -114,9 +116,10 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
     kept_inputs, metered = subject.boundaries(option)
     if subject.device == "cpu":
-        device["boundaries"] = max(0, kept_inputs - metered)
+        device["boundaries"] = max(0, kept_inputs - metered) + waiting
     else:
-        host |= {"boundaries": kept_inputs, "batch_states": subject.batch_bytes(option)}
+        host["boundaries"] = max(kept_inputs, *(one.worst.get("boundaries", 0) for one in passes))
+        host["batch_states"] = subject.batch_bytes(option)
     if subject.device == "cpu" and not gives_back:
         device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
     kept, slots, moved, disk = len(sizes), 0, 0, {"hidden_states": subject.hidden_bytes(option)}

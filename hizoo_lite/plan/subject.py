@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -207,18 +208,22 @@ class Subject:
         return 2 * sum(value.nbytes for value in self.space.exact.values())
 
     def boundaries(self, option: Option) -> tuple[int, int]:
-        """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU.
+        """Bytes of blocks' inputs that wait for a gradient; and of them what a dry run has seen on a CPU."""
+        return self._waiting(self.space.exact, option, len(theta(self.branches())), self._below(option))
+
+    def _waiting(self, names: Iterable[str], option: Option, standing: int, below: int) -> tuple[int, int]:
+        """`boundaries` of a pass with gradients of these, at so many points, in the dry run of `below`.
 
         A dry run has few blocks, of which all that are not left out are trained.
         """
         model = self.held(self.place).model
-        lowest = lowest_exact(model, self.space.exact)
+        lowest = lowest_exact(model, names)
         if lowest is None:
             return 0, 0
         rows = self.rows(-(-option.batch // self.config.accumulate))
         hidden: int = self.source.config.get_text_config().hidden_size
-        each = 4 * rows * option.length * hidden * len(theta(self.branches()))
-        few = self._run(option.place, self._below(option))
+        each = 4 * rows * option.length * hidden * standing
+        few = self._run(option.place, below)
         assert few.space is not None
         seen = len(few.blocks) - (lowest_exact(few.model, few.space.exact) or 0)
         return each * (len(model.blocks) - lowest), each * seen
@@ -287,6 +292,23 @@ class Subject:
         if self.device == "cpu":
             step = step.beside("batch_states", self.batch_bytes(option))
         return step, found
+
+    def calibration(self, option: Option) -> list[Activations]:
+        """What comes before the first step, if the space wants it; the same whatever `chunk_halvings` are."""
+        if not self.space.calibrates:
+            return []
+        at_once = -(-option.batch // self.config.accumulate)
+        wanted = self._pass(at_once, self.workload.training, option._replace(chunk_halvings=0), EVALUATION)
+        key = option.place, wanted, "calibrate"
+        if key not in self._passes:
+            found = self._run(option.place, 0).calibrate(wanted)
+            if "attention" in found.peaks:  # else no block has run
+                kept, metered = self._waiting(self.space.target_names, option, 1, 0)
+                worst = {**found.worst, "boundaries": max(0, kept - metered)}
+                peak = found.peak_bytes + (worst["boundaries"] if self.device == "cpu" else 0)
+                found = found._replace(worst=worst, peak_bytes=peak)
+            self._passes[key] = found
+        return [self._passes[key]]
 
     def _pass(self, batch: int, demand: Demand, option: Option, branches: Branches) -> Pass:
         sites = self.sites(batch, demand, option.length)

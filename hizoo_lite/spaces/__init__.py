@@ -17,6 +17,7 @@ from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.lowrank import LowRank
 from hizoo_lite.spaces.scales import Scales
 from hizoo_lite.spaces.small import Small
+from hizoo_lite.spaces.sparse import Sparse
 from hizoo_lite.spaces.subspace import Subspace
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LowRank",
     "Scales",
     "Small",
+    "Sparse",
     "Subspace",
     "get",
     "of_folder",

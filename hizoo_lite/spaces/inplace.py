@@ -11,7 +11,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -97,28 +97,13 @@ class InPlaceSpace(Space):
             save_tensors(tensors, folder / _block_file(block))
         if self.head_names:
             save_tensors(self._head(), folder / _HEAD)
-        record = {
-            "format": SPACE_FORMAT,
-            "space": self.name,
-            **self.options(),
-            "targets": self.target_names,
-            "base_model": str(self.model.source),
-            "kind": self.model.kind,
-            "bits": self.model.bits,
-            "head": bool(self.head_names),
-        }
-        (folder / SPACE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        save_record(self, folder)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` wrote; `UserError`, naming the file, if it does not fit."""
         assert self.weights is not None
         folder = Path(folder)
-        record = read_record(folder)
-        wanted = {"space": self.name, **self.options(), "bits": self.model.bits}
-        wanted["targets"] = self.target_names
-        for key, value in wanted.items():
-            if record[key] != value:
-                raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record[key]!r}, this run {value!r}")
+        check_record(self, folder)
         if self.head_names:
             _copy(load_tensors(folder / _HEAD), self._head(), folder / _HEAD)
         self.weights.drop()
@@ -146,6 +131,44 @@ class InPlaceSpace(Space):
             if self.model.block_of(part.linear.name) == block
             for stored in part.changed()
         }
+
+
+class Recorded(Protocol):
+    """A space whose folder has a `hizoo_space.json`; it is attached."""
+
+    name: str
+    model: Model
+    target_names: list[str]
+    head_names: list[str]
+
+    def options(self) -> dict[str, Any]:
+        """See `InPlaceSpace.options`."""
+        ...
+
+
+def save_record(space: Recorded, folder: Path) -> None:
+    """Write `hizoo_space.json`."""
+    record = {
+        "format": SPACE_FORMAT,
+        "space": space.name,
+        **space.options(),
+        "targets": space.target_names,
+        "base_model": str(space.model.source),
+        "kind": space.model.kind,
+        "bits": space.model.bits,
+        "head": bool(space.head_names),
+    }
+    (folder / SPACE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def check_record(space: Recorded, folder: Path) -> None:
+    """UserError unless `hizoo_space.json` is of such a space on such a model."""
+    record = read_record(folder)
+    wanted = {"space": space.name, **space.options(), "bits": space.model.bits}
+    wanted["targets"] = space.target_names
+    for key, value in wanted.items():
+        if record.get(key) != value:
+            raise UserError(f"{folder / SPACE_FILE}: {key}: it has {record.get(key)!r}, this run {value!r}")
 
 
 def with_own_scales(linear: BranchLinear) -> None:

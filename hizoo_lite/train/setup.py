@@ -11,6 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from hizoo_lite import objectives
 from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
@@ -109,6 +112,23 @@ def build(
     return Setup(resolved, model, splits, encoder, traversal, space, stepper, plan, objective)
 
 
+def calibrate(setup: Setup) -> None:
+    """Show the space, if it asks for them, the first training examples, as many as a pass of a step has.
+
+    All ranks look at the same ones, and take what the main one has found: others may round otherwise.
+    """
+    if not setup.space.calibrates:
+        return
+    together = -(-setup.config.batch_size // setup.config.accumulate)
+    examples = setup.splits.train[:together]
+    encoded = [setup.encoder.encode(example, training=True) for example in examples]
+    setup.space.calibrate(setup.traversal, setup.encoder.collate(encoded))
+    ranks = setup.stepper.ranks
+    for value in setup.space.frozen.values() if ranks.count > 1 else ():
+        mine = value.cpu().double().numpy()
+        value.copy_(torch.from_numpy(ranks.sum(mine if ranks.is_main else np.zeros_like(mine))))
+
+
 def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
     """Whether a new run keeps those of its training examples."""
     drawn = config.steps * config.batch_size
@@ -128,7 +148,7 @@ def _label_tokens(config: TrainConfig, encoder: Encoder, splits: Splits) -> list
 
 def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
     """Tokens that have no rows of the head, though they would have been wanted."""
-    has_rows = config.head == "exact" and not SPACES.lines[config.space].in_weights
+    has_rows = config.head == "exact" and config.space in SPACES.having("rank")
     if has_rows and config.exact_blocks == 0 and len(labels) > config.rank:
         _log.warning(
             "--head: answers begin with %d tokens, an adapter of --rank %d has no rows for as many",

@@ -24,7 +24,10 @@ from tests.test_stream import StopAfter as StopAfter
 
 MIB = 1 << 20
 #: What is trained and where the blocks are, in runs that are compared with those of a CPU.
-RUNS = [("lora", "resident"), ("lora", "disk"), ("dense", "host"), ("dense", "disk"), ("scales", "host")]
+RUNS = [
+    *(("lora", "resident"), ("lora", "disk"), ("dense", "host"), ("dense", "disk"), ("scales", "host")),
+    ("sparse", "host"),
+]
 
 
 def packed(folder: Path) -> Path:

@@ -49,6 +49,7 @@ from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.export.tokenizer import write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
+from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import of_folder
 from hizoo_lite.train import saved
 from hizoo_lite.train.progress import Progress
@@ -106,6 +107,12 @@ def export_onnx(
         check_new(place, "a new or empty folder, or an export")
         source = read_source(run, base_bits, model)
         form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
+        changes = source.changes if form == "tuned" else None
+        if changes is not None and not SPACES.lines[changes.space].in_weights:
+            raise UserError(
+                f"--to: got onnx, but what --space {changes.space} trains lies beside the weights, "
+                "where a graph has no place for it; allowed: --merge"
+            )
         plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
     with workplace(place) as work:
         if plan is None or folder.is_export(place):  # another process may have made it just now

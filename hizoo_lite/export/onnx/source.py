@@ -24,6 +24,7 @@ from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import map_large
+from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import read_changes
 from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.tasks.tokens import pad_id
@@ -71,7 +72,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         saved.kind_of(run, checkpoint.folder),
         build.choose_bits(base_bits or tuned, checkpoint.quantized_bits),
         # as `Resolved.double_quant`: spaces that train weights need scales in float32
-        (config is None or config.double_quant) and changes is None,
+        (config is None or config.double_quant) and (changes is None or not _in_weights(changes)),
         labels or 2,
         0 if config is None else config.seed,
         changes,
@@ -137,8 +138,13 @@ def load_folder(source: Source, folder: Path, bits: Bits | None) -> Model:
     return model
 
 
+def _in_weights(changes: Changes) -> bool:
+    return SPACES.lines[changes.space].in_weights
+
+
 def _must_be_here(source: Source, folder: Path) -> bool:
     """Whether scales were tuned that are stored in 8 bits."""
-    if source.changes is None or source.changes.linears <= source.changes.residuals:
+    changes = source.changes
+    if changes is None or not _in_weights(changes) or changes.linears <= changes.residuals:
         return False
     return any(name.endswith(".nested_absmax") for name in Checkpoint.open(folder).names())
