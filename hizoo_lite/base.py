@@ -399,6 +399,8 @@ class Space(AttachedSpace, Protocol):
     needs_own_scales: bool = False
     #: Whether `calibrate` is to be called, once it is attached and nothing that was saved is loaded.
     calibrates: bool = False
+    #: If what `calibrate` finds is made of losses, what to set where it may not be.
+    without_losses: str = ""
     #: Full names of the linear layers that it is attached to.
     target_names: list[str]
 

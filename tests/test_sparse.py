@@ -496,3 +496,11 @@ def test_places_of_a_huge_matrix_are_wide(tmp_path: Path, monkeypatch: pytest.Mo
     assert {index.dtype for index in wide.values()} == {torch.int64}
     assert all(torch.equal(index.long(), wide[target]) for target, index in narrow.items())
     assert torch.equal(Traversal(model).losses(batch).per_example, losses)
+
+
+def test_places_by_gradients_are_not_for_private_examples(tmp_path: Path) -> None:
+    settings = {"space": "sparse", "estimator": "dp", "lr": 1e-3, "head": "none", "steps": 1}
+    with pytest.raises(UserError, match=r"gradients of the examples.*estimator dp: --sparse-by magnitude"):
+        fit(TrainConfig(**short_run(tmp_path / "gradients", **settings)))
+    run = fit(TrainConfig(**short_run(tmp_path / "magnitude", **settings, sparse_by="magnitude")))
+    assert run.summary["steps"] == 1

@@ -151,6 +151,7 @@ class Sparse(Space):
         if by not in ("gradients", "magnitude"):
             raise UserError(f"--sparse-by: got {by!r}, allowed: gradients, magnitude")
         self.share, self.by = share, by
+        self.without_losses = "--sparse-by magnitude" if by == "gradients" else ""
         self.targets, self.head = targets, check_mode(head)
         self.blocks: Blocks = "all" if blocks == "auto" else blocks
         self.parameters: dict[str, Tensor] = {}

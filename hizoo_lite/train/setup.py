@@ -117,8 +117,14 @@ def calibrate(setup: Setup) -> None:
 
     All ranks look at the same ones, and take what the main one has found: others may round otherwise.
     """
-    if not setup.space.calibrates:
+    space, estimator = setup.space, setup.stepper.estimator
+    if not space.calibrates:
         return
+    if space.without_losses and estimator.secret:
+        raise UserError(
+            f"--space: what {space.name} trains is chosen by gradients of the examples, which are no noisy "
+            f"sums; allowed with --estimator {estimator.name}: {space.without_losses}"
+        )
     together = -(-setup.config.batch_size // setup.config.accumulate)
     examples = setup.splits.train[:together]
     encoded = [setup.encoder.encode(example, training=True) for example in examples]
