@@ -72,7 +72,7 @@ class SparseDelta(LinearDelta):
         """A row's entries are summed one after the other, as bags of an embedding are: the same every time.
 
         On a core of a CPU that takes 4 % of the time of a dense float32 product of 4096 x 4096, at a share
-        of 0.001 and of 0.01; with inputs gathered and summed by segment it takes 10 % and more than all of it.
+        of 0.001 and of 0.01; with inputs gathered and summed by segment it takes 10 % and over 100 %.
         """
         assert y is not None
         values = state.once(self.name, lambda: branch_values(self.values, self.name, state))

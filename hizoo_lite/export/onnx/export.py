@@ -107,9 +107,10 @@ def export_onnx(
         check_new(place, "a new or empty folder, or an export")
         source = read_source(run, base_bits, model)
         form: Form = "merged" if merge else "base" if source.changes is None else "tuned"
-        if form == "tuned" and not SPACES.lines[source.changes.space].in_weights:
+        changes = source.changes if form == "tuned" else None
+        if changes is not None and not SPACES.lines[changes.space].in_weights:
             raise UserError(
-                f"--to: got onnx, but what --space {source.changes.space} trains lies beside the weights, "
+                f"--to: got onnx, but what --space {changes.space} trains lies beside the weights, "
                 "where a graph has no place for it; allowed: --merge"
             )
         plan = _Plan(run, name, source, form, format or "exact", dtype or "fp16")
