@@ -247,8 +247,8 @@ SPACES: Registry[Space] = Registry(
             "sparse_by": Setting(
                 Literal["gradients", "magnitude"],
                 "gradients",
-                "what they have the most of: squared gradients on the first examples, from a reverse pass in "
-                "about the memory of a forward; or size, for models that allow no reverse pass",
+                "what they have the most of: squared gradients on the first examples, from one reverse pass "
+                "before the first step, a block at a time; or size, for models that allow no reverse pass",
                 argument="by",
             ),
         },
