@@ -29,7 +29,7 @@ from hizoo_lite.plan import hardware, planner
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.train import components, planning, setup
+from hizoo_lite.train import components, loop, planning, setup
 from hizoo_lite.train.config_file import read, resolve
 from hizoo_lite.train.resolved import Resolved
 from tests.run_fixtures import flags, short_run
@@ -372,6 +372,17 @@ def test_of_many_examples_the_first_are_encoded_and_the_limit_counts(
     assert planning.workload(encoder, with_odd, config).training.rows == 5
     shorter = replace(splits, train=splits.train[:1], test=splits.test[:1])
     assert planning.workload(encoder, shorter, config).length != 64
+
+
+def test_what_an_evaluation_on_dev_leaves_in_the_heap_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    restart, evaluate = PeakMeter.restart, loop.evaluate
+    monkeypatch.setattr(PeakMeter, "restart", lambda self: (events.append("given back"), restart(self))[1])
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: (events.append("evaluated"), evaluate(*a, **k))[1])
+    fit(TrainConfig(**short_run(tmp_path, eval_every=3)))
+    assert events[-3:] == ["evaluated", "given back", "evaluated"]  # on dev, and after the run
 
 
 # --------------------------------------------------------------------------------- host memory of a GPU

@@ -169,6 +169,7 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
         data=str(data),
         bits="nf4",
         batch_size=cell.batch,
+        eval_batch_size=cell.batch,  # or what a larger one leaves in the heap would count in the steps' peak
         max_length=cell.max_length,
         train_examples=1000,
         dev_examples=100,

@@ -296,6 +296,7 @@ class Loop:
             self.callbacks.fail(UserError("should_evaluate: there are no dev examples to evaluate on"))
         elif wanted and not self._recorded("dev", step):
             self._evaluate("dev", self.setup.splits.dev)
+            self.meter.restart()  # what it had is of other sizes than a step's, and would stay beside
         is_best = wanted and config.keep == "best" and self.best_step() == step
         is_due = config.save_every and step % config.save_every == 0
         if is_best or is_due or self.callbacks.control.should_save:
