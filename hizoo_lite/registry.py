@@ -252,6 +252,9 @@ SPACES: Registry[Space] = Registry(
                 argument="by",
             ),
         },
+        source="arXiv 2406.02913",
+        holds="8 bytes a trained value, and the noise of a step and of the next",
+        pays="where all layers may change and nothing else; weights by themselves, in little room",
         takes=("targets", "blocks", "head"),
     ),
     scales=Line(

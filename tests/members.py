@@ -16,6 +16,7 @@ class Case(NamedTuple):
     settings: dict[str, Any]
     exports: tuple[str, ...] = ("peft", "merged")  # the other forms are refused
     writes: bool = False  # of a task whose answers are texts
+    grid: bool = False  # runs with `-m grid`: another case has nearly all of it
 
 
 _WEIGHTS = ("merged",)
@@ -28,7 +29,7 @@ MEMBERS: dict[str, Case] = {
     "dense, requantize": Case(
         {"space": "dense", "dense_update": "requantize", "bits": "int8", "lr": 1e-4}, _WEIGHTS
     ),
-    "lowrank": Case({"space": "lowrank", "noise_every": 3}, _WEIGHTS),
+    "lowrank": Case({"space": "lowrank", "noise_every": 3}, _WEIGHTS, grid=True),
     "lowrank, momentum": Case(
         {
             "space": "lowrank",
@@ -42,30 +43,34 @@ MEMBERS: dict[str, Case] = {
     ),
     "subspace": Case({"space": "subspace", "noise_rank": 4, "noise_every": 3}, _WEIGHTS),
     "subspace, requantize": Case(
-        {"space": "subspace", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize"}, _WEIGHTS
+        {"space": "subspace", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize"},
+        _WEIGHTS,
+        grid=True,
     ),
     "small": Case({"space": "small", "bits": "int8"}, _WEIGHTS),
     "small, requantize": Case(
         {"space": "small", "estimator": "mezo", "lr": 1e-4, "dense_update": "requantize", "small_share": 0.5},
         _WEIGHTS,
+        grid=True,
     ),
     "sparse": Case({"space": "sparse", "sparse_share": 0.01, "head": "none"}, _WEIGHTS),
     "sparse, magnitude": Case(
         {"space": "sparse", "sparse_by": "magnitude", "directions": 2, "weight_decay": 0.1, "bits": "int8"},
         _WEIGHTS,
+        grid=True,
     ),
     "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
     "gains": Case({"space": "gains", "lr": 1e-2}, ()),
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),
     "hizoo, losses": Case({"estimator": "hizoo", "curvature_from": "losses", "curvature_every": 2}),
     "mezo": Case({"estimator": "mezo", "lr": 1e-2, "weight_decay": 0.1}),
-    "mezo, directions": Case({"estimator": "mezo", "lr": 1e-2, "directions": 2}),
+    "mezo, directions": Case({"estimator": "mezo", "lr": 1e-2, "directions": 2}, grid=True),
     "kerzoo": Case({"estimator": "kerzoo", "lr": 1e-2, "directions": 2, "targets": "all-linear"}),
     "fzoo": Case({"estimator": "fzoo", "lr": 1e-4, "directions": 3, "weight_decay": 0.1}),
     "grzo": Case({"estimator": "grzo", "lr": 1e-3, "groups": 3, "targets": "all-linear"}),
     "dp": Case({"estimator": "dp", "directions": 3, "lr": 1e-2, "weight_decay": 0.1, "dp_noise": 0.5}),
     "dp, laplace": Case(
-        {"estimator": "dp", "dp_mechanism": "laplace", "space": "dense", "lr": 1e-4}, _WEIGHTS
+        {"estimator": "dp", "dp_mechanism": "laplace", "space": "dense", "lr": 1e-4}, _WEIGHTS, grid=True
     ),
     "loss": Case({"objective": "loss", "head": "none"}),
     "accuracy": Case({"objective": "accuracy", "targets": "all-linear", "directions": 2, "mu": 0.3}),

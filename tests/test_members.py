@@ -59,7 +59,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=MEMBERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.grid] * case.grid) for name, case in MEMBERS.items()],
+)
 def trained(
     request: pytest.FixtureRequest, stored: str, registered: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:

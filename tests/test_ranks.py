@@ -139,6 +139,7 @@ def test_a_killed_rank_ends_the_others_saved_and_another_number_of_ranks_goes_on
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 def test_ranks_of_a_secret_estimator_share_what_one_of_them_has_drawn(tmp_path: Path) -> None:
     options = settings(tmp_path / "two", estimator="dp", directions=2)
     finish(launch(2, options, state=tmp_path / "state"))
