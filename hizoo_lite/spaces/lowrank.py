@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.spaces.dense import Dense
-from hizoo_lite.spaces.heads import HeadMode
-from hizoo_lite.spaces.targets import Blocks
 from hizoo_lite.spaces.weights import Draw, Part, TileNoise
 
 
@@ -112,22 +110,15 @@ class LowRankNoise(TileNoise):
 class LowRank(Dense):
     """The dequantized weights, along directions of low rank.
 
-    update, targets, blocks, head: as for `Dense`. noise_rank: r. noise_every: nu. momentum: b, 0 for LOZO.
+    dense: what `Dense` takes. noise_rank: r. noise_every: nu. momentum: b, 0 for LOZO.
     """
 
     name = "lowrank"
 
     def __init__(
-        self,
-        targets: str | Sequence[str] = "all-linear",
-        update: Literal["requantize", "residual"] = "residual",
-        head: HeadMode = "estimated",
-        blocks: Blocks = "all",
-        noise_rank: int = 2,
-        noise_every: int = 50,
-        momentum: float = 0.0,
+        self, *, noise_rank: int = 2, noise_every: int = 50, momentum: float = 0.0, **dense: Any
     ) -> None:
-        super().__init__(targets, update, head, blocks)
+        super().__init__(**dense)
         check_noise(noise_rank, noise_every)
         if not 0.0 <= momentum < 1.0:
             raise UserError(f"--momentum: got {momentum!r}, allowed: a number of 0 or more, below 1")

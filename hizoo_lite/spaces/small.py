@@ -15,7 +15,7 @@ unpacks every tile once more for each draw; it holds one number a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.spaces.dense import Dense
-from hizoo_lite.spaces.heads import HeadMode
-from hizoo_lite.spaces.targets import Blocks
 from hizoo_lite.spaces.weights import Draw, Part, Tile, TileNoise
 
 #: Of the sizes of a layer's weights, from 0 to the largest.
@@ -86,20 +84,13 @@ class SmallNoise(TileNoise):
 class Small(Dense):
     """The dequantized weights that are small.
 
-    update, targets, blocks, head: as for `Dense`. share: of each layer's weights, above 0 and up to 1.
+    dense: what `Dense` takes. share: of each layer's weights, above 0 and up to 1.
     """
 
     name = "small"
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-linear",
-        update: Literal["requantize", "residual"] = "residual",
-        head: HeadMode = "estimated",
-        blocks: Blocks = "all",
-        share: float = 0.25,
-    ) -> None:
-        super().__init__(targets, update, head, blocks)
+    def __init__(self, *, share: float = 0.25, **dense: Any) -> None:
+        super().__init__(**dense)
         if not 0.0 < share <= 1.0:
             raise UserError(f"--small-share: got {share!r}, allowed: a number above 0 and up to 1")
         self.share = share

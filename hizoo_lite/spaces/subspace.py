@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ from torch import Tensor
 from hizoo_lite import noise
 from hizoo_lite.model.model import Model
 from hizoo_lite.spaces.dense import Dense
-from hizoo_lite.spaces.heads import HeadMode
 from hizoo_lite.spaces.lowrank import check_noise
-from hizoo_lite.spaces.targets import Blocks
 from hizoo_lite.spaces.weights import Draw, Part, TileNoise
 
 
@@ -84,21 +82,13 @@ def orthonormal(size: int, rank: int, seed: int, *words: int | str) -> np.ndarra
 class Subspace(Dense):
     """The dequantized weights, within a subspace of low rank.
 
-    update, targets, blocks, head: as for `Dense`. noise_rank: r. noise_every: nu.
+    dense: what `Dense` takes. noise_rank: r. noise_every: nu.
     """
 
     name = "subspace"
 
-    def __init__(
-        self,
-        targets: str | Sequence[str] = "all-linear",
-        update: Literal["requantize", "residual"] = "residual",
-        head: HeadMode = "estimated",
-        blocks: Blocks = "all",
-        noise_rank: int = 24,
-        noise_every: int = 1000,
-    ) -> None:
-        super().__init__(targets, update, head, blocks)
+    def __init__(self, *, noise_rank: int = 24, noise_every: int = 1000, **dense: Any) -> None:
+        super().__init__(**dense)
         check_noise(noise_rank, noise_every)
         self.noise_rank, self.noise_every = noise_rank, noise_every
 
