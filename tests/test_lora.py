@@ -129,6 +129,16 @@ def test_a_head_with_more_than_linear_layers_goes_to_peft_and_comes_from_it(tmp_
     assert torch.equal(model.module(ids).logits, untuned)
 
 
+def test_an_adapters_settings_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    space = LoRA(targets="all-linear", blocks="all")
+    space.attach(load(tmp_path / "model", device="cpu"), seed=0)
+    space.save(tmp_path / "adapter")
+    names = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 8  # a set of them, as PEFT has it, is hardly ever in this order
+    assert names == sorted(names)
+
+
 def test_saved_adapters_load_back_bit_equal(tmp_path: Path) -> None:
     save_tiny("bert", tmp_path / "base", kind="classifier")
     model = load(tmp_path / "base", kind="classifier", bits="none", compute_dtype="float32", device="cpu")

@@ -15,6 +15,7 @@ with exact gradients train both.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor
 from hizoo_lite.base import LinearDelta, Space
 from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.adapter import (
+    PEFT_FILE,
     PEFT_METADATA,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
@@ -256,10 +258,16 @@ class LoRA(Space):
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does."""
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does.
+
+        PEFT has a set of layers, whose order is another one in every process; ours is that of their names.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_config().save_pretrained(folder)
+        config = read_peft_config(folder)
+        config["target_modules"] = sorted(config["target_modules"])
+        (folder / PEFT_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         tensors = {PEFT_PREFIX + name: p for name, p in self._tensors().items()}
         save_tensors(tensors, folder / PEFT_WEIGHTS, PEFT_METADATA)
 
