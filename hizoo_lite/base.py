@@ -83,6 +83,7 @@ class Estimator(ABC):
 
     Attributes:
         measures_curvature: whether `estimate` gives curvatures, in some steps at least.
+        for_weights: whether it goes with weights inside the blocks: along one direction, with a pair.
         groups: into how many groups a batch's examples are divided, each of which is evaluated at `points`
             along directions of its own.
         law: what z is drawn from: "normal", or "signs", +-1 alike.
@@ -94,6 +95,7 @@ class Estimator(ABC):
     name: str
     groups: int = 1
     measures_curvature: ClassVar[bool] = False
+    for_weights: ClassVar[bool] = True
     law: ClassVar[NoiseLaw] = "normal"
     secret: ClassVar[bool] = False
 
@@ -229,6 +231,8 @@ class Curvature(ABC):
     """
 
     name: str
+    #: False if it makes nothing of z.
+    sees: ClassVar[bool] = True
     #: False if `see` must be given all rows at once, in a tensor that stays as it is until `observe`.
     sees_tiles: ClassVar[bool] = True
     #: True if the update divides by the H that this step's observation made (the published code).

@@ -475,11 +475,23 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
         found += _unreleased(values, where)
     own = ESTIMATORS.arguments(names["estimator"])
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
+    if space.in_weights and not estimator.for_weights:
+        allowed = ", ".join(name for name, member in ESTIMATORS.items() if member.for_weights)
+        found.append(
+            f"{where('estimator')}: got {names['estimator']!r}, but {where('space')} {names['space']} trains "
+            f"weights inside the blocks, along one direction with a pair of points; allowed: {allowed}"
+        )
+    groups, batch = values["groups"], values["batch_size"]
+    if names["estimator"] in ESTIMATORS.having("groups") and isinstance(groups, int) and groups > batch:
+        found.append(
+            f"{where('groups')}: got {groups}, but {where('batch_size')} is {batch}; allowed: up to that"
+        )
+    found += _unspent(values, names, where)
     if values["directions"] not in ("auto", 1):
         allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto with"
         alone = {"estimator": "directions" not in own.values(), "space": space.in_weights}
         found += [f"{allowed} {where(axis)} {names[axis]}" for axis, is_one in alone.items() if is_one]
-    if space.in_weights and not CURVATURES[names["curvature"]].sees_tiles:
+    if space.in_weights and not space.structured and not CURVATURES[names["curvature"]].sees_tiles:
         allowed = ", ".join(name for name, curvature in CURVATURES.items() if curvature.sees_tiles)
         found.append(
             f"{where('curvature')}: got {names['curvature']!r}, a value for every weight, with "
@@ -491,6 +503,24 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             "quantized weights; allowed: nf4, fp4, int8"
         )
     return found
+
+
+def _unspent(values: Mapping[str, Any], names: Mapping[str, str], where: Callable[[str], str]) -> list[str]:
+    """Settings of privacy that were given to an estimator without any."""
+    if ESTIMATORS[names["estimator"]].secret:
+        return []
+    private = {
+        field: (name, setting.default)
+        for name, line in ESTIMATORS.lines.items()
+        for field, setting in line.settings.items()
+        if ESTIMATORS[name].secret
+    }
+    return [
+        f"{where(field)}: got {values[field]!r}, but {where('estimator')} is {names['estimator']}; allowed "
+        f"with it: {default}, or {where('estimator')} {name}"
+        for field, (name, default) in private.items()
+        if values[field] != default
+    ]
 
 
 def _unreleased(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:

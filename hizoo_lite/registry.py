@@ -332,6 +332,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
                 4,
                 "into how many groups a batch is divided, which go through the blocks by turns",
                 minimum=2,
+                maximum=127,  # each a pair, see `journal.MOST_BRANCHES`
             )
         },
         source="arXiv 2606.02857",

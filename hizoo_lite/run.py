@@ -199,6 +199,11 @@ def fit(
             objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
             setup = build(resolved, **objects, objective=compare, data=records)
         setup.stepper.ranks = ranks
+        if ranks.count > 1 and setup.stepper.estimator.groups > 1:
+            raise UserError(
+                f"--estimator: {setup.stepper.estimator.name} divides a batch by itself; allowed in "
+                f"{ranks.count} processes: those that do not"
+            )
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
         calls = _callbacks(setup, folder, told if ranks.is_main else ())

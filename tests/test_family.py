@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.estimators import FZOO, GRZO, HiZOO, KerZOO, MeZO
 from hizoo_lite.estimators.kerzoo import kernel
 from hizoo_lite.registry import ESTIMATORS
+from hizoo_lite.run import fit
+from hizoo_lite.train import journal
 from tests import family
+from tests.run_fixtures import short_run
 
 #: Noise and the factor of an update are float32: 6e-8 of each move, a few moves.
 CLOSE = 1e-6
@@ -62,3 +68,38 @@ def test_fzoo_stands_still_where_all_losses_are_alike() -> None:
 def test_too_few_directions_are_an_error(member: Any, least: int) -> None:
     with pytest.raises(UserError, match=f"estimator {member.name}: directions must be .* >= {least}, got"):
         member(directions=least - 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"estimator": "mezo", "directions": 200}, "directions: got 200, each a pair; allowed: up to 127"),
+        ({"estimator": "kerzoo", "directions": 128}, "directions: got 128, each a pair; allowed: up to 127"),
+        ({"estimator": "grzo", "groups": 200}, "groups: got 200, allowed: a whole number of 2 or more and"),
+        ({"estimator": "grzo", "groups": 5, "batch_size": 4}, "groups: got 5, but batch_size is 4"),
+        ({"estimator": "fzoo", "space": "dense"}, "estimator: got 'fzoo', but space dense trains weights"),
+        ({"estimator": "grzo", "space": "small"}, "allowed: hizoo, mezo, kerzoo, dp"),
+        ({"estimator": "mezo", "dp_epsilon": 1.0}, "dp_epsilon: got 1.0, but estimator is mezo"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_anything_is_loaded(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        TrainConfig(model="m", task="sst2", **{"lr": 1e-3, **given})
+
+
+def test_settings_of_other_methods_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"estimator": "mezo", "lr": 1e-3, "groups": 3, "momentum": 0.5, "steps": 1}
+    fit(TrainConfig(**short_run(tmp_path, **settings)))
+    assert "settings of other methods, and not used: --groups, --momentum" in caplog.text
+
+
+def test_losses_of_groups_are_the_batchs(tmp_path: Path) -> None:
+    """At the same point, whatever the directions: to first order in mu."""
+    found = []
+    for estimator in ("grzo", "mezo"):
+        settings = {"estimator": estimator, "lr": 1e-3, "steps": 1, "batch_size": 6, "head": "none"}
+        groups = {"groups": 3} if estimator == "grzo" else {}
+        run = fit(TrainConfig(**short_run(tmp_path / estimator, **settings, **groups)))
+        [record] = journal.read(run.folder / "journal.bin")
+        found.append(np.mean(record.losses))
+    assert found[0] == pytest.approx(found[1], rel=1e-2)

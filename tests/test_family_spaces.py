@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from hizoo_lite.config import DEMO, TrainConfig
+from hizoo_lite.curvature import NoCurvature
+from hizoo_lite.engine.load import load
+from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.registry import SPACES
-from hizoo_lite.spaces.lowrank import LowRankNoise
+from hizoo_lite.run import fit
+from hizoo_lite.spaces.lowrank import LowRank, LowRankNoise
 from hizoo_lite.spaces.subspace import SubspaceNoise
 from hizoo_lite.spaces.weights import Draw
+from hizoo_lite.tensors import TorchArrays
+from hizoo_lite.train import checkpoint
+from hizoo_lite.train.replay import replay
 from tests import family
 from tests.family import COLUMNS, EVERY, PART, RANK, SEED, TILES
+from tests.run_fixtures import short_run
 
 #: Sums of a few float32 products.
 CLOSE = 1e-6
@@ -51,3 +64,51 @@ def test_a_move_that_fails_changes_no_momentum() -> None:
     assert not kept.any()
     again = made.move(draw, None, 1.0, 1e-2, torch.empty(16, COLUMNS))[0]
     assert torch.equal(first, again)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model in NF4 files."""
+    folder = tmp_path_factory.mktemp("stored") / "nf4"
+    Quantization(DEMO, folder, kind="causal", bits="nf4", double_quant=False).run()
+    return str(folder)
+
+
+def test_small_weights_on_a_disk_are_replayed_and_go_on(stored: str, tmp_path: Path) -> None:
+    """No block is present where a replay would show z to a curvature."""
+    settings = {"model": stored, "space": "small", "residency": "disk", "steps": 4, "save_every": 2}
+    config = TrainConfig(**short_run(tmp_path, test_examples=4, **settings))
+    run = fit(config)
+    assert replay(run.folder, 4, tmp_path / "replayed").differs == []
+    last = checkpoint.path_of(run.folder / "checkpoints", 4)
+    before = {path.name: path.read_bytes() for path in last.rglob("*.safetensors")}
+    shutil.rmtree(last)
+    fit(replace(config, resume=True))
+    assert {path.name: path.read_bytes() for path in last.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("residency", ["resident", "host", "disk"])
+def test_momentum_is_as_if_memory_had_never_been_refused(stored: str, residency: str) -> None:
+    found = []
+    for refused in (False, True):
+        model = load(stored, device="cpu", residency=residency)
+        space, curvature = LowRank(momentum=0.9), NoCurvature()
+        space.attach(model, 0)
+        weights = space.weights
+        curvature.start(weights.shapes, TorchArrays(model.device))
+        for step in range(3):
+            weights.begin(0, step, curvature, measured=False)
+            weights.update(1e-3, 0.0, 1.0)
+            part = weights.parts[len(weights.parts) // 2]
+            with pytest.MonkeyPatch.context() as patch:
+                if refused and step == 1:
+                    patch.setattr(part, "move", raising)
+                    with pytest.raises(MemoryError):
+                        weights.flush()
+            weights.flush()
+        found.append(weights.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def raising(*_: object) -> None:
+    raise MemoryError("refused")

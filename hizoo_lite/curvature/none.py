@@ -16,6 +16,7 @@ class NoCurvature(Curvature):
     """Sigma = I for good."""
 
     name = "none"
+    sees = False
 
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
         """Nothing to lay out; the names are kept to answer for them alone."""

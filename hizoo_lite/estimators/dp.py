@@ -58,10 +58,8 @@ from hizoo_lite.base import Estimate, Estimator
 from hizoo_lite.branches import Branches, Point
 from hizoo_lite.errors import UserError
 from hizoo_lite.estimators.accountant import Accountant, Mechanism
-from hizoo_lite.estimators.mezo import as_losses, central_difference
+from hizoo_lite.estimators.mezo import as_losses, central_difference, too_many_pairs
 
-#: Directions of which the journal holds the pairs.
-MOST_DIRECTIONS = 127
 #: Bits of the noise's scale that a released value keeps behind the point.
 KEPT_BITS = 24
 #: What is made of the examples themselves.
@@ -117,9 +115,7 @@ class DP(Estimator):
                 f"{where('directions')}: got {directions}, but {where('mechanism')} laplace bounds a single "
                 "number; allowed: 1, or gaussian"
             ]
-        if directions > MOST_DIRECTIONS:
-            return [f"{where('directions')}: got {directions}, each a pair; allowed: up to {MOST_DIRECTIONS}"]
-        return []
+        return too_many_pairs(directions, where)
 
     def begin(self, examples: int, batch_size: int, steps: int, evaluated: Sequence[str]) -> list[str]:
         """See `Estimator.begin`. `UserError` for a batch size above the examples, and too small a budget."""

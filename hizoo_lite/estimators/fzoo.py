@@ -29,6 +29,7 @@ class FZOO(Estimator):
 
     name = "fzoo"
     law: ClassVar[NoiseLaw] = "signs"
+    for_weights = False
 
     def __init__(self, directions: int = 8) -> None:
         """directions: n. UserError unless it is a whole number of 2 or more, for a deviation."""

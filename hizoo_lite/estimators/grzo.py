@@ -31,6 +31,7 @@ class GRZO(Estimator):
     """Normalized differences from a pair for each group of examples."""
 
     name = "grzo"
+    for_weights = False
 
     def __init__(self, groups: int = 4) -> None:
         """groups: G. UserError unless it is a whole number of 2 or more, for a deviation."""
@@ -41,6 +42,10 @@ class GRZO(Estimator):
     def points(self, step: int) -> tuple[Point, ...]:
         """The pair that the examples of a group are evaluated at."""
         return Branches.of(base=False, pairs=1).points
+
+    def release(self, step: int, sums: np.ndarray, examples: int) -> np.ndarray:
+        """The means of each group, whose sizes are the same up to one."""
+        return sums * self.groups / examples
 
     def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
         """See `Estimator.estimate`; losses are l+, l- of each group. What is not finite passes through."""

@@ -10,11 +10,17 @@ As published (n-SPSA; n = 1 is its algorithm 1), except that the differences are
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 
 from hizoo_lite.base import Estimate, Estimator
 from hizoo_lite.branches import Branches, Point
 from hizoo_lite.errors import UserError
+
+#: That the journal holds of a step.
+MOST_PAIRS = 127
 
 
 class MeZO(Estimator):
@@ -25,6 +31,11 @@ class MeZO(Estimator):
     def __init__(self, directions: int = 1) -> None:
         """directions: n. UserError unless it is a whole number of 1 or more."""
         self.directions = check_directions(self.name, directions, 1)
+
+    @staticmethod
+    def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+        """Of the directions with a record of the journal."""
+        return too_many_pairs(options["directions"], where)
 
     def points(self, step: int) -> tuple[Point, ...]:
         """A pair along each direction, at every step."""
@@ -42,6 +53,13 @@ def check_directions(name: str, directions: int, least: int) -> int:
     if not isinstance(directions, int) or isinstance(directions, bool) or directions < least:
         raise UserError(f"estimator {name}: directions must be a whole number >= {least}, got {directions!r}")
     return directions
+
+
+def too_many_pairs(directions: Any, where: Callable[[str], str]) -> list[str]:
+    """What is wrong with so many directions, each with a pair of points."""
+    if not isinstance(directions, int) or directions <= MOST_PAIRS:
+        return []
+    return [f"{where('directions')}: got {directions}, each a pair; allowed: up to {MOST_PAIRS}"]
 
 
 def as_losses(losses: np.ndarray, counts: tuple[int, ...], name: str) -> list[float]:

@@ -41,6 +41,7 @@ class LowRankNoise(TileNoise):
         self._drawn: tuple[tuple[str, int, int], Tensor] | None = None  # V' / sqrt(r) of the last part
         self._kept: dict[str, Tensor] = {}  # N by part, (rows, r) float32, zero at first
         self._next: Tensor | None = None  # N of a tile that moves
+        self._undo: list[tuple[Tensor, Tensor]] = []  # N of tiles that have moved, and what it was
 
     def start(self, parts: Sequence[Part]) -> list[Tensor]:
         """N of every part, with momentum."""
@@ -70,8 +71,20 @@ class LowRankNoise(TileNoise):
     def moved(self, draw: Draw) -> None:
         """N of the tile is what it has moved by."""
         if self._next is not None:
-            self._tile(draw).copy_(self._next)
+            kept = self._tile(draw)
+            self._undo.append((kept, kept.clone()))
+            kept.copy_(self._next)
             self._next = None
+
+    def keep(self) -> None:
+        """See `TileNoise.keep`."""
+        self._undo.clear()
+
+    def discard(self) -> None:
+        """See `TileNoise.discard`."""
+        for kept, before in self._undo:
+            kept.copy_(before)
+        self._undo.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """N of every part."""

@@ -146,6 +146,12 @@ class TileNoise:
     def moved(self, draw: Draw) -> None:
         """Called when the tile has moved."""
 
+    def keep(self) -> None:
+        """Called when what was moved is to last."""
+
+    def discard(self) -> None:
+        """Called when what was moved since the last `keep` is as it was before."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """What moves depend on, on the host."""
         return {}
@@ -202,7 +208,7 @@ class Weights:
         """See `TrainedWeights.begin`."""
         self._now = _Step(seed, step, self._factors(curvature))
         self._curvature = curvature
-        self._unseen = {part.name for part in self.parts} if measured else set()
+        self._unseen = {part.name for part in self.parts} if measured and curvature.sees else set()
 
     def update(self, lr: float, decay: float, coefficient: float = 1.0) -> None:
         """See `TrainedWeights.update`."""
@@ -233,7 +239,11 @@ class Weights:
         except BaseException:  # the pass may be repeated: no tile may be moved twice
             if self.model.residency.discard(block):
                 del self._moved[block]
+                self.noise.discard()
+            else:
+                self.noise.keep()
             raise
+        self.noise.keep()
         self._waiting.remove(block)
         return True
 

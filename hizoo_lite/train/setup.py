@@ -17,7 +17,7 @@ import torch
 from hizoo_lite import objectives
 from hizoo_lite.base import Curvature, Estimator, Objective, Space
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.config import TrainConfig, by_members, default
+from hizoo_lite.config import AXES, TrainConfig, by_members, default
 from hizoo_lite.device import is_gpu
 from hizoo_lite.engine.hidden import first_trained, worth_keeping
 from hizoo_lite.engine.residency import Streamed
@@ -163,8 +163,18 @@ def _say_if_too_many(config: TrainConfig, labels: Sequence[int]) -> None:
 
 
 def _say_what_is_unused(config: TrainConfig) -> None:
-    """Settings of estimated gradients that were given, of a run that estimates none."""
+    """Settings that were given and that nothing reads: of members that are not there, or of estimates."""
     if config.estimates:
+        unread = {
+            field
+            for axis in AXES
+            for field, setting in axis.settings.items()
+            if getattr(config, field) != setting.default
+            and getattr(config, axis.axis) not in axis.having(field)
+        }
+        if unread:
+            named = ", ".join("--" + name.replace("_", "-") for name in sorted(unread))
+            _log.warning("these are settings of other methods, and not used: %s", named)
         return
     left = by_members(config)
     given = [name for name in _OF_ESTIMATES if getattr(config, name) != left.get(name, default(name))]
