@@ -481,8 +481,9 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
             f"{where('estimator')}: got {names['estimator']!r}, but {where('space')} {names['space']} trains "
             f"weights inside the blocks, along one direction with a pair of points; allowed: {allowed}"
         )
+    divides = names["estimator"] in ESTIMATORS.having("groups")
     groups, batch = values["groups"], values["batch_size"]
-    if names["estimator"] in ESTIMATORS.having("groups") and isinstance(groups, int) and groups > batch:
+    if divides and all(_fits(name, values[name]) for name in ("groups", "batch_size")) and groups > batch:
         found.append(
             f"{where('groups')}: got {groups}, but {where('batch_size')} is {batch}; allowed: up to that"
         )

@@ -77,6 +77,7 @@ def test_too_few_directions_are_an_error(member: Any, least: int) -> None:
         ({"estimator": "kerzoo", "directions": 128}, "directions: got 128, each a pair; allowed: up to 127"),
         ({"estimator": "grzo", "groups": 200}, "groups: got 200, allowed: a whole number of 2 or more and"),
         ({"estimator": "grzo", "groups": 5, "batch_size": 4}, "groups: got 5, but batch_size is 4"),
+        ({"estimator": "grzo", "batch_size": "many"}, "batch_size: got 'many', allowed: a whole number"),
         ({"estimator": "fzoo", "space": "dense"}, "estimator: got 'fzoo', but space dense trains weights"),
         ({"estimator": "grzo", "space": "small"}, "allowed: hizoo, mezo, kerzoo, dp"),
         ({"estimator": "mezo", "dp_epsilon": 1.0}, "dp_epsilon: got 1.0, but estimator is mezo"),
