@@ -364,6 +364,8 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_nothing_waiting(
 class Recorder(NoCurvature):
     """Notes what it is shown."""
 
+    sees = True
+
     def start(self, shapes, arrays=None) -> None:
         super().start(shapes, arrays)
         self.seen: dict[str, list[tuple[int, Tensor]]] = {}
