@@ -87,6 +87,19 @@ def test_small_weights_on_a_disk_are_replayed_and_go_on(stored: str, tmp_path: P
     assert {path.name: path.read_bytes() for path in last.rglob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize("space", ["lowrank", "subspace", "small", "sparse"])
+def test_streamed_equals_resident_to_the_bit(space: str, stored: str, tmp_path: Path) -> None:
+    found = []
+    own = {"momentum": 0.9, "noise_every": 2} if space == "lowrank" else {}
+    for residency in ("resident", "disk"):
+        settings = {"model": stored, "space": space, "residency": residency, "steps": 3, **own}
+        run = fit(TrainConfig(**short_run(tmp_path / residency, test_examples=4, **settings)))
+        files = {path.name: path.read_bytes() for path in (run.folder / "adapter").rglob("*.safetensors")}
+        found.append((files, (run.folder / "journal.bin").read_bytes()))
+    assert found[0][0]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("residency", ["resident", "host", "disk"])
 def test_momentum_is_as_if_memory_had_never_been_refused(stored: str, residency: str) -> None:
     found = []

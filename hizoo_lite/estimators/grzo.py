@@ -5,8 +5,8 @@ differences l(theta + mu z_g) - l(theta - mu z_g), s the deviation of delta_1 ..
 
     a_g = delta_g / s,        g = 1/G sum_g a_g z_g
 
-Examples that share a direction share its noise; with a direction each their noise averages out, as far as the
-noise of a direction is larger than that of an example, which on language models it is not (tools/LOG.md).
+Examples that share a direction share its noise; with a direction each it averages out. What examples differ
+by does not, and gains nothing where it is the larger of the two.
 
 Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups
 are single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after

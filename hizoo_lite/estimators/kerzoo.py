@@ -15,30 +15,18 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import numpy as np
 
-from hizoo_lite.base import Estimate, Estimator
+from hizoo_lite.base import Estimate
 from hizoo_lite.branches import Point
-from hizoo_lite.estimators.mezo import as_losses, central_difference, check_directions, too_many_pairs
+from hizoo_lite.estimators.mezo import MeZO, as_losses, central_difference
 from hizoo_lite.noise import generator
 
 
-class KerZOO(Estimator):
-    """Projected gradients from one pair a direction, at radii of their own."""
+class KerZOO(MeZO):
+    """MeZO's pairs, at radii of their own."""
 
     name = "kerzoo"
-
-    def __init__(self, directions: int = 1) -> None:
-        """directions: n. UserError unless it is a whole number of 1 or more."""
-        self.directions = check_directions(self.name, directions, 1)
-
-    @staticmethod
-    def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
-        """Of the directions with a record of the journal."""
-        return too_many_pairs(options["directions"], where)
 
     def radii(self, step: int) -> tuple[float, ...]:
         """r of each direction, in [-1, 1]."""

@@ -139,11 +139,6 @@ class Stepper:
                 f"with --space {space.name}; allowed: {_which(OPTIMIZERS, 'streams')}"
             )
         branches, directions = Branches(estimator.points(0)), estimator.directions_of_step
-        if space.weights is not None and estimator.groups > 1:
-            raise UserError(
-                f"--estimator: {estimator.name} gives groups of examples their own directions, but --space "
-                f"{space.name} trains weights inside the blocks, along one direction"
-            )
         if space.weights is not None and directions > 1:
             raise UserError(
                 f"--directions: got {directions}, but --space {space.name} trains weights inside the blocks, "
