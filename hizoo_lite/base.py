@@ -422,6 +422,9 @@ class Space(AttachedSpace, Protocol):
         Must not depend on the memory that there is: blocks that are streamed give the same bits.
         """
 
+    def begin_from(self, folder: Any) -> None:
+        """Take over the values of a saved adapter, before the first step; of spaces with adapters."""
+
 
 def trained_count(space: AttachedSpace) -> int:
     """How many values an attached space trains, those of a head with exact gradients too."""

@@ -130,6 +130,13 @@ class TrainConfig:
         group="Space",
     )
 
+    init_adapter: str | None = _setting(
+        None,
+        "begin with the values of this adapter, a run folder or one of PEFT's, and with its layers, rank and "
+        "alpha",
+        group="Space",
+    )
+
     estimator: str = _axis(ESTIMATORS, group="Method")
     objective: str = _axis(
         OBJECTIVES,
@@ -456,6 +463,11 @@ def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) ->
         found.append(
             f"{where('exact_blocks')}: got {values['exact_blocks']!r}, allowed with {where('space')} "
             f"{names['space']}: 0"
+        )
+    if values["init_adapter"] is not None and names["space"] not in SPACES.having("rank"):
+        allowed = ", ".join(SPACES.having("rank"))
+        found.append(
+            f"{where('init_adapter')}: got {values['init_adapter']!r}, allowed with --space {allowed}"
         )
     if values["lr"] == "auto" and estimates and not estimator.measures_curvature:
         found.append(

@@ -95,6 +95,24 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
 
 
+def parse_yaml(text: str) -> dict[str, Any]:
+    """`yaml.safe_load` of what others may have written: ValueError for what is no mapping of names.
+
+    Numbers such as 1e-3 are texts to it, and `off` is false (YAML 1.1).
+    """
+    import yaml  # on its own it is a tenth of a second, and few have YAML
+
+    try:
+        found = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"got {found!r:.80}, wanted are lines such as `steps: 500`")
+    return found
+
+
 def is_unicode(text: str) -> bool:
     """Whether no character is half of a surrogate pair.
 

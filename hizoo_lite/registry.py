@@ -125,6 +125,14 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         said = {field: getattr(part, argument) for argument, field in fields.items()}
         return {self.axis: name} | {field: value for field, value in said.items() if value is not None}
 
+    def complete(self, part: Member, config: Any) -> Member:
+        """The same object; what it leaves open (None) is now as the configuration says."""
+        name: str = part.name  # type: ignore[attr-defined]
+        for argument, setting in self.arguments(name).items() if name in self else ():
+            if getattr(part, argument) is None:
+                setattr(part, argument, getattr(config, setting))
+        return part
+
     def having(self, field: str) -> list[str]:
         """The members that a setting is of."""
         return [name for name, line in self.lines.items() if field in (*line.settings, *line.takes)]

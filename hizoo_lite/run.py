@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, trained_count
+from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
@@ -38,7 +38,17 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Records, TaskLike
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tensors import threads
-from hizoo_lite.train import checkpoint, components, config_file, distributed, identity, resume, saved
+from hizoo_lite.train import (
+    checkpoint,
+    components,
+    config_file,
+    distributed,
+    identity,
+    preflight,
+    provenance,
+    resume,
+    saved,
+)
 from hizoo_lite.train import evaluate as evaluation
 from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
@@ -176,6 +186,7 @@ def fit(
     curvature = object_of("curvature", curvature)
     found, records = in_memory(task, data, options)
     config, loaded = configured(model, space, estimator, curvature, options)
+    config = config if space is not None else provenance.begun_from(config)
     wanted = config.device if loaded is None else loaded.device.type
     ranks = distributed.join(choose_type(wanted)[0])
     if loaded is not None:
@@ -251,11 +262,11 @@ def evaluate(
     elif isinstance(of, Model):
         config, model = configured(of, None, None, None, options)
     else:
-        adapter = str(of) if saved.is_tuned(of) else None
+        adapter = str(of) if provenance.is_tuned(of) else None
         if adapter is None and task is None and "task" not in options:
             raise UserError(f"task: missing, and {of} is no run or adapter, which would name one")
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
-        config = saved.eval_config(adapter, options)
+        config = provenance.eval_config(adapter, options)
     found = components.find_task(config.task) if given is None else given
     if records is None:
         part = components.split_part(config, found, split, examples)
@@ -272,8 +283,7 @@ def _checked_split(split: str) -> str:
 
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Refuse an impossible folder, tracker or launch; a resumed run keeps what it left open (kind, bits)."""
-    if config.tracker != "none" and config.tracker not in [str(t) for t in get_available_trackers()]:
-        raise UserError(f"--tracker: {config.tracker} is not installed here; install it, or use none")
+    preflight.check_tracker(config.tracker)
     if not config.resume:
         folder.check_new()
         return config
@@ -469,6 +479,8 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
             tell(f"{words}: steps from here on may round otherwise than the ones before")
     if checkpoint.newest(folder.checkpoints) is None:
         calibrate(setup)
+        if setup.config.init_adapter is not None:
+            setup.space.begin_from(find_adapter(setup.config.init_adapter))
     if setup.config.resume:
         start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
         setup.model.chunk_halvings = max(setup.model.chunk_halvings, start.chunk_halvings)

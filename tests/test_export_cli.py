@@ -21,7 +21,7 @@ from hizoo_lite.export import merged
 from hizoo_lite.export.onnx.compare import LIMIT
 from hizoo_lite.model.kinds import model_path
 from hizoo_lite.run import Run, fit
-from hizoo_lite.train import saved
+from hizoo_lite.train import provenance, saved
 from tests.run_fixtures import short_run
 from tests.test_cli import call
 from tests.test_export_merged import FLOAT32, logits, theirs
@@ -61,7 +61,7 @@ def test_the_help_has_an_example_of_every_target() -> None:
 def test_a_run_becomes_an_adapter_for_peft(run: Run, tmp_path: Path) -> None:
     figures = export(run, "peft", tmp_path / "out")
     assert figures["rank"] == 2
-    assert figures["model"] == saved.base_model(tmp_path / "out")
+    assert figures["model"] == provenance.base_model(tmp_path / "out")
     assert figures["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(figures["model"]), tmp_path / "out")
     done = call("export", str(run.folder), "--to", "peft", "--out", str(tmp_path / "again"))

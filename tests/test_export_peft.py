@@ -19,7 +19,7 @@ from hizoo_lite.export.merged import prepare
 from hizoo_lite.export.peft import export
 from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.train import saved
+from hizoo_lite.train import provenance, saved
 from hizoo_lite.train.folder import RunFolder
 from tests.architectures import save_tiny
 from tests.run_fixtures import short_run
@@ -73,7 +73,7 @@ def test_the_code_of_the_card_gives_our_logits(run, tmp_path):
     made = {"ADAPTER": str(out)}
     exec(code[1], made)
     theirs, text = made["model"].float().eval(), "The soup was"
-    model = load(saved.base_model(out), bits="nf4", compute_dtype="float32", device="cpu")
+    model = load(provenance.base_model(out), bits="nf4", compute_dtype="float32", device="cpu")
     untuned = logits(model.module)
     saved.attach_adapter(model, run)
     assert made["tokenizer"](text)["input_ids"] == model.tokenizer(text)["input_ids"]
@@ -147,9 +147,9 @@ def test_tokenizer_and_adapter_go_along_and_the_models_config_does_not(run, tmp_
 
 def test_an_export_can_be_exported_and_a_base_named_anew(run, tmp_path):
     first = export(run, tmp_path / "first")
-    base = Path(shutil.copytree(saved.base_model(first), tmp_path / "base"))
+    base = Path(shutil.copytree(provenance.base_model(first), tmp_path / "base"))
     second = export(first, tmp_path / "second", model=str(base))
-    assert saved.base_model(second) == str(base)
+    assert provenance.base_model(second) == str(base)
     assert "quantization_config" not in (second / "README.md").read_text()  # a bare adapter does not know
 
 
@@ -161,7 +161,7 @@ def test_an_adapter_without_a_task_type_is_one_of_its_bases_kind(name, kind, tmp
     target = "q_proj" if name == "llama" else "query"
     settings = peft.LoraConfig(r=2, target_modules=[target])  # PEFT's default: no task type
     peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
-    assert saved.saved_kind(tmp_path / "adapter") is None
+    assert provenance.saved_kind(tmp_path / "adapter") is None
     export(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
     assert f"{AUTO[kind].__name__}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 

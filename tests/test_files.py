@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hizoo_lite.checkpoints import writer
-from hizoo_lite.files import write_text
+from hizoo_lite.files import parse_yaml, write_text
 from hizoo_lite.train.folder import RunFolder
 
 
@@ -49,3 +49,12 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_beside_it(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n- b", "3", "", "a: [", "1: 2", "a: !!python/object/apply:os.system ['true']", "[" * 100_000],
+)
+def test_yaml_that_is_no_mapping_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"wanted are lines|nested too deeply|tag|expected|parsing"):
+        parse_yaml(text)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import hizoo_lite as hz
 from hizoo_lite import process
+from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
@@ -26,7 +27,7 @@ from hizoo_lite.train import checkpoint
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.progress import Progress
-from hizoo_lite.train.saved import attach_adapter, find_adapter
+from hizoo_lite.train.saved import attach_adapter
 from hizoo_lite.train.step import Stepper, StepRecord
 from tests.run_fixtures import nan_head, short_run, stories, write_task
 

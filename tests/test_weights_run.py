@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
+from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.traversal import Traversal
@@ -24,8 +25,9 @@ from hizoo_lite.spaces.dense import DensePart
 from hizoo_lite.spaces.scales import ScalesPart
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.provenance import base_model
 from hizoo_lite.train.replay import replay
-from hizoo_lite.train.saved import attach_adapter, base_model, find_adapter
+from hizoo_lite.train.saved import attach_adapter
 from tests.batches import tiny_task_batch
 from tests.run_fixtures import short_run
 from tests.weights_reference import same, state

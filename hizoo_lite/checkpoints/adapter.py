@@ -80,11 +80,18 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     names = targets if isinstance(targets, list) else [targets]
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: target_modules: got {targets!r:.80}, allowed: a text, or a list of texts")
+    check_supported(str(path), config)
+    return config
+
+
+def check_supported(where: str, config: Mapping[str, Any]) -> None:
+    """UserError, naming the field, for settings of a LoRA adapter that ours do not reproduce."""
     for key, values in _SUPPORTED.items():
         if key in config and config[key] not in values:
             shown = ", ".join(map(repr, values))
-            raise UserError(f"{path}: {key}: got {config[key]!r}, supported: {shown}{_REMEDIES.get(key, '')}")
-    return config
+            raise UserError(
+                f"{where}: {key}: got {config[key]!r}, supported: {shown}{_REMEDIES.get(key, '')}"
+            )
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -36,14 +36,20 @@ def resolve(source: str | Path, revision: str | None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise UserError(f"model: {source} is a file; the folder with config.json is wanted")
-    text = str(source)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise UserError(f"model: the folder {source} does not exist")
+    text = check_source(source)
     small = _download(text, revision, SMALL_FILES)
     weights = "*.safetensors" if (small / INDEX_FILE).exists() else SINGLE_FILE
     return _download(text, revision, [*SMALL_FILES, weights])
+
+
+def check_source(source: str | Path) -> str:
+    """The source, which is no folder, as a Hub id. Raises `UserError` if it can only be meant as a folder."""
+    text = str(source)
+    if Path(source).expanduser().exists():
+        raise UserError(f"model: {source} is a file; the folder with config.json is wanted")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise UserError(f"model: the folder {source} does not exist")
+    return text
 
 
 def resolve_small(source: str | Path, revision: str | None) -> Path:

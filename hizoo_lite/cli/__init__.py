@@ -8,7 +8,7 @@ before a command needs it.
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +23,7 @@ from hizoo_lite.cli import (
     plan,
     profiles,
     quantize,
+    recipes,
     replay,
     report,
     train,
@@ -59,21 +60,52 @@ class _Group(TyperGroup):
             where = f"{error.filename}: " if error.filename else ""
             typer.echo(f"error: {where}{error.strerror}; make room there or choose another place", err=True)
             raise typer.Exit(FAILED) from error
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # click's NoSuchOption, of which typer may have its own copy
+                _suggest(error)
+            raise
+
+
+def _suggest(error: Any) -> None:
+    """Have the message about an unknown flag name ours where it is what other tools call it."""
+    from hizoo_lite import synonyms
+
+    known = [flag for option in error.ctx.command.params for flag in option.opts]
+    meant = synonyms.meant(error.option_name, known)
+    error.possibilities = None if meant is None else [meant]
 
 
 app = typer.Typer(
     name="hizoo-lite",
     cls=_Group,
-    help="Tune quantized language models with forward passes only (HiZOO).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hizoo-lite {version('hizoo-lite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune quantized language models with forward passes only (HiZOO)."""
+
+
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("plan")(plan.command)
 app.command("profiles")(profiles.command)
+app.command("recipes")(recipes.command)
 app.command("methods")(methods.command)
 app.command("quantize")(quantize.command)
 app.command("train")(train.command)

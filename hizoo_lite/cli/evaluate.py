@@ -77,9 +77,13 @@ def command(
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
         result = evaluate_export(folder, adapter, config, split, examples, progress.display(quiet))
     else:
+        from hizoo_lite.train import preflight, provenance
+
+        config = provenance.eval_config(adapter, of_profile(profile, given) | given)
+        preflight.check_adapter(adapter)
+        preflight.check_inputs(config)
         from hizoo_lite.train import saved
 
-        config = saved.eval_config(adapter, of_profile(profile, given) | given)
         result = saved.evaluated(config, adapter, split, examples, progress.display(quiet))
     if json:
         output.print_json(result)

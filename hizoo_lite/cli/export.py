@@ -243,6 +243,10 @@ def command(
     }
     given = {option: value for option, value in options.items() if value is not None}
     _check(to, given)
+    from hizoo_lite.train import preflight
+
+    preflight.check_adapter(run)
+    preflight.check_model(model)
     exported = TARGETS[to](run, out, quiet, **given)
     if json:
         output.print_json({"out": out, "to": to, **exported.figures})

@@ -56,6 +56,10 @@ def command(
         source = onnx
         text = answer.continue_text(OnnxModel(Path(onnx), adapter), prompt, max_new_tokens, **sampling)
     else:
+        from hizoo_lite.train import preflight
+
+        preflight.check_adapter(adapter)
+        preflight.check_model(model)
         from hizoo_lite.engine.generate import generate
         from hizoo_lite.train.saved import load_to_write
 

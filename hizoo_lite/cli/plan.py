@@ -60,6 +60,7 @@ def plan(
     hizoo-lite plan --model models/opt-1.3b --space dense --bits nf4 --profile laptop-16gb-cpu --json
     """
     from hizoo_lite.errors import BudgetError, UserError
+    from hizoo_lite.train import preflight
     from hizoo_lite.train.config_file import resolve
 
     profile = settings.pop("profile", None)
@@ -70,6 +71,7 @@ def plan(
         if "exact_blocks" not in settings:
             raise
         config = resolve(None, {**given, "lr": "auto"})  # exact gradients have no other; it does not matter
+    preflight.check_model(config.model, config.revision)
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
     from hizoo_lite.plan import planner

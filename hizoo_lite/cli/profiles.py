@@ -1,4 +1,4 @@
-"""`hizoo-lite profiles`: the machines that a run can be planned for."""
+"""`hizoo-lite profiles`: the machines that a run can be planned for and held to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import typer
 
 
 def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False) -> None:
-    """List the hardware profiles that `hizoo-lite plan --profile` takes.
+    """List the machines that --profile of `plan`, `train`, `eval` and `generate` takes.
+
+    Settings for a purpose are in `hizoo-lite recipes`.
 
     Examples:
 
@@ -35,4 +37,4 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
         ]
         for name, machine in found.items()
     ]
-    output.print_table("hardware profiles", ["name", "device", "usable", "host", "Tflop/s"], rows)
+    output.print_table("machines", ["name", "device", "usable", "host", "Tflop/s"], rows)

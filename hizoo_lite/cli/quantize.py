@@ -30,6 +30,9 @@ def command(
 
     hizoo-lite quantize --model models/opt-13b --bits int8 --out models/opt-13b-int8
     """
+    from hizoo_lite.train import preflight
+
+    preflight.check_model(model, revision)
     from hizoo_lite.cli import output, progress
     from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.model import kinds

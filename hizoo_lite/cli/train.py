@@ -14,14 +14,15 @@ INTERRUPTED = 130
 def train(
     settings: dict[str, str | bool],
     config: Annotated[
-        str | None, typer.Option(metavar="FILE|PROFILE", help="TOML file, or the name of a shipped profile")
+        str | None,
+        typer.Option(metavar="FILE|RECIPE", help="TOML or YAML file, or one of `hizoo-lite recipes`"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the summary as JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
 ) -> None:
     """Tune a model and write a run folder.
 
-    Flags override the TOML file, both override a machine's --profile. Ctrl-C ends the run after the step in
+    Flags override the file, both override a machine's --profile. Ctrl-C ends the run after the step in
     progress, with everything saved.
 
     Examples:
@@ -38,9 +39,11 @@ def train(
 
     torchrun --nproc-per-node 4 -m hizoo_lite.cli train --config sst2-lora --model models/opt-125m
     """
+    from hizoo_lite.train import preflight
     from hizoo_lite.train.config_file import resolve
 
     resolved = resolve(config, settings)
+    preflight.check(resolved)
     from hizoo_lite.cli import output, progress
     from hizoo_lite.run import fit
 

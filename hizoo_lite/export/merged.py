@@ -38,7 +38,7 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import read_changes
 from hizoo_lite.spaces.changes import Changes, check_head
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import saved
+from hizoo_lite.train import provenance, saved
 
 Dtype = Literal["bf16", "fp16", "float32"]
 
@@ -69,8 +69,8 @@ def prepare(
     if dtype not in _DTYPES:
         raise UserError(f"--dtype: got {dtype!r}, allowed: {', '.join(_DTYPES)}")
     map_large()  # 100 MiB instead of 137 for a GPT-2 of 2048: matrices come and go
-    folder, settings = find_adapter(run), saved.saved_config(run)
-    source = model or (settings.model if settings else saved.base_model(run))
+    folder, settings = find_adapter(run), provenance.saved_config(run)
+    source = model or (settings.model if settings else provenance.base_model(run))
     if not source:
         raise UserError(f"--model: missing; {folder} does not say which model it was made for")
     path = kinds.model_path(source)

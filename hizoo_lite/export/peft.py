@@ -26,7 +26,7 @@ from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files
 from hizoo_lite.model import build, kinds
 from hizoo_lite.spaces.changes import LoRAChanges
-from hizoo_lite.train import saved
+from hizoo_lite.train import provenance, saved
 from hizoo_lite.train.folder import RunFolder
 
 _CLASSES: dict[ModelKind, str] = {
@@ -73,7 +73,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
         )
     config = read_peft_config(folder)
     changes = LoRAChanges(folder)  # where a tensor is missing, it says so
-    settings = saved.saved_config(run)
+    settings = provenance.saved_config(run)
     source = model or (settings.model if settings else str(config.get("base_model_name_or_path") or ""))
     if not source:
         raise UserError(f"--model: missing; {folder / PEFT_FILE} does not name the base")

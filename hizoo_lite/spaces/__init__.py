@@ -31,12 +31,18 @@ __all__ = [
     "Subspace",
     "get",
     "of_folder",
+    "of_peft",
     "read_changes",
     "saved_in",
 ]
 
 #: See `Registry.make`.
 get = SPACES.make
+
+
+def of_peft(config: Any) -> LoRA:
+    """The space of a `peft.LoraConfig`. UserError for settings that ours has not."""
+    return LoRA.of_config(config)
 
 
 def of_folder(folder: Path) -> type[Space]:

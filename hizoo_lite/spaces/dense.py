@@ -98,7 +98,7 @@ class Dense(InPlaceSpace):
         self,
         targets: str | Sequence[str] = "all-linear",
         update: Literal["requantize", "residual"] = "residual",
-        head: HeadMode = "estimated",
+        head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
         super().__init__(targets, head, blocks)

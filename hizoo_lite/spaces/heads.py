@@ -74,7 +74,7 @@ class HeadDelta(LinearDelta):
 
 def attach_head(
     model: Model,
-    mode: HeadMode,
+    mode: HeadMode | None,
     parameters: dict[str, Tensor],
     exact: dict[str, Tensor],
     frozen: dict[str, Tensor],
@@ -91,7 +91,7 @@ def attach_head(
         weight = torch.empty(linear.out_features, linear.in_features, device=model.device)
         linear.weight.unpack(weight)
         names = (f"{name}.weight", f"{name}.bias")
-        into = parameters if mode == "estimated" else exact if name == found[-1] else frozen
+        into = parameters if mode != "exact" else exact if name == found[-1] else frozen
         into[names[0]] = weight
         bias = None if linear.bias is None else linear.bias.clone()
         if bias is not None:
@@ -111,9 +111,9 @@ def head_layers(model: Model) -> list[str]:
     return [n for n in model.linears if not n.startswith(trunk) or f"{n}.weight" in new]
 
 
-def check_mode(mode: HeadMode) -> HeadMode:
-    """`mode`; UserError for what is none."""
-    if mode not in ("exact", "estimated", "none"):
+def check_mode(mode: HeadMode | None) -> HeadMode | None:
+    """`mode`; UserError for what is none. None: as the run's settings say, estimated without any."""
+    if mode not in ("exact", "estimated", "none", None):
         raise UserError(f"--head: got {mode!r}, allowed: exact, estimated, none")
     return mode
 

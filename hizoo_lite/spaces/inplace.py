@@ -46,7 +46,7 @@ class InPlaceSpace(Space):
     def __init__(
         self,
         targets: str | Sequence[str] = "all-linear",
-        head: HeadMode = "estimated",
+        head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
         self.targets, self.head = targets, check_mode(head)

@@ -16,8 +16,9 @@ with exact gradients train both.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
 
+from hizoo_lite.arrays import Shape
 from hizoo_lite.base import LinearDelta, Space
 from hizoo_lite.branches import BranchState
 from hizoo_lite.checkpoints.adapter import (
@@ -36,6 +38,7 @@ from hizoo_lite.checkpoints.adapter import (
     PEFT_WEIGHTS,
     check_fits,
     check_heads,
+    check_supported,
     peft_weights,
     read_peft_config,
 )
@@ -54,6 +57,8 @@ from hizoo_lite.spaces.heads import (
     saved_modules,
 )
 from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, restore
+
+_log = logging.getLogger(__name__)
 
 #: How far B's product may move in a step, where a logit may move by one nat (see `optimizers/exact.py`), and
 #: that of A by one, too. Of 0.01 to 0.3 the best on SmolLM2 (tools/LOG.md).
@@ -108,9 +113,10 @@ class LoRA(Space):
     rank: r. alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
     targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
     or names of linear layers (full, or the last part, such as "q_proj").
-    head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`): those of
-    a language model have exact gradients or are not there. Beside blocks with exact gradients they are not:
-    those move the logits as well, and rows then fit the training examples sooner (tools/LOG.md).
+    head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`); None: as
+    the run's settings say, estimated without any. Those of a language model have exact gradients or are not
+    there. Beside blocks with exact gradients they are not: those move the logits as well, and rows then fit
+    the training examples sooner (tools/LOG.md).
     train_a: train A as well as B; of those with exact gradients both are trained.
     blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`), or
     `exact_blocks`.
@@ -128,7 +134,7 @@ class LoRA(Space):
         alpha: float | None = None,
         targets: str | Sequence[str] = "attention",
         rslora: bool = False,
-        head: HeadMode = "estimated",
+        head: HeadMode | None = None,
         train_a: bool = False,
         blocks: Blocks = "auto",
         exact_blocks: int | Literal["all"] = 0,
@@ -171,6 +177,30 @@ class LoRA(Space):
             blocks="all",
             head="exact" if of_labels else "estimated",
         )
+
+    @classmethod
+    def of_config(cls, config: LoraConfig) -> LoRA:
+        """The adapters that a configuration of PEFT describes, in the blocks that "auto" means.
+
+        Dropout is left out, which is said: the points of a step would see other masks. UserError for what
+        ours do not reproduce.
+        """
+        said, where = config.to_dict(), "LoraConfig"
+        check_supported(where, said)
+        for name in ("modules_to_save", "exclude_modules"):
+            if said[name]:
+                raise UserError(f"{where}: {name}: got {said[name]!r}, supported: None")
+        targets = said["target_modules"]
+        if isinstance(targets, str) and not (targets == "all-linear" or targets.replace("_", "").isalnum()):
+            raise UserError(
+                f"{where}: target_modules: got {targets!r}, supported: all-linear, or a list of layers' names"
+            )
+        if said["lora_dropout"]:
+            _log.warning(
+                "LoraConfig: lora_dropout: got %s, not used: there is no dropout", said["lora_dropout"]
+            )
+        chosen = "attention" if targets is None else targets if isinstance(targets, str) else sorted(targets)
+        return cls(said["r"], float(said["lora_alpha"]), chosen, bool(said["use_rslora"]))
 
     @property
     def scaling(self) -> float:
@@ -277,19 +307,54 @@ class LoRA(Space):
         Raises `UserError`, before any is changed, if the file is damaged or does not fit.
         """
         path = peft_weights(folder)
-        tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(path).items()}
-        found = {name: value.shape for name, value in tensors.items()}
+        tensors = _read(path)
+        own = self._fitting(tensors)
+        check_fits(path, _shapes(tensors), _shapes(own))
+        self._take(path, tensors, own)
+
+    def begin_from(self, folder: Path | str) -> None:
+        """Take over the values of an adapter: of the same layers, or of some of them; the others begin new.
+
+        Rows for labels, where both have them, must be of the same tokens. Raises `UserError`, before any is
+        changed, if the file is damaged or does not fit.
+        """
+        path = peft_weights(folder)
+        tensors = _read(path)
+        own = self._fitting(tensors)
+        if unknown := sorted(set(tensors) - set(own)):
+            raise UserError(
+                f"--init-adapter: {path} has {unknown[0]!r}, which this run does not train; allowed: an "
+                "adapter of layers that it trains (--blocks all for those of all blocks), and with rows for "
+                "labels (of its head) only where the run has them"
+            )
+        own = {name: value for name, value in own.items() if name in tensors}
+        check_fits(path, _shapes(tensors), _shapes(own))
+        rows = f"{self.label_layer}.lora_B.weight"
+        if rows in tensors and not torch.equal(tensors[rows].float(), own[rows].cpu()):
+            raise UserError(
+                f"--init-adapter: {path} has rows for other labels than this task's; allowed: an adapter for "
+                "the same labels, or without such rows"
+            )
+        self._take(path, tensors, own)
+
+    def _fitting(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file with these tensors can be read into."""
         beside = {n: p for n, p in beside_heads(self.model, self.head_names).items() if n in tensors}
-        own = {**self._tensors(), **beside}  # those of the labels' rows are copies, of the adapters' rank
-        check_fits(path, found, {name: value.shape for name, value in own.items()})
+        return {**self._tensors(), **beside}  # those of the labels' rows are copies, of the adapters' rank
+
+    def _take(self, path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Copy the tensors that are in `own`. Raises `UserError` before that for what is no number."""
         for name, value in tensors.items():
             if not value.is_floating_point():
                 raise UserError(f"{path}: {name} is {value.dtype}, allowed are floats")
+        known = {**self.frozen, **self.exact, **self.parameters}
+        beside = {name: value for name, value in own.items() if name not in known}
         for name, value in beside.items():
             self.model.originals.setdefault(name, value.clone())
         self.frozen |= beside
-        for name, value in {**self.frozen, **self.exact, **self.parameters}.items():
-            value.copy_(tensors[name][tuple(map(slice, value.shape))])
+        for name, value in {**known, **beside}.items():
+            if name in tensors:
+                value.copy_(tensors[name][tuple(map(slice, value.shape))])
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that PEFT's file holds, of one rank: the adapter of label rows has zeros behind them."""
@@ -300,3 +365,12 @@ class LoRA(Space):
             found[a_name] = F.pad(found[a_name], (0, 0, 0, missing))
             found[b_name] = F.pad(found[b_name], (0, missing))
         return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of PEFT's file, by the names that ours have."""
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_tensors(path).items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: value.shape for name, value in tensors.items()}

@@ -145,7 +145,7 @@ class Sparse(Space):
         share: float = 0.001,
         by: SparseBy = "gradients",
         targets: str | Sequence[str] = "all-linear",
-        head: HeadMode = "estimated",
+        head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
         if not 0 < share <= 1:

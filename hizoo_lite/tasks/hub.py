@@ -23,6 +23,14 @@ class HubSource(NamedTuple):
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]
 
 
+def no_library(task: str) -> UserError:
+    """The error where `datasets` is missing."""
+    return UserError(
+        f"task {task}: no data folder was given and the `datasets` library is not installed; "
+        "give --data, or run: pip install datasets"
+    )
+
+
 def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
     """The rows of a split.
 
@@ -34,10 +42,7 @@ def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"task {task}: no data folder was given and the `datasets` library is not installed; "
-            "give --data, or run: pip install datasets"
-        ) from error
+        raise no_library(task) from error
     try:
         table = datasets.load_dataset(source.path, source.name, split=wanted)
     except (OSError, ValueError, RuntimeError) as error:

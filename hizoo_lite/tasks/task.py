@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +118,15 @@ class Task:
         if not examples:
             raise UserError(f"task {self.name}: {source} holds no examples")
         return examples
+
+    def peek(self, data: Path | str | Records | None) -> None:
+        """Raises UserError if the training data is not there, or its first row is not as the task expects."""
+        if not (data is None and self.hub is not None):
+            rows, _ = self._rows(data, "train")
+            for row in islice(rows, 1):
+                list(self.build(row))
+        elif importlib.util.find_spec("datasets") is None:
+            raise hub.no_library(self.name)
 
     def _rows(self, data: Path | str | Records | None, split: Split) -> tuple[Iterator[Row], str]:
         """The rows of a split, and the name of where they come from."""

@@ -1,12 +1,11 @@
-"""A configuration from a TOML file and the flags that override it, and back into the run folder.
+"""A configuration from a TOML or YAML file and the flags that override it, and back into the run folder.
 
-A `--config` is a path, or the name of a profile (`demo`, `sst2-lora`). Paths inside a file are relative
+A `--config` is a path, or the name of a recipe (`demo`, `sst2-lora`). Paths inside a file are relative
 to the current directory, as flags are. A key that is absent has the default.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 import tomli_w
 
+from hizoo_lite import synonyms
 from hizoo_lite.config import (
     LARGEST,
     MAY_CHANGE_ON_RESUME,
@@ -27,7 +27,7 @@ from hizoo_lite.config import (
     settings,
 )
 from hizoo_lite.errors import UserError
-from hizoo_lite.files import parse_toml, read_json
+from hizoo_lite.files import parse_toml, parse_yaml, read_json
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import profiles_folder
 
@@ -53,23 +53,28 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def find(path_or_name: str) -> Path:
-    """The file behind `--config`. UserError naming the profiles if there is none."""
+def recipes() -> list[str]:
+    """The names of the shipped ones."""
+    return sorted(path.stem for path in profiles_folder().glob("*.toml"))
+
+
+def find(path_or_name: str, where: str = "--config") -> Path:
+    """The file behind `--config`. UserError naming the recipes if there is none."""
     path = Path(path_or_name)
     if os.path.isfile(path):  # False also where no file can have such a name
         return path
-    profile = profiles_folder() / f"{path_or_name}.toml"
-    if path.name == path_or_name and os.path.isfile(profile):
-        return profile
-    known = ", ".join(sorted(p.stem for p in profiles_folder().glob("*.toml"))) or "none found"
-    refuse(
-        [f"got {path_or_name!r}, which is no file; allowed: a TOML file, or a profile ({known})"], "--config"
+    recipe = profiles_folder() / f"{path_or_name}.toml"
+    if path.name == path_or_name and os.path.isfile(recipe):
+        return recipe
+    known = ", ".join(recipes()) or "none found"
+    raise UserError(
+        f"{where}: got {path_or_name!r}, which is no file; allowed: a TOML or YAML file, or a recipe "
+        f"({known})"
     )
-    raise AssertionError("refuse() returns only without problems")
 
 
 def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = None) -> TrainConfig:
-    """Defaults, then the profile, the file, the flags (texts by field name). UserError with every problem.
+    """Defaults, then the machine's profile, the file, the flags (texts by name). UserError with all problems.
 
     With `resume` and without a `config` the run folder's own config.toml is the file. That is complete: only
     a profile that is given anew fills what it leaves open.
@@ -143,20 +148,29 @@ def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
 
 def _read(path: Path, found: list[str], origin: dict[str, str]) -> dict[str, Any]:
     """The known keys of a file; unknown ones are added to `found`."""
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
-        document = parse_toml(path.read_text(encoding="utf-8-sig"))
+        document = (parse_yaml if is_yaml else parse_toml)(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        refuse([f"not valid TOML: {error}"], str(path))
+        refuse([f"not valid {'YAML' if is_yaml else 'TOML'}: {error}"], str(path))
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = key.replace("-", "_")
         if name not in settings():
-            close = difflib.get_close_matches(name, settings(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(settings())}"
-            found.append(f"{path}: {key}: unknown key{hint}")
+            found.append(f"{path}: {key}: unknown key{synonyms.hint(name, settings())}")
             continue
-        values[name], origin[name] = _typed(name, value), f"{path}: {key}"
+        read = _of_yaml(name, value) if is_yaml else value
+        values[name], origin[name] = _typed(name, read), f"{path}: {key}"
     return values
+
+
+def _of_yaml(name: str, value: Any) -> Any:
+    """YAML takes 1e-3 for a text, and off for false."""
+    if isinstance(value, str):
+        return _parsed(name, value)
+    if value is False and "off" in choices(kinds()[name]):
+        return "off"
+    return value
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import tomli_w
 import torch
 
-from hizoo_lite import tasks
+from hizoo_lite import spaces, synonyms, tasks
 from hizoo_lite.base import Curvature, Estimator, Space
-from hizoo_lite.config import TrainConfig, by_members, refuse
+from hizoo_lite.config import TrainConfig, by_members, refuse, settings
 from hizoo_lite.device import choose_device, is_gpu
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import storage_errors, write_text
@@ -29,8 +29,10 @@ IN_MEMORY = "in memory"
 #: Members that say what `auto` is, see `by_members`.
 _DECIDING = ("objective", "estimator")
 _Part = TypeVar("_Part", Space, Estimator, Curvature)
+#: PEFT's names of settings, which Python takes as ours.
+_PEFTS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_rslora": "rslora"}
 #: Of objects that stand in for a name.
-_EXAMPLES = {"space": "LoRA(rank=8)", "estimator": "HiZOO()", "curvature": "Grouped()"}
+_EXAMPLES = {"space": "LoRA(rank=8), or peft's LoraConfig", "estimator": "HiZOO()", "curvature": "Grouped()"}
 
 
 class Given(NamedTuple):
@@ -61,9 +63,14 @@ def in_memory(
 
 
 def object_of(field: str, given: _Part | str | None) -> _Part | None:
-    """What was given in place of a name; None for a name. UserError for a class and for what has no name."""
+    """What was given in place of a name; None for a name. UserError for a class and for what has no name.
+
+    A configuration of PEFT is the space that it describes.
+    """
     if given is None or isinstance(given, str):
         return None
+    if field == SPACES.axis and hasattr(given, "peft_type"):
+        return spaces.of_peft(given)  # type: ignore[return-value]
     if isinstance(given, type) or not isinstance(getattr(given, "name", None), str):
         raise UserError(
             f"{field}: got {given!r:.80}, allowed: a name, or an object such as {_EXAMPLES[field]}"
@@ -79,9 +86,12 @@ def configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
+    options = {_PEFTS.get(name, name): value for name, value in options.items()}
+    refuse([f"{n}: unknown setting{synonyms.hint(n, settings())}" for n in options if n not in settings()])
     named = {**SPACES.said_by(space), **ESTIMATORS.said_by(estimator), **CURVATURES.said_by(curvature)}
-    if isinstance(named.get("targets"), list | tuple):
-        named["targets"] = ",".join(named["targets"])
+    for said in (options, named):
+        if isinstance(said.get("targets"), list | tuple):
+            said["targets"] = ",".join(said["targets"])
     refuse(
         [
             f"{name}: got {options[name]!r}, the object that was given has {value!r}; say it there alone"

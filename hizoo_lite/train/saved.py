@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,7 @@ from typing import Any
 from hizoo_lite.base import ModelKind, Space
 from hizoo_lite.batch import Example
 from hizoo_lite.branches import EVALUATION
-from hizoo_lite.checkpoints.adapter import (
-    PEFT_FILE,
-    SPACE_FILE,
-    find_adapter,
-    read_peft_config,
-    read_record,
-)
+from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.budget import Budget, enforced, loading
 from hizoo_lite.engine.load import load
@@ -32,8 +26,8 @@ from hizoo_lite.spaces import saved_in
 from hizoo_lite.tasks import Task
 from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
-from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.provenance import base_model, saved_config, saved_kind
 from hizoo_lite.train.resolved import Resolved
 
 #: Settings of a run that are arguments of `load`, too.
@@ -41,36 +35,6 @@ _OF_LOADING = (
     *("bits", "compute_dtype", "device", "double_quant", "revision"),
     *("residency", "device_budget", "host_budget"),
 )
-#: By PEFT's task type.
-_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
-
-
-def saved_config(path: Path | str | None) -> TrainConfig | None:
-    """The settings of the run that made an adapter; None for an adapter without a run."""
-    if path is None or not (Path(path) / "config.toml").is_file():
-        return None
-    return replace(RunFolder(path).config(), resume=False)
-
-
-def base_model(path: Path | str) -> str:
-    """The model an adapter was made for, as it says itself."""
-    folder = find_adapter(path)
-    if (folder / SPACE_FILE).is_file():
-        return str(read_record(folder)["base_model"])
-    return str(read_peft_config(folder).get("base_model_name_or_path") or "")
-
-
-def saved_kind(path: Path | str) -> ModelKind | None:
-    """The kind of model that an adapter was made for, as its run or it itself says.
-
-    None if neither does: PEFT's adapters have no task type by default, nor one of masked language models.
-    """
-    run, folder = saved_config(path), find_adapter(path)
-    if run is not None and run.kind != "auto":
-        return run.kind
-    if (folder / SPACE_FILE).is_file():
-        return read_record(folder)["kind"]
-    return _KINDS.get(str(read_peft_config(folder).get("task_type")))
 
 
 def kind_of(path: Path | str, base: Path) -> ModelKind:
@@ -121,22 +85,6 @@ def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any]
     if adapter is not None:
         attach_adapter(loaded, adapter)
     return loaded
-
-
-def is_tuned(path: Path | str) -> bool:
-    """Whether a folder is one of `find_adapter`'s: a run, a checkpoint of one, an adapter."""
-    return any((Path(path) / name).exists() for name in ("config.toml", "adapter", PEFT_FILE, SPACE_FILE))
-
-
-def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """The run's settings, or the defaults, with the given ones on top."""
-    run = saved_config(adapter)
-    if run is not None:
-        return replace(run, **given)
-    if adapter is not None and "model" not in given:
-        given = {**given, "model": base_model(adapter)}
-    kind = None if adapter is None else saved_kind(adapter)
-    return TrainConfig(**given if kind is None else {"kind": kind, **given})
 
 
 def evaluated(

@@ -96,7 +96,7 @@ def build(
     model = resolved.model(_residency(resolved, plan))
     encoder = make_encoder(model, task, config.max_length, config.loss)
     splits = learnable_splits(encoder, splits)
-    space = space or SPACES.configured(config)
+    space = SPACES.complete(space or SPACES.configured(config), config)
     labels = _label_tokens(config, encoder, splits)
     space.attach(model, config.seed, labels)
     _say_if_too_many(config, labels or ())

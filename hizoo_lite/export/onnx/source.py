@@ -28,7 +28,7 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import read_changes
 from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.tasks.tokens import pad_id
-from hizoo_lite.train import components, identity, saved
+from hizoo_lite.train import components, identity, provenance, saved
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
 
@@ -52,14 +52,14 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
     base_bits: of an adapter without a run, on a checkpoint in 16 bits; nf4 by default. model: folder or Hub
     id where the model is now.
     """
-    config, adapter = saved.saved_config(run), find_adapter(run)
+    config, adapter = provenance.saved_config(run), find_adapter(run)
     changes = read_changes(adapter) if (adapter / SPACE_FILE).is_file() else None
     tuned = None if config is None else config.bits
     if tuned is None and changes is not None:
         tuned = read_record(adapter)["bits"]
     if base_bits is not None and tuned not in (None, base_bits):
         raise UserError(f"--base-bits: got {base_bits!r}, but {run} was tuned with bits {tuned!r}")
-    name = saved.base_model(run)
+    name = provenance.base_model(run)
     where = kinds.model_path(model or (name if config is None else config.model))
     if not where:
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")

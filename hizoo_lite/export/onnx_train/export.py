@@ -40,7 +40,7 @@ from hizoo_lite.process import trim
 from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.train import components, config_file, saved, setup
+from hizoo_lite.train import components, config_file, provenance, saved, setup
 from hizoo_lite.train.progress import Progress
 
 CONFIG = "config.toml"
@@ -66,7 +66,7 @@ def export_train(
     adapter = find_adapter(run)
     if not (adapter / PEFT_FILE).is_file():
         raise UserError(f"{run}: space: only runs with --space lora can be exported to train on a device")
-    config = saved.saved_config(run)
+    config = provenance.saved_config(run)
     if config is None:
         raise UserError(f"{run / CONFIG}: no such file; allowed: the folder of a run, whose task is trained")
     if not config.is_of_loss:

@@ -1,0 +1,54 @@
+"""What can be told to be wrong with a run before torch is imported: in a second, not in ten.
+
+Everything here is asked again where it is used; this only asks early.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from hizoo_lite.checkpoints.adapter import find_adapter
+from hizoo_lite.config import EMBEDDED, TrainConfig
+from hizoo_lite.errors import UserError
+from hizoo_lite.train import components, provenance
+from hizoo_lite.train.folder import RunFolder
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for a folder, tracker, task, data or model that a run could not have."""
+    if config.out is not None and not config.resume:
+        RunFolder(config.out).check_new()
+    check_tracker(config.tracker)
+    provenance.begun_from(config)
+    check_inputs(config)
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Raises UserError for a task, data or a model that is not there."""
+    task = components.find_task(config.task)
+    task.peek(components.data_path(config.data))
+    check_model(config.model, config.revision)
+
+
+def check_adapter(path: str | None) -> None:
+    """Raises UserError if a path is given and is no folder of a run or of an adapter."""
+    if path is not None:
+        find_adapter(path)
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError if the package of an experiment tracker is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--tracker: {name} is not installed here; install it, or use none")
+
+
+def check_model(source: str | None, revision: str | None = None) -> None:
+    """Raises UserError if a model is given and is neither a folder nor, as far as the hub says, an id."""
+    if source in (None, EMBEDDED):
+        return
+    from hizoo_lite.checkpoints import hub  # it takes half a second
+
+    if not os.path.isdir(os.path.expanduser(source)):
+        hub.check_source(source)
+        hub.resolve_small(source, revision)

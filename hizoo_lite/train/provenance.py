@@ -1,0 +1,107 @@
+"""What the folder of a run, or of PEFT's adapter, says about itself. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hizoo_lite.base import ModelKind
+from hizoo_lite.checkpoints.adapter import (
+    PEFT_FILE,
+    PEFT_PREFIX,
+    SPACE_FILE,
+    find_adapter,
+    peft_weights,
+    read_peft_config,
+    read_record,
+)
+from hizoo_lite.checkpoints.tensorfile import SIZES, read_header
+from hizoo_lite.config import TrainConfig, default, refuse
+from hizoo_lite.errors import UserError
+from hizoo_lite.train.folder import RunFolder
+
+#: By PEFT's task type.
+_KINDS: dict[str, ModelKind] = {"CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
+
+
+def saved_config(path: Path | str | None) -> TrainConfig | None:
+    """The settings of the run that made an adapter; None for an adapter without a run."""
+    if path is None or not (Path(path) / "config.toml").is_file():
+        return None
+    return replace(RunFolder(path).config(), resume=False)
+
+
+def base_model(path: Path | str) -> str:
+    """The model an adapter was made for, as it says itself."""
+    folder = find_adapter(path)
+    if (folder / SPACE_FILE).is_file():
+        return str(read_record(folder)["base_model"])
+    return str(read_peft_config(folder).get("base_model_name_or_path") or "")
+
+
+def saved_kind(path: Path | str) -> ModelKind | None:
+    """The kind of model that an adapter was made for, as its run or it itself says.
+
+    None if neither does: PEFT's adapters have no task type by default, nor one of masked language models.
+    """
+    run, folder = saved_config(path), find_adapter(path)
+    if run is not None and run.kind != "auto":
+        return run.kind
+    if (folder / SPACE_FILE).is_file():
+        return read_record(folder)["kind"]
+    return _KINDS.get(str(read_peft_config(folder).get("task_type")))
+
+
+def is_tuned(path: Path | str) -> bool:
+    """Whether a folder is one of `find_adapter`'s: a run, a checkpoint of one, an adapter."""
+    return any((Path(path) / name).exists() for name in ("config.toml", "adapter", PEFT_FILE, SPACE_FILE))
+
+
+def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """The run's settings, or the defaults, with the given ones on top."""
+    run = saved_config(adapter)
+    if run is not None:
+        return replace(run, **given)
+    if adapter is not None and "model" not in given:
+        given = {**given, "model": base_model(adapter)}
+    kind = None if adapter is None else saved_kind(adapter)
+    return TrainConfig(**given if kind is None else {"kind": kind, **given})
+
+
+def begun_from(config: TrainConfig) -> TrainConfig:
+    """The settings with layers, rank and scale of the adapter that the run begins with, if it does.
+
+    Raises UserError for a folder without one, and for settings that are others than its own.
+    """
+    if config.init_adapter is None or config.resume:
+        return config
+    where = "--init-adapter"
+    try:
+        folder = find_adapter(config.init_adapter)
+    except UserError as error:
+        raise UserError(str(error).replace("--adapter", where, 1)) from error
+    if (folder / SPACE_FILE).is_file():
+        raise UserError(
+            f"{where}: {folder} has changed weights; allowed: an adapter; of changed weights take the merged "
+            "model as --model"
+        )
+    said = read_peft_config(folder)
+    names = [name.removeprefix(PEFT_PREFIX) for name in read_header(peft_weights(folder), SIZES)]
+    layers = dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name)
+    inside = [layer for layer in layers if any(part.isdigit() for part in layer.split("."))]  # not the head
+    own: dict[str, Any] = {
+        "rank": int(said["r"]),
+        "alpha": float(said["lora_alpha"]),
+        "rslora": bool(said.get("use_rslora")),
+        "targets": ",".join(inside),
+    }
+    refuse(
+        [
+            f"--{name}: got {getattr(config, name)!r}, but {where} has {value!r:.80}; allowed: that"
+            for name, value in own.items()
+            if getattr(config, name) not in (default(name), value)
+        ]
+    )
+    return replace(config, **own)
