@@ -1,17 +1,32 @@
-"""`hizoo-lite generate`: text from a causal model, with or without an adapter."""
+"""`hizoo-lite generate`: text from a causal model, with or without an adapter; a conversation with --chat."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
 
+if TYPE_CHECKING:
+    from hizoo_lite.tasks.chat import Prompt
+    from hizoo_lite.tasks.tokens import Tokenizer
+
+#: Room of a streamed model for a conversation, whose length nobody knows beforehand, in tokens.
+CONVERSATION = 4096
+
+#: What a model writes after a prompt, with `on_text` in pieces as it is written.
+Write = Callable[..., str]
+
 
 def command(
-    prompt: Annotated[str, typer.Option(help="text to continue")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="a question, or a text to continue (--raw); without it standard input"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="folder or hub id; without it the one the adapter was made for")
     ] = None,
@@ -19,6 +34,21 @@ def command(
         str | None, typer.Option(metavar="RUN", help="run folder, or a PEFT adapter's")
     ] = None,
     onnx: Onnx = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="a conversation, turn by turn; an empty line or Ctrl-D ends it")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="a system turn in front, for a prompt in a chat template")
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--template",
+            help="the prompt as it is, or in the chat template (default: in the template if there is one, "
+            "with an adapter as its run had it)",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from this share of the mass")] = 1.0,
@@ -31,30 +61,39 @@ def command(
     profile: Profile = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
 ) -> None:
-    """Continue a text.
+    """Answer a prompt, or continue it.
 
     Examples:
 
     hizoo-lite generate --model embedded --prompt "The soup was"
 
-    hizoo-lite generate --adapter runs/sst2 --prompt "The film was" --temperature 0.8 --top-p 0.9
+    hizoo-lite generate --model models/smollm2-instruct --prompt "Why is the sky blue?"
 
-    hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was"
+    hizoo-lite generate --adapter runs/chat --chat --system "Answer in one sentence." --max-new-tokens 200
+
+    hizoo-lite generate --adapter runs/sst2 --raw --prompt "The film was" --temperature 0.8 --top-p 0.9
+
+    hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was" < question.txt
     """
-    from hizoo_lite.cli import output
-
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
     given = {name: value for name, value in flags.items() if value is not None}
+    _check(chat, raw, system, json, prompt)
+    text = "" if chat else _text(prompt)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    room = CONVERSATION if chat else len(text) + len(system or "") + max_new_tokens
+    write: Write
     if onnx is not None:
         from hizoo_lite.edge import answer
         from hizoo_lite.edge.model import OnnxModel
 
         refused = {"model": model, "profile": profile}
         refuse_with_onnx({**given, **{name: value for name, value in refused.items() if value is not None}})
-        source = onnx
-        text = answer.continue_text(OnnxModel(Path(onnx), adapter), prompt, max_new_tokens, **sampling)
+        exported = OnnxModel(Path(onnx), adapter)
+        source, tokenizer = onnx, exported.tokenizer
+
+        def write(prompt: Prompt, **more: Any) -> str:
+            return answer.continue_text(exported, prompt, max_new_tokens, **sampling, **more)
     else:
         from hizoo_lite.train import preflight
 
@@ -63,12 +102,95 @@ def command(
         from hizoo_lite.engine.generate import generate
         from hizoo_lite.train.saved import load_to_write
 
-        loaded = load_to_write(
-            model, adapter, of_profile(profile, given) | given, len(prompt) + max_new_tokens
-        )
-        source = loaded.source
-        text = generate(loaded, prompt, max_new_tokens, **sampling)
+        loaded = load_to_write(model, adapter, of_profile(profile, given) | given, room)
+        source, tokenizer = loaded.source, loaded.tokenizer  # type: ignore[assignment]
+
+        def write(prompt: Prompt, **more: Any) -> str:
+            return generate(loaded, prompt, max_new_tokens, **sampling, **more)
+
+    first = [] if system is None else [{"role": "system", "content": system}]
+    if chat:
+        converse(write, first)
+        return
+    is_raw = _is_raw(tokenizer, adapter) if raw is None and system is None else bool(raw)
+    asked: Prompt = text if is_raw else [*first, {"role": "user", "content": text}]
     if json:
-        output.print_json({"prompt": prompt, "text": text, "model": source, "adapter": adapter})
-    else:
-        typer.echo(prompt + text)
+        from hizoo_lite.cli import output
+
+        found = {"prompt": text, "text": write(asked), "model": source, "adapter": adapter, "raw": is_raw}
+        output.print_json(found if system is None else {**found, "system": system})
+        return
+    typer.echo(text if is_raw else "", nl=False)
+    write(asked, on_text=_tell)
+    typer.echo()
+
+
+def converse(write: Write, turns: list[dict[str, str]]) -> None:
+    """Read a turn, write one, until nothing more is read; the oldest turns go where there is no room."""
+    from hizoo_lite.errors import UserError
+
+    head = len(turns)
+    while text := _read_turn():
+        turns.append({"role": "user", "content": text})
+        while True:
+            try:
+                found = write(turns, on_text=_tell)
+                break
+            except UserError as error:
+                if "positions" not in str(error) or len(turns) <= head + 2:
+                    raise
+                del turns[head : head + 2]
+        typer.echo()
+        turns.append({"role": "assistant", "content": found.strip()})
+
+
+def _read_turn() -> str:
+    """A line from standard input, "" at its end; a terminal shows a sign to begin behind."""
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False, err=True)
+    return sys.stdin.readline().strip()
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _text(prompt: str | None) -> str:
+    """The prompt, or standard input without the line end behind it."""
+    from hizoo_lite.config import refuse
+
+    if prompt is None and sys.stdin.isatty():
+        refuse(["--prompt: missing; allowed: a text, standard input (generate < FILE), or --chat"])
+    return sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+
+
+def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt: str | None) -> None:
+    """UserError for flags that exclude each other."""
+    from hizoo_lite.config import refuse
+
+    problems = []
+    if raw and system is not None:
+        problems.append("--system: got a text, but --raw has no turns; allowed: without --raw")
+    for flag, is_given in (("--raw", bool(raw)), ("--json", json), ("--prompt", prompt is not None)):
+        if chat and is_given:
+            problems.append(f"{flag}: not allowed with --chat")
+    refuse(problems)
+
+
+def _is_raw(tokenizer: Tokenizer | None, adapter: str | None) -> bool:
+    """Whether the prompt is continued as it is: with an adapter of a run as its task was put to the model."""
+    from hizoo_lite.train import components
+    from hizoo_lite.train.provenance import saved_config
+
+    run = saved_config(adapter)
+    if run is None:
+        return tokenizer is None or not tokenizer.chat_template
+    is_raw = not components.find_task(run.task).chat
+    if is_raw and tokenizer is not None and tokenizer.chat_template:
+        typer.echo(
+            f"the prompt is continued as it is, as the prompts of the run's task ({run.task}) were; "
+            "--template puts it into the chat template",
+            err=True,
+        )
+    return is_raw

@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_eval)
     command = commands.add_parser("generate", help="continue a text with an exported causal model")
     command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
-    command.add_argument("--prompt", required=True)
+    command.add_argument("--prompt", required=True, help="a text, which is continued as it is")
+    command.add_argument("--template", action="store_true", help="put the prompt into the chat template")
     command.add_argument("--adapter", help="its name in DIR, a run folder, or a PEFT adapter's")
     command.add_argument("--max-new-tokens", type=int, default=64)
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
@@ -101,13 +102,13 @@ def _generate(given: argparse.Namespace) -> int:
     model = OnnxModel(given.folder, given.adapter)
     text = answer.continue_text(
         model,
-        given.prompt,
+        [{"role": "user", "content": given.prompt}] if given.template else given.prompt,
         given.max_new_tokens,
         temperature=given.temperature,
         top_p=given.top_p,
         seed=given.seed,
     )
-    print(given.prompt + text)
+    print(text if given.template else given.prompt + text)
     return 0
 
 

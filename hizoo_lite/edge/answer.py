@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
+from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 from hizoo_lite.train import components
@@ -62,26 +63,33 @@ def evaluate_export(
 
 def continue_text(
     model: OnnxModel,
-    prompt: str,
+    prompt: Prompt,
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The text that a causal model writes after `prompt`; a pure function of the arguments.
 
     temperature 0 takes the most likely token each time; otherwise it is sampled from the most likely ones
     that hold `top_p` of the probability. Samples are drawn by numpy: they differ from those of torch.
+    `prompt` and `on_text` as for `engine.generate.generate`.
     Raises `UserError` as `check_sampling` and `prompt_ids` do.
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
     tokenizer = model.tokenizer
-    ids = prompt_ids(tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
+    text, special = prompt_text(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, text, max_new_tokens, model.positions, model.vocabulary, special)
     pick = greedy if temperature == 0 else sampler(temperature, top_p, seed)
-    [written] = model.write([ids], pad_id(tokenizer, model.vocabulary), max_new_tokens, pick=pick)
+    shown = None if on_text is None else Shown(tokenizer, ids, on_text)
+    [written] = model.write([ids], pad_id(tokenizer, model.vocabulary), max_new_tokens, shown, pick=pick)
     whole = tokenizer.decode([*ids, *written], skip_special_tokens=True)
-    return whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+    found = whole[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+    if shown is not None:
+        shown.finish(found)
+    return found
 
 
 def sampler(temperature: float, top_p: float, seed: int) -> Pick:

@@ -29,6 +29,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight
+from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 
 #: Whether each row is done, from the tokens that were written into each.
@@ -128,22 +129,26 @@ def _product(linear: BranchLinear, x: Tensor, branches: Branches, *sources: Tens
 
 def generate(
     model: Model,
-    prompt: str,
+    prompt: Prompt,
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The text that a causal model writes after `prompt`; a pure function of the arguments.
 
     Args:
         model: made by `load`, with or without an adapter.
-        prompt: at least one token.
+        prompt: a text, continued as it is, of one token at least; or the turns of a conversation, such as
+            `[{"role": "user", "content": "Why?"}]`, put into the tokenizer's chat template (see
+            `tasks/chat.py` for a tokenizer without one), and what is written is the assistant's next turn.
         max_new_tokens: at most so many.
         temperature: 0 takes the most likely token each time.
         top_p: otherwise, tokens are drawn from the most likely ones that hold this share of the probability.
         seed: of the draws.
+        on_text: is called with every piece of the text as it is written.
 
     Raises UserError for a prompt that the model cannot continue, and for a number out of its range.
     """
@@ -152,13 +157,20 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files")
-    known = prompt_ids(model.tokenizer, prompt, max_new_tokens, model.positions, model.vocabulary)
+    text, special = prompt_text(model.tokenizer, prompt)
+    known = prompt_ids(model.tokenizer, text, max_new_tokens, model.positions, model.vocabulary, special)
     ids = torch.tensor([known])
     processors = LogitsProcessorList(_sampling(model, temperature, top_p, seed) if temperature > 0 else [])
+    shown = None if on_text is None else Shown(model.tokenizer, known, on_text)
+    stops = StoppingCriteriaList([] if shown is None else [_Stop(shown, len(known))])
     pad = pad_id(model.tokenizer, model.vocabulary)
-    written = generated(model, ids, torch.ones_like(ids), pad, max_new_tokens, logits_processor=processors)
+    more: dict[str, Any] = {"logits_processor": processors, "stopping_criteria": stops}
+    written = generated(model, ids, torch.ones_like(ids), pad, max_new_tokens, **more)
     whole = model.tokenizer.decode(written[0], skip_special_tokens=True)
-    return whole[len(model.tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+    found = whole[len(model.tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+    if shown is not None:
+        shown.finish(found)
+    return found
 
 
 def _sampling(model: Model, temperature: float, top_p: float, seed: int) -> list[LogitsProcessor]:

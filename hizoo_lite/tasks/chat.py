@@ -16,10 +16,11 @@ always is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks.text import Message
+from hizoo_lite.tasks.text import Message, Role
 from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 
 
@@ -86,3 +87,55 @@ def shortened(messages: Sequence[Message]) -> tuple[Message, ...] | None:
     if len(starts) < 2:
         return None
     return (*messages[:head], *messages[starts[1] :])
+
+
+#: What a model is to continue: a text, or the turns of a conversation, with `role` and `content` each.
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, bool]:
+    """The text that is continued, and whether the tokenizer adds its special tokens to it.
+
+    Raises UserError for turns that are none, and if the tokenizer's template refuses them.
+    """
+    if isinstance(prompt, str):
+        return prompt, True
+    turns = []
+    for turn in prompt:
+        role, content = turn.get("role"), turn.get("content")
+        if role not in get_args(Role) or not isinstance(content, str):
+            raise UserError(
+                f"prompt: got the turn {turn!r:.80}; allowed: a content, and a role of "
+                + ", ".join(get_args(Role))
+            )
+        turns.append(Message(role, content))  # type: ignore[arg-type]  # checked above
+    if not turns:
+        raise UserError("prompt: got no turns; allowed: one or more")
+    return chat_text(tokenizer, turns, True, "prompt"), not tokenizer.chat_template
+
+
+class Shown:
+    """Tells of a text while it is written, token by token: of the first row that `ended` is asked about.
+
+    ids: of the prompt. Half of a character waits for the other half.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], tell: Callable[[str], None]) -> None:
+        self._tokenizer, self._ids, self._tell = tokenizer, list(ids), tell
+        self._start = len(tokenizer.decode(self._ids, skip_special_tokens=True))
+        self._told = 0
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[bool]:
+        """As `ended` of a model that writes; nothing ends here."""
+        text = self._text(rows[0])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._tell(text[self._told :])
+            self._told = len(text)
+        return [False] * len(rows)
+
+    def finish(self, text: str) -> None:
+        """With the whole text: what was not told yet."""
+        self._tell(text[self._told :])
+
+    def _text(self, row: Sequence[int]) -> str:
+        return self._tokenizer.decode([*self._ids, *row], skip_special_tokens=True)[self._start :]

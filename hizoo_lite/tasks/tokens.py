@@ -197,14 +197,15 @@ def prompt_ids(
     max_new_tokens: int,
     positions: int | None = None,
     vocabulary: int | None = None,
+    special: bool = True,
 ) -> list[int]:
-    """The tokens of a prompt.
+    """The tokens of a prompt, with the special tokens that the tokenizer adds by itself if `special`.
 
     UserError if there are none, more than the model has positions for, or others than it knows.
     """
     if not is_unicode(prompt):
         raise UserError(f"--prompt: got {prompt!r:.80}, which has half of a character; allowed: UTF-8 text")
-    ids = open_ids(tokenizer, prompt)
+    ids = open_ids(tokenizer, prompt, special)
     if not ids:
         raise UserError("--prompt: got no token to begin with; allowed: a text that is not empty")
     check_known(tokenizer, ids, vocabulary, "--prompt")
