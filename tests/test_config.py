@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hizoo_lite import base
 from hizoo_lite import config as config_module
+from hizoo_lite.cli.recipes import purpose
 from hizoo_lite.config import AXES, TrainConfig, choices, help_of, kinds, problems, settings
 from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
@@ -81,11 +82,11 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_every_profile_is_a_complete_configuration(path: Path) -> None:
-    config = resolve(path.stem)
+def test_every_recipe_says_what_it_is_for_and_runs_with_a_model_and_a_task(path: Path) -> None:
+    config = resolve(path.stem, {"model": "embedded", "task": "embedded"})
     assert config.model
-    assert config.task
     assert find(path.stem).resolve() == path.resolve()
+    assert 20 < len(purpose(path)) < 160
 
 
 def test_profiles_are_found_beside_the_package() -> None:

@@ -1,0 +1,149 @@
+"""README and guides: links lead somewhere, flags exist, and every block of a guide runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import hizoo_lite
+from hizoo_lite.cli import app
+from hizoo_lite.edge.__main__ import main as edge
+
+ROOT = Path(__file__).parents[1]
+GUIDES = sorted((Path(hizoo_lite.__file__).parent / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", ROOT / "tools" / "RESULTS.md", *GUIDES]
+#: Commands that are not run here, by how they begin: why.
+ELSEWHERE = {
+    "python3 -m venv": "installs; the two commands of README, which are tried in a fresh clone",
+    ".venv/bin/": "the same",
+    "torchrun": "several processes: tests/test_ranks.py starts them",
+}
+
+
+def blocks(path: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks, in order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [(language, content) for language, content in found if language in languages]
+
+
+COMMANDS = sorted(
+    {
+        line.partition("hizoo-lite ")[2]
+        for page in PAGES
+        for _, block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.startswith("hizoo-lite ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_flags_that_exist(command: str) -> None:
+    name, *arguments = shlex.split(command, comments=True)
+    known = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert known.make_context(name, arguments).args == []  # nothing is left over; unknown flags raise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, section = target.partition("#")
+        linked = page.parent / file if file else page
+        if not (ROOT / "tools").is_dir() and "tools" in file:
+            continue  # an installed package has the guides alone
+        assert linked.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, (
+                target
+            )
+
+
+def test_readme_is_short_and_names_every_guide() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160
+    assert all(f"docs/{guide.name}" in text for guide in GUIDES)
+
+
+def write_files(page: Path) -> None:
+    """The files that a page shows behind their names, such as `mine/reviews.csv`, into the working folder."""
+    text = page.read_text(encoding="utf-8")
+    for name, content in re.findall(r"`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)```", text, re.DOTALL):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content, encoding="utf-8")
+
+
+def run(line: str) -> str:
+    """What a command of a guide tells, with less work: it must end with exit code 0."""
+    words = shlex.split(line.replace("--steps 500", "--steps 2"), comments=True)
+    if "--config" in words and "--resume" not in words:
+        words += ["--train-examples", "40", "--test-examples", "8"]
+    if words[:3] == ["python", "-m", "hizoo_lite.edge"]:
+        assert edge(words[3:]) == 0
+        return ""
+    assert words[0] == "hizoo-lite", line
+    done = CliRunner().invoke(app, words[1:])
+    assert done.exit_code == 0, f"{line}: {done.output[-2000:]}"
+    return done.output
+
+
+@pytest.mark.parametrize("guide", [g for g in GUIDES if blocks(g, "sh")], ids=lambda guide: guide.stem)
+def test_the_commands_of_a_guide_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    write_files(guide)
+    for _, block in blocks(guide, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line and not line.startswith(("#", *ELSEWHERE)):
+                run(line)
+
+
+@pytest.mark.parametrize("guide", [g for g in GUIDES if blocks(g, "python")], ids=lambda guide: guide.stem)
+def test_the_python_of_a_guide_runs(guide: Path, tmp_path: Path) -> None:
+    """All blocks of a page in one fresh process, one after the other."""
+    script = tmp_path / "guide.py"
+    script.write_text("\n".join(content for _, content in blocks(guide, "python")), encoding="utf-8")
+    if guide.stem == "extending":
+        first, second = (content for _, content in blocks(guide, "python"))
+        (tmp_path / "signed.py").write_text(first, encoding="utf-8")
+        script.write_text(second + SIGNED, encoding="utf-8")
+    environment = {**os.environ, "HIZOO_LITE_REPORT": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+#: What `extending.md` says of its estimator: it trains, and is replayed.
+SIGNED = """
+from hizoo_lite.cli import app
+import sys
+shared = "--model embedded --task embedded --data embedded --batch-size 4 --test-examples 4 --device cpu"
+for command in (
+    f"train {shared} --estimator signed --directions 2 --lr 0.01 --steps 3 --out runs/signed",
+    "replay runs/signed",
+    "methods",
+):
+    try:
+        app(command.split(), prog_name="hizoo-lite")
+    except SystemExit as end:
+        assert end.code == 0, command
+"""
+
+
+def test_readme_trains_on_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = ROOT / "README.md"
+    monkeypatch.chdir(tmp_path)
+    write_files(readme)
+    section = readme.read_text(encoding="utf-8").partition("## Your own data")[2].partition("\n## ")[0]
+    [commands] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    told = "".join(run(line) for line in commands.replace("models/opt-125m", "embedded").splitlines())
+    assert "reviews, 6 examples: 3 train, 1 dev, 2 test; parts without a file of their own" in told
