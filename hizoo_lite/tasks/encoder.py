@@ -21,7 +21,7 @@ from hizoo_lite.batch import Batch, Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
-from hizoo_lite.tasks.task import Task, where
+from hizoo_lite.tasks.task import Task, part_of, where
 from hizoo_lite.tasks.templates import render
 from hizoo_lite.tasks.tokens import (
     Fields,
@@ -101,6 +101,15 @@ class Encoder:
             raise UserError("tokenizer: a masked model needs one with a mask token")
         if self.model_kind == "classifier" and (task.num_labels is None or task.text is None):
             raise UserError(f"task {task.name}: it has no fixed classes for a classifier; use a causal model")
+
+    @property
+    def parts(self) -> tuple[Encoder, ...]:
+        """One for each of the task's parts: itself, see `mixture.MixedEncoder`."""
+        return (self,)
+
+    def of(self, example: Example) -> Encoder:
+        """The one of the example's task."""
+        return self.parts[part_of(example)]
 
     @property
     def max_new_tokens(self) -> int:

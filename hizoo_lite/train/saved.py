@@ -132,7 +132,7 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
     """The run's settings, or the defaults, with the given ones on top."""
     run = saved_config(adapter)
     if run is not None:
-        return replace(run, **given)
+        return components.with_tasks(run, given)
     if adapter is not None and "model" not in given:
         given = {**given, "model": base_model(adapter)}
     kind = None if adapter is None else saved_kind(adapter)
@@ -143,7 +143,7 @@ def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
-    task = components.find_task(config.task)
+    task = components.find_task(config)
     part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
