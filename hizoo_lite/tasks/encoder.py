@@ -21,7 +21,7 @@ from hizoo_lite.batch import Batch, Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
-from hizoo_lite.tasks.task import Task, part_of, where
+from hizoo_lite.tasks.task import Task, where
 from hizoo_lite.tasks.templates import render
 from hizoo_lite.tasks.tokens import (
     Fields,
@@ -109,7 +109,7 @@ class Encoder:
 
     def of(self, example: Example) -> Encoder:
         """The one of the example's task."""
-        return self.parts[part_of(example)]
+        return self
 
     @property
     def max_new_tokens(self) -> int:

@@ -190,6 +190,10 @@ class MixedEncoder(Encoder):
         """The encoders, in the order of the tasks."""
         return self._parts
 
+    def of(self, example: Example) -> Encoder:
+        """See `Encoder.of`."""
+        return self._parts[part_of(example)]
+
     @property
     def max_new_tokens(self) -> int:
         """The most of any task."""
