@@ -13,7 +13,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from hizoo_lite.batch import Example
+from hizoo_lite.batch import Batch, Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.tasks.encoder import Encoder
@@ -127,6 +127,20 @@ def joined(splits: Sequence[Splits]) -> Splits:
         any(one.shared for one in splits),
         tuple(dict.fromkeys(name for one in splits for name in one.carved)),
     )
+
+
+def tasks_of_rows(batch: Batch) -> list[int]:
+    """Of each row of a batch, which task it is of; 0 of a batch that does not say what it was made of."""
+    found, made_of = [0] * len(batch.input_ids), batch.made_of
+    if made_of is None:
+        return found
+    rows, examples = range(batch.examples), list(range(batch.examples))
+    if len(batch.token_site):  # else a classifier, with a row an example
+        rows = np.asarray(batch.site_row)[np.asarray(batch.token_site)].tolist()
+        examples = np.asarray(batch.slot_example)[np.asarray(batch.token_slot)].tolist()
+    for row, example in zip(rows, examples, strict=True):
+        found[row] = part_of(made_of[example])
+    return found
 
 
 def _tagged(examples: Sequence[Example], part: int) -> list[Example]:
