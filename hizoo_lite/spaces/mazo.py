@@ -190,6 +190,7 @@ def scores(
         torch.mm(gradient[:, first : first + len(tile)].t(), x, out=term)
         hessian = x.square().sum(0, dtype=torch.float64)
         hessian += DAMPING * hessian.mean()
+        hessian += hessian == 0  # of inputs that are all 0, as g is
         squares = term.square_()
         if greedy:
             tile.add_(_shares(squares.clone()), alpha=greedy)
