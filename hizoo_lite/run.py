@@ -191,7 +191,9 @@ def fit(
     named = config.out is not None
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(config, components.find_task(config) if found is None else found, loaded)
+    resolved = Resolved(
+        config, components.find_task(config.task, config.task_weight) if found is None else found, loaded
+    )
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
@@ -257,7 +259,7 @@ def evaluate(
             raise UserError(f"task: missing, and {of} is no run or adapter, which would name one")
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
         config = saved.eval_config(adapter, options)
-    found = components.find_task(config) if given is None else given
+    found = components.find_task(config.task, config.task_weight) if given is None else given
     if records is None:
         part = components.split_part(config, found, split, examples)
     else:

@@ -218,6 +218,17 @@ def test_lists_are_written_and_read_and_one_is_no_list(tmp_path: Path) -> None:
     assert config_file.resolve(None, {"model": "m", "task": ["rte"]}).task == "rte"
 
 
+def test_tasks_of_a_flag_leave_the_files_weights(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('model = "m"\ntask = ["sst2", "rte"]\ntask_weight = [2, 1]\n')
+    assert config_file.resolve(str(path)).task_weight == (2.0, 1.0)
+    assert config_file.resolve(str(path), {"task": ["rte"]}).task_weight is None
+    assert config_file.resolve(str(path), {"task": ["a", "b"], "task_weight": ["3", "1"]}).task_weight == (
+        3,
+        1,
+    )
+
+
 def test_rows_in_memory_are_of_a_single_task() -> None:
     for given, message in (
         ({"task": ["sst2", {"name": "x"}]}, "task: got .* allowed with several tasks: names or paths"),
@@ -358,6 +369,23 @@ def test_texts_of_several_tasks_are_written_each_to_its_own_end(tmp_path: Path) 
     assert run.after is not None
     for task_of, found in zip((task, other), run.summary["tasks"].values(), strict=True):
         assert evaluate(run.folder, task=str(task_of)).loss == found["loss_after"]
+
+
+@pytest.mark.grid
+def test_a_device_goes_on_with_several_tasks(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from hizoo_lite.edge.__main__ import main
+    from tests.edge_fixtures import export_training
+
+    config = TrainConfig(**two_tasks(tmp_path, bits="none", compute_dtype="float32", targets="all-linear"))
+    export_training(config, tmp_path / "graph")
+    assert main(["train", str(tmp_path / "graph"), "--out", str(tmp_path / "edge"), "--steps", "2"]) == 0
+    summary = json.loads((tmp_path / "edge" / "summary.json").read_text())
+    assert list(summary["tasks"]) == ["moods", "sides"]
+    more = ["--task", config.tasks[0], "--data", str(config.data[0] if config.data else "")]
+    assert (
+        main(["train", str(tmp_path / "graph"), "--out", str(tmp_path / "one"), "--steps", "1", *more]) == 0
+    )
 
 
 def test_a_loss_alone_has_its_mean(tmp_path: Path) -> None:

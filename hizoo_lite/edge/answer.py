@@ -40,7 +40,7 @@ def evaluate_export(
     if limit is not None and limit < 1:
         raise UserError(f"--examples: got {limit}, allowed: a whole number of 1 or more")
     progress = progress or Progress()
-    task = components.find_task(config)
+    task = components.find_task(config.task)
     examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)

@@ -109,7 +109,7 @@ def _trained(setup: EdgeSetup) -> int:
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     if not config.is_of_loss:
         raise UserError(f"objective: got {config.objective!r}, allowed here: {default('objective')}")
-    task = components.find_task(config)
+    task = components.find_task(config.task, config.task_weight)
     splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)

@@ -85,6 +85,8 @@ def resolve(config: str | None = None, flags: Mapping[str, Flag] | None = None) 
     values = _read(file, found, origin) if file is not None else {}
     if config is None and file is not None:
         values = _of_folder({**OLDER, **values}, file.parent)
+    if "task" in flags:  # weights are of the file's tasks
+        values.pop("task_weight", None)
     for name, text in flags.items():
         values[name], origin[name] = _parsed(name, text), flag(name)
 

@@ -188,7 +188,7 @@ def _with_model(folder: RunFolder, config: TrainConfig) -> Stepper:
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train.resolved import Resolved
 
-    model = Resolved(config, components.find_task(config)).model()
+    model = Resolved(config, components.find_task(config.task)).model()
     space = SPACES.configured(config)
     space.attach(model, config.seed)
     stepper = components.make_stepper(config, None, TorchArrays(model.device), space)

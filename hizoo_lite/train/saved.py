@@ -143,7 +143,7 @@ def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
-    task = components.find_task(config)
+    task = components.find_task(config.task)
     part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}

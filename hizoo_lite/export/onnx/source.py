@@ -65,7 +65,7 @@ def read_source(run: Path, base_bits: Bits | None = None, model: str | None = No
         raise UserError(f"--model: missing; {adapter} does not say which model it was made for")
     checkpoint = Checkpoint.open(where, revision=None if config is None else config.revision)
     _check_same(run, checkpoint, where)
-    labels = None if config is None else components.find_task(config).num_labels
+    labels = None if config is None else components.find_task(config.task).num_labels
     return Source(
         name or where,
         checkpoint,

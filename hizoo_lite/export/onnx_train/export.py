@@ -74,7 +74,7 @@ def export_train(
             f"{run}: objective: {config.objective}; the graph has losses alone: only runs with --objective "
             f"{default('objective')} can be exported to train on a device"
         )
-    task = components.find_task(config)
+    task = components.find_task(config.task)
     examples = components.make_splits(config, task).train
     source = read_source(run, model=model)
     with workplace(place) as work:
