@@ -377,7 +377,16 @@ def test_a_device_goes_on_with_several_tasks(tmp_path: Path) -> None:
     from hizoo_lite.edge.__main__ import main
     from tests.edge_fixtures import export_training
 
-    config = TrainConfig(**two_tasks(tmp_path, bits="none", compute_dtype="float32", targets="all-linear"))
+    config = TrainConfig(
+        **two_tasks(
+            tmp_path,
+            model=str(DEMO),
+            kind="causal",
+            bits="none",
+            targets="all-linear",
+            compute_dtype="float32",
+        )
+    )
     export_training(config, tmp_path / "graph")
     assert main(["train", str(tmp_path / "graph"), "--out", str(tmp_path / "edge"), "--steps", "2"]) == 0
     summary = json.loads((tmp_path / "edge" / "summary.json").read_text())

@@ -39,7 +39,7 @@ def make_splits(config: TrainConfig, task: Task, data: Records | None = None) ->
 
 
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
-    """A built-in task, one in a .toml file, or the embedded one; several as one, in training of such weights."""
+    """A built-in task, one in a .toml file, or the embedded one; several as one, of such weights."""
     found = [tasks.get(DEMO / "task.toml" if one == EMBEDDED else one) for one in one_or_several(name)]
     return tasks.of_tasks(found, one_or_several(weights))
 
