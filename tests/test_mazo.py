@@ -291,6 +291,23 @@ def test_where_there_are_no_gradients_it_is_refused(tmp_path: Path) -> None:
         fit(TrainConfig(**short_run(tmp_path / "dp", estimator="dp", lr=1e-3, **settings)))
 
 
+def test_a_layer_whose_gradient_does_not_come_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its block is gone when that is known."""
+    save_tiny("llama", tmp_path)
+    model, take = opened(tmp_path), mazo.Importance.take
+    lost = next(name for name in model.linears if model.block_of(name) == 1)
+
+    def some(self: mazo.Importance, target: str, *given: Any) -> None:
+        if target != lost:
+            take(self, target, *given)
+
+    monkeypatch.setattr(mazo.Importance, "take", some)
+    with pytest.raises(UserError, match=r"--space: got 'mazo'.*llama has layers .* that no loss depends on"):
+        chosen(model, tiny_task_batch("causal"))
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     given = {"model": "m", "task": "sst2", "space": "mazo"}
     with pytest.raises(UserError, match=r"mazo_greedy: got -1.0, allowed: a number of 0.0 or more"):

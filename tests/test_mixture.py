@@ -194,7 +194,7 @@ def test_settings_that_do_not_fit_are_refused_with_their_flag(changes: dict[str,
     with pytest.raises(UserError, match=message):
         config_file.resolve(None, _texts({**BASE, **changes}))
     found = CliRunner().invoke(app, ["train", *flags({**BASE, **changes})])
-    assert found.exit_code != 0
+    assert found.exit_code == 2
 
 
 def _texts(values: dict[str, Any]) -> dict[str, Any]:
@@ -369,6 +369,23 @@ def test_texts_of_several_tasks_are_written_each_to_its_own_end(tmp_path: Path) 
     assert run.after is not None
     for task_of, found in zip((task, other), run.summary["tasks"].values(), strict=True):
         assert evaluate(run.folder, task=str(task_of)).loss == found["loss_after"]
+
+
+def test_a_classifiers_tasks_share_its_head_if_they_have_as_many_classes(tmp_path: Path) -> None:
+    first, second = write_classes(tmp_path, 2), write_classes(tmp_path, 3)
+    other = tmp_path / "other.toml"
+    other.write_text(Path(first["task"]).read_text().replace('"of2"', '"other"'))
+    settings = {"kind": "classifier", "steps": 2}
+    together = {"task": (first["task"], str(other)), "data": (first["data"], first["data"])}
+    run = fit(TrainConfig(**short_run(tmp_path, **settings, **together)))
+    assert list(run.summary["tasks"]) == ["of2", "other"]
+    assert run.summary["skipped_steps"] == 0
+    together = {"task": (first["task"], second["task"]), "data": (first["data"], second["data"])}
+    changes = {**settings, **together, "out": str(tmp_path / "refused")}
+    found = CliRunner().invoke(app, ["train", *flags(short_run(tmp_path, **changes))])
+    assert found.exit_code == 2
+    assert "one head, and the tasks' classes are of2 2, of3 3" in found.stderr
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.grid

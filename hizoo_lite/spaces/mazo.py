@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from hizoo_lite.batch import Batch
+from hizoo_lite.engine.backward import NoReverse
 from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.linear import BranchLinear
@@ -136,6 +137,14 @@ class Importance(Sensitivity):
         self._out -= 1
         if self._out == 0 and self.chunk + 1 == len(self.tasks):
             self.finish()
+
+    def finish(self) -> None:
+        """See `Sensitivity.finish`. Raises `NoReverse` for a block whose weights may be gone."""
+        if self._rows and self._out:
+            raise NoReverse(
+                f"{self.model.config.model_type} has layers in its blocks that no loss depends on"
+            )
+        super().finish()
 
     def choose(self, target: str, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """See `Sensitivity.choose`."""

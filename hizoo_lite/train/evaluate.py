@@ -113,7 +113,7 @@ def _mean(found: Mapping[int, Evaluation], places: Mapping[int, Sequence[int]], 
     """The evaluations of some of a task's parts, as one. A part that predicts nothing has "" there."""
     loss = math.fsum(each.loss for each in found.values()) / len(found)
     main = [each.metrics[0].value for each in found.values() if each.metrics]
-    metrics = [Metric(task.metric, math.fsum(main) / len(main) if main else loss)]
+    metrics = [Metric(task.metric, math.fsum(main) / len(main)) if main else Metric("loss", loss)]
     predictions: list[Prediction] = [""] * sum(map(len, places.values()))
     for part, each in found.items():
         scores = [Metric("loss", each.loss), *each.metrics]
