@@ -13,8 +13,9 @@ Deviations: h is the layer-wise Hessian of OBD and Wanda, sum x_j^2 over the tok
 its mean added as in GPTQ; the factor of a row's own second derivative goes with the row's normalization, and
 no Hessian, nor the inverse of one, is made: of n inputs that takes 8 n^2 bytes and n^3 operations a layer.
 row() divides by the sum over a row, of each term by itself, so that `greedy` and `size` are in units of the
-first and a row's scores sum to the same for every task; the paper normalizes S_t. There is no published code:
-details of its scores that are not in these formulas may differ.
+first and a row's scores sum to the same for every task; the paper normalizes S_t. Sum and mask are the
+paper's; both scores are made here from what they are described as, a saliency by the Hessian and the loss
+that a step reduces, without published code to hold them to.
 
 g comes from one reverse pass of the examples of all tasks, a block at a time, see `sparse.Sensitivity`, and a
 row of the batch at a time, so that each is known to be of one task. A block's weights are there until the
