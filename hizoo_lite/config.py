@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -39,7 +40,10 @@ DEMO = Path(__file__).resolve().parent / "demo"
 
 
 def _setting(default: Any, help: str, *, group: str, **rules: Any) -> Any:
-    """A field with its help. Rules: minimum, above, maximum (numbers), size, pattern (texts)."""
+    """A field with its help. Rules: minimum, above, maximum (numbers), size, pattern (texts), several.
+
+    several: as many as are given, of a type that has a tuple beside the type of one; see `one_or_several`.
+    """
     return field(default=default, metadata={"help": help, "group": group, **rules})
 
 
@@ -75,9 +79,26 @@ class TrainConfig:
     )
     revision: str | None = _setting(None, "branch, tag or commit of a hub model", group="What")
     kind: KindName = _setting("auto", "kind of model; auto reads the architecture's name", group="What")
-    task: str = _setting("", "a built-in task, or a task's .toml; 'embedded' is the demo's", group="What")
-    data: str | None = _setting(
-        None, "file or folder with the task's official files; without it, the hub", group="What"
+    task: str | tuple[str, ...] = _setting(
+        "",
+        "a built-in task, or a task's .toml; 'embedded' is the demo's; several train one model on all",
+        group="What",
+        several=True,
+    )
+    data: str | tuple[str, ...] | None = _setting(
+        None,
+        "file or folder with the task's official files, of several tasks one each in their order; without "
+        "it, the hub",
+        group="What",
+        several=True,
+    )
+    task_weight: float | tuple[float, ...] | None = _setting(
+        None,
+        "of several tasks, one each in their order: their shares of the examples of every batch; without it "
+        "all count the same",
+        group="What",
+        several=True,
+        above=0.0,
     )
     out: str | None = _setting(
         None, "run folder, new or empty; without it ./hizoo-run, with a number where taken", group="What"
@@ -266,6 +287,16 @@ class TrainConfig:
         def __getattr__(self, name: str) -> Any: ...
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, which are mostly one."""
+        return one_or_several(self.task)
+
+    @property
+    def task_name(self) -> str:
+        """The task or tasks, in words."""
+        return ", ".join(self.tasks)
+
+    @property
     def estimates(self) -> bool:
         """Whether a step estimates any gradient: not if all blocks that are trained have exact ones."""
         return _estimates(self.exact_blocks, self.blocks)
@@ -276,10 +307,27 @@ class TrainConfig:
         return self.objective == next(iter(OBJECTIVES))
 
     def __post_init__(self) -> None:
+        for name, field_ in settings().items():
+            if "several" in field_.metadata:
+                object.__setattr__(self, name, as_one_or_several(getattr(self, name)))
         for name, value in by_members(self).items():
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
+
+
+def one_or_several(value: Any) -> tuple[Any, ...]:
+    """Of a setting that may have several: each; nothing of None."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def as_one_or_several(value: Any) -> Any:
+    """A list as a tuple; what is in it, if it is one alone: a single one is said and stored by itself."""
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
 
 
 def by_members(config: TrainConfig) -> dict[str, Any]:
@@ -377,6 +425,8 @@ def allowed(name: str) -> str:
     if str in members(annotation):
         text = rules.get("called", rules.get("pattern", "a text"))
         parts.append(ALLOWED_SIZES if rules.get("size") else text)
+    if rules.get("several"):
+        parts.append("several of them")
     return ", ".join(parts)
 
 
@@ -403,6 +453,10 @@ def _fits(name: str, value: Any) -> bool:
     types_ = members(annotation)
     if value is None:
         return type(None) in types_
+    if isinstance(value, tuple):
+        return (
+            "several" in rules and bool(value) and all(one is not None and _fits(name, one) for one in value)
+        )
     if isinstance(value, bool):
         return bool in types_
     if isinstance(value, str):
@@ -442,10 +496,31 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     steps, warmup = values["steps"], values["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
+    found += _task_conflicts(values, where)
     if values["keep"] == "best" and values["eval_every"] == 0:
         found.append(f"{where('keep')}: got 'best', but {where('eval_every')} is 0; allowed: final")
     if values["resume"] is True and values["out"] is None:
         found.append(f"{where('out')}: missing, it names the run folder that is to be resumed")
+    return found
+
+
+def _task_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """Several tasks, and what is to be said of each of them."""
+    if not _fits("task", values["task"]):
+        return []
+    tasks = one_or_several(values["task"])
+    found = [
+        f"{where('task')}: got {name!r} twice, allowed: each once"
+        for name, count in Counter(tasks).items()
+        if count > 1
+    ]
+    for name in ("data", "task_weight"):
+        count = len(one_or_several(values[name]))
+        allowed = f"one for each of {len(tasks)} tasks, or none" if len(tasks) > 1 else "one, of one task"
+        if name == "task_weight" and len(tasks) == 1:
+            count, allowed = 2 * count, f"several tasks ({where('task')}), with one for each"
+        if count not in (0, len(tasks)):
+            found.append(f"{where(name)}: got {values[name]!r}, allowed: {allowed}")
     return found
 
 
@@ -541,7 +616,13 @@ def _unreleased(values: Mapping[str, Any], where: Callable[[str], str]) -> list[
     wrong = {"exact_blocks": values["exact_blocks"] != 0, "head": values["head"] == "exact"}
     wrong["objective"] = values["objective"] != next(iter(OBJECTIVES))
     instead = {"exact_blocks": "0", "head": "auto, estimated, none", "objective": next(iter(OBJECTIVES))}
-    return [
+    found = []
+    if values["task_weight"] is not None:
+        found.append(
+            f"{where('task_weight')}: got {values['task_weight']!r}, but {where('estimator')} "
+            f"{values['estimator']} draws every example with the same probability; allowed: none"
+        )
+    return found + [
         f"{where(name)}: got {values[name]!r}, but {where('estimator')} {values['estimator']} releases noisy "
         f"sums of differences of losses alone; allowed: {instead[name]}"
         for name, is_wrong in wrong.items()

@@ -247,7 +247,7 @@ SPACES: Registry[Space] = Registry(
             "sparse_share": Setting(
                 float,
                 0.001,
-                "share of the weights of each layer that is trained",
+                "share of the weights of each layer that is trained; of mazo, of each row, at least one",
                 argument="share",
                 above=0.0,
                 maximum=1.0,
@@ -264,6 +264,26 @@ SPACES: Registry[Space] = Registry(
         holds="8 bytes a trained value, and the noise of a step and of the next",
         pays="where all layers may change and nothing else; weights by themselves, in little room",
         takes=("targets", "blocks", "head"),
+    ),
+    mazo=Line(
+        "MaZO",
+        "of every row the few weights that matter most to all tasks of the run",
+        {
+            "mazo_greedy": Setting(
+                float,
+                1.0,
+                "what the decrease of one step counts in the choice of weights, beside that of many",
+                argument="greedy",
+                minimum=0.0,
+            ),
+            "mazo_size": Setting(
+                float, 1.0, "what the size of a weight counts in it", argument="size", minimum=0.0
+            ),
+        },
+        source="arXiv 2502.11513",
+        holds="8 bytes a trained value, and the noise of a step and of the next",
+        pays="as sparse, where a run has several tasks that are not to cost each other",
+        takes=("sparse_share", "targets", "blocks", "head"),
     ),
     scales=Line(
         "Scales",

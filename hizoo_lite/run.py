@@ -146,7 +146,7 @@ class Run:
 def fit(
     model: TrainConfig | Model | str,
     *,
-    task: TaskLike | None = None,
+    task: TaskLike | list[str] | tuple[str, ...] | None = None,
     data: Any = None,
     space: Space | str | None = None,
     estimator: Estimator | str | None = None,
@@ -162,9 +162,10 @@ def fit(
             with unless `options` has others), or its folder or hub id.
         task: a name or file, as in the configuration; or the keys of a task's file, a function from a row to
             (prompt, completion), a `Task`. Of a function the run folder has the name alone: to resume it,
-            give it again.
-        data: a file or folder; or rows in memory, or rows by part: dicts, a `datasets.Dataset` or
-            `DatasetDict`, a DataFrame. Those in memory are written to the run folder, as data/train.jsonl.
+            give it again. A list of names or files trains on all of them.
+        data: a file or folder, of several tasks a list; or rows in memory, or rows by part: dicts, a
+            `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to the run folder,
+            as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
         objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
             higher the better (see `objectives`). To resume a run with a function, give it again.
@@ -201,7 +202,9 @@ def fit(
     named = config.out is not None
     config = replace(_checked(config, folder), out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(config, components.find_task(config.task) if found is None else found, loaded)
+    resolved = Resolved(
+        config, components.find_task(config.task, config.task_weight) if found is None else found, loaded
+    )
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
@@ -229,7 +232,7 @@ def fit(
 def evaluate(
     of: Run | Model | str | Path,
     *,
-    task: TaskLike | None = None,
+    task: TaskLike | list[str] | tuple[str, ...] | None = None,
     data: Any = None,
     split: Split = "test",
     examples: int | None = None,
@@ -257,7 +260,7 @@ def evaluate(
         records = Records({split: data})
     model, adapter = None, None
     if isinstance(of, Run):
-        config, model = replace(of.setup.config, **options), of.setup.model
+        config, model = components.with_tasks(of.setup.config, options), of.setup.model
         given = of.setup.task if task is None else given
     elif isinstance(of, Model):
         config, model = configured(of, None, None, None, options)
@@ -267,7 +270,7 @@ def evaluate(
             raise UserError(f"task: missing, and {of} is no run or adapter, which would name one")
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
         config = provenance.eval_config(adapter, options)
-    found = components.find_task(config.task) if given is None else given
+    found = components.find_task(config.task, config.task_weight) if given is None else given
     if records is None:
         part = components.split_part(config, found, split, examples)
     else:
@@ -519,5 +522,6 @@ def _accelerator(setup: Setup, folder: RunFolder) -> Accelerator:
 
 def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
     if config.tracker != "none":
-        settings = {name: "" if value is None else value for name, value in vars(config).items()}
+        values = {name: "" if value is None else value for name, value in vars(config).items()}
+        settings = {name: str(value) if isinstance(value, tuple) else value for name, value in values.items()}
         accelerator.init_trackers("hizoo_lite", config=settings)

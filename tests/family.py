@@ -23,6 +23,7 @@ from hizoo_lite.curvature import NoCurvature
 from hizoo_lite.estimators import KerZOO
 from hizoo_lite.model.scratch import Scratch
 from hizoo_lite.optimizers.step_size import FixedRate, Schedule
+from hizoo_lite.spaces import mazo
 from hizoo_lite.spaces.lowrank import LowRankNoise
 from hizoo_lite.spaces.small import BINS, SmallNoise
 from hizoo_lite.spaces.sparse import SparseDelta
@@ -117,6 +118,30 @@ def sensitive(gradients: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, 
     for gradient in gradients:
         scores += np.asarray(gradient, np.float64).ravel() ** 2
     return scores, np.argsort(-scores, kind="stable")[:count]
+
+
+def mazo_scores(
+    given: Sequence[tuple[np.ndarray, np.ndarray]], weight: np.ndarray, greedy: float, size: float
+) -> np.ndarray:
+    """Sum of S_t of arXiv 2502.11513, with a diagonal Hessian. given: (x, dy) of each task, (tokens, ...)."""
+    rows, columns = weight.shape
+    total = np.zeros((rows, columns))
+    for x, gradient in given:
+        g = gradient.T @ x
+        h = (x**2).sum(0)
+        h = h + 0.01 * h.mean()
+        for row in range(rows):
+            terms = (1.0, g[row] ** 2 / (2 * h)), (greedy, g[row] ** 2), (size, np.abs(weight[row]))
+            for factor, values in terms:
+                total[row] += factor * values / values.sum()
+    return total
+
+
+def largest_of_rows(scores: np.ndarray, each: int) -> np.ndarray:
+    """Flat places of the `each` largest of every row, rising."""
+    columns = scores.shape[1]
+    chosen = [sorted(np.argsort(-row, kind="stable")[:each]) for row in scores]
+    return np.concatenate([number * columns + np.array(own) for number, own in enumerate(chosen)])
 
 
 def sparse_product(x: np.ndarray, values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> Any:
@@ -321,6 +346,22 @@ def small_difference(share: float = 0.3) -> float:
     return found
 
 
+def mazo_difference(greedy: float = 0.5, size: float = 2.0, each: int = 3) -> float:
+    """Of scores of two tasks, and infinite if other places are chosen."""
+    draw = np.random.default_rng(3)
+    given = [(draw.normal(size=(n, COLUMNS)), draw.normal(size=(n, ROWS))) for n in (20, 11)]
+    linear: Any = SimpleNamespace(weight=Stored())
+    linear.weight.shape = (ROWS, COLUMNS)
+    tensors = [(_float(x), _float(gradient)) for x, gradient in given]
+    expected = mazo_scores(given, linear.weight.matrix.double().numpy(), greedy, size)
+    ours = torch.empty(ROWS, COLUMNS)
+    mazo.scores(linear, tensors, greedy, size, ours, 0)
+    fill = partial(mazo.scores, linear, tensors, greedy, size)
+    places = mazo.largest_of_rows(linear, each * ROWS, fill, torch.device("cpu"))[1]
+    same = np.array_equal(places.numpy(), largest_of_rows(expected, each))
+    return far(ours.double().numpy(), expected) if same else math.inf
+
+
 def product_difference(
     rows: int = ROWS, columns: int = COLUMNS, count: int = 100, branches: Branches = EVALUATION
 ) -> float:
@@ -354,4 +395,5 @@ NOISES: dict[str, Callable[[], float]] = {
     "subspace": subspace_difference,
     "small": small_difference,
     "sparse": lambda: product_difference(branches=Branches.of(True, 2)),
+    "mazo": mazo_difference,
 }

@@ -59,6 +59,12 @@ MEMBERS: dict[str, Case] = {
         _WEIGHTS,
         grid=True,
     ),
+    "mazo": Case({"space": "mazo", "sparse_share": 0.05, "head": "none"}, _WEIGHTS),
+    "mazo, int8": Case(
+        {"space": "mazo", "mazo_greedy": 0.0, "mazo_size": 2.0, "weight_decay": 0.1, "bits": "int8"},
+        _WEIGHTS,
+        grid=True,
+    ),
     "scales": Case({"space": "scales", "lr": 1e-4, "curvature_per": "row"}, _WEIGHTS),
     "gains": Case({"space": "gains", "lr": 1e-2}, ()),
     "hizoo": Case({"estimator": "hizoo", "directions": 2, "lr_schedule": "cosine", "warmup_steps": 2}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hizoo_lite.config import one_or_several
 from hizoo_lite.train import journal
 
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260K"
@@ -72,6 +73,26 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return task, data
 
 
+def two_tasks(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Two small tasks of other words, answers and sizes, as settings; changes: of `short_run`."""
+    own, other = folder / "moods", folder / "sides"
+    task, data = write_task(own)
+    more, rows = other / "sides.toml", [("left", "port"), ("right", "star"), ("up", "sky"), ("down", "earth")]
+    other.mkdir()
+    for split, count in (("train", 10), ("test", 3)):
+        lines = [
+            {"first": f"{word} {number} is", "side": side} for number in range(count) for side, word in rows
+        ]
+        (other / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    answers = "".join(f'{side} = " {side}"\n' for side, _ in rows)
+    more.write_text(
+        'name = "sides"\nkind = "choice"\nprompt = "Where? {first}"\nlabel_field = "side"\n[answers]\n'
+        + answers
+    )
+    chosen = {"task": (str(task), str(more)), "data": (str(data), str(other)), "rank": 8, **changes}
+    return short_run(own, out=str(folder / "run"), **chosen)
+
+
 def write_classes(folder: Path, classes: int) -> dict[str, Any]:
     """A task of so many classes for a classifier, with its data, as fields of `TrainConfig`."""
     name = f"of{classes}"
@@ -125,7 +146,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             found.append(flag if value else "--no-" + flag[2:])
         else:
-            found += [flag, str(value)]
+            found += [text for one in one_or_several(value) for text in (flag, str(one))]
     return found
 
 

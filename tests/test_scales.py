@@ -76,7 +76,7 @@ def test_there_is_one_scale_a_block_or_row(tmp_path: Path) -> None:
 def test_unknown_spaces_and_options_are_refused() -> None:
     with pytest.raises(
         UserError,
-        match="--space: unknown name 'full', allowed are dense, lora, lowrank, scales, small, sparse",
+        match="--space: unknown name 'full', allowed are dense, lora, lowrank, mazo, scales, small, sparse",
     ):
         get("full")
     with pytest.raises(UserError, match=r"--space scales: .*rank"):

@@ -186,7 +186,10 @@ def test_unknown_spaces_and_versions_are_refused(tmp_path: Path) -> None:
     model = run.setup.model
     for change, message in (
         ({"format": 2}, "format: got 2, this version reads 1"),
-        ({"space": "full"}, "space: got 'full', supported: dense, lowrank, subspace, small, sparse, scales"),
+        (
+            {"space": "full"},
+            "space: got 'full', supported: dense, lowrank, subspace, small, sparse, mazo, scales",
+        ),
         ({"bits": "int8"}, "bits: it has 'int8', this run 'nf4'"),
     ):
         folder = tmp_path / "changed"

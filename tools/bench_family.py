@@ -71,6 +71,7 @@ METHODS = {
     "subspace": Method({"space": "subspace"}, "subspace"),
     "small": Method({"space": "small"}, "small"),
     "sparse": Method({"space": "sparse"}, "sparse"),
+    "mazo": Method({"space": "mazo"}, "mazo"),
     "scales": Method({"space": "scales"}),
 }
 

@@ -19,9 +19,13 @@ def command(
     ] = None,
     onnx: Onnx = None,
     task: Annotated[
-        str | None, typer.Option(help="built-in task, or a task's .toml; default: the run's")
+        list[str] | None,
+        typer.Option(help="built-in task, or a task's .toml; default: the run's, all of them"),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="file or folder with the data; default: the run's")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="file or folder with the data, one for each task; default: the run's"),
+    ] = None,
     split: Annotated[Literal["train", "dev", "test"], typer.Option(help="which part of it")] = "test",
     bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
     kind: Annotated[str | None, typer.Option(metavar="auto|causal|masked|classifier")] = None,
@@ -69,7 +73,7 @@ def command(
     from hizoo_lite.cli import output, progress
     from hizoo_lite.train.evaluate import check_result
 
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
     if onnx is not None:
         from hizoo_lite.edge.answer import eval_config, evaluate_export
 

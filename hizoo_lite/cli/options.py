@@ -60,7 +60,7 @@ def with_settings(
 
     def command(**given: Any) -> None:
         flags = {name: given.pop(name) for name in shown}
-        function({name: value for name, value in flags.items() if value is not None}, **given)
+        function({name: value for name, value in flags.items() if value not in (None, [])}, **given)
 
     texts = {name: _help(field) for name, field in shown.items()} | dict(help or {})
     parameters = [*own, *(_parameter(name, field, texts[name]) for name, field in shown.items())]
@@ -82,7 +82,9 @@ def _parameter(name: str, field: Field[Any], help: str) -> inspect.Parameter:
         show_default=False,
     )
     # typer reads Optional, not every spelling of a union
-    kind = Optional[bool] if is_switch else Optional[str]  # noqa: UP045
+    kind: Any = Optional[bool] if is_switch else Optional[str]  # noqa: UP045
+    if "several" in field.metadata:
+        kind = Optional[list[str]]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 

@@ -38,10 +38,9 @@ def _plain(text: str) -> str:
 
 def print_run(summary: Mapping[str, Any]) -> None:
     """Before and after, and what it took."""
-    metric = summary["metric"]
-    rows = [["loss", number(summary["loss_before"]), number(summary["loss_after"])]]
-    if metric != "loss":
-        rows.append([metric, percent(summary["metric_before"]), percent(summary["metric_after"])])
+    rows = _scores(summary, "")
+    for task, found in summary.get("tasks", {}).items():
+        rows += _scores(found, f"{task}: ")
     print_table(
         f"{summary['task']}, {summary['test_examples']} test examples", ["score", "before", "after"], rows
     )
@@ -55,6 +54,15 @@ def print_run(summary: Mapping[str, Any]) -> None:
         + f", peak memory {format_bytes(summary['measured_peak_bytes'])}"
         + f" (inference {format_bytes(summary['inference_peak_bytes'])})"
     )
+
+
+def _scores(found: Mapping[str, Any], of: str) -> list[list[str]]:
+    """Loss and metric before and after, of a task."""
+    metric = found["metric"]
+    rows = [[f"{of}loss", number(found["loss_before"]), number(found["loss_after"])]]
+    if metric != "loss":
+        rows.append([of + metric, percent(found["metric_before"]), percent(found["metric_after"])])
+    return rows
 
 
 def number(value: float | None) -> str:

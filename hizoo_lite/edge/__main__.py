@@ -11,8 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from hizoo_lite.config import choices, help_of, kinds, members
+from hizoo_lite.config import choices, help_of, kinds, members, settings
 from hizoo_lite.edge import answer, train
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
@@ -72,8 +73,9 @@ def _add_setting(command: argparse.ArgumentParser, name: str) -> None:
     if bool in members(kind):
         command.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
     else:
-        metavar = "|".join(choices(kind)) or "VALUE"
-        command.add_argument(flag(name), default=argparse.SUPPRESS, help=text, metavar=metavar)
+        action = "append" if "several" in settings()[name].metadata else "store"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "action": action}
+        command.add_argument(flag(name), metavar="|".join(choices(kind)) or "VALUE", **options)
 
 
 def _train(given: argparse.Namespace) -> int:

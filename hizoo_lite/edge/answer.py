@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from hizoo_lite.edge.model import OnnxModel, Pick, greedy
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
-from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
 from hizoo_lite.train import components
 from hizoo_lite.train.evaluate import evaluate, report
@@ -27,7 +25,7 @@ def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> 
     """The settings of the run that made the adapter, if it is a run folder; the flags on top."""
     chosen = {**given, "model": str(folder)}
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
-        return replace(RunFolder(adapter).config(), resume=False, **chosen)
+        return components.with_tasks(RunFolder(adapter).config(), chosen)
     return TrainConfig(**chosen)
 
 
@@ -47,9 +45,14 @@ def evaluate_export(
     examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
-    order = output_order(task, model.id2label) if model.kind == "classifier" else None
     encoder = components.task_encoder(
-        model.tokenizer, model.kind, task, most, config.loss, order=order, vocabulary=model.vocabulary
+        model.tokenizer,
+        model.kind,
+        task,
+        most,
+        config.loss,
+        classes=model.id2label,
+        vocabulary=model.vocabulary,
     )
     examples = components.learnable(encoder, examples)
     if model.kind == "classifier":

@@ -23,7 +23,6 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.process import resident
 from hizoo_lite.tasks import Encoder, Splits, Task
-from hizoo_lite.tasks.order import output_order
 from hizoo_lite.train import checkpoint, components, config_file, identity, resume
 from hizoo_lite.train.callbacks import Callbacks, checked
 from hizoo_lite.train.checkpoint import Position
@@ -110,15 +109,16 @@ def _trained(setup: EdgeSetup) -> int:
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     if not config.is_of_loss:
         raise UserError(f"objective: got {config.objective!r}, allowed here: {default('objective')}")
-    task = components.find_task(config.task)
+    task = components.find_task(config.task, config.task_weight)
     splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
     most = min(config.max_length, graph.record.positions or config.max_length)
     record = graph.record
-    order = output_order(task, record.id2label) if record.kind == "classifier" else None
     encoder = components.task_encoder(
-        tokenizer, record.kind, task, most, config.loss, order=order, vocabulary=record.vocabulary
+        *(tokenizer, record.kind, task, most, config.loss),
+        classes=record.id2label,
+        vocabulary=record.vocabulary,
     )
     if encoder.loss != graph.record.loss:
         raise UserError(
@@ -207,7 +207,7 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
     """The keys of `train.summary` that have a meaning here."""
     config, graph = setup.config, setup.traversal
     return {
-        **outcome(folder.read_metrics(), setup.task.metric),
+        **outcome(folder.read_metrics(), setup.task),
         "trainable_parameters": _trained(setup),
         "budget_bytes": None,
         "profile": None,
@@ -225,7 +225,7 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
         "residency": "resident",
         "noise": GENERATORS["parameters"],
         "model": config.model,
-        "task": config.task,
+        "task": config.task_name,
         "seed": config.seed,
         "interrupted": interrupted,
         "versions": versions(_PACKAGES),

@@ -202,7 +202,7 @@ def _unaccounted(subject: Subject) -> tuple[str, ...]:
     found.append("the task's data and the tokenizer")
     if subject.device == "cuda":
         found.append("fragmentation of the device allocator; the context is a typical value, not measured")
-    if subject.config.task not in ("lm", "chat") and subject.workload.length is None:
+    if not set(subject.config.tasks) & {"lm", "chat"} and subject.workload.length is None:
         found.append("logits of answers with more than one token, and what an evaluation that writes keeps")
     return tuple(found)
 

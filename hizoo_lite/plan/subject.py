@@ -272,7 +272,7 @@ class Subject:
     def sites(self, batch: int, demand: Demand, length: int) -> int:
         """Positions whose logits are read: every one of lm and chat tasks, else what the examples make."""
         every = batch * demand.rows * length
-        return every if self.config.task in ("lm", "chat") else min(every, batch * demand.sites)
+        return every if set(self.config.tasks) & {"lm", "chat"} else min(every, batch * demand.sites)
 
     def eval_batch(self, batch: int) -> int:
         """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""

@@ -230,8 +230,9 @@ class Table(NamedTuple):
 
 
 def tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Plan, machine, versions and configuration, of one run or of two side by side."""
+    """Scores of several tasks, plan, machine, versions, configuration, of one run or of two side by side."""
     parts = {
+        "Tasks": [_scalars(table(run.summary.get("tasks"))) for run in runs],
         "Plan": [_scalars({k: v for k, v in run.plan.items() if k != "owners"}) for run in runs],
         "Machine": [_scalars(_machine(run)) for run in runs],
         "Versions": [_scalars(table(run.summary.get("versions"))) for run in runs],

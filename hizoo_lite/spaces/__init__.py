@@ -15,6 +15,7 @@ from hizoo_lite.spaces.changes import Changes
 from hizoo_lite.spaces.dense import Dense
 from hizoo_lite.spaces.lora import LoRA
 from hizoo_lite.spaces.lowrank import LowRank
+from hizoo_lite.spaces.mazo import MaZO
 from hizoo_lite.spaces.scales import Scales
 from hizoo_lite.spaces.small import Small
 from hizoo_lite.spaces.sparse import Sparse
@@ -25,6 +26,7 @@ __all__ = [
     "Dense",
     "LoRA",
     "LowRank",
+    "MaZO",
     "Scales",
     "Small",
     "Sparse",

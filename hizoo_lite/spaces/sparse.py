@@ -13,12 +13,12 @@ finished before the next one is looked at, on the first training examples of the
 
 Squared gradients need one reverse pass, a block at a time (engine/backward.py): beside what is made in a
 block there are the inputs of all blocks, and of the rows of one block what its layers are given and their
-gradients. See `_Sensitivity`.
+gradients. See `Sensitivity`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -174,14 +174,17 @@ class Sparse(Space):
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         for target in self.target_names:
             linear = model.linears[target]
-            size = linear.out_features * linear.in_features
-            count = max(1, round(self.share * size))
+            size, count = linear.out_features * linear.in_features, self.count(linear)
             values = torch.zeros(count, device=model.device)
             spread = torch.arange(count, device=model.device) * size // count
             index = spread.to(torch.int32 if size <= _NARROW else torch.int64)
             self.parameters[target + VALUES], self.frozen[target + INDEX] = values, index
             linear.delta = SparseDelta(values, index, linear.weight.shape, target + VALUES)
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
+
+    def count(self, linear: BranchLinear) -> int:
+        """How many weights of a layer are trained."""
+        return max(1, round(self.share * linear.out_features * linear.in_features))
 
     def detach(self) -> None:
         """Take every delta off the model again."""
@@ -196,23 +199,34 @@ class Sparse(Space):
         """
         index = {target: self.frozen[target + INDEX] for target in self.target_names}
         if self.by == "gradients":
-            self._by_gradients(traversal, batch, index)
+            rows = max(1, CHUNK_TOKENS // batch.input_ids.shape[1])
+            self.reverse(traversal, batch, Sensitivity(self.model, index), rows)
         else:
             self._by_magnitude(index)
 
-    def _by_gradients(self, traversal: Traversal, batch: Batch, index: Mapping[str, Tensor]) -> None:
-        """In chunks that are the same whatever the device and its budget: squares are of their sums."""
+    def refusal(self, why: str, also: str = "") -> UserError:
+        """What is said where there are no gradients to choose places by. also: what else is allowed."""
+        return UserError(f"--sparse-by: got 'gradients', but {why}; allowed: magnitude{also}")
+
+    def reverse(self, traversal: Traversal, batch: Batch, sensitivity: Sensitivity, rows: int) -> None:
+        """A reverse pass that `sensitivity` looks at, `rows` of the batch at a time.
+
+        In chunks that are the same whatever the device and its budget: squares are of their sums.
+        """
         model, made = self.model, batch_tensors(batch)
-        sensitivity = _Sensitivity(model, index)
+        index = sensitivity.index
         deltas = {target: model.linears[target].delta for target in index}
         chunks = model.branch_chunk, model.chunk_halvings
         for target in index:
             model.linears[target].delta = _Probe(target, sensitivity)
-        model.branch_chunk, model.chunk_halvings = max(1, CHUNK_TOKENS // made.input_ids.shape[1]), 0
+        model.branch_chunk, model.chunk_halvings = rows, 0
         try:
             traversal.guard(lambda: until_suited(model, partial(sensitivity.run, traversal, made)))
         except NoReverse as error:
-            raise UserError(f"--sparse-by: got 'gradients', but {error.why}; allowed: magnitude") from error
+            raise self.refusal(error.why) from error
+        except NotFinite as error:
+            why = f"those of {error.target} are not finite numbers"
+            raise self.refusal(why, ", or --compute-dtype float32") from error
         finally:
             model.branch_chunk, model.chunk_halvings = chunks
             for target, delta in deltas.items():
@@ -225,7 +239,7 @@ class Sparse(Space):
                 if model.block_of(target) == block:
                     linear = model.linears[target]
                     places.copy_(
-                        _largest(linear, len(places), partial(_sizes, linear.weight), model.device)[1]
+                        _largest(linear, len(places), partial(sizes, linear.weight), model.device)[1]
                     )
 
     # ---------------------------------------------------------------------------------------- files
@@ -256,7 +270,15 @@ class Sparse(Space):
         return {**self.frozen, **self.exact, **self.parameters}
 
 
-class _Sensitivity:
+class NotFinite(ValueError):
+    """Gradients of a layer, `target`, are not."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.target = target
+
+
+class Sensitivity:
     """The places of the largest squared gradients of every target's weight, from one reverse pass.
 
     dW of a row of the batch is dy' x, with x what goes into a layer and dy the gradient of what comes out.
@@ -268,64 +290,69 @@ class _Sensitivity:
         """index: of each target, where its places go."""
         self.model, self.index = model, index
         self.probes = {target + PROBE: torch.zeros((), device=model.device) for target in index}
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Forget what was looked at."""
         self._block: int | None = None  # whose rows are kept
-        self._rows: dict[str, list[_Row]] = {}
+        self._rows: dict[str, list[Row]] = {}
+        self.chunk, self._is_back = 0, False  # which rows of the batch are in the block
 
     @torch.no_grad()
     def run(self, traversal: Traversal, batch: Batch) -> None:
         """The pass; begun anew where it is repeated."""
-        self._begin()
+        self.begin()
         traversal.outcome(batch, EVALUATION, 0.0, {}, self.probes)
-        self._finish()
+        self.finish()
 
     def enter(self, target: str) -> None:
         """A layer is about to be run with a graph."""
         block = self.model.block_of(target)
         if block != self._block:
-            self._finish()
-            self._block = block
-        rows = self._rows.setdefault(target, [_Row()])
-        if rows[-1].is_over:
-            rows.append(_Row())
+            self.finish()
+            self._block, self.chunk = block, 0
+        elif self._is_back:
+            self.chunk += 1
+        self._is_back = False
+        rows = self._rows.setdefault(target, [])
+        if not rows or rows[-1].chunk != self.chunk:
+            rows.append(Row(self.chunk))
 
     def take(self, target: str, x: Tensor, gradient: Tensor) -> None:
         """A layer's input and the gradient of its output, (1, tokens, features)."""
-        row = self._rows[target][-1]
+        row, self._is_back = self._rows[target][-1], True
         row.x.append(x[0])
         row.gradient.append(gradient[0])
-        row.is_over = True
 
     @torch.no_grad()
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """With the block whose rows are kept, which then are dropped."""
         for target in list(self._rows):
-            rows = [(_joined(row.x), _joined(row.gradient)) for row in self._rows.pop(target) if row.x]
-            linear, places = self.model.linears[target], self.index[target]
-            scores, found = _largest(linear, len(places), partial(_squares, rows), self.model.device)
+            scores, found = self.choose(target, [row for row in self._rows.pop(target) if row.x])
             if (~scores.isfinite()).any():
-                raise UserError(
-                    f"--sparse-by: got 'gradients', but those of {target} are not finite numbers; allowed: "
-                    "magnitude, or --compute-dtype float32"
-                )
-            places.copy_(found)
+                raise NotFinite(target)
+            self.index[target].copy_(found)
+
+    def choose(self, target: str, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """The places of a layer's weights, flat and rising, by what it was given, and their scores."""
+        given = [(joined(row.x), joined(row.gradient)) for row in rows]
+        linear, count = self.model.linears[target], len(self.index[target])
+        return _largest(linear, count, partial(_squares, given), self.model.device)
 
 
-class _Row:
-    """What a layer was given in a row of the batch: once, or as often as a block calls it."""
+class Row:
+    """What a layer was given in a chunk of the batch's rows: once, or as often as a block calls it."""
 
-    def __init__(self) -> None:
-        self.x: list[Tensor] = []
-        self.gradient: list[Tensor] = []
-        self.is_over = False  # the reverse pass has come
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.x: list[Tensor] = []  # (tokens, in_features)
+        self.gradient: list[Tensor] = []  # (tokens, out_features)
 
 
 class _Probe(LinearDelta):
     """Adds a zero, and shows what the weight's gradient is made of."""
 
-    def __init__(self, target: str, sensitivity: _Sensitivity) -> None:
+    def __init__(self, target: str, sensitivity: Sensitivity) -> None:
         self.target, self.sensitivity = target, sensitivity
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
@@ -340,8 +367,17 @@ class _Probe(LinearDelta):
         return out
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Of the same number of columns, as one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def score_tiles(linear: BranchLinear, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Room for the scores of some rows of a matrix, (rows, in_features) float32, and the first of them."""
+    rows, columns = linear.weight.shape
+    height = max(64, SCORE_BYTES[like(device)] // (4 * columns) // 64 * 64)
+    for first in range(0, rows, height):
+        yield first, torch.empty(min(height, rows - first), columns, device=device)
 
 
 def _largest(
@@ -351,11 +387,9 @@ def _largest(
 
     score: fills a tile, (rows, in_features) float32, that begins at a row.
     """
-    rows, columns = linear.weight.shape
+    columns = linear.weight.shape[1]
     best, index = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    height = max(64, SCORE_BYTES[like(device)] // (4 * columns) // 64 * 64)
-    for first in range(0, rows, height):
-        tile = torch.empty(min(height, rows - first), columns, device=device)
+    for first, tile in score_tiles(linear, device):
         score(tile, first)
         own, places = tile.view(-1).topk(min(count, tile.numel()), sorted=False)
         best, index = torch.cat([best, own]), torch.cat([index, places + first * columns])
@@ -376,7 +410,8 @@ def _squares(rows: Sequence[tuple[Tensor, Tensor]], tile: Tensor, first: int) ->
         tile.addcmul_(product, product)
 
 
-def _sizes(weight: PackedWeight, tile: Tensor, first: int) -> None:
+def sizes(weight: PackedWeight, tile: Tensor, first: int) -> None:
+    """|w| of some rows, into `tile`."""
     weight.values(tile, first).abs_()
 
 

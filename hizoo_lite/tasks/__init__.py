@@ -22,6 +22,7 @@ from hizoo_lite.tasks import (
     text,
 )
 from hizoo_lite.tasks.encoder import Encoded, Encoder
+from hizoo_lite.tasks.mixture import of_tasks
 from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.splits import Splits, batch_indices, batches, make_splits
 from hizoo_lite.tasks.task import Task
@@ -37,6 +38,7 @@ __all__ = [
     "get",
     "make_splits",
     "names",
+    "of_tasks",
 ]
 
 _FAMILIES = (classification, superglue, multiple_choice, question_answering, text)

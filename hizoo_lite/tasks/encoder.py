@@ -103,6 +103,15 @@ class Encoder:
             raise UserError(f"task {task.name}: it has no fixed classes for a classifier; use a causal model")
 
     @property
+    def parts(self) -> tuple[Encoder, ...]:
+        """One for each of the task's parts: itself, see `mixture.MixedEncoder`."""
+        return (self,)
+
+    def of(self, example: Example) -> Encoder:
+        """The one of the example's task."""
+        return self
+
+    @property
     def max_new_tokens(self) -> int:
         """How many tokens a completion may have: the task's, at most half of `max_length`."""
         return min(self.task.max_new_tokens, self.max_length // 2)

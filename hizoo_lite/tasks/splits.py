@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.records import Records
-from hizoo_lite.tasks.task import WHERE, Task
+from hizoo_lite.tasks.task import WHERE, Stream, Task
 
 _log = logging.getLogger(__name__)
 
@@ -216,6 +217,7 @@ def batch_indices(
     step: int,
     labels: Sequence[int] | None = None,
     length: Callable[[int], int] | None = None,
+    stream: Stream | None = None,
 ) -> list[int]:
     """The examples of one training step: a pure function of its arguments.
 
@@ -228,13 +230,20 @@ def batch_indices(
     length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a quarter
         of an epoch where that is less, change places (see `_alike`) if at least `LEAST_PADDING` of them is
         padding.
+    stream: what is at some places of the stream, in place of those permutations.
     """
-    window = min(WINDOW, count // (4 * max(1, batch_size)))
+    if count < 1 or batch_size < 1 or seed < 0 or step < 0:
+        raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
+    come = partial(as_they_come, count, seed, labels) if stream is None else stream
+
+    def batch(number: int) -> list[int]:
+        return come(range(number * batch_size, (number + 1) * batch_size))
+
+    window = min(WINDOW, count // (4 * batch_size))
     if length is None or window < 2:
-        return _as_they_come(count, batch_size, seed, step, labels)
+        return batch(step)
     number, place = divmod(step, window)
-    steps = range(number * window, (number + 1) * window)
-    usual = [_as_they_come(count, batch_size, seed, s, labels) for s in steps]
+    usual = [batch(step) for step in range(number * window, (number + 1) * window)]
     if _padding(usual, length) < LEAST_PADDING:
         return usual[place]
     found = _alike(usual, labels, length)
@@ -272,23 +281,18 @@ def _alike(
     return found
 
 
-def _as_they_come(
-    count: int, batch_size: int, seed: int, step: int, labels: Sequence[int] | None
-) -> list[int]:
-    """The examples of a step in the order of the stream."""
-    if count < 1 or batch_size < 1 or seed < 0 or step < 0:
-        raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
-    position = step * batch_size
+def as_they_come(count: int, seed: int, labels: Sequence[int] | None, positions: range) -> list[int]:
+    """The examples at these positions of the stream; arguments as for `batch_indices`."""
     if labels is not None and is_even(labels):
-        return _in_turn(np.asarray(labels), seed, range(position, position + batch_size))
+        return _in_turn(np.asarray(labels), seed, positions)
     indices: list[int] = []
-    while len(indices) < batch_size:
-        epoch, offset = divmod(position + len(indices), count)
+    while len(indices) < len(positions):
+        epoch, offset = divmod(positions.start + len(indices), count)
         draw = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         order = draw.permutation(count)
         if labels is not None:
             order = _spread(order, np.asarray(labels), draw)
-        indices += order[offset : offset + batch_size - len(indices)].tolist()
+        indices += order[offset : offset + len(positions) - len(indices)].tolist()
     return indices
 
 

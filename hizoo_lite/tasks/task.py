@@ -20,14 +20,23 @@ from hizoo_lite.tasks.records import Records
 logger = logging.getLogger(__name__)
 
 Kind = Literal["choice", "completion", "lm"]
+#: The examples at some places of an endless stream of them.
+Stream = Callable[[range], list[int]]
 
 #: The key in `Example.fields` under which an example's file and line is kept. No template can name it.
 WHERE = "@where"
+#: Likewise, of a run of several tasks: which of them an example is of, from 0.
+TASK = "@task"
 
 
 def where(example: Example) -> str:
     """The file and line of an example, for messages."""
     return str(example.fields.get(WHERE, "example"))
+
+
+def part_of(example: Example) -> int:
+    """Which of a run's tasks an example is of."""
+    return int(example.fields.get(TASK, 0))
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,19 @@ class Task:
     def metric(self) -> str:
         """The name of the main metric; "loss" if there is nothing to predict."""
         return next(iter(self.scorers), "loss")
+
+    @property
+    def parts(self) -> tuple[Task, ...]:
+        """The tasks that it is made of: itself, see `mixture.Mixture`."""
+        return (self,)
+
+    def classes(self, examples: Sequence[Example], balanced: bool) -> list[int] | None:
+        """What every batch has its number of, for each example; None for nothing: see `batch_indices`."""
+        return [example.gold for example in examples] if balanced and self.kind == "choice" else None
+
+    def stream(self, examples: Sequence[Example], seed: int, classes: Sequence[int] | None) -> Stream | None:
+        """The order in which training sees the examples; None: as `batch_indices` has it by itself."""
+        return None
 
     def has(self, data: Path | str | Records | None, split: Split) -> bool:
         """Whether `load` would find a file (or a hub split) for this split. A single file is train only."""

@@ -35,8 +35,19 @@ class BranchWriter(BranchLosses, Protocol):
 def given_by(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str | None:
     """What the objective is of in this run, one of its `reads`; None if it is the loss.
 
-    loss: the setting. Raises UserError for an objective of what the task does not give.
+    loss: the setting. Raises UserError for an objective of what the task, or one of several, does not give.
     """
+    found = {_given(objective, part, kind, loss) for part in task.parts}
+    if len(found) > 1:
+        raise UserError(
+            f"--objective: {objective.name} would be of scores in some of the tasks {task.name} and of texts "
+            "in others; allowed: tasks that are alike in that, or loss"
+        )
+    return found.pop()
+
+
+def _given(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str | None:
+    """`given_by` of a single task."""
     given = None
     if kind == "classifier" or (task.kind == "choice" and loss != "answer"):
         given = "scores"
@@ -83,14 +94,18 @@ class Compared(BranchLosses):
         values = np.full_like(known, np.nan)
         for branch, example in zip(*np.nonzero(np.isfinite(known)), strict=True):
             read = batch.made_of[example], found[branch][example]
-            values[branch, example] = self.objective.value(*read, self.encoder.task.scorers)
+            scorers = self.encoder.of(read[0]).task.scorers
+            values[branch, example] = self.objective.value(*read, scorers)
         return losses._replace(per_example=0.0 - values)
 
     def _scores(self, losses: Losses, batch: Batch) -> list[list[list[float]]]:
         """By branch, example and the task's own order of candidates or classes."""
-        order = self.encoder.order if batch.loss == "class" else None
+        orders = [self.encoder.of(example).order for example in batch.made_of or ()]
         return [
-            [(one if order is None else one[list(order)]).tolist() for one in by_example(scores, batch)]
+            [
+                (one if order is None else one[list(order)]).tolist()
+                for one, order in zip(by_example(scores, batch), orders, strict=True)
+            ]
             for scores in np.asarray(losses.scores)
         ]
 
@@ -98,6 +113,8 @@ class Compared(BranchLosses):
         self, batch: Batch, branches: Branches, mu: float, directions: Mapping[str, Array]
     ) -> list[list[str]]:
         """By branch and example."""
-        write, count = self.traversal.writing(branches, mu, directions), batch.examples
-        texts = list(map(self.encoder.task.completed, complete(write, self.encoder, batch.made_of or ())))
+        examples, write = batch.made_of or (), self.traversal.writing(branches, mu, directions)
+        written, count = complete(write, self.encoder, examples), len(examples)
+        own = [self.encoder.of(example).task for example in examples] * (len(written) // count)
+        texts = [task.completed(text) for task, text in zip(own, written, strict=True)]
         return [texts[first : first + count] for first in range(0, len(texts), count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from hizoo_lite import estimators, tasks
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
+from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig, as_one_or_several, one_or_several
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
-from hizoo_lite.tasks.task import where
+from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
+from hizoo_lite.tasks.order import output_order
+from hizoo_lite.tasks.task import part_of, where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
 
@@ -26,20 +28,24 @@ _log = logging.getLogger(__name__)
 
 def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
     """The examples of a configuration: a function of its data (`data` in their place), limits and seed."""
-    return tasks.make_splits(
-        task,
-        data_path(config.data) if data is None else data,
-        train_examples=config.train_examples,
-        dev_examples=config.dev_examples,
-        test_examples=config.test_examples,
-        k_shot=config.k_shot,
-        seed=config.seed,
+    names = ("train_examples", "dev_examples", "test_examples", "k_shot", "seed")
+    limits = {name: getattr(config, name) for name in names}
+    found = sources(config, task) if data is None else [data]
+    return joined(
+        [tasks.make_splits(part, source, **limits) for part, source in zip(task.parts, found, strict=True)]
     )
 
 
-def find_task(name: str) -> Task:
-    """A built-in task, one in a .toml file, or the embedded one."""
-    return tasks.get(DEMO / "task.toml" if name == EMBEDDED else name)
+def sources(config: TrainConfig, task: Task) -> list[Path | None]:
+    """Where the data of each task is."""
+    given = one_or_several(config.data)
+    return [data_path(path) for path in given] if given else [None] * len(task.parts)
+
+
+def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
+    """A built-in task, one in a .toml file, or the embedded one; several as one, of such weights."""
+    found = [tasks.get(DEMO / "task.toml" if one == EMBEDDED else one) for one in one_or_several(name)]
+    return tasks.of_tasks(found, one_or_several(weights))
 
 
 def data_path(data: str | None) -> Path | None:
@@ -61,9 +67,21 @@ def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> 
     return splits
 
 
+def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """A run's settings with the given ones, to evaluate on: of its tasks those that are given, their data."""
+    changes = {"task_weight": None, **given}
+    names = one_or_several(as_one_or_several(changes.get("task")))
+    if names and "data" not in changes and set(names) <= set(run.tasks) and run.data is not None:
+        data = dict(zip(run.tasks, one_or_several(run.data), strict=True))
+        changes["data"] = as_one_or_several([data[name] for name in names])
+    return replace(run, resume=False, **changes)
+
+
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
-    """The first `limit` examples of a part of the data. UserError if it is empty."""
-    part: list[Example] = getattr(make_splits(config, task), split)[:limit]
+    """The first `limit` examples, of each task, of a part of the data. UserError if it is empty."""
+    every: list[Example] = getattr(make_splits(config, task), split)
+    own = [[example for example in every if part_of(example) == part] for part in range(len(task.parts))]
+    part = [example for examples in own for example in examples[:limit]]
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     return part
@@ -99,16 +117,20 @@ def task_encoder(
     limit: int,
     loss: str,
     *,
-    order: Sequence[int] | None = None,
+    classes: Any = None,
     vocabulary: int | None = None,
 ) -> Encoder:
     """The task's encoder for sequences of at most `limit` tokens; `loss` is one of `TrainConfig`'s.
 
-    order, vocabulary: as `Encoder` takes them.
+    classes: what the model calls its own, `id2label`. vocabulary: as `Encoder` takes it.
     """
     chosen: Any = None if loss == "auto" else loss
     most = min(limit, tokenizer.model_max_length)
-    return Encoder(tokenizer, kind, task, most, loss=chosen, order=order, vocabulary=vocabulary)
+    found = []
+    for part in task.parts:
+        order = output_order(part, classes) if kind == "classifier" else None
+        found.append(Encoder(tokenizer, kind, part, most, loss=chosen, order=order, vocabulary=vocabulary))
+    return MixedEncoder(task, found) if isinstance(task, Mixture) else found[0]
 
 
 def begin(estimator: Estimator, config: TrainConfig, splits: Splits) -> list[str]:

@@ -19,6 +19,7 @@ from hizoo_lite.config import (
     LARGEST,
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
+    as_one_or_several,
     choices,
     kinds,
     members,
@@ -43,6 +44,9 @@ OLDER: dict[str, Any] = {
     "hidden_states": "off",
 }
 
+
+#: What a flag has: a text, or several of a setting that may have them; a switch is true or false.
+Flag = str | bool | list[str]
 
 #: Files of a run folder that have what was given in memory, by the setting that names them.
 OWN = {"data": "data", "task": "task.toml"}
@@ -73,7 +77,7 @@ def find(path_or_name: str, where: str = "--config") -> Path:
     )
 
 
-def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = None) -> TrainConfig:
+def resolve(config: str | None = None, flags: Mapping[str, Flag] | None = None) -> TrainConfig:
     """Defaults, then the machine's profile, the file, the flags (texts by name). UserError with all problems.
 
     With `resume` and without a `config` the run folder's own config.toml is the file. That is complete: only
@@ -86,6 +90,8 @@ def resolve(config: str | None = None, flags: Mapping[str, str | bool] | None = 
     values = _read(file, found, origin) if file is not None else {}
     if config is None and file is not None:
         values = _of_folder({**OLDER, **values}, file.parent)
+    if "task" in flags:  # weights are of the file's tasks
+        values.pop("task_weight", None)
     for name, text in flags.items():
         values[name], origin[name] = _parsed(name, text), flag(name)
 
@@ -135,7 +141,7 @@ def _is_own(values: Mapping[str, Any], name: str) -> bool:
     return name in OWN and values.get(name) == str(Path(values.get("out") or "") / OWN[name])
 
 
-def _of_run(flags: Mapping[str, str | bool]) -> Path | None:
+def _of_run(flags: Mapping[str, Flag]) -> Path | None:
     """The configuration of the run that is to be resumed. UserError if there is no run."""
     if flags.get("resume") is not True or "out" not in flags:
         return None
@@ -177,18 +183,22 @@ def _typed(name: str, value: Any) -> Any:
     """TOML writes 1 for 1.0, and may list names that a flag joins with commas."""
     if isinstance(value, list) and name == "targets" and all(isinstance(item, str) for item in value):
         return ",".join(value)
+    if isinstance(value, list) and "several" in settings()[name].metadata:
+        return as_one_or_several([_typed(name, item) for item in value])
     if type(value) is int and float in members(kinds()[name]) and abs(value) <= LARGEST:
         return float(value)
     return value
 
 
-def parsed(flags: Mapping[str, str | bool]) -> dict[str, Any]:
+def parsed(flags: Mapping[str, Flag]) -> dict[str, Any]:
     """Flags' texts, by field name, as their fields' types; what is none stays a text, for `TrainConfig`."""
     return {name: _parsed(name, text) for name, text in flags.items()}
 
 
-def _parsed(name: str, text: str | bool) -> Any:
+def _parsed(name: str, text: Flag) -> Any:
     """A flag's text as its field's type; the text itself if it is none, for `problems` to report."""
+    if isinstance(text, list):
+        return as_one_or_several([_parsed(name, each) for each in text])
     accepted = members(kinds()[name])
     if isinstance(text, bool) or text in choices(kinds()[name]):
         return text
@@ -262,4 +272,4 @@ def _begun_with(path: Path) -> dict[str, Any]:
     found = read_json(path, wanted).get(_LASTING, {}) if path.is_file() else {}
     if not isinstance(found, dict):
         raise UserError(f"{path}: {_LASTING}: got {found!r:.80}, allowed: an object")
-    return {name: value for name, value in found.items() if name in settings()}
+    return {name: _typed(name, value) for name, value in found.items() if name in settings()}

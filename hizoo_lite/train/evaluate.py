@@ -17,7 +17,8 @@ from hizoo_lite.base import BranchLosses
 from hizoo_lite.batch import Batch, Example, Losses, Metric
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import TooManyBadSteps
-from hizoo_lite.tasks import Encoder
+from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.tasks.task import part_of
 from hizoo_lite.train.ranks import ONE, Ranks
 
 Prediction = int | str
@@ -83,12 +84,57 @@ def evaluate(
 ) -> Evaluation:
     """Loss and metric on `examples` (at least one), which the ranks share.
 
-    Batches are of examples of like length, the longest first: little padding, and memory that does not reach
-    is missed at once.
+    Of several tasks the means of what each has, and each by itself, as `of_part` calls it. Batches are of
+    examples of like length, the longest first: little padding, and memory that does not reach is missed at
+    once.
 
     `check` is called before every batch and may raise, to stop; `advanced` after it with the number of
     examples that are done.
     """
+    given: dict[str, Any] = {"check": check, "advanced": advanced, "ranks": ranks}
+    if len(encoder.parts) == 1:
+        return _of_one(model, encoder, examples, batch_size, **given)
+    places: dict[int, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(part_of(example), []).append(place)
+    found = {}
+    for part, own in sorted(places.items()):
+        mine = [examples[place] for place in own]
+        found[part] = _of_one(model, encoder.parts[part], mine, batch_size, **given)
+    return _mean(found, places, encoder.task)
+
+
+def of_part(task: str, score: str) -> str:
+    """What the score of one task of several is called; "" for the only one."""
+    return f"{task}/{score}" if task else score
+
+
+def _mean(found: Mapping[int, Evaluation], places: Mapping[int, Sequence[int]], task: Task) -> Evaluation:
+    """The evaluations of some of a task's parts, as one. A part that predicts nothing has "" there."""
+    loss = math.fsum(each.loss for each in found.values()) / len(found)
+    main = [each.metrics[0].value for each in found.values() if each.metrics]
+    metrics = [Metric(task.metric, math.fsum(main) / len(main)) if main else Metric("loss", loss)]
+    predictions: list[Prediction] = [""] * sum(map(len, places.values()))
+    for part, each in found.items():
+        scores = [Metric("loss", each.loss), *each.metrics]
+        metrics += [Metric(of_part(task.parts[part].name, name), value) for name, value in scores]
+        for place, prediction in zip(places[part], each.predictions, strict=False):
+            predictions[place] = prediction
+    seconds = sum(each.seconds for each in found.values())
+    return Evaluation(loss, metrics, predictions if main else [], len(predictions), seconds)
+
+
+def _of_one(
+    model: Writer,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    check: Callable[[], None],
+    advanced: Callable[[int], None],
+    ranks: Ranks,
+) -> Evaluation:
+    """`evaluate` of a single task."""
     began = time.perf_counter()
     total = 0.0
     own = ranks.share(examples)
@@ -121,7 +167,7 @@ def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: s
     return {
         "model": config.model,
         "adapter": adapter,
-        "task": config.task,
+        "task": config.task_name,
         "split": split,
         "examples": found.examples,
         "metric": found.metric.name,
@@ -161,13 +207,17 @@ def by_example(scores: np.ndarray, batch: Batch) -> list[np.ndarray]:
 def complete(write: Write, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
     """The greedy continuation of every example's prompt, up to its end-of-sequence token or stop text."""
     prompts = [encoder.prompt_ids(example) for example in examples]
-    tokenizer, stop = encoder.tokenizer, encoder.stop
+    tokenizer, own = encoder.tokenizer, [encoder.of(example) for example in examples]
 
     def stopped(rows: Sequence[Sequence[int]]) -> list[bool]:
-        """Once the text that a row has written holds the stop text after other text."""
+        """Once the text that a row has written holds the stop text after other text, if there is one."""
         texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [str(stop) in text.lstrip("\n") for text in texts]
+        stops = [one.stop for one in own] * (len(rows) // len(own))
+        pairs = zip(stops, texts, strict=True)
+        return [stop is not None and stop in text.lstrip("\n") for stop, text in pairs]
 
-    ended = None if stop is None else stopped
+    ended = None if all(one.stop is None for one in own) else stopped
     written = write(prompts, encoder.pad_id, encoder.max_new_tokens, ended)
-    return tokenizer.batch_decode(written, skip_special_tokens=True)
+    limits = [one.max_new_tokens for one in own] * (len(written) // len(own))
+    within = [row[:limit] for row, limit in zip(written, limits, strict=True)]
+    return tokenizer.batch_decode(within, skip_special_tokens=True)

@@ -51,15 +51,35 @@ class Given(NamedTuple):
 
 
 def in_memory(
-    task: TaskLike | None, data: Any, options: dict[str, Any]
+    task: TaskLike | list[str] | tuple[str, ...] | None, data: Any, options: dict[str, Any]
 ) -> tuple[Task | None, Records | None]:
-    """The task and the data, unless they are names; `options` gets what the configuration calls them."""
+    """The task and the data, unless they are names; `options` gets what the configuration calls them.
+
+    UserError for several tasks, or data of several, that are no names.
+    """
+    if isinstance(task, list | tuple) or _are_names(data):
+        for name, given in (("task", task), ("data", data)):
+            if given is None or _are_names(given) or isinstance(given, str | Path):
+                options |= {} if given is None else {name: _names(given)}
+            else:
+                raise UserError(f"{name}: got {given!r:.80}, allowed with several tasks: names or paths")
+        return None, None
     found = None if task is None or isinstance(task, str | Path) else tasks.get(task)
     records = None if data is None or isinstance(data, str | Path) else Records(data)
     for name, given, made in (("task", task, found), ("data", data, records)):
         if given is not None:
             options[name] = str(given) if made is None else getattr(made, "name", IN_MEMORY)
     return found, records
+
+
+def _are_names(given: Any) -> bool:
+    """Whether it is a list of names or paths, one at least."""
+    is_list = isinstance(given, list | tuple) and len(given) > 0
+    return is_list and all(isinstance(one, str | Path) for one in given)
+
+
+def _names(given: Any) -> Any:
+    return str(given) if isinstance(given, str | Path) else [str(one) for one in given]
 
 
 def object_of(field: str, given: _Part | str | None) -> _Part | None:

@@ -143,6 +143,8 @@ def _of_examples(examples: Sequence[Example]) -> str:
 
 def _of_task(task: Task) -> str:
     """What is written, read and scored; how files are read shows in the examples."""
+    if len(task.parts) > 1:
+        return hashlib.sha256("".join(map(_of_task, task.parts)).encode()).hexdigest()
     parts = (
         *(task.kind, task.causal, task.masked, task.text, task.text_pair, task.num_labels, task.cut),
         *(task.cut_side, task.stop, task.max_new_tokens, task.chat, list(task.scorers)),

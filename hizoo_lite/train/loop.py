@@ -114,8 +114,9 @@ class Loop:
         self.adapter_step = position.step  # after which the parameters in memory are those
         self.chunk_halvings = setup.chunk_halvings  # of the chunks in which the last step was computed
         self._encoded: dict[int, Encoded] = {}
-        balanced = setup.config.balanced == "auto" and setup.encoder.task.kind == "choice"
-        self._labels = [example.gold for example in setup.splits.train] if balanced else None
+        task, examples = setup.encoder.task, setup.splits.train
+        self._labels = task.classes(examples, setup.config.balanced == "auto")
+        self._stream = task.stream(examples, setup.config.seed, self._labels)
         self._length = self._tokens if setup.config.by_length == "auto" else None
 
     def run(self) -> None:
@@ -359,7 +360,8 @@ class Loop:
         if sample is not None:
             return self.ranks.gather(sample)[0]
         config, count = self.setup.config, len(self.setup.splits.train)
-        return batch_indices(count, config.batch_size, config.seed, number, self._labels, self._length)
+        order = self._labels, self._length, self._stream
+        return batch_indices(count, config.batch_size, config.seed, number, *order)
 
     def _collated(self, part: Sequence[int]) -> Batch:
         """The batch of some training examples."""

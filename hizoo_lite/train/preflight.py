@@ -26,8 +26,9 @@ def check(config: TrainConfig) -> None:
 
 def check_inputs(config: TrainConfig) -> None:
     """Raises UserError for a task, data or a model that is not there."""
-    task = components.find_task(config.task)
-    task.peek(components.data_path(config.data))
+    task = components.find_task(config.task, config.task_weight)
+    for part, source in zip(task.parts, components.sources(config, task), strict=True):
+        part.peek(source)
     check_model(config.model, config.revision)
 
 

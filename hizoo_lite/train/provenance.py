@@ -20,6 +20,7 @@ from hizoo_lite.checkpoints.adapter import (
 from hizoo_lite.checkpoints.tensorfile import SIZES, read_header
 from hizoo_lite.config import TrainConfig, default, refuse
 from hizoo_lite.errors import UserError
+from hizoo_lite.train import components
 from hizoo_lite.train.folder import RunFolder
 
 #: By PEFT's task type.
@@ -63,7 +64,7 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
     """The run's settings, or the defaults, with the given ones on top."""
     run = saved_config(adapter)
     if run is not None:
-        return replace(run, **given)
+        return components.with_tasks(run, given)
     if adapter is not None and "model" not in given:
         given = {**given, "model": base_model(adapter)}
     kind = None if adapter is None else saved_kind(adapter)

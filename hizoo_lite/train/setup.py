@@ -30,7 +30,6 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
-from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import checkpoint, planning
 from hizoo_lite.train.compared import Compared, given_by
@@ -115,6 +114,8 @@ def build(
 def calibrate(setup: Setup) -> None:
     """Show the space, if it asks for them, the first training examples, as many as a pass of a step has.
 
+    Of several tasks they come by turns, and there is one of each.
+
     All ranks look at the same ones, and take what the main one has found: others may round otherwise.
     """
     space, estimator = setup.space, setup.stepper.estimator
@@ -125,10 +126,11 @@ def calibrate(setup: Setup) -> None:
             f"--space: what {space.name} trains is chosen by gradients of the examples, which are no noisy "
             f"sums; allowed with --estimator {estimator.name}: {space.without_losses}"
         )
-    together = -(-setup.config.batch_size // setup.config.accumulate)
+    together = max(-(-setup.config.batch_size // setup.config.accumulate), len(setup.task.parts))
     examples = setup.splits.train[:together]
     encoded = [setup.encoder.encode(example, training=True) for example in examples]
-    setup.space.calibrate(setup.traversal, setup.encoder.collate(encoded))
+    batch = setup.encoder.collate(encoded)._replace(made_of=tuple(examples))
+    setup.space.calibrate(setup.traversal, batch)
     ranks = setup.stepper.ranks
     for value in setup.space.frozen.values() if ranks.count > 1 else ():
         mine = value.cpu().double().numpy()
@@ -235,14 +237,15 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
     limit = min(max_length, model.positions or max_length)
-    order = output_order(task, model.config.id2label) if model.kind == "classifier" else None
+    classes = model.config.id2label if model.kind == "classifier" else None
     encoder = task_encoder(
-        model.tokenizer, model.kind, task, limit, loss, order=order, vocabulary=model.vocabulary
+        model.tokenizer, model.kind, task, limit, loss, classes=classes, vocabulary=model.vocabulary
     )
     if model.kind == "classifier":
         # A decoder's classifier reads the last token that is not padding, and asks its config which that is.
         if model.config.pad_token_id is None:
             model.config.pad_token_id = encoder.pad_id
         elif encoder.pad_id != model.tokenizer.pad_token_id:  # the tokenizer has none that the model knows
-            encoder.pad_id = model.config.pad_token_id
+            for one in (encoder, *encoder.parts):
+                one.pad_id = model.config.pad_token_id
     return encoder

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hizoo_lite.base import trained_count
 from hizoo_lite.noise import GENERATORS
+from hizoo_lite.tasks import Task
+from hizoo_lite.train.evaluate import of_part
 
 if TYPE_CHECKING:
     from hizoo_lite.model.model import Model
@@ -30,7 +32,7 @@ def summarize(
 
     config, model = setup.config, setup.model
     return {
-        **outcome(metrics, setup.task.metric),
+        **outcome(metrics, setup.task),
         "trainable_parameters": trained_count(setup.space),
         "budget_bytes": setup.resolved.budgets.device_bytes,
         "profile": config.profile,
@@ -50,31 +52,44 @@ def summarize(
         **({} if setup.stepper.estimator.secret else _streaming(model)),
         "noise": GENERATORS["parameters" if setup.space.weights is None else like(model.device)],
         "model": config.model,
-        "task": config.task,
+        "task": config.task_name,
         "seed": config.seed,
         "interrupted": interrupted,
         "versions": versions(),
     }
 
 
-def outcome(metrics: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """What the lines of metrics.jsonl come to; `metric` is the task's main one."""
+def outcome(metrics: Sequence[Mapping[str, Any]], task: Task) -> dict[str, Any]:
+    """What the lines of metrics.jsonl come to. Of several tasks `tasks` has what there is of each."""
     steps = [line for line in metrics if line["kind"] == "step"]
     before, after = _last(metrics, "before"), _last(metrics, "after")
     taken = max((line["step"] + (line["kind"] == "step") for line in metrics), default=0)
     if after.get("step") != taken:  # of an earlier end, before the run was given more steps
         after = {}
+    found = _of_task(before, after, task.metric)
+    several = {part.name: _of_task(before, after, part.metric, part.name) for part in task.parts}
     return {
         "steps": taken,
         "skipped_steps": sum(line["skipped"] for line in steps),
         "forward_passes": sum(line["forwards"] for line in steps),
         **_speed(steps),
-        "loss_before": before.get("loss"),
-        "loss_after": after.get("loss"),
-        "metric": metric,
-        "metric_before": before.get(metric),
-        "metric_after": after.get(metric),
+        **found,
+        **({"tasks": several} if len(several) > 1 else {}),
         "test_examples": before.get("examples"),
+    }
+
+
+def _of_task(
+    before: Mapping[str, Any], after: Mapping[str, Any], metric: str, name: str = ""
+) -> dict[str, Any]:
+    """Loss and metric of both evaluations; name: of one task of several."""
+    loss, own = of_part(name, "loss"), of_part(name, metric)
+    return {
+        "loss_before": before.get(loss),
+        "loss_after": after.get(loss),
+        "metric": metric,
+        "metric_before": before.get(own),
+        "metric_after": after.get(own),
     }
 
 
