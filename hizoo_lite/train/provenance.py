@@ -71,6 +71,10 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**given if kind is None else {"kind": kind, **given})
 
 
+#: Words for layers that those of an adapter take the place of.
+_OPEN = {"targets": ("attention", "all-linear")}
+
+
 def begun_from(config: TrainConfig) -> TrainConfig:
     """The settings with layers, rank and scale of the adapter that the run begins with, if it does.
 
@@ -102,7 +106,7 @@ def begun_from(config: TrainConfig) -> TrainConfig:
         [
             f"--{name}: got {getattr(config, name)!r}, but {where} has {value!r:.80}; allowed: that"
             for name, value in own.items()
-            if getattr(config, name) not in (default(name), value)
+            if getattr(config, name) not in (default(name), value, *_OPEN.get(name, ()))
         ]
     )
     return replace(config, **own)
