@@ -1,12 +1,13 @@
-"""Reading a task's data from the Hugging Face hub, through the optional `datasets` library."""
+"""Reading data sets from the Hugging Face hub, through the optional `datasets` library."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks.files import Row, Split
+from hizoo_lite.tasks.files import SPLIT_WORDS, Row, Split
 
 
 class HubSource(NamedTuple):
@@ -31,18 +32,43 @@ def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
     wanted = source.split(split)
     if wanted is None:
         raise UserError(f"task {task}: the hub's {source.path} has no labelled {split} split")
+    missing = f"task {task}: no data folder was given and the `datasets` library is not installed"
+    table = _asked(
+        f"task {task}: {source.path}", missing, "load_dataset", source.path, source.name, split=wanted
+    )
+    return (Row(f"{source.path}[{wanted}]:{number}", record) for number, record in enumerate(table))
+
+
+@cache
+def find(path: str, split: str | None) -> HubSource:
+    """A user's data set by its name; split: the only one that is read. UserError as for `rows`."""
+    if split is not None:
+        return HubSource(path, None, split, None)
+    missing = (
+        f"data: {path} is no file here, and the `datasets` library, which reads the hub, is not installed"
+    )
+    names = _asked(f"data: {path}", missing, "get_dataset_split_names", path)
+    train, dev, test = (
+        next((name for name in names if name.lower() in words), None) for words in SPLIT_WORDS.values()
+    )
+    train = train or (names[0] if len(names) == 1 else None)
+    if train is None:
+        raise UserError(f"data: the hub's {path} has the splits {', '.join(names)}; say which: {path}:NAME")
+    return HubSource(path, None, train, dev, test)
+
+
+def _asked(name: str, missing: str, function: str, *arguments: Any, **options: Any) -> Any:
+    """What a function of `datasets` gives. UserError if it is not there, or cannot."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"task {task}: no data folder was given and the `datasets` library is not installed; "
-            "give --data, or run: pip install datasets"
+            f"{missing}; give --data, or run: pip install datasets (the extra hizoo-lite[hub])"
         ) from error
     try:
-        table = datasets.load_dataset(source.path, source.name, split=wanted)
+        return getattr(datasets, function)(*arguments, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"task {task}: could not read {source.path} from the hub ({type(error).__name__}: {error}); "
+            f"{name.replace(': ', ': could not read ', 1)} from the hub ({type(error).__name__}: {error}); "
             "check the network, or give --data with local files"
         ) from error
-    return (Row(f"{source.path}[{wanted}]:{number}", record) for number, record in enumerate(table))

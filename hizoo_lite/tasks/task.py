@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hizoo_lite.batch import Example, Metric
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import files, hub
+from hizoo_lite.tasks import files, hub, own
 from hizoo_lite.tasks.files import Row, Split
 from hizoo_lite.tasks.metrics import Prediction, Scorer
 from hizoo_lite.tasks.records import Records
@@ -26,6 +26,20 @@ WHERE = "@where"
 def where(example: Example) -> str:
     """The file and line of an example, for messages."""
     return str(example.fields.get(WHERE, "example"))
+
+
+class LeftOut(NamedTuple):
+    """An example that is not used."""
+
+    where: str  # file and line
+    why: str
+
+
+def check_mostly_good(name: str, bad: Sequence[LeftOut], count: int) -> None:
+    """UserError, with the first ones, if over half of `count` examples are bad: the task is another."""
+    if 2 * len(bad) > count:
+        first = "\n  ".join(f"{where}: {why}" for where, why in bad[:3])
+        raise UserError(f"{name}: {len(bad)} of {count} examples cannot be used; the first:\n  {first}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Task:
         headerless: the columns of a table without a header line.
         text_reader: how to read `.txt` and `.label` files, if they are not tables.
         dev_from, test_from: the official file that `make_splits` takes each split from.
+        columns: those that are read, of a user's own task.
     """
 
     name: str
@@ -75,6 +90,12 @@ class Task:
     hub: hub.HubSource | None = None
     dev_from: Literal["train", "dev"] = "train"
     test_from: Literal["dev", "test"] = "dev"
+    columns: tuple[str, ...] = ()
+
+    @property
+    def is_published(self) -> bool:
+        """Whether its data is a published set, whose division is the papers'."""
+        return self.hub is not None
 
     @property
     def metric(self) -> str:
@@ -87,32 +108,43 @@ class Task:
             return data.has(split)
         if data is None:
             return self.hub is not None and self.hub.split(split) is not None
-        path = Path(data)
-        if path.is_file():
-            return split == "train"
-        return files.find_split(path, split) is not None
+        return own.has(data, split)
 
-    def load(self, data: Path | str | Records | None, split: Split) -> list[Example]:
+    def load(
+        self, data: Path | str | Records | None, split: Split, left_out: list[LeftOut] | None = None
+    ) -> list[Example]:
         """Every example of a split, in file order.
 
         Args:
-            data: a folder of official files, one file (whatever the split), rows in memory, or None: the hub.
+            data: a folder of files, one file (whatever the split), a data set's name on the hub, rows in
+                memory, or None: the task's own on the hub.
             split: which file of the folder; nothing is carved out here (see `splits.make_splits`).
+            left_out: gets the rows that are no example, as long as most are; None: none may be.
 
         Raises UserError naming file, line and field for anything that is not as the task expects.
         """
         rows, source = self._rows(data, split)
         examples: list[Example] = []
         read = dropped = 0
+        bad: list[LeftOut] = []
         for row in rows:
-            made = list(self.build(row))
             read += 1
+            try:
+                made = list(self.build(row))
+            except UserError as error:
+                if left_out is None:
+                    raise
+                bad.append(LeftOut(row.where, str(error).removeprefix(f"{row.where}: ")))
+                continue
             dropped += not made
             examples.extend(example._replace(fields={WHERE: row.where, **example.fields}) for example in made)
         if dropped:
             logger.info(
                 "task %s: %s: %d of %d rows dropped (no gold label)", self.name, source, dropped, read
             )
+        check_mostly_good(f"task {self.name}: {source}", bad, read)
+        if left_out is not None:
+            left_out += bad
         if not examples:
             raise UserError(f"task {self.name}: {source} holds no examples")
         return examples
@@ -125,15 +157,22 @@ class Task:
             if self.hub is None:
                 raise UserError(f"task {self.name}: a data file or folder is needed (--data)")
             return hub.rows(self.hub, split, self.name), f"{self.hub.path}[{split}]"
-        path = files.find_split(Path(data), split)
-        if path is None:
+        if (source := own.on_hub(data)) is not None:
+            return hub.rows(source, split, self.name), f"{source.path}[{split}]"
+        paths = files.find_split(Path(data), split)
+        if not paths:
             raise UserError(
                 f"task {self.name}: {data} has no {split} file; expected a name with "
                 f"{split!r} in it and one of the extensions {', '.join(files.SUFFIXES)}"
             )
-        if self.text_reader is not None and path.suffix.lower() in (".txt", ".label"):
-            return self.text_reader(path), str(path)
-        return files.rows(path, self.headerless), str(path)
+        return (row for path in paths for row in self._read(path)), ", ".join(map(str, paths))
+
+    def _read(self, path: Path) -> Iterator[Row]:
+        if self.text_reader is not None and path.suffix.lower() in own.TEXTS:
+            return own.read_text(path, self.text_reader, detect=not self.is_published)
+        if self.is_published and path.suffix.lower() not in own.COLUMNAR:
+            return files.rows(path, self.headerless)
+        return own.rows(path, self.columns)
 
     def score(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> Metric:
         """The main metric. `predictions` are indices into the answers (choice) or texts (completion)."""
