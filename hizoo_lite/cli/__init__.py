@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from hizoo_lite.cli import (
+    data,
     demo,
     doctor,
     evaluate,
@@ -76,6 +77,7 @@ app.command("plan")(plan.command)
 app.command("profiles")(profiles.command)
 app.command("methods")(methods.command)
 app.command("quantize")(quantize.command)
+app.add_typer(data.app, name="data")
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)

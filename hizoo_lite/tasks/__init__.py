@@ -25,6 +25,7 @@ from hizoo_lite.tasks.encoder import Encoded, Encoder
 from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.splits import Splits, batch_indices, batches, make_splits
 from hizoo_lite.tasks.task import Task
+from hizoo_lite.tasks.usable import Usable, usable
 
 __all__ = [
     "Encoded",
@@ -32,11 +33,13 @@ __all__ = [
     "Records",
     "Splits",
     "Task",
+    "Usable",
     "batch_indices",
     "batches",
     "get",
     "make_splits",
     "names",
+    "usable",
 ]
 
 _FAMILIES = (classification, superglue, multiple_choice, question_answering, text)

@@ -36,8 +36,8 @@ def chat_text(
 ) -> str:
     """The conversation as text; with `prompt` it ends where the assistant's next turn begins.
 
-    `tools` are those that may be called, as JSON has them; `name` is the example's, for messages. Raises UserError if the tokenizer's template refuses it: some
-    take no system turns, or only turns that alternate.
+    `tools` are those that may be called, as JSON has them; `name` is the example's, for messages. Raises
+    UserError if the tokenizer's template refuses it: some take no system turns, or only turns that alternate.
     """
     template = str(tokenizer.chat_template or "")
     if tools and not re.search(r"\btools\b", template):

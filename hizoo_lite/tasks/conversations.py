@@ -78,9 +78,7 @@ class Conversations:
             field = self.keys.get("messages_field", "messages")
             raise UserError(f"{row.where}: field {field!r}: the last message must be a non-empty assistant's")
         if all(UNSCORED in message.more for message in messages if message.role == "assistant"):
-            raise UserError(
-                f"{row.where}: no message of the assistant has a weight; there is nothing to learn"
-            )
+            raise UserError(f"{row.where}: no assistant's message has a weight: nothing to learn")
         fields: dict[str, Any] = {"messages": messages}
         if tools := self._tools(row):
             fields["tools"] = tools

@@ -12,12 +12,12 @@
     positive = " great"
 
 Optional: `answer` (completion: the template of the text to write), `masked_prompt` (with `{mask}`),
-`classifier_text` (by default the prompt's only field) and `classifier_text_pair`. `cut = ""` shortens nothing:
+`classifier_text` (by default the prompt's only field) and `classifier_text_pair`. `cut = ""` cuts nothing:
 what is too long is left out. Every problem of the file is reported at once; unknown keys are problems.
 
-A column whose name is no field's is named by a key: `text_field` is the column of `{text}`, `prompt_field` and
-`completion_field` those of `{prompt}` and `{completion}`, as they are with their outer white space. In "chat"
-such keys say which columns a conversation is in (`conversations.FIELDS`).
+A column whose name is no field's is named by a key: `text_field` is the column of `{text}`, `prompt_field`
+and `completion_field` those of `{prompt}` and `{completion}`, as they are with their outer white space. In
+"chat" such keys say which columns a conversation is in (`conversations.FIELDS`).
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def _task(keys: Mapping[str, Any]) -> Task:
     """The task of checked keys. Data of its own: dev and test come from its own files if it has them."""
     kind = keys["kind"]
     if kind == "chat":
-        build = Conversations(keys)
-        return replace(text.CHAT, name=keys["name"], build=build, columns=build.columns)
+        turns = Conversations(keys)
+        return replace(text.CHAT, name=keys["name"], build=turns, columns=turns.columns)
     fields = fields_of(keys["prompt"])
     only = fields[0] if len(fields) == 1 else ""
     scorers = _METRICS[kind]
@@ -256,6 +256,7 @@ class _Build:
         self.fields = [name for name in dict.fromkeys(names) if name != "mask"]
         self.column_of = {name: keys.get(f"{name}_field", name) for name in self.fields}
         self.as_it_is = "completion_field" in keys
+        self.says_which = "text_field" in keys
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -265,6 +266,8 @@ class _Build:
     def __call__(self, row: Row) -> Iterator[Example]:
         read = row.whole if self.as_it_is else row.words
         fields = {name: read(column) for name, column in self.column_of.items()}
+        if self.says_which and not any(fields.values()):
+            raise UserError(f"{row.where}: the text is empty")
         if self.kind == "choice":
             table = {label.lower(): index for index, label in enumerate(self.answers)}
             yield Example(fields, tuple(self.answers.values()), row.label(self.label_field, table))

@@ -159,11 +159,12 @@ class Encoder:
         return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
 
     def divided(self, example: Example) -> list[Example]:
-        """The example; a text of which all is learnt and that is too long as several, which leave out none."""
+        """The example; a text that is too long and of which every token is learnt, as several."""
         field = self.task.cut
         if self.model_kind != "causal" or self.task.chat or self.task.causal != f"{{{field}}}":
             return [example]
-        text, found = str(example.fields[field]), []
+        text = str(example.fields[field])
+        found: list[Example] = []
         if self.task.kind != "lm" or len(self._ids(example.fields)) <= self.max_length:
             return [example]
         pieces = spans(self.tokenizer, text)
@@ -178,7 +179,7 @@ class Encoder:
                     break
                 count = max(1, count - beyond)
             fields = {**example.fields, field: part, WHERE: f"{where(example)}, piece {len(found) + 1}"}
-            found.append(example._replace(fields=fields, answers=(part,)))
+            found.append(example._replace(fields=fields))
             first += count
         return found
 

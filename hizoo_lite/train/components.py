@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from hizoo_lite import estimators, tasks
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig
+from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig, refuse
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
-from hizoo_lite.tasks import Encoder, Records, Splits, Task
-from hizoo_lite.tasks.task import where
+from hizoo_lite.tasks import Encoder, Records, Splits, Task, forms
+from hizoo_lite.tasks.forms import Understood
+from hizoo_lite.tasks.task import LeftOut, check_mostly_good, where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
 
@@ -26,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
     """The examples of a configuration: a function of its data (`data` in their place), limits and seed."""
+    left_out: list[LeftOut] | None = [] if leaves_out(config, task) and not config.strict else None
     return tasks.make_splits(
         task,
         data_path(config.data) if data is None else data,
@@ -34,7 +37,50 @@ def make_splits(config: TrainConfig, task: Task, data: Records | None = None) ->
         test_examples=config.test_examples,
         k_shot=config.k_shot,
         seed=config.seed,
+        exact=config.all_data == "auto",
+        needs_dev=config.eval_every > 0,
+        left_out=left_out,
     )
+
+
+def leaves_out(config: TrainConfig, task: Task) -> bool:
+    """Whether examples that cannot be used are left out: of a user's own data."""
+    return config.all_data == "auto" and not task.is_published
+
+
+def understood(config: TrainConfig, data: Records | None = None) -> Understood | None:
+    """What the data is, if the task is a form; None for a task that says it. UserError if it is nothing."""
+    if not forms.is_form(config.task):
+        given = {"--text-field": config.text_field, "--label-field": config.label_field}
+        refuse(
+            [
+                f"{name}: got {value!r}, but --task {config.task} says the columns; allowed with --task "
+                f"{', '.join((forms.AUTO, *forms.FORMS))}"
+                for name, value in given.items()
+                if value is not None
+            ]
+        )
+        return None
+    source = data_path(config.data) if data is None else data
+    if source is None:
+        raise UserError(f"--data: missing; --task {config.task} has none of its own")
+    return forms.recognise(source, config.task, config.text_field, config.label_field)
+
+
+def task_of(config: TrainConfig, data: Records | None = None) -> Task:
+    """The task of a configuration: the one it names, or what its data is."""
+    found = understood(config, data)
+    return find_task(config.task) if found is None else tasks.get(found.keys)
+
+
+def steps_of(config: TrainConfig, splits: Splits) -> TrainConfig:
+    """The configuration with the steps that its epochs are, and the dev examples that are held out."""
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * len(splits.train) / config.batch_size)
+        config = replace(config, steps=steps, epochs=None)
+    if config.dev_examples == "auto" and splits.dev_size is not None:
+        config = replace(config, dev_examples=splits.dev_size)
+    return config
 
 
 def find_task(name: str) -> Task:
@@ -63,7 +109,8 @@ def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> 
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
     """The first `limit` examples of a part of the data. UserError if it is empty."""
-    part: list[Example] = getattr(make_splits(config, task), split)[:limit]
+    splits = make_splits(replace(config, eval_every=1) if split == "dev" else config, task)
+    part: list[Example] = getattr(splits, split)[:limit]
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     return part
@@ -84,6 +131,40 @@ def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:
             *(len(examples) - len(kept), len(examples), first),
         )
     return kept
+
+
+def fitting(encoder: Encoder, examples: list[Example], config: TrainConfig) -> list[Example]:
+    """The examples of an evaluation: left out and divided as those of a run are."""
+    if not leaves_out(config, encoder.task):
+        return learnable(encoder, examples)
+    found = tasks.usable(encoder, examples, training=False, strict=config.strict)
+    check_mostly_good(f"--data: {config.data}", found.left_out, len(examples))
+    for line in found.lines(encoder.max_length):
+        _log.warning("%s", line)
+    return found.examples
+
+
+def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig) -> Splits:
+    """The examples that can be learnt from and evaluated, for this tokenizer and length.
+
+    UserError if most cannot be, or with --strict the first that cannot.
+    """
+    if not leaves_out(config, encoder.task):
+        return splits
+    made = {
+        name: tasks.usable(encoder, getattr(splits, name), training=name == "train", strict=config.strict)
+        for name in ("train", "dev", "test")
+    }
+    count = sum(len(getattr(splits, name)) for name in made)
+    left_out = [one for part in made.values() for one in part.left_out]
+    check_mostly_good(f"--data: {config.data}", left_out, count)
+    notes = tuple(f"{name}: {line}" for name, part in made.items() for line in part.lines(encoder.max_length))
+    train, dev, test = (part.examples for part in made.values())
+    for name in ("train", "test"):
+        if not made[name].examples:
+            raise UserError(f"--data: all {name} examples are left out; the first: {': '.join(left_out[0])}")
+    left = (*splits.left_out, *left_out)
+    return replace(splits, train=train, dev=dev, test=test, left_out=left, notes=(*splits.notes, *notes))
 
 
 def learnable_splits(encoder: Encoder, splits: Splits) -> Splits:

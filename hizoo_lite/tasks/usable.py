@@ -1,0 +1,68 @@
+"""Which examples a model can learn from: what is too long, and what has nothing to predict."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hizoo_lite.batch import Example
+from hizoo_lite.errors import UserError
+from hizoo_lite.tasks.encoder import Encoder
+from hizoo_lite.tasks.task import LeftOut, where
+
+
+class Usable(NamedTuple):
+    """Examples that can be encoded, and what was done to have them."""
+
+    examples: list[Example]
+    left_out: list[LeftOut]
+    cut: int = 0  # examples of which a part is not seen
+    divided: int = 0  # texts that are several examples each
+
+    def lines(self, max_length: int) -> list[str]:
+        """What is to be told."""
+        found = []
+        if self.cut:
+            found.append(
+                f"{self.cut} of {len(self.examples)} examples are longer than --max-length {max_length}: the "
+                "beginning of a conversation or the end of a text is cut off there"
+            )
+        if self.divided:
+            found.append(
+                f"{self.divided} texts are longer than --max-length {max_length} and are divided: "
+                f"{len(self.examples)} examples"
+            )
+        if self.left_out:
+            first = self.left_out[0]
+            found.append(f"{len(self.left_out)} left out, the first: {first.where}: {first.why}")
+        return found
+
+
+def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, strict: bool) -> Usable:
+    """The examples that can be encoded; strict: UserError for the first that cannot.
+
+    Every one is encoded, about half a millisecond each, and not kept.
+    """
+    cut: set[str] = set()
+    watched = copy.copy(encoder)
+    watched.on_cut = lambda example: cut.add(where(example))
+    kept: list[Example] = []
+    left_out: list[LeftOut] = []
+    divided = 0
+    for example in examples:
+        parts = encoder.divided(example)
+        divided += len(parts) > 1
+        for part in parts:
+            try:
+                if not encoder.teaches(part):
+                    raise UserError(f"{where(part)}: a text of a single token, and nothing to predict")
+                watched.encode(part, training=training)
+            except UserError as error:
+                if strict:
+                    raise
+                why = str(error).removeprefix(f"{where(part)}: ")
+                left_out.append(LeftOut(where(part), why))
+            else:
+                kept.append(part)
+    return Usable(kept, left_out, len(cut), divided)
