@@ -294,7 +294,7 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
     """What the run is of. UserError if its estimator cannot do with that."""
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
-    for line in [] if form is None else form.lines(setup.splits.total):
+    for line in [] if form is None else form.lines(setup.splits.total + len(setup.splits.left_out)):
         tell(line)
     for line in setup.splits.lines(setup.task.name):
         tell(line)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.tasks import Encoder, Task
 
-_MOST_CHARACTERS = 1500  # of an example that is printed
+_MOST_CHARACTERS = 800  # of an example that is printed
 
 app = typer.Typer(help="Look at data before it is trained on.", no_args_is_help=True)
 
@@ -84,11 +84,14 @@ def _encoder_of(config: TrainConfig) -> Any:
     """What makes the encoder of a task for the model, of which the tokenizer alone is read."""
 
     def made(task: Task) -> Encoder:
+        from hizoo_lite.checkpoints.checkpoint import Checkpoint
         from hizoo_lite.errors import UserError
-        from hizoo_lite.train import planning
-        from hizoo_lite.train.resolved import Resolved
+        from hizoo_lite.model.kinds import find_kind, model_path
+        from hizoo_lite.train.tokenizing import encoder_of
 
-        encoder = planning.find_encoder(Resolved(config, task))
+        source = model_path(config.model)
+        kind = find_kind(source, config.revision, task)
+        encoder = encoder_of(Checkpoint.open(source).folder, kind, task, config)
         if encoder is None:
             raise UserError(f"--model: {config.model} has no tokenizer files")
         return encoder

@@ -24,20 +24,8 @@ if TYPE_CHECKING:
 
 #: Settings of a run that its plan depends on.
 SHARED = (
-    *(
-        "model",
-        "revision",
-        "kind",
-        "task",
-        "data",
-        "text_field",
-        "label_field",
-        "bits",
-        "double_quant",
-        "compute_dtype",
-        "device",
-        "space",
-    ),
+    *("model", "revision", "kind", "task", "data", "text_field", "label_field"),
+    *("bits", "double_quant", "compute_dtype", "device", "space"),
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
     *("estimator", "objective", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),

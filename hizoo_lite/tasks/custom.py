@@ -64,7 +64,7 @@ _ALLOWED = {
     "lm": (*_REQUIRED["lm"], "cut", "text_field"),
     "chat": FIELDS,
 }
-#: Of a completion that has no metric: what is written is not looked at, and nothing is.
+#: The metric of a completion of which nothing is written, and its loss alone is looked at.
 LOSS = "loss"
 _TEMPLATES = ("prompt", "answer", "masked_prompt", "classifier_text", "classifier_text_pair")
 
@@ -215,7 +215,7 @@ def _task(keys: Mapping[str, Any]) -> Task:
         labels=tuple(keys["answers"]) if kind == "choice" else (),
         cut=keys.get("cut", only),
         stop="\n" if keys.get("answer", "").endswith("\n") else None,
-        max_new_tokens={"choice": 0, "completion": 64, "lm": 128}[kind] if main != LOSS else 0,
+        max_new_tokens={"choice": 0, "completion": 64, "lm": 128}[kind],
         text_reader=text.pieces if kind == "lm" and build.columns == ("text",) else None,
         columns=build.columns,
         dev_from="dev",

@@ -124,6 +124,8 @@ class Row:
         """The index of this row's label: texts, numbers and booleans are looked up as lower-case text."""
         found = self.value(column)
         key = str(found).strip().lower()
+        if not key:
+            raise UserError(f"{self.where}: field {column!r}: it is empty, no label")
         if key not in table:
             allowed = ", ".join(dict.fromkeys(table))
             raise UserError(f"{self.where}: field {column!r}: unknown label {found!r}; allowed: {allowed}")

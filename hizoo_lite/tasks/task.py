@@ -98,6 +98,11 @@ class Task:
         return self.hub is not None
 
     @property
+    def writes(self) -> bool:
+        """Whether its metrics are of texts that a model writes."""
+        return self.kind == "completion" and bool(self.scorers)
+
+    @property
     def metric(self) -> str:
         """The name of the main metric; "loss" if there is nothing to predict."""
         return next(iter(self.scorers), "loss")

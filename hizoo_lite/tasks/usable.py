@@ -20,19 +20,16 @@ class Usable(NamedTuple):
     cut: int = 0  # examples of which a part is not seen
     divided: int = 0  # texts that are several examples each
 
-    def lines(self, max_length: int) -> list[str]:
-        """What is to be told."""
-        found = []
+    def lines(self, encoder: Encoder) -> list[str]:
+        """What is to be told. encoder: the one they are for."""
+        found, task, count = [], encoder.task, len(self.examples)
+        longer = f"longer than --max-length {encoder.max_length}"
         if self.cut:
-            found.append(
-                f"{self.cut} of {len(self.examples)} examples are longer than --max-length {max_length}: the "
-                "beginning of a conversation or the end of a text is cut off there"
-            )
+            what = f"the {task.cut_side} of {task.cut!r} is cut off"
+            what = "oldest turns are not seen" if task.chat else what
+            found.append(f"{self.cut} of {count} examples are {longer}: {what}")
         if self.divided:
-            found.append(
-                f"{self.divided} texts are longer than --max-length {max_length} and are divided: "
-                f"{len(self.examples)} examples"
-            )
+            found.append(f"{self.divided} texts are {longer} and are divided: {count} examples")
         if self.left_out:
             first = self.left_out[0]
             found.append(f"{len(self.left_out)} left out, the first: {first.where}: {first.why}")
@@ -61,7 +58,7 @@ def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, str
             except UserError as error:
                 if strict:
                     raise
-                why = str(error).removeprefix(f"{where(part)}: ")
+                why = str(error).replace(f"{where(part)}: ", "").replace(f"{where(part)} needs", "it needs")
                 left_out.append(LeftOut(where(part), why))
             else:
                 kept.append(part)

@@ -139,15 +139,15 @@ def fitting(encoder: Encoder, examples: list[Example], config: TrainConfig) -> l
         return learnable(encoder, examples)
     found = tasks.usable(encoder, examples, training=False, strict=config.strict)
     check_mostly_good(f"--data: {config.data}", found.left_out, len(examples))
-    for line in found.lines(encoder.max_length):
+    for line in found.lines(encoder):
         _log.warning("%s", line)
     return found.examples
 
 
-def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig) -> Splits:
+def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig, *, refuses: bool = True) -> Splits:
     """The examples that can be learnt from and evaluated, for this tokenizer and length.
 
-    UserError if most cannot be, or with --strict the first that cannot.
+    UserError if most cannot be and `refuses`, or with --strict for the first that cannot.
     """
     if not leaves_out(config, encoder.task):
         return splits
@@ -157,10 +157,11 @@ def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig) -> Spli
     }
     count = sum(len(getattr(splits, name)) for name in made)
     left_out = [one for part in made.values() for one in part.left_out]
-    check_mostly_good(f"--data: {config.data}", left_out, count)
-    notes = tuple(f"{name}: {line}" for name, part in made.items() for line in part.lines(encoder.max_length))
+    if refuses:
+        check_mostly_good(f"--data: {config.data}", left_out, count)
+    notes = tuple(f"{name}: {line}" for name, part in made.items() for line in part.lines(encoder))
     train, dev, test = (part.examples for part in made.values())
-    for name in ("train", "test"):
+    for name in ("train", "test") if refuses else ():
         if not made[name].examples:
             raise UserError(f"--data: all {name} examples are left out; the first: {': '.join(left_out[0])}")
     left = (*splits.left_out, *left_out)

@@ -44,14 +44,14 @@ def inspect(
     every = [*splits.train, *splits.dev, *splits.test]
     encoder = None if find_encoder is None else find_encoder(task)
     if encoder is not None:
-        splits = components.usable_splits(encoder, splits, config)
+        splits = components.usable_splits(encoder, splits, config, refuses=False)
     counted = _Counted(task, encoder)
     lengths = [counted.length(example) for example in every[:_MOST_MEASURED]]
     found = {
         "data": config.data,
         "form": task.name if form is None else form.form,
         "kind": "chat" if task.chat else task.kind,
-        "lines": [task.name] if form is None else form.lines(splits.total),
+        "lines": [task.name] if form is None else form.lines(splits.total + len(splits.left_out)),
         "columns": [] if form is None else form.columns,
         "unused_columns": [] if form is None else form.unused,
         "parts": {name: len(getattr(splits, name)) for name in ("train", "dev", "test")},
@@ -67,7 +67,7 @@ def inspect(
         },
         "examples": [
             {"where": where(example), "length": counted.length(example), "text": counted.shown(example)}
-            for example in splits.train[:_SHOWN]
+            for example in (splits.train or every)[:_SHOWN]
         ],
         "advice": _advice(config, task, splits, lengths, encoder is not None),
     }
@@ -98,7 +98,11 @@ class _Counted:
         """Its text, with marks around what is scored."""
         if self.encoder is None:
             return "".join(_marked(text, scored) for text, scored in self._texts(example))
-        encoded = self.encoder.encode(example, training=True)
+        assert self.whole is not None
+        try:
+            encoded = self.encoder.encode(example, training=True)
+        except UserError:  # too long, and shown all the same
+            encoded = self.whole.encode(example, training=True)
         tokenizer = self.encoder.tokenizer
         if self.encoder.model_kind != "causal":
             label = example.answers[example.gold].strip() if example.answers else str(example.gold)
