@@ -26,6 +26,7 @@ from hizoo_lite.tasks.records import Records
 AUTO = "auto"
 _ROWS = 200  # that are looked at
 _MOST_LABELS = 200
+_MOST_CHARACTERS = 60  # of a label
 _CHAT = "chat template of the model, loss on "
 #: Headings that say no more than that there are labels.
 _NO_CUE = {"label", "labels", "class", "target", "category_id", "y"}
@@ -159,7 +160,13 @@ def _label_column(sample: Sample) -> str | None:
     if not (sample.forced or len(sample.columns) == 2):
         return None
     others = [column for column in sample.columns if column != sample.text_field]
-    found = [column for column in others if sample.is_of(column, scalar) and _repeat(sample, column)]
+    found = [
+        column
+        for column in others
+        if sample.is_of(column, scalar)
+        and _repeat(sample, column)
+        and len(set(sample.values(column))) < len(sample.values(column))
+    ]
     if len(found) > 1:
         raise UserError(
             f"data: {' and '.join(map(repr, found))} may both be the labels; say which: --label-field"
@@ -169,8 +176,10 @@ def _label_column(sample: Sample) -> str | None:
 
 def _repeat(sample: Sample, column: str) -> bool:
     """Whether a column has few values, each of a word or a few."""
-    values = sample.values(column)
-    return len(set(values)) <= max(2, len(values) // 2) and max(map(len, values), default=0) <= 60
+    values = [value.lower() for value in sample.values(column)]
+    return (
+        len(set(values)) <= max(2, len(values) // 2) and max(map(len, values), default=0) <= _MOST_CHARACTERS
+    )
 
 
 def _text_column(sample: Sample, label: str) -> str | None:

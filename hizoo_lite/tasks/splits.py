@@ -89,6 +89,7 @@ WINDOW = 8
 #: Of a user's own data: one in so many is held out, but no more than that.
 HELD_OUT, MOST_HELD_OUT = 10, 200
 
+_HELD: tuple[Split, Split] = ("dev", "test")
 Limit = int | Literal["auto"] | None
 
 
@@ -138,46 +139,55 @@ def make_splits(
 
     An example whose fields equal those of a train example is never taken into a carved dev or test part.
     """
-    limits = {"train_examples": train_examples, "dev_examples": dev_examples, "test_examples": test_examples}
-    for name, limit in limits.items():
-        if isinstance(limit, int) and limit < (1 if name == "train_examples" else 0):
-            raise UserError(f"{name}: got {limit}; allowed: a positive number, or none for all")
-    if seed < 0:
-        raise UserError(f"seed: got {seed}; allowed: 0 or more")
-    if k_shot is not None and k_shot < 1:
-        raise UserError(f"k_shot: got {k_shot}; allowed: a positive number")
+    asked = (train_examples, dev_examples, test_examples)
+    _check(asked, k_shot, seed)
     _name_the_rest(data)
-    dev_file, test_file = _official(task, data)
+    is_own = exact and not task.is_published
+    dev_file, test_file = _official(task, data, is_own)
     pool = _shuffled(task.load(data, "train", left_out), seed, 0)
     tests = [] if test_file is None else _shuffled(task.load(data, test_file, left_out), seed, 1)
     devs = [] if dev_file is None else _shuffled(task.load(data, dev_file, left_out), seed, 2)
-    asked = (train_examples, dev_examples, test_examples)
     most = _Wanted(*(p if a == "auto" else a for a, p in zip(asked, PUBLISHED, strict=True)))
     test = None if test_file is None else tests[: most.test]
     dev = None if dev_file is None else devs[: most.dev]
     wanted = _Wanted(most.train, most.dev if dev is None else 0, most.test if test is None else 0)
-    as_published = task.is_published and (
-        (dev_examples, test_examples) == ("auto", "auto") or not _sizes(len(pool), wanted)[-1]
-    )
-    needs_dev = needs_dev or task.is_published
+    if is_own and dev_examples == "auto" and not needs_dev:
+        wanted = wanted._replace(dev=0)
     shared, dev_size = False, None
     if k_shot is not None:
-        if exact and dev_examples == "auto" and not needs_dev:
-            wanted = wanted._replace(dev=0)
         train, carved_dev, rest = _few_shot(task, pool, k_shot, wanted)
         carved_test = rest[: wanted.test]
-    elif exact and not as_published:
-        dev_size, test_size = _exact_sizes(len(pool), asked, wanted, needs_dev)
+    elif is_own or (exact and asked[1:] != ("auto", "auto") and not _is_room(len(pool), wanted)):
+        dev_size, test_size = _exact_sizes(len(pool), asked, wanted)
         carved_dev, carved_test, rest = _held_out(pool, dev_size, test_size)
-        whole = train_examples == "auto" and not task.is_published
-        train = rest if whole else rest[: most.train]
+        train = rest if is_own and train_examples == "auto" else rest[: most.train]
     else:
         *sizes, shared = _sizes(len(pool), wanted)
         train, carved_dev, carved_test = _carve(pool, sizes, wanted)
     parts = train, carved_dev if dev is None else dev, carved_test if test is None else test
     unused = len(pool) + len(devs) + len(tests) - sum(map(len, parts))
     carved = tuple(name for name, own in (("dev", dev), ("test", test)) if own is None)
-    return Splits(*parts, unused, shared, carved, dev_size if dev is None else None, tuple(left_out or ()))
+    notes = (
+        ("dev examples are evaluated with --eval-every alone",) if is_own and dev and not needs_dev else ()
+    )
+    size = dev_size if dev is None else None
+    return Splits(*parts, unused, shared, carved, size, tuple(left_out or ()), notes)
+
+
+def _check(asked: Sequence[Limit], k_shot: int | None, seed: int) -> None:
+    """UserError for numbers that nothing can be divided by."""
+    for name, limit in zip(("train_examples", "dev_examples", "test_examples"), asked, strict=True):
+        if isinstance(limit, int) and limit < (1 if name == "train_examples" else 0):
+            raise UserError(f"{name}: got {limit}; allowed: a positive number, or none for all")
+    if seed < 0:
+        raise UserError(f"seed: got {seed}; allowed: 0 or more")
+    if k_shot is not None and k_shot < 1:
+        raise UserError(f"k_shot: got {k_shot}; allowed: a positive number")
+
+
+def _is_room(available: int, wanted: _Wanted) -> bool:
+    """Whether the train file has as many examples as are taken from it."""
+    return None not in wanted and sum(size or 0 for size in wanted) <= available
 
 
 def _name_the_rest(data: Path | str | Records | None) -> None:
@@ -188,8 +198,13 @@ def _name_the_rest(data: Path | str | Records | None) -> None:
         _log.warning("data: %s: not taken: %s; names that tell their part: %s", data, ", ".join(rest), words)
 
 
-def _official(task: Task, data: Path | str | Records | None) -> tuple[Split | None, Split | None]:
-    """The official files of the dev and of the test part; None if it comes out of the train file."""
+def _official(
+    task: Task, data: Path | str | Records | None, is_own: bool
+) -> tuple[Split | None, Split | None]:
+    """The files of the dev and of the test part; None if it comes out of the train file."""
+    if is_own:
+        held = [split if task.has(data, split) else None for split in _HELD]
+        return held[0], held[1]
     order: tuple[Split, Split] = ("test", "dev") if task.test_from == "test" else ("dev", "test")
     test = next((split for split in order if task.has(data, split)), None)
     dev: Split | None = "dev" if task.dev_from == "dev" and test != "dev" and task.has(data, "dev") else None
@@ -214,13 +229,12 @@ def _sizes(available: int, wanted: _Wanted) -> tuple[int, int, int, bool]:
     return train, dev, test, dev + test > 0 and total > available
 
 
-def _exact_sizes(available: int, asked: Sequence[Limit], wanted: _Wanted, needs_dev: bool) -> tuple[int, int]:
+def _exact_sizes(available: int, asked: Sequence[Limit], wanted: _Wanted) -> tuple[int, int]:
     """How many examples of the train file dev and test get. UserError if they leave none for train."""
     tenth = min(MOST_HELD_OUT, max(1, available // HELD_OUT))
-    usual = (tenth if needs_dev else 0, tenth)
     dev, test = (
-        0 if limit == 0 else auto if given == "auto" else available // 5 if given is None else given
-        for limit, given, auto in zip(wanted[1:], asked[1:], usual, strict=True)
+        0 if limit == 0 else tenth if given == "auto" else available // 5 if given is None else given
+        for limit, given in zip(wanted[1:], asked[1:], strict=True)
     )
     if dev + test >= available:
         raise UserError(

@@ -171,6 +171,8 @@ def _are_headings(first: Sequence[str], rest: Sequence[Sequence[str]], names: Co
         below = [cells[index].strip() for cells in rest if len(cells) > index]
         if below and all(map(_NUMBER.fullmatch, below)):
             return True
-        if 1 < len(set(below)) <= min(_MOST_LABELS, len(below) // 2):  # labels, of which it is one or not
+        if (
+            1 < len(set(below)) <= min(_MOST_LABELS, max(2, len(below) // 2))
+        ):  # labels, of which it is one or not
             return cell not in below
     return all(len(cell) <= _MOST_NAME and re.fullmatch(r"[^\W\d][\w .-]*", cell) for cell in filled)
