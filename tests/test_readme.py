@@ -47,4 +47,5 @@ def test_the_example_with_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monk
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, done.stderr
         told += done.stderr
-    assert "reviews, 6 examples: 3 train, 1 dev, 2 test; parts without a file of their own" in told
+    assert "classification: 6 examples, text in 'review', 2 labels in 'verdict' (bad, good)" in told
+    assert "reviews, 6 examples: 5 train, 0 dev, 1 test; test held out of train" in told

@@ -174,7 +174,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         stepper = components.make_stepper(config, traversal, arrays, space) if training else None
         trim()
         if stepper is not None:
-            keeps = worth_keeping(model, space, config.steps * config.batch_size, config.train_examples)
+            keeps = worth_keeping(model, space, config.steps * config.batch_size, PUBLISHED.train)
             own = with_hidden_states(traversal, batch) if keeps else batch
             for step in range(_STEPS):
                 stepper.step(step, own)
