@@ -153,10 +153,11 @@ def fit(
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
             with unless `options` has others), or its folder or hub id.
         task: a name or file, as in the configuration; or the keys of a task's file, a function from a row to
-            (prompt, completion), a `Task`. Of a function the run folder has the name alone: to resume it,
-            give it again.
-        data: a file or folder; or rows in memory, or rows by part: dicts, a `datasets.Dataset` or
-            `DatasetDict`, a DataFrame. Those in memory are written to the run folder, as data/train.jsonl.
+            (prompt, completion), a `Task`. None: the form that the data has, see `tasks/forms.py`. Of a
+            function the run folder has the name alone: to resume it, give it again.
+        data: a file or folder, or a data set of the hub; or rows in memory, or rows by part: dicts, a
+            `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to the run folder,
+            as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
         objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
             higher the better (see `objectives`). To resume a run with a function, give it again.

@@ -147,6 +147,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     from hizoo_lite.plan import planner
     from hizoo_lite.process import trim
     from hizoo_lite.spaces import SPACES
+    from hizoo_lite.tasks.splits import PUBLISHED
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train import components
 

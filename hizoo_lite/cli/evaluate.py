@@ -19,7 +19,8 @@ def command(
     ] = None,
     onnx: Onnx = None,
     task: Annotated[
-        str | None, typer.Option(help="built-in task, or a task's .toml; default: the run's")
+        str | None,
+        typer.Option(help="built-in task, a task's .toml, or a form; default: the run's, else auto"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="file or folder with the data; default: the run's")] = None,
     split: Annotated[Literal["train", "dev", "test"], typer.Option(help="which part of it")] = "test",

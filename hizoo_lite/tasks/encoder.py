@@ -158,6 +158,15 @@ class Encoder:
         text = render(self.task.causal, example.fields)
         return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
 
+    def fits(self, example: Example) -> bool:
+        """Whether it is sure that the whole can be encoded: of a conversation, in a third of that time."""
+        if self.model_kind != "causal" or not self.task.chat:
+            return False
+        text = self._chat_text(example, example.fields["messages"], prompt=False)
+        ids = chat.chat_ids(self.tokenizer, text)
+        self._check_known(example, ids)
+        return len(ids) <= self.max_length
+
     def divided(self, example: Example) -> list[Example]:
         """The example; a text that is too long and of which every token is learnt, as several."""
         field = self.task.cut

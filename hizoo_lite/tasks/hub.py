@@ -47,7 +47,7 @@ def find(path: str, split: str | None) -> HubSource:
     missing = (
         f"data: {path} is no file here, and the `datasets` library, which reads the hub, is not installed"
     )
-    names = _asked(f"data: {path}", missing, "get_dataset_split_names", path)
+    names = _asked(f"data: no file here is called {path}: {path}", missing, "get_dataset_split_names", path)
     train, dev, test = (
         next((name for name in names if name.lower() in words), None) for words in SPLIT_WORDS.values()
     )
@@ -68,7 +68,8 @@ def _asked(name: str, missing: str, function: str, *arguments: Any, **options: A
     try:
         return getattr(datasets, function)(*arguments, **options)
     except (OSError, ValueError, RuntimeError) as error:
+        what = ": could not read ".join(name.rsplit(": ", 1))
         raise UserError(
-            f"{name.replace(': ', ': could not read ', 1)} from the hub ({type(error).__name__}: {error}); "
+            f"{what} from the hub ({type(error).__name__}: {error}); "
             "check the network, or give --data with local files"
         ) from error

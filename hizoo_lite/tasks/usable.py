@@ -11,6 +11,9 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.encoder import Encoder
 from hizoo_lite.tasks.task import LeftOut, where
 
+#: Conversations that are encoded: what a chat template does otherwise than it should shows in a few.
+_ENCODED = 1000
+
 
 class Usable(NamedTuple):
     """Examples that can be encoded, and what was done to have them."""
@@ -39,7 +42,8 @@ class Usable(NamedTuple):
 def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, strict: bool) -> Usable:
     """The examples that can be encoded; strict: UserError for the first that cannot.
 
-    Every one is encoded, about half a millisecond each, and not kept.
+    Every one is encoded, about half a millisecond each, and not kept; of conversations, which take three
+    times as long, those behind the first `_ENCODED` are only measured.
     """
     cut: set[str] = set()
     watched = copy.copy(encoder)
@@ -47,14 +51,15 @@ def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, str
     kept: list[Example] = []
     left_out: list[LeftOut] = []
     divided = 0
-    for example in examples:
+    for number, example in enumerate(examples):
         parts = encoder.divided(example)
         divided += len(parts) > 1
         for part in parts:
             try:
                 if not encoder.teaches(part):
                     raise UserError(f"{where(part)}: a text of a single token, and nothing to predict")
-                watched.encode(part, training=training)
+                if number < _ENCODED or not encoder.fits(part):
+                    watched.encode(part, training=training)
             except UserError as error:
                 if strict:
                     raise
