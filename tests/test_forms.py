@@ -344,6 +344,7 @@ def test_delimiter_and_encoding_of_a_table_are_found(tmp_path, delimiter, encodi
         ("Kommentar,Urteil\nfine,good\nbad one,bad\nok,good\nno,bad\n", ("Kommentar", "Urteil")),
         ("A fine day.,good\nA bad day.,bad\nAnother.,good\nLast.,bad\n", ("column1", "column2")),
         ("1,fine\n0,bad\n1,good\n0,no\n", ("column1", "column2")),
+        ("How is it?,question\nSo it is.,answer\nIs it?,question\nYes.,answer\n", ("column1", "column2")),
         ("stars,said\n1,fine\n2,bad\n", ("stars", "said")),
     ],
 )
@@ -467,6 +468,21 @@ def test_a_data_set_of_the_hub_is_read_by_its_name(monkeypatch):
     assert where(splits.test[0]).startswith("some/alpaca[test]:")
     only = make_splits(task, "some/alpaca:validation", exact=True, needs_dev=False, **AUTO)
     assert (len(only.train), len(only.test)) == (1, 1)
+
+
+def test_labels_of_the_hub_are_their_names(monkeypatch):
+    class Table(list[dict[str, Any]]):
+        features = {"text": object(), "label": types.SimpleNamespace(names=["sad", "glad"])}  # noqa: RUF012
+
+    table = Table({"text": f"It is {n}", "label": n % 2 - (n == 8)} for n in range(9))
+    library = types.SimpleNamespace(
+        load_dataset=lambda path, name, split: table, get_dataset_split_names=lambda path: ["train"]
+    )
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    found = forms.recognise("some/moods", text_field="text", label_field="label")
+    assert set(found.keys["answers"]) == {"sad", "glad", "-1"}
+    examples = tasks.get(found.keys).load("some/moods", "train")
+    assert [list(found.keys["answers"])[example.gold] for example in examples[:2]] == ["sad", "glad"]
 
 
 def test_a_hub_name_without_library_or_network_is_one_line(monkeypatch):

@@ -306,7 +306,7 @@ def _source(
         return partial(data.rows, next(filter(data.has, splits), splits[0])), ()
     source = own.on_hub(data)
     if source is not None:
-        return partial(hub.rows, source, "train", AUTO), ()
+        return partial(hub.rows, source, "train", AUTO, named=True), ()
     found = next(filter(None, (files.find_split(Path(data), split) for split in splits)), [])
     if not found:
         raise UserError(f"data: {data} has no data files; allowed: {', '.join(files.SUFFIXES)}")

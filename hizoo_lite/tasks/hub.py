@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ class HubSource(NamedTuple):
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]
 
 
-def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
-    """The rows of a split.
+def rows(source: HubSource, split: Split, task: str, *, named: bool = False) -> Iterator[Row]:
+    """The rows of a split. named: labels are their names, where the data set has names for its numbers.
 
     Raises UserError if `datasets` is missing, the hub is out of reach, or it has no such split.
     """
@@ -36,7 +36,18 @@ def rows(source: HubSource, split: Split, task: str) -> Iterator[Row]:
     table = _asked(
         f"task {task}: {source.path}", missing, "load_dataset", source.path, source.name, split=wanted
     )
-    return (Row(f"{source.path}[{wanted}]:{number}", record) for number, record in enumerate(table))
+    features = (getattr(table, "features", None) or {}) if named else {}
+    names = {column: of.names for column, of in features.items() if hasattr(of, "names")}
+    return (
+        Row(f"{source.path}[{wanted}]:{number}", _with_names(record, names))
+        for number, record in enumerate(table)
+    )
+
+
+def _with_names(record: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    known = {column: record.get(column) for column in names}
+    found = {c: names[c][label] for c, label in known.items() if isinstance(label, int) and label >= 0}
+    return {**record, **found}
 
 
 @cache

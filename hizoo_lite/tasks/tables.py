@@ -162,17 +162,20 @@ def _is_quoted(lines: Sequence[str]) -> bool:
 def _are_headings(first: Sequence[str], rest: Sequence[Sequence[str]], names: Collection[str]) -> bool:
     """Whether the first record names the columns."""
     lowered = [cell.lower() for cell in first]
+    columns = [[cells[index].strip() for cells in rest if len(cells) > index] for index in range(len(first))]
+    if any(cell and cell in below for cell, below in zip(first, columns, strict=True)):
+        return False  # it is a label, or a text that is there twice
     if set(lowered) & set(names):
         return True
     filled = [cell for cell in first if cell]
     if any(_NUMBER.fullmatch(cell) for cell in filled) or len(set(lowered)) < len(lowered):
         return False
-    for index, cell in enumerate(first):
-        below = [cells[index].strip() for cells in rest if len(cells) > index]
-        if below and all(map(_NUMBER.fullmatch, below)):
-            return True
-        if (
-            1 < len(set(below)) <= min(_MOST_LABELS, max(2, len(below) // 2))
-        ):  # labels, of which it is one or not
-            return cell not in below
+    if any(_is_of_values(below) for below in columns):
+        return True
     return all(len(cell) <= _MOST_NAME and re.fullmatch(r"[^\W\d][\w .-]*", cell) for cell in filled)
+
+
+def _is_of_values(below: Sequence[str]) -> bool:
+    """Whether a column has numbers or labels, of which the first cell is known to be none."""
+    is_labels = 1 < len(set(below)) <= min(_MOST_LABELS, max(2, len(below) // 2))
+    return is_labels or (bool(below) and all(map(_NUMBER.fullmatch, below)))

@@ -163,7 +163,8 @@ class Task:
                 raise UserError(f"task {self.name}: a data file or folder is needed (--data)")
             return hub.rows(self.hub, split, self.name), f"{self.hub.path}[{split}]"
         if (source := own.on_hub(data)) is not None:
-            return hub.rows(source, split, self.name), f"{source.path}[{split}]"
+            named = not self.is_published
+            return hub.rows(source, split, self.name, named=named), f"{source.path}[{split}]"
         paths = files.find_split(Path(data), split)
         if not paths:
             raise UserError(
