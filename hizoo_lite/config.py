@@ -33,6 +33,8 @@ TrackerName = Literal[
     "none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
 ]
 
+#: What `--task` is called that data says by itself.
+AUTO = "auto"
 #: What `--model`, `--task` and `--data` call the tiny model and the task inside the package.
 EMBEDDED = "embedded"
 #: The folder of all three.
@@ -80,17 +82,25 @@ class TrainConfig:
     revision: str | None = _setting(None, "branch, tag or commit of a hub model", group="What")
     kind: KindName = _setting("auto", "kind of model; auto reads the architecture's name", group="What")
     task: str | tuple[str, ...] = _setting(
-        "",
-        "a built-in task, or a task's .toml; 'embedded' is the demo's; several train one model on all",
+        "auto",
+        "a built-in task, a task's .toml, or a form of data: messages, sharegpt, completion, alpaca, "
+        "classification, text; auto: the form that the data has; 'embedded' is the demo's; several that are "
+        "named train one model on all",
         group="What",
         several=True,
     )
     data: str | tuple[str, ...] | None = _setting(
         None,
-        "file or folder with the task's official files, of several tasks one each in their order; without "
-        "it, the hub",
+        "file or folder, or a data set of the hub (org/name, org/name:split), of several tasks one each in "
+        "their order; without it, the task's own on the hub",
         group="What",
         several=True,
+    )
+    text_field: str | None = _setting(
+        None, "column of the texts, of a form; without it by its name", group="What"
+    )
+    label_field: str | None = _setting(
+        None, "column of the labels, of a classification; without it by its name", group="What"
     )
     task_weight: float | tuple[float, ...] | None = _setting(
         None,
@@ -199,6 +209,9 @@ class TrainConfig:
     )
 
     steps: int = _setting(1000, "steps of the whole run", group="Run", minimum=1)
+    epochs: float | None = _setting(
+        None, "in place of --steps: how often every training example comes", group="Run", above=0.0
+    )
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
     balanced: Literal["auto", "off"] = _setting(
         "auto",
@@ -229,9 +242,36 @@ class TrainConfig:
         group="Run",
     )
     seed: int = _setting(0, "of splits, batches, new parameters and noise", group="Run", minimum=0)
-    train_examples: int = _setting(1000, "examples to train on, at most", group="Run", minimum=1)
-    dev_examples: int = _setting(500, "held out, for --eval-every", group="Run", minimum=0)
-    test_examples: int = _setting(1000, "evaluated before and after the run", group="Run", minimum=1)
+    train_examples: int | Literal["auto"] = _setting(
+        "auto",
+        "examples to train on, at most; auto: all, 1000 of a published task",
+        group="Run",
+        minimum=1,
+    )
+    dev_examples: int | Literal["auto"] = _setting(
+        "auto",
+        "for --eval-every; auto: of a file at most 500; where there is none, a tenth of the train file, at "
+        "most 200, is held out if --eval-every is given, 500 of a published task",
+        group="Run",
+        minimum=0,
+    )
+    test_examples: int | Literal["auto"] = _setting(
+        "auto",
+        "evaluated before and after the run; auto: of a file at most 1000; where there is none, a tenth of "
+        "the train file, at most 200, is held out, 1000 of a published task",
+        group="Run",
+        minimum=1,
+    )
+    all_data: Literal["auto", "off"] = _setting(
+        "auto",
+        "auto uses own data as a whole: limits are those given, long texts are divided, what cannot be used "
+        "is left out and listed; off: as earlier versions did, where parts share a small train file in "
+        "proportion to their limits, a bad row ends the run and a long text ends at --max-length",
+        group="Run",
+    )
+    strict: bool = _setting(
+        False, "refuse data with an example that cannot be used, in place of leaving it out", group="Run"
+    )
     k_shot: int | None = _setting(
         None, "training examples of each class, in place of --train-examples", group="Run", minimum=1
     )
@@ -443,7 +483,9 @@ def problems(values: Mapping[str, Any], where: Callable[[str], str] = str) -> li
         for name, value in values.items()
         if not _fits(name, value)
     ]
-    missing = [name for name in ("model", "task") if values.get(name, "") == ""]
+    missing = [name for name in ("model", "task") if values.get(name, settings()[name].default) == ""]
+    if values.get("task", AUTO) == AUTO and values.get("data") is None:
+        missing.append("task")
     found += [f"{where(name)}: missing, it has no default" for name in missing]
     return found + _conflicts({f: values.get(f, settings()[f].default) for f in settings()}, where)
 
@@ -494,6 +536,10 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     named = all(_fits(axis.axis, values[axis.axis]) for axis in AXES)
     found = _member_conflicts(values, where) if named else []
     steps, warmup = values["steps"], values["warmup_steps"]
+    if values["epochs"] is not None and steps != default("steps"):
+        found.append(
+            f"{where('epochs')}: got {values['epochs']!r} beside {where('steps')}; allowed: one of them"
+        )
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
     found += _task_conflicts(values, where)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate import Accelerator
 
+from hizoo_lite import tasks
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, trained_count
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
@@ -37,6 +38,7 @@ from hizoo_lite.process import map_large, run_module
 from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Records, TaskLike
 from hizoo_lite.tasks.files import Split
+from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import (
     checkpoint,
@@ -161,9 +163,11 @@ def fit(
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
             with unless `options` has others), or its folder or hub id.
         task: a name or file, as in the configuration; or the keys of a task's file, a function from a row to
-            (prompt, completion), a `Task`. Of a function the run folder has the name alone: to resume it,
-            give it again. A list of names or files trains on all of them.
-        data: a file or folder, of several tasks a list; or rows in memory, or rows by part: dicts, a
+            (prompt, completion), a `Task`. None: the form that the data has, see `tasks/forms.py`. Of a
+            function the run folder has the name alone: to resume it, give it again. A list of names or files
+            trains on all of them.
+        data: a file or folder, or a data set of the hub, of several tasks a list; or rows in memory, or rows
+            by part: dicts, a
             `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to the run folder,
             as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
@@ -194,7 +198,11 @@ def fit(
         check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
     path = str(config.out if config.out is not None else next_free("hizoo-run"))
     folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
-    keys = task if isinstance(task, Mapping) else None
+    form = components.understood(config, records) if found is None else None
+    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
+    if form is not None:
+        found = tasks.get(form.keys)
+        config = replace(config, text_field=None, label_field=None)  # which the task's file has
     if records is not None:
         config = replace(config, data=str(folder.data))
     if keys is not None:
@@ -221,7 +229,7 @@ def fit(
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
         calls = _callbacks(setup, folder, told if ranks.is_main else ())
-        _announce(setup, calls.message)
+        _announce(setup, calls.message, form)
         budget = Budget(limits, setup.model, calls.message, cap)
         try:
             return _run(setup, folder, calls, budget, Given(keys, records))
@@ -270,11 +278,12 @@ def evaluate(
             raise UserError(f"task: missing, and {of} is no run or adapter, which would name one")
         options = config_file.with_profile(options if adapter else {"model": str(of), **options})
         config = provenance.eval_config(adapter, options)
-    found = components.find_task(config.task, config.task_weight) if given is None else given
+    found = components.task_of(config, records) if given is None else given
     if records is None:
         part = components.split_part(config, found, split, examples)
     else:
-        part = found.load(records, split)[:examples]
+        lenient = components.leaves_out(config, found) and not config.strict
+        part = found.load(records, split, [] if lenient else None)[:examples]
     return saved.measured(config, found, part, adapter, Progress(), model)[0]
 
 
@@ -291,21 +300,19 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         folder.check_new()
         return config
     old = folder.config()
-    if config.kind == "auto":
-        config = replace(config, kind=old.kind)
-    if config.bits is None:
-        config = replace(config, bits=old.bits)
-    if config.compute_dtype == "auto":
-        config = replace(config, compute_dtype=old.compute_dtype)
+    config = config_file.as_begun(old, config)
     config_file.check_same_run(old, config)
     return config
 
 
-def _announce(setup: Setup, tell: Callable[[str], None]) -> None:
+def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None) -> None:
     """What the run is of. UserError if its estimator cannot do with that."""
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
-    tell(f"{setup.task.name}, {setup.splits}")
+    for line in [] if form is None else form.lines(setup.splits.total + len(setup.splits.left_out)):
+        tell(line)
+    for line in setup.splits.lines(setup.task.name):
+        tell(line)
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
         tell(line)
     could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret
@@ -492,6 +499,7 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     if folder.writes:
         given.write(folder)
     folder.write_identity(made_of)
+    folder.write_left_out(setup.splits.left_out)
     _write_plan(folder, setup)
     return start.position
 

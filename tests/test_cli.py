@@ -148,9 +148,7 @@ def test_a_run_that_failed_is_one_message_and_exit_code_one(tmp_path: Path) -> N
     assert (tmp_path / "run/summary.json").is_file()
 
 
-def test_texts_of_a_single_token_are_left_out_and_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_texts_of_a_single_token_are_left_out_and_counted(tmp_path: Path) -> None:
     texts = ["The soup was warm.", "", "The day was cold."] * 4  # the embedded tokenizer begins with <s>
     data = tmp_path / "d"
     data.mkdir()
@@ -164,7 +162,10 @@ def test_texts_of_a_single_token_are_left_out_and_counted(
     }
     done = call("train", *flags(settings))
     assert done.exit_code == 0, done.stderr
-    assert "of 12 texts are left out: a single token each" in caplog.text
+    assert "train: 3 left out, the first: " in done.stderr  # of the 10 that --train-examples allows
+    left_out = list(map(json.loads, (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()))
+    assert {one["why"] for one in left_out} == {"a text of a single token, and nothing to predict"}
+    assert len(left_out) == 3 + 4
     done = call("eval", "--adapter", str(tmp_path / "run"), "--json")
     assert json.loads(done.stdout)["examples"] == 8
 
@@ -345,7 +346,9 @@ def test_plan_explains_its_flags_as_train_does() -> None:
     assert all(texts["plan"].values())
     assert set(plan.SHARED) < set(texts["plan"])
     same = [name for name in plan.SHARED if texts["plan"][name] == texts["train"][name]]
-    assert set(plan.SHARED) - set(same) == {"model", "task", "batch_size", "profile", "device_budget"}
+    assert set(plan.SHARED) - set(same) == {
+        *("model", "task", "data", "batch_size", "profile", "device_budget")
+    }
 
 
 @pytest.mark.parametrize("kind", [Bars, Lines])

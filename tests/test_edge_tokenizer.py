@@ -19,7 +19,7 @@ from hizoo_lite.batch import Example
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder
-from hizoo_lite.tasks.text import Message
+from hizoo_lite.tasks.conversations import Message
 from hizoo_lite.tasks.tokens import pad_id, spans
 from tests import tasks_fixtures
 from tests.test_edge_imports import without_torch

@@ -8,8 +8,8 @@ from hizoo_lite import tasks
 from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder
+from hizoo_lite.tasks.conversations import Message
 from hizoo_lite.tasks.task import WHERE
-from hizoo_lite.tasks.text import Message
 from tests.tasks_fixtures import answer_text, byte_level, check_consistent, sequence
 
 CHAT = tasks.get("chat")

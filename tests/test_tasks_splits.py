@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,3 +312,74 @@ def test_an_example_of_two_epochs_does_not_lie_beside_itself():
 
 def test_few_examples_stay_as_they_come():
     assert batch_indices(100, 16, 0, 3, None, LENGTHS.__getitem__) == batch_indices(100, 16, 0, 3)
+
+
+# ------------------------------------------------------------------------------- a user's own data
+
+AUTO: dict[str, Any] = {"train_examples": "auto", "dev_examples": "auto", "test_examples": "auto"}
+OWN = tasks.get({"name": "own", "kind": "lm", "prompt": "{text}"})
+
+
+def own_files(folder: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        rows = "".join(f'{{"text": "{name} {number}"}}\n' for number in range(count))
+        (folder / f"{name}.jsonl").write_text(rows)
+    return folder
+
+
+def own_sizes(folder: Path, needs_dev: bool = False, **limits: Any) -> tuple[int, int, int]:
+    splits = make_splits(OWN, folder, exact=True, needs_dev=needs_dev, **{**AUTO, **limits})
+    parts = splits.train, splits.dev, splits.test
+    every = [where for part in parts for where in wheres(part)]
+    assert len(every) == len(set(every)) == splits.total - splits.unused
+    assert str(splits).startswith(
+        f"{splits.total:,} examples: {len(parts[0])} train, {len(parts[1])} dev, {len(parts[2])} test"
+    )
+    return len(parts[0]), len(parts[1]), len(parts[2])
+
+
+@pytest.mark.parametrize(
+    ("files", "needs_dev", "limits", "sizes"),
+    [
+        ({"train": 400}, False, {}, (360, 0, 40)),
+        ({"train": 400}, True, {}, (320, 40, 40)),
+        ({"train": 50_000}, False, {}, (49_800, 0, 200)),
+        ({"train": 5}, False, {}, (4, 0, 1)),
+        ({"train": 30}, False, {"test_examples": 20}, (10, 0, 20)),
+        ({"train": 30}, False, {"test_examples": 20, "dev_examples": 3}, (7, 3, 20)),
+        ({"train": 400}, False, {"train_examples": 100}, (100, 0, 40)),
+        ({"train": 400}, False, {"train_examples": 1000}, (360, 0, 40)),
+        ({"train": 40, "valid": 20}, False, {}, (36, 20, 4)),
+        ({"train": 40, "valid": 20, "test": 10}, True, {}, (40, 20, 10)),
+        ({"train": 40, "test": 2000}, False, {}, (40, 0, 1000)),
+        ({"train": 40, "test": 2000}, False, {"test_examples": 1500}, (40, 0, 1500)),
+    ],
+)
+def test_own_data_is_used_as_a_whole_and_limits_are_exact(tmp_path, files, needs_dev, limits, sizes):
+    assert own_sizes(own_files(tmp_path, **files), needs_dev, **limits) == sizes
+
+
+def test_limits_that_leave_nothing_to_train_on_are_refused(tmp_path):
+    own_files(tmp_path, train=30)
+    with pytest.raises(
+        UserError, match="30 examples in train, of which 0 are to be held out for dev and 30 for"
+    ):
+        own_sizes(tmp_path, test_examples=30)
+
+
+def test_own_examples_that_are_there_twice_are_in_one_part(tmp_path):
+    lines = "".join(f'{{"text": "row {number % 30}"}}\n' for number in range(60))
+    (tmp_path / "train.jsonl").write_text(lines)
+    splits = make_splits(OWN, tmp_path, exact=True, needs_dev=True, **AUTO)
+    parts = [{example.fields["text"] for example in p} for p in (splits.train, splits.dev, splits.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 30
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (48, 6, 6)
+
+
+def test_published_tasks_keep_the_papers_division_unless_numbers_are_given(tmp_path):
+    for options in ({}, {"exact": True, **AUTO}):
+        splits = make_splits(tasks.get("cb"), data("cb"), **options)
+        assert (len(splits.train), len(splits.dev), len(splits.test)) == (167, 83, 56)
+    sst2_file(tmp_path, "train", 30)
+    splits = make_splits(SST2, tmp_path, exact=True, **{**AUTO, "test_examples": 20, "dev_examples": 4})
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (6, 4, 20)

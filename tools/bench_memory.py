@@ -147,6 +147,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
     from hizoo_lite.plan import planner
     from hizoo_lite.process import trim
     from hizoo_lite.spaces import SPACES
+    from hizoo_lite.tasks.splits import PUBLISHED
     from hizoo_lite.tensors import TorchArrays
     from hizoo_lite.train import components
 
@@ -174,7 +175,7 @@ def run_ours(case: Case, folder: str, training: bool, sampler: Sampler) -> dict[
         stepper = components.make_stepper(config, traversal, arrays, space) if training else None
         trim()
         if stepper is not None:
-            keeps = worth_keeping(model, space, config.steps * config.batch_size, config.train_examples)
+            keeps = worth_keeping(model, space, config.steps * config.batch_size, PUBLISHED.train)
             own = with_hidden_states(traversal, batch) if keeps else batch
             for step in range(_STEPS):
                 stepper.step(step, own)

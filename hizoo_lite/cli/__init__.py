@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from hizoo_lite.cli import (
+    data,
     demo,
     doctor,
     evaluate,
@@ -108,6 +109,7 @@ app.command("profiles")(profiles.command)
 app.command("recipes")(recipes.command)
 app.command("methods")(methods.command)
 app.command("quantize")(quantize.command)
+app.add_typer(data.app, name="data")
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)

@@ -20,11 +20,11 @@ def command(
     onnx: Onnx = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="built-in task, or a task's .toml; default: the run's, all of them"),
+        typer.Option(help="built-in task, a task's .toml, or a form; default: the run's, else auto"),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="file or folder with the data, one for each task; default: the run's"),
+        typer.Option(help="file, folder or hub data set, one for each task; default: the run's"),
     ] = None,
     split: Annotated[Literal["train", "dev", "test"], typer.Option(help="which part of it")] = "test",
     bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,

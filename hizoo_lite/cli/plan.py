@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 
 #: Settings of a run that its plan depends on.
 SHARED = (
-    *("model", "revision", "kind", "task", "bits", "double_quant", "compute_dtype", "device", "space"),
+    *("model", "revision", "kind", "task", "data", "text_field", "label_field"),
+    *("bits", "double_quant", "compute_dtype", "device", "space"),
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
     *("estimator", "objective", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
-    *("steps", "train_examples", "hidden_states"),
+    *("steps", "epochs", "train_examples", "hidden_states"),
     *("profile", "device_budget", "host_budget"),
 )
 #: What a few of them are to a plan, where that is something else.
 _HELP = {
     "model": "folder or hub id of a Hugging Face model, of which only config.json and index are read",
-    "task": "lm and chat read logits at every token, others at labels (default: sst2)",
+    "task": "lm and chat read logits at every token, others at labels (default: sst2, with --data its form)",
+    "data": "file or folder whose examples are counted, for --epochs",
     "batch_size": "examples of a step; without it the largest that fits, up to 16",
     "profile": "machine, by the name of a hardware profile or its file; without it this one",
     "device_budget": "memory of the device that the run may take, e.g. 24GiB; without it what is free",
@@ -64,7 +66,7 @@ def plan(
     from hizoo_lite.train.config_file import resolve
 
     profile = settings.pop("profile", None)
-    given = {"task": "sst2", **settings}
+    given = settings if "data" in settings else {"task": "sst2", **settings}
     try:
         config = resolve(None, {**given, "lr": "1e-6"})  # not every estimator has an automatic one
     except UserError:
@@ -81,9 +83,10 @@ def plan(
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
+    config, examples = _with_data(config)
     inventory, kind = find_inventory(config)
     each = Demand(rows_per_example, rows_per_example)
-    workload = Workload(each, each)
+    workload = Workload(each, each, examples=examples)
     found = planner.plan_run(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
@@ -120,6 +123,23 @@ def _suggested(exact: tuple[int, Plan] | None) -> dict[str, Any]:
         return {}
     count, plan = exact
     return {"exact": {"blocks": count, "fits": plan.fits, "peak_bytes": plan.peak_bytes}}
+
+
+def _with_data(config: TrainConfig) -> tuple[TrainConfig, int | None]:
+    """The configuration with what its data says: steps and kind of task; how many examples train."""
+    from hizoo_lite.errors import UserError
+    from hizoo_lite.train import components
+
+    if config.data is None:
+        if config.epochs is not None:
+            raise UserError("--epochs: no examples to count; allowed: beside --data, or --steps")
+        return config, None
+    task = components.task_of(config)
+    splits = components.run_splits(config, task)
+    name = config.task if task.kind != "lm" else "chat" if task.chat else "lm"
+    config = replace(components.steps_of(config, splits), task=name, text_field=None, label_field=None)
+    typer.echo(f"{task.name}, {splits}; {config.steps} steps", err=True)
+    return config, len(splits.train)
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:

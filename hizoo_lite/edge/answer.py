@@ -41,7 +41,7 @@ def evaluate_export(
     if limit is not None and limit < 1:
         raise UserError(f"--examples: got {limit}, allowed: a whole number of 1 or more")
     progress = progress or Progress()
-    task = components.find_task(config.task)
+    task = components.task_of(config)
     examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
     most = min(config.max_length, model.positions or config.max_length)
@@ -54,7 +54,7 @@ def evaluate_export(
         classes=model.id2label,
         vocabulary=model.vocabulary,
     )
-    examples = components.learnable(encoder, examples)
+    examples = components.fitting(encoder, examples, config)
     if model.kind == "classifier":
         model.session.graph.check_classes(task, model.session.graph.outputs[0])
     progress.phase("evaluate", len(examples))

@@ -12,10 +12,11 @@ from hizoo_lite.errors import UserError
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
     where: str,
+    tools: Sequence[Any] | None = None,
 ) -> str:
     """The text of a conversation. `where` names the template in messages.
 
@@ -34,7 +35,7 @@ def render(
             .from_string(template)
             .render(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **special_tokens,

@@ -118,13 +118,19 @@ class EdgeTokenizer:
         return [self.decode(ids, skip_special_tokens) for ids in rows]
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> str:
         """The conversation as the folder's template writes it."""
         assert self.chat_template is not None
         assert not tokenize
         special = {name: token for name, token in self._tokens.items() if token is not None}
-        return render(self.chat_template, messages, add_generation_prompt, special, str(self.folder))
+        where = str(self.folder)
+        return render(self.chat_template, messages, add_generation_prompt, special, where, tools)
 
     # ---------------------------------------------------------------------------- inside
 

@@ -36,7 +36,7 @@ from hizoo_lite.train.summary import outcome, versions
 _NOT_HERE = ("loss", "tracker", "objective", "hidden_states")
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
-    *("task", "data", "out", "threads"),
+    *("task", "data", "text_field", "label_field", "out", "threads"),
     *(
         name
         for name, field in settings().items()
@@ -79,12 +79,14 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
     told = checked(callbacks)
     run = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
     if config.resume:
+        config = config_file.as_begun(run.config(), config)
         config_file.check_same_run(run.config(), config)
     else:
         run.check_new()
     config = replace(config, out=str(run.path), device="cpu", compute_dtype="float32")
     start_bytes = resident().held_bytes
     setup = _build(folder, config)
+    config = setup.config
     count = _trained(setup)
     metric, examples = setup.task.metric, len(setup.splits.train)
     calls = Callbacks(told, config, run, metric=metric, examples=examples, about={"model": None})
@@ -92,7 +94,8 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
         f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
     )
-    calls.message(f"{setup.task.name}, {setup.splits}")
+    for line in setup.splits.lines(setup.task.name):
+        calls.message(line)
     try:
         for line in components.begin(setup.stepper.estimator, config, setup.splits):
             calls.message(line)
@@ -109,7 +112,7 @@ def _trained(setup: EdgeSetup) -> int:
 def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     if not config.is_of_loss:
         raise UserError(f"objective: got {config.objective!r}, allowed here: {default('objective')}")
-    task = components.find_task(config.task, config.task_weight)
+    task = components.task_of(config)
     splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
@@ -127,8 +130,10 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
         )
     if graph.record.kind == "classifier":
         graph.session.check_classes(task, SCORES)
-    stepper = components.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
+    splits = components.usable_splits(encoder, splits, config)
     splits = components.learnable_splits(encoder, splits)
+    config = components.steps_of(config, splits)
+    stepper = components.make_stepper(config, graph, graph.arrays, GraphSpace(config.space, graph))
     return EdgeSetup(config, task, splits, encoder, graph, stepper)
 
 
@@ -156,6 +161,7 @@ def _run(
             callbacks.message(f"resuming after {position.step} of {setup.config.steps} steps")
         folder.create(replace(setup.config, resume=False))
         folder.write_identity(made_of)
+        folder.write_left_out(setup.splits.left_out)
         journal = enter(resume.open_journal(folder, setup.stepper, position))
         interrupt = enter(Interrupt())
         loop = Loop(

@@ -32,6 +32,7 @@ from hizoo_lite.plan.ledger import tensor_bytes
 from hizoo_lite.plan.workload import Demand, Workload, cache_bytes
 from hizoo_lite.process import resident
 from hizoo_lite.registry import SPACES
+from hizoo_lite.tasks.splits import PUBLISHED
 from hizoo_lite.tensors import TorchArrays
 
 #: Anonymous memory of a process that has imported a run's libraries: torch 2.13 (CPU), transformers 5.23,
@@ -174,7 +175,8 @@ class Subject:
     def examples(self) -> int:
         """To train on; the most that there may be where they are not known."""
         known = self.workload.examples
-        return self.config.train_examples if known is None else known
+        most = self.config.train_examples
+        return known if known is not None else PUBLISHED.train if most == "auto" else int(most)
 
     def _below(self, option: Option) -> int:
         """Blocks that a dry run of steps leaves out: one if a run may keep hidden states."""

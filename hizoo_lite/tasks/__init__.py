@@ -26,6 +26,7 @@ from hizoo_lite.tasks.mixture import of_tasks
 from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.splits import Splits, batch_indices, batches, make_splits
 from hizoo_lite.tasks.task import Task
+from hizoo_lite.tasks.usable import Usable, usable
 
 __all__ = [
     "Encoded",
@@ -33,12 +34,14 @@ __all__ = [
     "Records",
     "Splits",
     "Task",
+    "Usable",
     "batch_indices",
     "batches",
     "get",
     "make_splits",
     "names",
     "of_tasks",
+    "usable",
 ]
 
 _FAMILIES = (classification, superglue, multiple_choice, question_answering, text)

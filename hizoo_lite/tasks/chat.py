@@ -12,28 +12,45 @@ assistant's turn reaches from the end of the generation prompt ("Assistant:") to
 template renders it there, end marker included. Templates may rewrite a turn once it is history (Qwen3 drops
 its reasoning): such a turn is not scored, because its text is not what the model writes; the last turn
 always is.
+
+A template that knows no tool calls would leave them out, and what tools say: there they are text, in Hermes'
+form (`<tool_call>` with JSON in it, `<tool_response>` in a user's turn; tools in the system's).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import get_args
+from typing import Any
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks.text import Message, Role
+from hizoo_lite.tasks.conversations import ROLES, UNSCORED, Message
 from hizoo_lite.tasks.tokens import Tokenizer, common_prefix, open_ids
 
+Tools = Sequence[Any]
 
-def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool, name: str) -> str:
+
+def chat_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool, name: str, tools: Tools = ()
+) -> str:
     """The conversation as text; with `prompt` it ends where the assistant's next turn begins.
 
-    `name` is the example's, for messages. Raises UserError if the tokenizer's template refuses it: some
-    take no system turns, or only turns that alternate.
+    `tools` are those that may be called, as JSON has them; `name` is the example's, for messages. Raises
+    UserError if the tokenizer's template refuses it: some take no system turns, or only turns that alternate.
     """
-    if tokenizer.chat_template:
-        turns = [message._asdict() for message in messages]
+    template = str(tokenizer.chat_template or "")
+    if tools and not re.search(r"\btools\b", template):
+        messages, tools = _with_tools(messages, tools), ()
+    if "tool_calls" not in template:
+        messages = [_as_text(message) for message in messages]
+    if template:
+        turns = [_turn(message) for message in messages]
+        more: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **more)
+            )
         except Exception as error:  # a template is a program of others, which raises what it likes
             roles = ", ".join(message.role for message in messages) or "none"
             raise UserError(
@@ -41,9 +58,37 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool, n
             ) from error
     end = tokenizer.eos_token or ""
     lines = [
-        f"{role.capitalize()}: {content}{end if role == 'assistant' else ''}\n" for role, content in messages
+        f"{role.capitalize()}: {content}{end if role == 'assistant' else ''}\n"
+        for role, content, _ in messages
     ]
     return "".join(lines) + ("Assistant:" if prompt else "")
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as templates take it."""
+    more = {key: value for key, value in message.more.items() if key != UNSCORED}
+    calls = {"tool_calls": list(more["tool_calls"])} if "tool_calls" in more else {}
+    return {"role": message.role, "content": message.content, **more, **calls}
+
+
+def _with_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
+    """The tools, as text, at the end of the system's turn."""
+    listed = "Tools:\n" + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    if messages and messages[0].role == "system":
+        return [messages[0]._replace(content=f"{messages[0].content}\n\n{listed}"), *messages[1:]]
+    return [Message("system", listed), *messages]
+
+
+def _as_text(message: Message) -> Message:
+    """Without tool calls or a tool's role: they are in the content."""
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+    if "tool_calls" not in message.more:
+        return message
+    more: Mapping[str, Any] = {key: value for key, value in message.more.items() if key != "tool_calls"}
+    calls = (json.dumps(call["function"], ensure_ascii=False) for call in message.more["tool_calls"])
+    texts = [message.content, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+    return message._replace(content="\n".join(filter(None, texts)), more=more)
 
 
 def chat_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -52,22 +97,22 @@ def chat_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def assistant_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], name: str
+    tokenizer: Tokenizer, messages: Sequence[Message], name: str, tools: Tools = ()
 ) -> tuple[list[int], list[int]]:
     """(token ids of the conversation, positions of the assistant's tokens).
 
     `name` is the example's, for messages. Raises UserError if the template renders the last turn in a way
     that does not begin with its own generation prompt, so that the assistant's tokens cannot be told apart.
     """
-    whole = chat_text(tokenizer, messages, False, name)
+    whole = chat_text(tokenizer, messages, False, name, tools)
     ids = chat_ids(tokenizer, whole)
     scored: list[int] = []
     for number, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or UNSCORED in message.more:
             continue
         last = number == len(messages) - 1
-        before = chat_text(tokenizer, messages[:number], True, name)
-        after = whole if last else chat_text(tokenizer, messages[: number + 1], False, name)
+        before = chat_text(tokenizer, messages[:number], True, name, tools)
+        after = whole if last else chat_text(tokenizer, messages[: number + 1], False, name, tools)
         if not (whole.startswith(after) and after.startswith(before)):
             if last:
                 raise UserError(
@@ -103,12 +148,10 @@ def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, bool]:
     turns = []
     for turn in prompt:
         role, content = turn.get("role"), turn.get("content")
-        if role not in get_args(Role) or not isinstance(content, str):
-            raise UserError(
-                f"prompt: got the turn {turn!r:.80}; allowed: a content, and a role of "
-                + ", ".join(get_args(Role))
-            )
-        turns.append(Message(role, content))  # type: ignore[arg-type]  # checked above
+        if role not in ROLES or not isinstance(content, str):
+            allowed = ", ".join(dict.fromkeys(ROLES.values()))
+            raise UserError(f"prompt: got the turn {turn!r:.80}; allowed: a content, and a role of {allowed}")
+        turns.append(Message(ROLES[role], content))
     if not turns:
         raise UserError("prompt: got no turns; allowed: one or more")
     return chat_text(tokenizer, turns, True, "prompt"), not tokenizer.chat_template

@@ -12,14 +12,19 @@
     positive = " great"
 
 Optional: `answer` (completion: the template of the text to write), `masked_prompt` (with `{mask}`),
-`classifier_text` (by default the prompt's only field) and `classifier_text_pair`. Every problem of the file
-is reported at once; unknown keys are problems.
+`classifier_text` (by default the prompt's only field) and `classifier_text_pair`. `cut = ""` cuts nothing:
+what is too long is left out. Every problem of the file is reported at once; unknown keys are problems.
+
+A column whose name is no field's is named by a key: `text_field` is the column of `{text}`, `prompt_field`
+and `completion_field` those of `{prompt}` and `{completion}`, as they are with their outer white space. In
+"chat" such keys say which columns a conversation is in (`conversations.FIELDS`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_toml
 from hizoo_lite.tasks import metrics, text
+from hizoo_lite.tasks.conversations import FIELDS, Conversations
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.metrics import Scorer
 from hizoo_lite.tasks.task import Task
@@ -52,11 +58,14 @@ _ALLOWED = {
         "masked_prompt",
         "classifier_text",
         "classifier_text_pair",
+        "text_field",
     ),
-    "completion": (*_REQUIRED["completion"], "metric", "cut"),
-    "lm": (*_REQUIRED["lm"], "cut"),
-    "chat": (),
+    "completion": (*_REQUIRED["completion"], "metric", "cut", "prompt_field", "completion_field"),
+    "lm": (*_REQUIRED["lm"], "cut", "text_field"),
+    "chat": FIELDS,
 }
+#: The metric of a completion of which nothing is written, and its loss alone is looked at.
+LOSS = "loss"
 _TEMPLATES = ("prompt", "answer", "masked_prompt", "classifier_text", "classifier_text_pair")
 
 
@@ -109,11 +118,18 @@ def _problems(keys: Mapping[str, Any]) -> list[str]:
     found += [
         f"{key}: expected a non-empty text, got {keys[key]!r}"
         for key in allowed
-        if key != "answers" and key in keys and not (isinstance(keys[key], str) and keys[key])
+        if key != "answers"
+        and key in keys
+        and not (isinstance(keys[key], str) and (keys[key] or key == "cut"))
     ]
     if found:
         return found
-    return _template_problems(keys) + _choice_problems(keys) + _metric_problems(keys)
+    return (
+        _template_problems(keys)
+        + _choice_problems(keys)
+        + _metric_problems(keys)
+        + _conversation_problems(keys)
+    )
 
 
 def _template_problems(keys: Mapping[str, Any]) -> list[str]:
@@ -154,34 +170,43 @@ def _choice_problems(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _metric_problems(keys: Mapping[str, Any]) -> list[str]:
-    allowed = _METRICS[keys["kind"]]
+    allowed = [*_METRICS[keys["kind"]], *([LOSS] if keys["kind"] == "completion" else [])]
     if "metric" in keys and keys["metric"] not in allowed:
         return [f"metric: got {keys['metric']!r}; allowed: {', '.join(allowed)}"]
     return []
+
+
+def _conversation_problems(keys: Mapping[str, Any]) -> list[str]:
+    """Columns of a conversation that are named in part, or twice over."""
+    pairs = (("instruction_field", "output_field"), ("prompt_field", "completion_field"))
+    found = [
+        f"{one}: missing, beside {other}"
+        for pair in pairs
+        for one, other in (pair, pair[::-1])
+        if other in keys and one not in keys
+    ]
+    ways = [name for name in ("output_field", "completion_field", "messages_field") if name in keys]
+    if keys["kind"] == "chat" and len(ways) > 1:
+        found.append(f"{ways[1]}: not allowed beside {ways[0]}")
+    return found
 
 
 def _task(keys: Mapping[str, Any]) -> Task:
     """The task of checked keys. Data of its own: dev and test come from its own files if it has them."""
     kind = keys["kind"]
     if kind == "chat":
-        return Task(
-            keys["name"],
-            "lm",
-            text.chat,
-            chat=True,
-            max_new_tokens=text.CHAT.max_new_tokens,
-            dev_from="dev",
-            test_from="test",
-        )
+        turns = Conversations(keys)
+        return replace(text.CHAT, name=keys["name"], build=turns, columns=turns.columns)
     fields = fields_of(keys["prompt"])
     only = fields[0] if len(fields) == 1 else ""
     scorers = _METRICS[kind]
     main = keys.get("metric", next(iter(scorers), ""))
+    build = _Build(keys)
     return Task(
         name=keys["name"],
         kind=kind,
-        build=_Build(keys),
-        scorers={main: scorers[main]} if main else {},
+        build=build,
+        scorers={main: scorers[main]} if main in scorers else {},
         causal=keys["prompt"],
         masked=keys.get("masked_prompt"),
         text=keys.get("classifier_text", f"{{{only}}}" if only and kind == "choice" else None),
@@ -191,6 +216,8 @@ def _task(keys: Mapping[str, Any]) -> Task:
         cut=keys.get("cut", only),
         stop="\n" if keys.get("answer", "").endswith("\n") else None,
         max_new_tokens={"choice": 0, "completion": 64, "lm": 128}[kind],
+        text_reader=text.pieces if kind == "lm" and build.columns == ("text",) else None,
+        columns=build.columns,
         dev_from="dev",
         test_from="test",
     )
@@ -227,9 +254,20 @@ class _Build:
         self.answer = keys.get("answer", "")
         names = [name for key in _TEMPLATES for name in fields_of(keys.get(key, ""))]
         self.fields = [name for name in dict.fromkeys(names) if name != "mask"]
+        self.column_of = {name: keys.get(f"{name}_field", name) for name in self.fields}
+        self.as_it_is = "completion_field" in keys
+        self.says_which = "text_field" in keys
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return (*self.column_of.values(), *filter(None, [self.label_field]))
 
     def __call__(self, row: Row) -> Iterator[Example]:
-        fields = {name: row.words(name) for name in self.fields}
+        read = row.whole if self.as_it_is else row.words
+        fields = {name: read(column) for name, column in self.column_of.items()}
+        if self.says_which and not any(fields.values()):
+            raise UserError(f"{row.where}: the text is empty")
         if self.kind == "choice":
             table = {label.lower(): index for index, label in enumerate(self.answers)}
             yield Example(fields, tuple(self.answers.values()), row.label(self.label_field, table))

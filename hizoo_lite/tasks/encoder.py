@@ -21,7 +21,7 @@ from hizoo_lite.batch import Batch, Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
-from hizoo_lite.tasks.task import Task, where
+from hizoo_lite.tasks.task import WHERE, Task, where
 from hizoo_lite.tasks.templates import render
 from hizoo_lite.tasks.tokens import (
     Fields,
@@ -31,6 +31,7 @@ from hizoo_lite.tasks.tokens import (
     fit,
     open_ids,
     pad_id,
+    spans,
     token_ids,
     word_id,
 )
@@ -54,6 +55,7 @@ class Encoder:
             others). Not for classifiers, whose loss is "class".
         order: a classifier's output for each of the task's classes; None if output i is class i.
         vocabulary: how many tokens the model has embeddings for; None checks no token.
+        on_cut: told of an example of which a part is left out, because the whole is too long.
 
     Raises UserError if task, model kind, tokenizer and loss do not go together.
     """
@@ -68,13 +70,14 @@ class Encoder:
         loss: Literal["choice", "answer"] | None = None,
         order: Sequence[int] | None = None,
         vocabulary: int | None = None,
+        on_cut: Callable[[Example], None] = lambda example: None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model_kind = model_kind
         self.task = task
         self.max_length = max_length
         self.loss = self._chosen_loss(loss)
-        self.order, self.vocabulary = order, vocabulary
+        self.order, self.vocabulary, self.on_cut = order, vocabulary, on_cut
         self.pad_id = pad_id(tokenizer, vocabulary)
         self._check()
 
@@ -164,6 +167,40 @@ class Encoder:
         text = render(self.task.causal, example.fields)
         return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
 
+    def fits(self, example: Example) -> bool:
+        """Whether it is sure that the whole can be encoded: of a conversation, in a third of that time."""
+        if self.model_kind != "causal" or not self.task.chat:
+            return False
+        text = self._chat_text(example, example.fields["messages"], prompt=False)
+        ids = chat.chat_ids(self.tokenizer, text)
+        self._check_known(example, ids)
+        return len(ids) <= self.max_length
+
+    def divided(self, example: Example) -> list[Example]:
+        """The example; a text that is too long and of which every token is learnt, as several."""
+        field = self.task.cut
+        if self.model_kind != "causal" or self.task.chat or self.task.causal != f"{{{field}}}":
+            return [example]
+        text = str(example.fields[field])
+        found: list[Example] = []
+        if self.task.kind != "lm" or len(self._ids(example.fields)) <= self.max_length:
+            return [example]
+        pieces = spans(self.tokenizer, text)
+        first = 0
+        while first < len(pieces):
+            count = min(self.max_length, len(pieces) - first)
+            while True:
+                last = first + count
+                part = text[pieces[first][0] : pieces[last][0] if last < len(pieces) else len(text)]
+                beyond = len(self._ids({field: part})) - self.max_length
+                if beyond <= 0 or count == 1:
+                    break
+                count = max(1, count - beyond)
+            fields = {**example.fields, field: part, WHERE: f"{where(example)}, piece {len(found) + 1}"}
+            found.append(example._replace(fields=fields))
+            first += count
+        return found
+
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """The batch of some encoded examples, padded on the right."""
         return collate.collate(encoded, self.pad_id)
@@ -175,7 +212,7 @@ class Encoder:
         limit = self.max_length - self.max_new_tokens
         if self.task.chat:
             *history, _ = self._conversation(example, limit, answer=False)
-            ids = chat.chat_ids(self.tokenizer, chat.chat_text(self.tokenizer, history, True, where(example)))
+            ids = chat.chat_ids(self.tokenizer, self._chat_text(example, history, prompt=True))
         else:
             ids = self._ids(self._fit(example, lambda fields: len(self._ids(fields)), limit))
         self._check_known(example, ids)
@@ -193,7 +230,10 @@ class Encoder:
         return ids
 
     def _fit(self, example: Example, length: Callable[[Fields], int], limit: int) -> Fields:
-        return fit(self.tokenizer, example, self.task.cut, self.task.cut_side, length, limit)
+        fields = fit(self.tokenizer, example, self.task.cut, self.task.cut_side, length, limit)
+        if fields is not example.fields:
+            self.on_cut(example)
+        return fields
 
     def _causal(self, example: Example, only_gold: bool) -> Encoded:
         def longest(fields: Fields) -> int:
@@ -220,7 +260,12 @@ class Encoder:
 
     def _chat(self, example: Example) -> Encoded:
         messages = self._conversation(example, self.max_length, answer=True)
-        return self._scored(example, *chat.assistant_tokens(self.tokenizer, messages, where(example)))
+        tools = example.fields.get("tools", ())
+        return self._scored(example, *chat.assistant_tokens(self.tokenizer, messages, where(example), tools))
+
+    def _chat_text(self, example: Example, messages: Sequence[chat.Message], *, prompt: bool) -> str:
+        tools = example.fields.get("tools", ())
+        return chat.chat_text(self.tokenizer, messages, prompt, where(example), tools)
 
     def _scored(self, example: Example, ids: list[int], positions: Sequence[int]) -> Encoded:
         """One row, one slot, with a loss on the tokens at these positions."""
@@ -235,9 +280,11 @@ class Encoder:
         messages: tuple[chat.Message, ...] = example.fields["messages"]
         while True:
             part = messages if answer else messages[:-1]
-            text = chat.chat_text(self.tokenizer, part, not answer, where(example))
+            text = self._chat_text(example, part, prompt=not answer)
             needed = len(chat.chat_ids(self.tokenizer, text))
             if needed <= limit:
+                if messages is not example.fields["messages"]:
+                    self.on_cut(example)
                 return messages
             shorter = chat.shortened(messages)
             if shorter is None:

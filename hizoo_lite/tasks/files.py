@@ -3,7 +3,8 @@
 Formats by extension: `.tsv` (GLUE: no quoting, one header line), `.csv` (quoted, one header line),
 `.jsonl`, `.json` (a list, `{"data": [...]}` as in SQuAD, or a mapping of records as in DROP), and
 `.txt` / `.label` (read as `.tsv` unless the task has a reader of its own). Text is UTF-8, a byte order
-mark is tolerated. A line above 10 MiB or with a zero byte is refused: that file is not text.
+mark is tolerated. A line above 10 MiB or with a zero byte is refused: that file is not text. A user's own
+files may have other forms of these (`own.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from hizoo_lite.files import is_unicode, parse_json
 Split = Literal["train", "dev", "test"]
 
 MAX_LINE_BYTES = 10 * 2**20
-SUFFIXES = (".tsv", ".jsonl", ".json", ".csv", ".txt", ".label")
+SUFFIXES = (".tsv", ".jsonl", ".json", ".csv", ".txt", ".label", ".ndjson", ".parquet", ".arrow", ".feather")
 
 SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -34,6 +35,7 @@ SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
 _SPECIAL_STEMS = {"trec_10": "test"}  # TREC's own name of its 500 test questions
 _NOT_DATA = {
     *("readme", "license", "licence", "licenses"),
+    *("dataset_info", "dataset_infos", "dataset_dict", "state"),  # of the `datasets` library
     *("config", "generation_config", "adapter_config", "model.safetensors.index"),  # of a model beside it
     *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab", "merges"),
 }
@@ -76,6 +78,11 @@ class Row:
             )
         return str(found).strip()
 
+    def whole(self, name: str) -> str:
+        """A field that is a text, with its outer white space."""
+        self.text(name)
+        return str(self.values[name])
+
     def text(self, *names: str) -> str:
         """The first of these fields that is present, which must be a text, without outer white space."""
         found = self.value(*names)
@@ -117,6 +124,8 @@ class Row:
         """The index of this row's label: texts, numbers and booleans are looked up as lower-case text."""
         found = self.value(column)
         key = str(found).strip().lower()
+        if not key:
+            raise UserError(f"{self.where}: field {column!r}: it is empty, no label")
         if key not in table:
             allowed = ", ".join(dict.fromkeys(table))
             raise UserError(f"{self.where}: field {column!r}: unknown label {found!r}; allowed: {allowed}")
@@ -125,11 +134,14 @@ class Row:
 
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end) for every line of a text file."""
-    return ((number, text.rstrip("\r\n")) for number, text in _whole_lines(path, encoding))
+    return ((number, text.rstrip("\r\n")) for number, text in whole_lines(path, encoding))
 
 
-def _whole_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+def whole_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """The same, with line ends as they are: inside of a quoted cell they are text."""
+    if encoding.startswith(("utf-16", "utf-32")):
+        yield from _wide_lines(path, encoding)
+        return
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -147,6 +159,20 @@ def _whole_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str
             yield number, text
 
 
+def _wide_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text whose line ends have several bytes."""
+    number = 0
+    try:
+        with path.open(encoding=encoding, newline="\n") as file:
+            while text := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(text) > MAX_LINE_BYTES:
+                    raise UserError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} characters")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+    except UnicodeError as error:
+        raise UserError(f"{path}:{number + 1}: not {encoding} text ({error})") from error
+
+
 def rows(path: Path, headerless: tuple[str, ...] = ()) -> Iterator[Row]:
     """The records of a file, in order.
 
@@ -156,17 +182,18 @@ def rows(path: Path, headerless: tuple[str, ...] = ()) -> Iterator[Row]:
             first line names none of them.
     """
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _json_lines(path)
+    if suffix in (".jsonl", ".ndjson"):
+        return json_lines(path)
     if suffix == ".json":
-        return _json_document(path)
+        return json_document(path)
     if suffix in (".csv", ".tsv", ".txt", ".label"):
         return _table(path, headerless)
     raise UserError(f"{path}: unknown extension {suffix!r}; allowed: {', '.join(SUFFIXES)}")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    for number, text in lines(path):
+def json_lines(path: Path, encoding: str = "utf-8") -> Iterator[Row]:
+    """An object a line."""
+    for number, text in lines(path, encoding):
         if not text.strip():
             continue
         try:
@@ -178,12 +205,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
         yield Row(f"{path}:{number}", record)
 
 
-def _json_document(path: Path) -> Iterator[Row]:
+def json_document(path: Path, encoding: str = "utf-8-sig") -> Iterator[Row]:
     """SQuAD's {"data": [...]}, a plain list, or DROP's mapping from an id to a record."""
     try:
-        document = parse_json(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
+        document = parse_json(path.read_bytes().decode(encoding), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not utf-8 text ({error.reason})") from error
+        raise UserError(f"{path}: not {encoding.removesuffix('-sig')} text ({error.reason})") from error
     except ValueError as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{line}: not valid JSON: {_reason(error)}") from error
@@ -225,16 +252,28 @@ def _is_list(value: Any) -> bool:
 
 
 def _table(path: Path, headerless: tuple[str, ...]) -> Iterator[Row]:
+    def columns(names: tuple[str, ...]) -> tuple[str, ...] | None:
+        return headerless if headerless and not set(names) & set(headerless) else None
+
+    return table(path, _cells(path), columns)
+
+
+def table(
+    path: Path,
+    records: Iterable[tuple[int, list[str]]],
+    headerless: Callable[[tuple[str, ...]], tuple[str, ...] | None],
+) -> Iterator[Row]:
+    """The rows of a table's records. headerless: the columns, given the first record; None: it is they."""
     columns: tuple[str, ...] = ()
-    for number, cells in _cells(path):
+    for number, cells in records:
         if not columns:
             names = tuple(cell.strip() for cell in cells)
-            if not headerless or set(names) & set(headerless):
-                columns = names
+            known = headerless(names)
+            columns = names if known is None else known
+            if known is None:
                 if twice := _twice(columns):
                     raise UserError(f"{path}:{number}: two columns are called {twice!r}; rename one")
                 continue
-            columns = headerless
         if len(cells) != len(columns):
             raise UserError(
                 f"{path}:{number}: {len(cells)} columns, expected {len(columns)} ({', '.join(columns)})"
@@ -248,7 +287,14 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             if text.strip():
                 yield number, text.split("\t")
         return
-    reader = csv.reader((text for _, text in _whole_lines(path)), strict=True)
+    yield from quoted_cells(path, whole_lines(path), ",")
+
+
+def quoted_cells(
+    path: Path, texts: Iterable[tuple[int, str]], delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    """The records of a table whose cells may be in quotes, each with its last line."""
+    reader = csv.reader((text for _, text in texts), strict=True, delimiter=delimiter)
     try:
         while (cells := _next_cells(reader)) is not None:
             if cells:
@@ -266,26 +312,45 @@ def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
         csv.field_size_limit(before)
 
 
-def find_split(data: Path, split: Split) -> Path | None:
-    """The file of a split, or None if the folder has none.
+def find_split(data: Path, split: Split) -> list[Path]:
+    """The files of a split, none if the folder has none: one, or the numbered parts of one.
 
     A file stands for every split. In a folder the split's word must be part of the name (`train.tsv`,
-    `orig_dev.tsv`, `valid.jsonl`, `dev_matched.tsv`, `train-v1.1.json`); plain names come first, then
-    `orig_*`, then MNLI's `*_matched`. The only data file of a folder is the train split whatever its name.
+    `orig_dev.tsv`, `valid.jsonl`, `dev_matched.tsv`, `train-v1.1.json`) or a subfolder's (`test/`); plain
+    names come first, then `orig_*`, then MNLI's `*_matched`. The only data file of a folder is the train
+    split whatever its name.
     """
     if data.is_file():
-        return data
+        return [data]
     if not data.is_dir():
         raise UserError(f"data: no such file or folder: {data}")
     files = _data_files(data)
     ranked = sorted((rank, path) for path in files if (rank := _rank(path.stem.lower(), split)) is not None)
     best = [path for rank, path in ranked if rank == ranked[0][0]]
-    if len(best) > 1:
+    if len({_without_number(path) for path in best}) > 1:
         listed = ", ".join(path.name for path in best)
         raise UserError(f"data: {data} has several {split} files ({listed}); keep one, or give the file")
     if best:
-        return best[0]
-    return files[0] if split == "train" and len(files) == 1 and _split_of(files[0]) is None else None
+        return best
+    only = split == "train" and len({_without_number(path) for path in files}) == 1
+    if only and _split_of(files[0]) is None:
+        return files
+    return _in_subfolder(data, split)
+
+
+def _in_subfolder(data: Path, split: Split) -> list[Path]:
+    """The data files of a folder named as the split, or of the split in a folder called data."""
+    named = sorted(
+        path for path in data.iterdir() if path.is_dir() and path.name.lower() in SPLIT_WORDS[split]
+    )
+    if named:
+        return _data_files(named[0])
+    return find_split(data / "data", split) if (data / "data").is_dir() else []
+
+
+def _without_number(path: Path) -> str:
+    """A name without the number of one of several parts: train-00000-of-00002.parquet."""
+    return re.sub(r"[-_.]?\d+(-of-\d+)$", "", path.stem) + path.suffix
 
 
 def nameless(data: Path) -> list[str]:

@@ -45,6 +45,11 @@ class Mixture(Task):
         return self.members
 
     @property
+    def is_published(self) -> bool:
+        """Whether all tasks are."""
+        return all(task.is_published for task in self.members)
+
+    @property
     def metric(self) -> str:
         """See `MEAN`; "loss" if no task has a metric."""
         return MEAN if any(task.scorers for task in self.members) else "loss"
@@ -126,6 +131,8 @@ def joined(splits: Sequence[Splits]) -> Splits:
         sum(one.unused for one in splits),
         any(one.shared for one in splits),
         tuple(dict.fromkeys(name for one in splits for name in one.carved)),
+        left_out=tuple(chain.from_iterable(one.left_out for one in splits)),
+        notes=tuple(chain.from_iterable(one.notes for one in splits)),
     )
 
 

@@ -6,6 +6,10 @@ are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their o
 they have them. What has no file is carved out of the train file. Counts are upper limits: where the train
 file is too small for the parts taken from it, they share it in proportion (CB: 250 examples, 1 000 + 500
 wanted, so 167 + 83). An example that is there twice is in one part, both times.
+
+A user's own data is used as a whole, unless limits are given: a tenth of the train file, 200 at most, is held
+out where test has no file, and again for dev where that is needed; the rest is train. Given numbers of dev
+and test are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +29,7 @@ from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.records import Records
-from hizoo_lite.tasks.task import WHERE, Stream, Task
+from hizoo_lite.tasks.task import WHERE, LeftOut, Stream, Task
 
 _log = logging.getLogger(__name__)
 
@@ -40,18 +44,36 @@ class Splits:
     unused: int = 0  # examples of the files that were read and are in no part
     shared: bool = False  # the train file was too small for what was to be taken from it
     carved: tuple[str, ...] = ()  # parts that were taken out of the train file
+    dev_size: int | None = None  # how many are held out for dev, of a user's own train file
+    left_out: tuple[LeftOut, ...] = ()  # what is no example, or too long
+    notes: tuple[str, ...] = ()  # what else was done to examples
+
+    @property
+    def total(self) -> int:
+        """Examples of the files."""
+        return self.unused + len(self.train) + len(self.dev) + len(self.test)
 
     def __repr__(self) -> str:
         return f"Splits({self})"
 
+    def lines(self, name: str) -> list[str]:
+        """What is told of them: their division, and what was done to them. name: the task's."""
+        return [f"{name}, {self}", *self.notes]
+
     def __str__(self) -> str:
         """How the examples were divided, in one line."""
-        total = self.unused + len(self.train) + len(self.dev) + len(self.test)
-        words = f"{total:,} examples: {len(self.train)} train, {len(self.dev)} dev, {len(self.test)} test"
+        words = (
+            f"{self.total:,} examples: {len(self.train)} train, {len(self.dev)} dev, {len(self.test)} test"
+        )
         if self.unused:
             words += f", {self.unused:,} not used (beyond the limits, or equal to one of another part)"
+        taken = [name for name in self.carved if getattr(self, name) and not self.shared]
+        if taken:
+            words += f"; {' and '.join(taken)} held out of train"
         if self.shared:
             words += "; parts without a file of their own are taken from train in proportion to their limits"
+        if self.left_out:
+            words += f"; {len(self.left_out):,} left out"
         return words
 
 
@@ -65,21 +87,42 @@ LEAST_PADDING = 1 / 3
 WINDOW = 8
 
 
+#: Of a user's own data: one in so many is held out, but no more than that.
+HELD_OUT, MOST_HELD_OUT = 10, 200
+
+_HELD: tuple[Split, Split] = ("dev", "test")
+Limit = int | Literal["auto"] | None
+
+
 class _Wanted(NamedTuple):
     train: int | None
     dev: int | None
     test: int | None
 
 
+class Published(NamedTuple):
+    """The papers' limits. Of a user's own data, dev's and test's are those of files."""
+
+    train: int = 1000
+    dev: int = 500
+    test: int = 1000
+
+
+PUBLISHED = Published()
+
+
 def make_splits(
     task: Task,
     data: Path | str | Records | None,
     *,
-    train_examples: int | None = 1000,
-    dev_examples: int | None = 500,
-    test_examples: int | None = 1000,
+    train_examples: Limit = 1000,
+    dev_examples: Limit = 500,
+    test_examples: Limit = 1000,
     k_shot: int | None = None,
     seed: int = 0,
+    exact: bool = False,
+    needs_dev: bool = True,
+    left_out: list[LeftOut] | None = None,
 ) -> Splits:
     """Train, dev and test examples, a function of the data and the seed only.
 
@@ -90,37 +133,62 @@ def make_splits(
         k_shot: that many examples of each class for train, and again for dev as far as there are, instead of
             the first two limits. Needs a task with fixed classes.
         seed: not negative.
+        exact: numbers of dev and test are those that are wanted, and "auto" is what the module says; else
+            they are upper limits as in the papers, and "auto" is 1000, 500 and 1000.
+        needs_dev: dev examples are held out for "auto".
+        left_out: gets what is no example, see `Task.load`.
 
     An example whose fields equal those of a train example is never taken into a carved dev or test part.
     """
-    limits = {"train_examples": train_examples, "dev_examples": dev_examples, "test_examples": test_examples}
-    for name, limit in limits.items():
-        if limit is not None and limit < (1 if name == "train_examples" else 0):
-            raise UserError(f"{name}: got {limit}; allowed: a positive number, or none for all")
-    if seed < 0:
-        raise UserError(f"seed: got {seed}; allowed: 0 or more")
-    if k_shot is not None and k_shot < 1:
-        raise UserError(f"k_shot: got {k_shot}; allowed: a positive number")
+    asked = (train_examples, dev_examples, test_examples)
+    _check(asked, k_shot, seed)
     _name_the_rest(data)
-    dev_file, test_file = _official(task, data)
-    pool = _shuffled(task.load(data, "train"), seed, 0)
-    tests = [] if test_file is None else _shuffled(task.load(data, test_file), seed, 1)
-    devs = [] if dev_file is None else _shuffled(task.load(data, dev_file), seed, 2)
-    test = None if test_file is None else tests[:test_examples]
-    dev = None if dev_file is None else devs[:dev_examples]
-    wanted = _Wanted(
-        train_examples, 0 if dev is not None else dev_examples, 0 if test is not None else test_examples
-    )
+    is_own = exact and not task.is_published
+    dev_file, test_file = _official(task, data, is_own)
+    pool = _shuffled(task.load(data, "train", left_out), seed, 0)
+    tests = [] if test_file is None else _shuffled(task.load(data, test_file, left_out), seed, 1)
+    devs = [] if dev_file is None else _shuffled(task.load(data, dev_file, left_out), seed, 2)
+    most = _Wanted(*(p if a == "auto" else a for a, p in zip(asked, PUBLISHED, strict=True)))
+    test = None if test_file is None else tests[: most.test]
+    dev = None if dev_file is None else devs[: most.dev]
+    wanted = _Wanted(most.train, most.dev if dev is None else 0, most.test if test is None else 0)
+    if is_own and dev_examples == "auto" and not needs_dev:
+        wanted = wanted._replace(dev=0)
+    shared, dev_size = False, None
     if k_shot is not None:
         train, carved_dev, rest = _few_shot(task, pool, k_shot, wanted)
-        carved_test, shared = rest[: wanted.test], False
+        carved_test = rest[: wanted.test]
+    elif is_own or (exact and asked[1:] != ("auto", "auto") and not _is_room(len(pool), wanted)):
+        dev_size, test_size = _exact_sizes(len(pool), asked, wanted)
+        carved_dev, carved_test, rest = _held_out(pool, dev_size, test_size)
+        train = rest if is_own and train_examples == "auto" else rest[: most.train]
     else:
         *sizes, shared = _sizes(len(pool), wanted)
         train, carved_dev, carved_test = _carve(pool, sizes, wanted)
     parts = train, carved_dev if dev is None else dev, carved_test if test is None else test
     unused = len(pool) + len(devs) + len(tests) - sum(map(len, parts))
     carved = tuple(name for name, own in (("dev", dev), ("test", test)) if own is None)
-    return Splits(*parts, unused, shared, carved)
+    notes = (
+        ("dev examples are evaluated with --eval-every alone",) if is_own and dev and not needs_dev else ()
+    )
+    size = dev_size if dev is None else None
+    return Splits(*parts, unused, shared, carved, size, tuple(left_out or ()), notes)
+
+
+def _check(asked: Sequence[Limit], k_shot: int | None, seed: int) -> None:
+    """UserError for numbers that nothing can be divided by."""
+    for name, limit in zip(("train_examples", "dev_examples", "test_examples"), asked, strict=True):
+        if isinstance(limit, int) and limit < (1 if name == "train_examples" else 0):
+            raise UserError(f"{name}: got {limit}; allowed: a positive number, or none for all")
+    if seed < 0:
+        raise UserError(f"seed: got {seed}; allowed: 0 or more")
+    if k_shot is not None and k_shot < 1:
+        raise UserError(f"k_shot: got {k_shot}; allowed: a positive number")
+
+
+def _is_room(available: int, wanted: _Wanted) -> bool:
+    """Whether the train file has as many examples as are taken from it."""
+    return None not in wanted and sum(size or 0 for size in wanted) <= available
 
 
 def _name_the_rest(data: Path | str | Records | None) -> None:
@@ -131,8 +199,13 @@ def _name_the_rest(data: Path | str | Records | None) -> None:
         _log.warning("data: %s: not taken: %s; names that tell their part: %s", data, ", ".join(rest), words)
 
 
-def _official(task: Task, data: Path | str | Records | None) -> tuple[Split | None, Split | None]:
-    """The official files of the dev and of the test part; None if it comes out of the train file."""
+def _official(
+    task: Task, data: Path | str | Records | None, is_own: bool
+) -> tuple[Split | None, Split | None]:
+    """The files of the dev and of the test part; None if it comes out of the train file."""
+    if is_own:
+        held = [split if task.has(data, split) else None for split in _HELD]
+        return held[0], held[1]
     order: tuple[Split, Split] = ("test", "dev") if task.test_from == "test" else ("dev", "test")
     test = next((split for split in order if task.has(data, split)), None)
     dev: Split | None = "dev" if task.dev_from == "dev" and test != "dev" and task.has(data, "dev") else None
@@ -155,6 +228,39 @@ def _sizes(available: int, wanted: _Wanted) -> tuple[int, int, int, bool]:
         dev, test = dev * available // total, test * available // total
         train = available - dev - test
     return train, dev, test, dev + test > 0 and total > available
+
+
+def _exact_sizes(available: int, asked: Sequence[Limit], wanted: _Wanted) -> tuple[int, int]:
+    """How many examples of the train file dev and test get. UserError if they leave none for train."""
+    tenth = min(MOST_HELD_OUT, max(1, available // HELD_OUT))
+    dev, test = (
+        0 if limit == 0 else tenth if given == "auto" else available // 5 if given is None else given
+        for limit, given in zip(wanted[1:], asked[1:], strict=True)
+    )
+    if dev + test >= available:
+        raise UserError(
+            f"data: {available} examples in train, of which {dev} are to be held out for dev and {test} for "
+            "test: none is left; allowed: more data, or fewer with --test-examples and --dev-examples"
+        )
+    return int(dev), int(test)
+
+
+def _held_out(
+    pool: list[Example], dev_size: int, test_size: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Dev, test and the rest. What is there twice goes to one part, both times."""
+    alike: dict[Any, list[Example]] = {}
+    for example in pool:
+        alike.setdefault(key(example), []).append(example)
+    dev: list[Example] = []
+    test: list[Example] = []
+    held: set[int] = set()
+    for same in reversed(alike.values()):
+        room = next((p for p, n in ((test, test_size), (dev, dev_size)) if len(p) + len(same) <= n), None)
+        if room is not None:
+            room += same
+            held |= set(map(id, same))
+    return dev, test, [example for example in pool if id(example) not in held]
 
 
 def _carve(
@@ -198,15 +304,16 @@ def _without(examples: list[Example], taken: list[Example]) -> list[Example]:
 
 def _parted(examples: list[Example], taken: list[Example]) -> tuple[list[Example], list[Example]]:
     """The same, and the others."""
-    seen = {_key(example) for example in taken}
+    seen = {key(example) for example in taken}
     others: list[Example] = []
     twins: list[Example] = []
     for example in examples:
-        (twins if _key(example) in seen else others).append(example)
+        (twins if key(example) in seen else others).append(example)
     return others, twins
 
 
-def _key(example: Example) -> tuple[tuple[str, str], ...]:
+def key(example: Example) -> tuple[tuple[str, str], ...]:
+    """What two examples have in common that ask the same."""
     return tuple((name, repr(value)) for name, value in example.fields.items() if name != WHERE)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hizoo_lite.batch import Example, Metric
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import files, hub
+from hizoo_lite.tasks import files, hub, own
 from hizoo_lite.tasks.files import Row, Split
 from hizoo_lite.tasks.metrics import Prediction, Scorer
 from hizoo_lite.tasks.records import Records
@@ -23,6 +23,8 @@ Kind = Literal["choice", "completion", "lm"]
 #: The examples at some places of an endless stream of them.
 Stream = Callable[[range], list[int]]
 
+#: Rows that a first look is at.
+_PEEKED = 20
 #: The key in `Example.fields` under which an example's file and line is kept. No template can name it.
 WHERE = "@where"
 #: Likewise, of a run of several tasks: which of them an example is of, from 0.
@@ -37,6 +39,20 @@ def where(example: Example) -> str:
 def part_of(example: Example) -> int:
     """Which of a run's tasks an example is of."""
     return int(example.fields.get(TASK, 0))
+
+
+class LeftOut(NamedTuple):
+    """An example that is not used."""
+
+    where: str  # file and line
+    why: str
+
+
+def check_mostly_good(name: str, bad: Sequence[LeftOut], count: int) -> None:
+    """UserError, with the first ones, if over half of `count` examples are bad: the task is another."""
+    if 2 * len(bad) > count:
+        first = "\n  ".join(f"{where}: {why}" for where, why in bad[:3])
+        raise UserError(f"{name}: {len(bad)} of {count} examples cannot be used; the first:\n  {first}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ class Task:
         headerless: the columns of a table without a header line.
         text_reader: how to read `.txt` and `.label` files, if they are not tables.
         dev_from, test_from: the official file that `make_splits` takes each split from.
+        columns: those that are read, of a user's own task.
     """
 
     name: str
@@ -86,6 +103,17 @@ class Task:
     hub: hub.HubSource | None = None
     dev_from: Literal["train", "dev"] = "train"
     test_from: Literal["dev", "test"] = "dev"
+    columns: tuple[str, ...] = ()
+
+    @property
+    def is_published(self) -> bool:
+        """Whether its data is a published set, whose division is the papers'."""
+        return self.hub is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether its metrics are of texts that a model writes."""
+        return self.kind == "completion" and bool(self.scorers)
 
     @property
     def metric(self) -> str:
@@ -111,44 +139,62 @@ class Task:
             return data.has(split)
         if data is None:
             return self.hub is not None and self.hub.split(split) is not None
-        path = Path(data)
-        if path.is_file():
-            return split == "train"
-        return files.find_split(path, split) is not None
+        return own.has(data, split)
 
-    def load(self, data: Path | str | Records | None, split: Split) -> list[Example]:
+    def load(
+        self, data: Path | str | Records | None, split: Split, left_out: list[LeftOut] | None = None
+    ) -> list[Example]:
         """Every example of a split, in file order.
 
         Args:
-            data: a folder of official files, one file (whatever the split), rows in memory, or None: the hub.
+            data: a folder of files, one file (whatever the split), a data set's name on the hub, rows in
+                memory, or None: the task's own on the hub.
             split: which file of the folder; nothing is carved out here (see `splits.make_splits`).
+            left_out: gets the rows that are no example, as long as most are; None: none may be.
 
         Raises UserError naming file, line and field for anything that is not as the task expects.
         """
         rows, source = self._rows(data, split)
         examples: list[Example] = []
         read = dropped = 0
+        bad: list[LeftOut] = []
         for row in rows:
-            made = list(self.build(row))
             read += 1
+            try:
+                made = list(self.build(row))
+            except UserError as error:
+                if left_out is None:
+                    raise
+                bad.append(LeftOut(row.where, str(error).removeprefix(f"{row.where}: ")))
+                continue
             dropped += not made
             examples.extend(example._replace(fields={WHERE: row.where, **example.fields}) for example in made)
         if dropped:
             logger.info(
                 "task %s: %s: %d of %d rows dropped (no gold label)", self.name, source, dropped, read
             )
+        check_mostly_good(f"task {self.name}: {source}", bad, read)
+        if left_out is not None:
+            left_out += bad
         if not examples:
             raise UserError(f"task {self.name}: {source} holds no examples")
         return examples
 
     def peek(self, data: Path | str | Records | None) -> None:
-        """Raises UserError if the training data is not there, or its first row is not as the task expects."""
-        if not (data is None and self.hub is not None):
-            rows, _ = self._rows(data, "train")
-            for row in islice(rows, 1):
+        """Raises UserError if the training data is not there, or none of its first rows is an example."""
+        if data is None and self.hub is not None:
+            if importlib.util.find_spec("datasets") is None:
+                raise hub.no_library(self.name)
+            return
+        first: UserError | None = None
+        for row in islice(self._rows(data, "train")[0], _PEEKED):
+            try:
                 list(self.build(row))
-        elif importlib.util.find_spec("datasets") is None:
-            raise hub.no_library(self.name)
+                return
+            except UserError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def _rows(self, data: Path | str | Records | None, split: Split) -> tuple[Iterator[Row], str]:
         """The rows of a split, and the name of where they come from."""
@@ -158,15 +204,23 @@ class Task:
             if self.hub is None:
                 raise UserError(f"task {self.name}: a data file or folder is needed (--data)")
             return hub.rows(self.hub, split, self.name), f"{self.hub.path}[{split}]"
-        path = files.find_split(Path(data), split)
-        if path is None:
+        if (source := own.on_hub(data)) is not None:
+            named = not self.is_published
+            return hub.rows(source, split, self.name, named=named), f"{source.path}[{split}]"
+        paths = files.find_split(Path(data), split)
+        if not paths:
             raise UserError(
                 f"task {self.name}: {data} has no {split} file; expected a name with "
                 f"{split!r} in it and one of the extensions {', '.join(files.SUFFIXES)}"
             )
-        if self.text_reader is not None and path.suffix.lower() in (".txt", ".label"):
-            return self.text_reader(path), str(path)
-        return files.rows(path, self.headerless), str(path)
+        return (row for path in paths for row in self._read(path)), ", ".join(map(str, paths))
+
+    def _read(self, path: Path) -> Iterator[Row]:
+        if self.text_reader is not None and path.suffix.lower() in own.TEXTS:
+            return own.read_text(path, self.text_reader, detect=not self.is_published)
+        if self.is_published and path.suffix.lower() not in own.COLUMNAR:
+            return files.rows(path, self.headerless)
+        return own.rows(path, self.columns)
 
     def score(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> Metric:
         """The main metric. `predictions` are indices into the answers (choice) or texts (completion)."""

@@ -4,40 +4,29 @@
 is cut at line ends into pieces of at most 2 000 characters (a longer line is a piece of its own), each one
 example; in tables and JSON Lines the field `text` is one.
 
-`chat`: the loss is on the assistant's turns only. JSON Lines with `messages` (a list of
-`{"role": "system" | "user" | "assistant", "content": ...}`), or with `prompt` and `completion` for one
-exchange. The last message is the assistant's.
+`chat`: the loss is on the assistant's turns only. JSON Lines with `messages` (see `conversations.py`), or
+with `prompt` and `completion` for one exchange.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
 
 from hizoo_lite.batch import Example
-from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import files
+from hizoo_lite.tasks.conversations import Conversations
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.task import Task
 
 PIECE_CHARACTERS = 2000
 
-Role = Literal["system", "user", "assistant"]
 
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
-
-
-def pieces(path: Path) -> Iterator[Row]:
+def pieces(path: Path, encoding: str = "utf-8") -> Iterator[Row]:
     """The pieces of a text file, each with the line it starts at."""
     held: list[str] = []
     size, first = 0, 1
-    for number, line in files.lines(path):
+    for number, line in files.lines(path, encoding):
         if held and size + len(line) + 1 > PIECE_CHARACTERS:
             yield Row(f"{path}:{first}", {"text": "\n".join(held)})
             held, size = [], 0
@@ -57,26 +46,6 @@ def _lm(row: Row) -> Iterator[Example]:
         yield Example({"text": text}, (text,), 0)
 
 
-def chat(row: Row) -> Iterator[Example]:
-    """The conversation of a row, checked."""
-    if "messages" in row.values:
-        messages = tuple(_message(item) for item in row.records("messages"))
-    else:
-        prompt, completion = row.text("prompt"), row.text("completion", "response")
-        messages = (Message("user", prompt), Message("assistant", completion))
-    if not messages or messages[-1].role != "assistant" or not messages[-1].content:
-        raise UserError(f"{row.where}: field 'messages': the last message must be a non-empty assistant's")
-    answer = messages[-1].content
-    yield Example({"messages": messages}, (answer,), 0, (answer,))
-
-
-def _message(item: Row) -> Message:
-    role = item.text("role")
-    if role not in get_args(Role):
-        raise UserError(f"{item.where}: field 'role': got {role!r}; allowed: {', '.join(get_args(Role))}")
-    return Message(role, item.text("content"))  # type: ignore[arg-type]  # checked on the line above
-
-
 LM = Task(
     name="lm",
     kind="lm",
@@ -92,7 +61,7 @@ LM = Task(
 CHAT = Task(
     name="chat",
     kind="lm",
-    build=chat,
+    build=Conversations({}),
     chat=True,
     max_new_tokens=256,
     dev_from="dev",

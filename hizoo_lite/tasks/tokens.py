@@ -54,7 +54,9 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
-    def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, messages: Any, tools: Any = ..., *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
 
 
 def token_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,15 @@ from hizoo_lite import estimators, tasks
 from hizoo_lite.arrays import Arrays
 from hizoo_lite.base import AttachedSpace, BranchLosses, Curvature, Estimator, ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig, as_one_or_several, one_or_several
+from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig, as_one_or_several, one_or_several, refuse
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
-from hizoo_lite.tasks import Encoder, Records, Splits, Task
+from hizoo_lite.tasks import Encoder, Records, Splits, Task, forms
+from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
 from hizoo_lite.tasks.order import output_order
-from hizoo_lite.tasks.task import part_of, where
+from hizoo_lite.tasks.task import LeftOut, check_mostly_good, part_of, where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
 
@@ -28,11 +30,24 @@ _log = logging.getLogger(__name__)
 
 def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
     """The examples of a configuration: a function of its data (`data` in their place), limits and seed."""
-    names = ("train_examples", "dev_examples", "test_examples", "k_shot", "seed")
-    limits = {name: getattr(config, name) for name in names}
     found = sources(config, task) if data is None else [data]
-    return joined(
-        [tasks.make_splits(part, source, **limits) for part, source in zip(task.parts, found, strict=True)]
+    return joined([_part(config, part, source) for part, source in zip(task.parts, found, strict=True)])
+
+
+def _part(config: TrainConfig, task: Task, source: Any) -> Splits:
+    """The examples of one task."""
+    left_out: list[LeftOut] | None = [] if leaves_out(config, task) and not config.strict else None
+    return tasks.make_splits(
+        task,
+        source,
+        train_examples=config.train_examples,
+        dev_examples=config.dev_examples,
+        test_examples=config.test_examples,
+        k_shot=config.k_shot,
+        seed=config.seed,
+        exact=config.all_data == "auto",
+        needs_dev=config.eval_every > 0,
+        left_out=left_out,
     )
 
 
@@ -40,6 +55,51 @@ def sources(config: TrainConfig, task: Task) -> list[Path | None]:
     """Where the data of each task is."""
     given = one_or_several(config.data)
     return [data_path(path) for path in given] if given else [None] * len(task.parts)
+
+
+def leaves_out(config: TrainConfig, task: Task) -> bool:
+    """Whether examples that cannot be used are left out: of a user's own data."""
+    return config.all_data == "auto" and not task.is_published
+
+
+def understood(config: TrainConfig, data: Records | None = None) -> Understood | None:
+    """What the data is, if the task is a form; None for a task that says it. UserError if it is nothing."""
+    if len(config.tasks) > 1 and any(map(forms.is_form, config.tasks)):
+        raise UserError(
+            f"--task: got {', '.join(config.tasks)}; allowed among several: built-in ones and task files "
+            "(hizoo-lite data inspect DATA --write-task FILE makes one)"
+        )
+    if not forms.is_form(config.tasks[0]):
+        given = {"--text-field": config.text_field, "--label-field": config.label_field}
+        refuse(
+            [
+                f"{name}: got {value!r}, but --task {config.task_name} says the columns; allowed with --task "
+                f"{', '.join((forms.AUTO, *forms.FORMS))}"
+                for name, value in given.items()
+                if value is not None
+            ]
+        )
+        return None
+    source = data if data is not None else data_path(next(iter(one_or_several(config.data)), None))
+    if source is None:
+        raise UserError(f"--data: missing; --task {config.task_name} has none of its own")
+    return forms.recognise(source, config.tasks[0], config.text_field, config.label_field)
+
+
+def task_of(config: TrainConfig, data: Records | None = None) -> Task:
+    """The task of a configuration: the one it names, or what its data is."""
+    found = understood(config, data)
+    return find_task(config.task, config.task_weight) if found is None else tasks.get(found.keys)
+
+
+def steps_of(config: TrainConfig, splits: Splits) -> TrainConfig:
+    """The configuration with the steps that its epochs are, and the dev examples that are held out."""
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * len(splits.train) / config.batch_size)
+        config = replace(config, steps=steps, epochs=None)
+    if config.dev_examples == "auto" and splits.dev_size is not None:
+        config = replace(config, dev_examples=splits.dev_size)
+    return config
 
 
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
@@ -79,7 +139,8 @@ def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
     """The first `limit` examples, of each task, of a part of the data. UserError if it is empty."""
-    every: list[Example] = getattr(make_splits(config, task), split)
+    splits = make_splits(replace(config, eval_every=1) if split == "dev" else config, task)
+    every: list[Example] = getattr(splits, split)
     own = [[example for example in every if part_of(example) == part] for part in range(len(task.parts))]
     part = [example for examples in own for example in examples[:limit]]
     if not part:
@@ -102,6 +163,41 @@ def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:
             *(len(examples) - len(kept), len(examples), first),
         )
     return kept
+
+
+def fitting(encoder: Encoder, examples: list[Example], config: TrainConfig) -> list[Example]:
+    """The examples of an evaluation: left out and divided as those of a run are."""
+    if not leaves_out(config, encoder.task):
+        return learnable(encoder, examples)
+    found = tasks.usable(encoder, examples, training=False, strict=config.strict)
+    check_mostly_good(f"--data: {config.data}", found.left_out, len(examples))
+    for line in found.lines(encoder):
+        _log.warning("%s", line)
+    return found.examples
+
+
+def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig, *, refuses: bool = True) -> Splits:
+    """The examples that can be learnt from and evaluated, for this tokenizer and length.
+
+    UserError if most cannot be and `refuses`, or with --strict for the first that cannot.
+    """
+    if not leaves_out(config, encoder.task):
+        return splits
+    made = {
+        name: tasks.usable(encoder, getattr(splits, name), training=name == "train", strict=config.strict)
+        for name in ("train", "dev", "test")
+    }
+    count = sum(len(getattr(splits, name)) for name in made)
+    left_out = [one for part in made.values() for one in part.left_out]
+    if refuses:
+        check_mostly_good(f"--data: {config.data}", left_out, count)
+    notes = tuple(f"{name}: {line}" for name, part in made.items() for line in part.lines(encoder))
+    train, dev, test = (part.examples for part in made.values())
+    for name in ("train", "test") if refuses else ():
+        if not made[name].examples:
+            raise UserError(f"--data: all {name} examples are left out; the first: {': '.join(left_out[0])}")
+    left = (*splits.left_out, *left_out)
+    return replace(splits, train=train, dev=dev, test=test, left_out=left, notes=(*splits.notes, *notes))
 
 
 def learnable_splits(encoder: Encoder, splits: Splits) -> Splits:

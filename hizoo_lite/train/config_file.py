@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ OLDER: dict[str, Any] = {
     "directions": 1,
     "head": "estimated",
     "hidden_states": "off",
+    "all_data": "off",
 }
 
 
@@ -236,6 +237,15 @@ def lasting(config: TrainConfig) -> dict[str, Any]:
     """The entry of run.json with the settings that cannot change when a run is resumed."""
     kept = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
     return {_LASTING: kept}
+
+
+def as_begun(old: TrainConfig, new: TrainConfig) -> TrainConfig:
+    """`new` with what the run settled when it was begun: kind, bits, steps of its epochs, dev examples."""
+    if new.epochs is not None:
+        refuse([f"epochs: the run has {old.steps} steps, got {new.epochs:g}; allowed: --steps"], "--resume")
+    left_open = {"kind": "auto", "bits": None, "compute_dtype": "auto", "dev_examples": "auto"}
+    same = {name: getattr(old, name) for name, value in left_open.items() if getattr(new, name) == value}
+    return replace(new, **same)
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig) -> None:

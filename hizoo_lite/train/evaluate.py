@@ -150,7 +150,7 @@ def _of_one(
             found = chosen(losses, batch)
             picked = map(encoder.class_of, found) if batch.loss == "class" else found
             found_at |= zip(part, picked, strict=True)
-        elif encoder.task.kind == "completion" and model.write is not None:
+        elif encoder.task.writes and model.write is not None:
             written = complete(model.write, encoder, [own[index] for index in part])
             found_at |= zip(part, written, strict=True)
         advanced(len(part))

@@ -69,6 +69,7 @@ class RunFolder:
         self.identity = self.path / "run.json"
         self.plan = self.path / "plan.json"
         self.memory = self.path / "memory.json"
+        self._left_out = self.path / "left_out.jsonl"
 
     def check_new(self) -> None:
         """UserError unless a run may begin here: no folder yet, or an empty one. The main rank asks."""
@@ -206,6 +207,14 @@ class RunFolder:
         """Replace run.json: `identity`, and the settings of config.toml that cannot change any more."""
         if self.writes:
             self._write_json(self.identity, {**identity, **config_file.lasting(self.config())}, indent=2)
+
+    def write_left_out(self, examples: Sequence[tuple[str, str]]) -> None:
+        """left_out.jsonl: where each example is that is not used, and why; no file if there is none."""
+        if not self.writes or not examples:
+            return
+        lines = (json.dumps({"where": where, "why": why}, ensure_ascii=True) for where, why in examples)
+        with storage_errors(self._left_out):
+            write_text(self._left_out, "".join(line + "\n" for line in lines))
 
     def _write_json(self, path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
         if not self.writes:

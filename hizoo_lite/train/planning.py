@@ -13,7 +13,6 @@ from hizoo_lite.batch import Example
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import like
 from hizoo_lite.errors import BudgetError
-from hizoo_lite.model.build import read_config, read_tokenizer, vocabulary_of
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.plan import Plan
@@ -21,8 +20,8 @@ from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
 from hizoo_lite.tasks import Encoder, Splits
-from hizoo_lite.train.components import task_encoder
 from hizoo_lite.train.resolved import Resolved
+from hizoo_lite.train.tokenizing import encoder_of
 from hizoo_lite.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -76,13 +75,7 @@ def _machine(config: TrainConfig, device: torch.device) -> Hardware | None:
 
 def find_encoder(resolved: Resolved) -> Encoder | None:
     """The encoder of a model that is not loaded yet; None without a tokenizer, which is refused later."""
-    config, kind, task = resolved.config, resolved.kind, resolved.task
-    folder = resolved.checkpoint.folder
-    tokenizer = read_tokenizer(folder)
-    if tokenizer is None:
-        return None
-    known = vocabulary_of(read_config(folder, kind, task.num_labels or 2))
-    return task_encoder(tokenizer, kind, task, config.max_length, config.loss, vocabulary=known)
+    return encoder_of(resolved.checkpoint.folder, resolved.kind, resolved.task, resolved.config)
 
 
 def workload(encoder: Encoder, splits: Splits, config: TrainConfig) -> Workload:
@@ -103,7 +96,7 @@ def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
 
 def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: int) -> Workload:
     length = min(encoder.max_length, longest + 1)  # a row ends before the last token of its answer
-    writes = encoder.task.kind == "completion" and encoder.model_kind == "causal"
+    writes = encoder.task.writes and encoder.model_kind == "causal"
     written = min(encoder.max_length, length + encoder.max_new_tokens) if writes else 0
     return Workload(training, evaluation, length, written=written)
 

@@ -26,7 +26,7 @@ def check(config: TrainConfig) -> None:
 
 def check_inputs(config: TrainConfig) -> None:
     """Raises UserError for a task, data or a model that is not there."""
-    task = components.find_task(config.task, config.task_weight)
+    task = components.task_of(config)
     for part, source in zip(task.parts, components.sources(config, task), strict=True):
         part.peek(source)
     check_model(config.model, config.revision)

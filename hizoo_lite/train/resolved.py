@@ -29,6 +29,13 @@ class Resolved:
     task: Task
     loaded: Model | None = None
 
+    def with_config(self, config: TrainConfig) -> Resolved:
+        """The same with other settings, of which the answers that were found do not depend."""
+        made = replace(self, config=config)
+        found = {name: answer for name, answer in vars(self).items() if name not in (*vars(made), "settings")}
+        vars(made).update(found)
+        return made
+
     @cached_property
     def source(self) -> str:
         """The folder or hub id of the model."""

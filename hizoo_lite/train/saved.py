@@ -91,7 +91,7 @@ def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first."""
-    task = components.find_task(config.task)
+    task = components.task_of(config)
     part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
@@ -114,7 +114,7 @@ def measured(
         if given is None:
             progress.message(f"{config.model}: {model}; {resolved.why_bits}")
         encoder = setup.make_encoder(model, task, config.max_length, config.loss)
-        part = components.learnable(encoder, part)
+        part = components.fitting(encoder, part, config)
         prepare = partial(setup.prepare_blocks, model, resolved, planning.evaluated(encoder, part))
         if adapter is not None:
             attach_adapter(model, adapter, prepare)

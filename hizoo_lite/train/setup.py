@@ -33,7 +33,14 @@ from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import checkpoint, planning
 from hizoo_lite.train.compared import Compared, given_by
-from hizoo_lite.train.components import learnable_splits, make_stepper, run_splits, task_encoder
+from hizoo_lite.train.components import (
+    learnable_splits,
+    make_stepper,
+    run_splits,
+    steps_of,
+    task_encoder,
+    usable_splits,
+)
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.step import Stepper
@@ -91,9 +98,16 @@ def build(
     objective = objective or objectives.configured(config)
     given = given_by(objective, task, resolved.kind, config.loss)
     splits = run_splits(config, task, data)
-    plan, workload = planned(resolved, splits)
+    before = planning.find_encoder(resolved)
+    if before is not None:
+        splits = usable_splits(before, splits, config)
+    config = steps_of(config, splits)
+    resolved = resolved.with_config(config)
+    plan, workload = planned(resolved, splits, before)
     model = resolved.model(_residency(resolved, plan))
     encoder = make_encoder(model, task, config.max_length, config.loss)
+    if before is None or encoder.max_length < before.max_length:
+        splits = usable_splits(encoder, splits, config)
     splits = learnable_splits(encoder, splits)
     space = SPACES.complete(space or SPACES.configured(config), config)
     labels = _label_tokens(config, encoder, splits)
@@ -197,9 +211,8 @@ def _residency(resolved: Resolved, plan: Plan | None) -> ResidencyName:
     return "resident" if fits and is_gpu(resolved.device) else wanted
 
 
-def planned(resolved: Resolved, splits: Splits) -> tuple[Plan | None, Workload]:
+def planned(resolved: Resolved, splits: Splits, encoder: Encoder | None) -> tuple[Plan | None, Workload]:
     """The plan of the run, and what its examples make; `BudgetError` if it does not fit."""
-    encoder = planning.find_encoder(resolved)
     workload = ONE_ROW
     if encoder is not None:
         workload = planning.workload(encoder, splits, resolved.config)

@@ -83,7 +83,7 @@ def export_train(
         temporary.mkdir()
         loaded = load_base(source, stored_folder(source, work, progress))
         encoder = setup.make_encoder(loaded, task, config.max_length, config.loss)
-        examples = components.learnable(encoder, examples)[: config.batch_size]
+        examples = components.fitting(encoder, examples, config)[: config.batch_size]
         space = saved.attach_adapter(loaded, run, train_a=config.train_a)
         assert isinstance(space, LoRA)
         if fresh:

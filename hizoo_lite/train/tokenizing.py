@@ -1,0 +1,20 @@
+"""The encoder of a model that is not loaded: of its files the tokenizer and config.json are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hizoo_lite.base import ModelKind
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.model.build import read_config, read_tokenizer, vocabulary_of
+from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train.components import task_encoder
+
+
+def encoder_of(folder: Path, kind: ModelKind, task: Task, config: TrainConfig) -> Encoder | None:
+    """The task's encoder for the model in a folder; None without a tokenizer."""
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    known = vocabulary_of(read_config(folder, kind, task.num_labels or 2))
+    return task_encoder(tokenizer, kind, task, config.max_length, config.loss, vocabulary=known)

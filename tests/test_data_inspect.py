@@ -1,0 +1,177 @@
+"""`hizoo-lite data inspect`, and runs on a user's own data: what is said is what is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import hizoo_lite as hz
+from hizoo_lite.cli import app
+from hizoo_lite.errors import UserError
+
+REVIEWS = [("The day was fine.", "good"), ("The soup was cold.", "bad")]
+RUN: dict[str, Any] = {"model": "embedded", "batch_size": 4, "max_length": 32, "device": "cpu", "rank": 2}
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def reviews(folder: Path, count: int = 40) -> Path:
+    path = folder / "reviews.csv"
+    lines = [f"{REVIEWS[n % 2][0]} {n};{REVIEWS[n % 2][1]}" for n in range(count)]
+    path.write_text("\n".join(["review;verdict", *lines, "No label;"]) + "\n")
+    return path
+
+
+def alpaca(folder: Path) -> Path:
+    path = folder / "alpaca.json"
+    rows: list[dict[str, str]] = [{"instruction": f"Say {n}", "output": f"I say {n}."} for n in range(20)]
+    rows.append({"instruction": "Say much", "output": "word " * 99})
+    path.write_text(json.dumps([*rows, rows[0]]))
+    return path
+
+
+def test_inspect_says_what_a_run_would_do(tmp_path):
+    found = json.loads(call("data", "inspect", str(reviews(tmp_path)), "--json").stdout)
+    assert found["form"] == "classification"
+    assert found["parts"] == {"train": 36, "dev": 0, "test": 4}
+    assert found["labels"] == {"bad": 20, "good": 20}
+    assert found["columns"] == ["review", "verdict"]
+    assert found["left_out"]["count"] == 1
+    assert found["left_out"]["first"][0]["where"].endswith("reviews.csv:42")
+    assert len(found["examples"]) == 5
+    assert found["lengths"]["unit"] == "characters"
+    word = "good" if "fine" in found["examples"][0]["text"] else "bad"
+    assert found["examples"][0]["text"].endswith(f"\nVerdict:» {word}«")
+
+
+def test_inspect_with_a_model_shows_tokens_what_is_learnt_and_a_length_that_fits(tmp_path):
+    done = call(
+        "data", "inspect", str(alpaca(tmp_path)), "--model", "embedded", "--max-length", "48", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["lengths"]["unit"] == "tokens"
+    assert found["lengths"]["min"] <= found["lengths"]["median"] <= found["lengths"]["p95"] < 48
+    assert found["lengths"]["max"] > 99
+    assert found["duplicates"] == 1
+    [left_out] = found["left_out"]["first"]
+    assert left_out["where"].endswith("alpaca.json: entry 20")
+    assert "needs" in left_out["why"]
+    assert "tokens for its last exchange, allowed are 48" in left_out["why"]
+    assert found["examples"][0]["text"].count("»") == 1
+    assert "--max-length 48; --max-length " in found["advice"][0]
+    assert "fits 99 %" in found["advice"][0]
+
+
+def test_inspect_prints_for_people_and_needs_no_torch(tmp_path):
+    code = (
+        "import sys; from hizoo_lite.cli import app\n"
+        "try: app(['data', 'inspect', sys.argv[1]])\n"
+        "finally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(reviews(tmp_path))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "classification: 41 examples, text in 'review', 2 labels in 'verdict' (bad, good)"
+    )
+    assert "reviews.csv: cells end at a semicolon" in done.stdout
+    assert "division: 40 examples: 36 train, 0 dev, 4 test; test held out of train; 1 left out" in done.stdout
+
+
+def test_inspect_writes_the_task_file_and_does_not_write_over_one(tmp_path):
+    data, path = reviews(tmp_path), tmp_path / "task.toml"
+    assert call("data", "inspect", str(data), "--write-task", str(path)).exit_code == 0
+    again = json.loads(call("data", "inspect", str(data), "--task", str(path), "--json").stdout)
+    assert again["parts"] == {"train": 36, "dev": 0, "test": 4}
+    refused = call("data", "inspect", str(data), "--write-task", str(path))
+    assert refused.exit_code == 2
+    assert "is there already" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label-field", "x"], "no column 'x'; the columns are: review, verdict"),
+        (["--strict"], "reviews.csv:42: field 'verdict': it is empty, no label"),
+        (
+            ["--task", "sst2", "--label-field", "verdict"],
+            "--label-field: got 'verdict', but --task sst2 says",
+        ),
+        (["--task", "nothing"], "task: unknown name 'nothing'"),
+    ],
+)
+def test_inspect_refuses_what_a_run_refuses(tmp_path, arguments, message):
+    done = call("data", "inspect", str(reviews(tmp_path)), *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_a_run_of_recognised_data_has_its_task_and_what_was_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    out = tmp_path / "run"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in RUN.items()]
+    done = call("train", "--data", str(reviews(tmp_path)), "--epochs", "0.5", "--out", str(out), *flags)
+    assert done.exit_code == 0, done.stderr
+    assert "classification: 41 examples, text in 'review'" in done.stderr
+    assert "40 examples: 36 train, 0 dev, 4 test; test held out of train; 1 left out" in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["test_examples"]) == (5, 4)  # ceil(0.5 * 36 / 4)
+    left_out = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
+    assert left_out == [
+        {"where": f"{tmp_path / 'reviews.csv'}:42", "why": "field 'verdict': it is empty, no label"}
+    ]
+    assert hz.tasks.get(out / "task.toml").labels == ("bad", "good")
+    again = json.loads(call("eval", "--adapter", str(out), "--json").stdout)
+    assert again["examples"] == 4
+    assert again["scores"]["loss"] == pytest.approx(summary["loss_after"], rel=1e-5)
+    resumed = call("train", "--resume", "--out", str(out))
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_dev_examples_stay_those_the_run_was_begun_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    settings = {**RUN, "lr_schedule": "constant", "data": str(alpaca(tmp_path)), "out": str(tmp_path / "run")}
+    run = hz.fit(**settings, steps=2, eval_every=1)
+    assert [len(part) for part in (run.setup.splits.train, run.setup.splits.dev)] == [17, 2]
+    resumed = hz.fit(**settings, steps=3, resume=True)  # without --eval-every none would be held out
+    assert [len(part) for part in (resumed.setup.splits.train, resumed.setup.splits.dev)] == [17, 2]
+    with pytest.raises(UserError, match="epochs: the run has 3 steps, got 2; allowed: --steps"):
+        hz.fit(**settings, epochs=2.0, resume=True)
+
+
+def test_strict_runs_refuse_what_others_leave_out(tmp_path):
+    settings = {**RUN, "out": str(tmp_path / "run"), "strict": True}
+    with pytest.raises(UserError, match=r"reviews\.csv:42: field 'verdict': it is empty"):
+        hz.fit(**settings, data=str(reviews(tmp_path)))
+    with pytest.raises(UserError, match=r"alpaca\.json: entry 20 needs \d+ tokens"):
+        hz.fit(**settings, data=str(alpaca(tmp_path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_task_and_data_says_that_it_lacks_one(tmp_path):
+    done = call("train", "--model", "embedded", "--out", str(tmp_path / "run"))
+    assert done.exit_code == 2
+    assert "--task: missing" in done.stderr
+    both = call("train", "--model", "embedded", "--data", "x.csv", "--steps", "5", "--epochs", "1")
+    assert both.exit_code == 2
+    assert "--epochs: got 1.0 beside --steps; allowed: one of them" in both.stderr
+
+
+def test_plan_counts_the_examples_of_data_for_epochs(tmp_path):
+    done = call("plan", "--model", "embedded", "--data", str(reviews(tmp_path)), "--epochs", "2", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "36 train, 0 dev, 4 test" in done.stderr
+    assert "5 steps" in done.stderr  # 2 * 36 / 16
+    alone = call("plan", "--model", "embedded", "--epochs", "2")
+    assert alone.exit_code == 2
+    assert "--epochs: no examples to count" in alone.stderr
