@@ -49,6 +49,8 @@ COMMANDS = sorted(
 def test_a_command_has_flags_that_exist(command: str) -> None:
     name, *arguments = shlex.split(command, comments=True)
     known = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    if hasattr(known, "commands"):
+        known = known.commands[arguments.pop(0)]
     assert known.make_context(name, arguments).args == []  # nothing is left over; unknown flags raise
 
 
@@ -146,4 +148,4 @@ def test_readme_trains_on_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     section = readme.read_text(encoding="utf-8").partition("## Your own data")[2].partition("\n## ")[0]
     [commands] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     told = "".join(run(line) for line in commands.replace("models/opt-125m", "embedded").splitlines())
-    assert "reviews, 6 examples: 3 train, 1 dev, 2 test; parts without a file of their own" in told
+    assert "classification: 6 examples" in told
