@@ -138,7 +138,7 @@ def test_every_plot_is_there_with_its_words(run: Run) -> None:
     assert [x for x, _ in loss["each step"]] == list(range(6))
     assert [x for x, _ in loss["evaluation"]] == [0.0, 3.0, 6.0]
     memory = [series.label for series in charts["memory"].series]
-    assert memory == ["RssAnon: allocated", "RssFile: mapped files", "peak", "budget", "inference peak"]
+    assert memory == ["private memory", "mapped files", "peak", "budget", "inference peak"]
     assert charts["blocks"].names == ["start", "0", "1", "2", "3", "head", "update"]
     text = text_of((run.folder / "report.html").read_text())
     assert all(chart.title in text for chart in charts.values())

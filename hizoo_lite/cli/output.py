@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -63,6 +64,17 @@ def _scores(found: Mapping[str, Any], of: str) -> list[list[str]]:
     if metric != "loss":
         rows.append([of + metric, percent(found["metric_before"]), percent(found["metric_after"])])
     return rows
+
+
+def print_verdict(folder: Path) -> None:
+    """Whether a run has learnt, and what to try next."""
+    from hizoo_lite.report import verdict
+    from hizoo_lite.report.record import read_run
+
+    said = verdict.of_run(read_run(folder))
+    for line in () if said is None else (said.says, said.next):
+        if line:
+            typer.echo(line)
 
 
 def number(value: float | None) -> str:

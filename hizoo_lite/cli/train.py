@@ -54,6 +54,7 @@ def train(
         output.print_json(run.summary)
     else:
         output.print_run(run.summary)
+        output.print_verdict(run.folder)
     place = f"{run.folder} (adapter, summary.json, metrics.jsonl)"
     if run.interrupted:
         typer.echo(f"interrupted; saved in {place}; go on with: {resume_line(str(run.folder))}", err=True)

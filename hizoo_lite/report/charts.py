@@ -16,15 +16,15 @@ Point = tuple[float, float]
 
 #: Points a drawn series has at most; of more, the least and the most of each stretch are kept.
 MOST_POINTS = 800
-#: The running mean reaches over this part of a run.
-_SMOOTH_PART = 40
+#: The running mean reaches over this part of a run, and over so many points at least.
+_SMOOTH_PART, _SMOOTH_POINTS = 15, 8.0
 _MIB, _GIB = 2**20, 2**30
 #: What a sample of memory holds, in the order of colours.
 _HELD = {
     "allocated_bytes": "allocated (CUDA)",
     "reserved_bytes": "reserved (CUDA)",
-    "anon_bytes": "RssAnon: allocated",
-    "file_bytes": "RssFile: mapped files",
+    "anon_bytes": "private memory",
+    "file_bytes": "mapped files",
     "total_bytes": "resident",
 }
 
@@ -158,8 +158,8 @@ def _points(
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean over a fortieth of the points, corrected for its start."""
-    share = 1 / max(1.0, len(points) / _SMOOTH_PART)
+    """An exponential mean over a fifteenth of the points, corrected for its start."""
+    share = 1 / max(_SMOOTH_POINTS, len(points) / _SMOOTH_PART)
     total = weight = 0.0
     found = []
     for x, y in points:

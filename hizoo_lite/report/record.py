@@ -10,7 +10,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json, parse_toml, read_json
 
 _CONFIG, _METRICS, _SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-_PLAN, _MEMORY = "plan.json", "memory.json"
+_PLAN, _MEMORY, _PREDICTIONS = "plan.json", "memory.json", "predictions.jsonl"
 _MOST_LEVELS = 32  # of tables in tables; a run writes four
 _LARGEST = 1e100  # beyond it the limits of a plot overflow
 #: What a report lacks without each file.
@@ -35,6 +35,7 @@ class RunRecord:
     plan: dict[str, Any]
     memory: dict[str, Any]
     missing: list[str]  # a sentence for each file that is not there
+    predictions: list[dict[str, Any]]  # of test examples, before and after
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ def read_run(path: Path | str) -> RunRecord:
     path = Path(path)
     if not path.is_dir() or not any((path / name).is_file() for name in (_CONFIG, _METRICS, _SUMMARY)):
         raise UserError(f"RUN: got {str(path)!r}, allowed: a run folder (with {_CONFIG} and {_METRICS})")
-    lines = _read_metrics(path / _METRICS)
+    lines = _read_lines(path / _METRICS, ("kind", "step"))
     return RunRecord(
         path,
         _read_config(path / _CONFIG),
@@ -57,6 +58,7 @@ def read_run(path: Path | str) -> RunRecord:
         _read_json(path / _PLAN),
         _read_json(path / _MEMORY),
         [f"{name} is missing: {what}." for name, what in _MISSING.items() if not (path / name).is_file()],
+        _read_lines(path / _PREDICTIONS, ("when", "index")),
     )
 
 
@@ -107,22 +109,23 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, needs: tuple[str, str]) -> list[dict[str, Any]]:
+    """The objects of a file, a line each, that have a word and a number by these names."""
     lines = _read_text(path).split("\n") if path.is_file() else [""]
     if lines[-1]:
         raise UserError(
             f"{path}: line {len(lines)} is cut off; remove it, or continue the run (--resume writes it again)"
         )
-    return [_read_line(path, count, line) for count, line in enumerate(lines[:-1], start=1)]
+    return [_read_line(path, count, line, *needs) for count, line in enumerate(lines[:-1], start=1)]
 
 
-def _read_line(path: Path, count: int, line: str) -> dict[str, Any]:
+def _read_line(path: Path, count: int, line: str, word: str, figure: str) -> dict[str, Any]:
     try:
         value = _shallow(parse_json(line))
     except ValueError as error:
         raise UserError(f"{path}: line {count} is not valid JSON ({error})") from error
-    if not isinstance(value, dict) or "kind" not in value or number(value.get("step")) is None:
-        raise UserError(f"{path}: line {count} is no record of a run; it needs kind and step")
+    if not isinstance(value, dict) or word not in value or number(value.get(figure)) is None:
+        raise UserError(f"{path}: line {count} is no record of a run; it needs {word} and {figure}")
     return value
 
 

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from hizoo_lite.errors import UserError
-from hizoo_lite.report import draw, headline
+from hizoo_lite.report import draw, examples, headline, verdict
 from hizoo_lite.report.charts import Chart, make_charts
 from hizoo_lite.report.record import RunRecord, number, read_run
 
@@ -78,6 +78,7 @@ def as_json(records: Sequence[RunRecord]) -> dict[str, Any]:
             "memory": _plain({k: v for k, v in record.memory.items() if k not in ("samples", "owners")}),
             "configuration": _plain(record.config),
             "missing": record.missing,
+            "verdict": None if (said := verdict.of_run(record)) is None else said._asdict(),
         }
         for name, record in zip(headline.labels(records), records, strict=True)
     ]
@@ -126,6 +127,11 @@ def render(records: Sequence[RunRecord], charts: Sequence[Chart]) -> str:
         compared=headline.compared(*records) if len(records) > 1 else [],
         categories=list(zip(names, map(headline.categories, records), strict=True)),
         tables=headline.tables(records),
+        verdicts=[
+            (name, said) for name, run in zip(names, records, strict=True) if (said := verdict.of_run(run))
+        ],
+        groups=examples.groups(records[0]) if len(records) == 1 else [],
+        confusion=examples.confusion(records[0]) if len(records) == 1 else None,
         notes=_notes(records),
         show=headline.show,
         about=headline.about,

@@ -59,6 +59,7 @@ class Evaluation(NamedTuple):
     predictions: list[Prediction]  # index of the answer, or the text written; empty likewise
     examples: int
     seconds: float
+    losses: list[float] = []  # noqa: RUF012 - of each example; a tuple's default is never changed
 
     def __repr__(self) -> str:
         """Without the predictions."""
@@ -115,13 +116,16 @@ def _mean(found: Mapping[int, Evaluation], places: Mapping[int, Sequence[int]], 
     main = [each.metrics[0].value for each in found.values() if each.metrics]
     metrics = [Metric(task.metric, math.fsum(main) / len(main)) if main else Metric("loss", loss)]
     predictions: list[Prediction] = [""] * sum(map(len, places.values()))
+    losses = [math.nan] * len(predictions)
     for part, each in found.items():
         scores = [Metric("loss", each.loss), *each.metrics]
         metrics += [Metric(of_part(task.parts[part].name, name), value) for name, value in scores]
         for place, prediction in zip(places[part], each.predictions, strict=False):
             predictions[place] = prediction
+        for place, own in zip(places[part], each.losses, strict=True):
+            losses[place] = own
     seconds = sum(each.seconds for each in found.values())
-    return Evaluation(loss, metrics, predictions if main else [], len(predictions), seconds)
+    return Evaluation(loss, metrics, predictions if main else [], len(predictions), seconds, losses)
 
 
 def _of_one(
@@ -141,11 +145,13 @@ def _of_one(
     encoded = [encoder.encode(example, training=False) for example in own]
     order = sorted(range(len(own)), key=lambda index: -max(map(len, encoded[index].rows)))
     found_at: dict[int, Prediction] = {}
+    loss_of = np.zeros(len(own))
     for part in _parts(order, batch_size):
         check()
         batch = encoder.collate([encoded[index] for index in part])
         losses = model.losses(batch)
         total += float(losses.per_example.sum())
+        loss_of[part] = np.asarray(losses.per_example).reshape(-1)
         if encoder.task.kind == "choice":
             found = chosen(losses, batch)
             picked = map(encoder.class_of, found) if batch.loss == "class" else found
@@ -154,12 +160,13 @@ def _of_one(
             written = complete(model.write, encoder, [own[index] for index in part])
             found_at |= zip(part, written, strict=True)
         advanced(len(part))
-    shares = ranks.gather((total, [found_at[index] for index in sorted(found_at)]))
+    shares = ranks.gather((total, [found_at[index] for index in sorted(found_at)], loss_of.tolist()))
     total = sum(share[0] for share in shares)
     predictions = [prediction for share in shares for prediction in share[1]]
+    each = [loss for share in shares for loss in share[2]]
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
-    return Evaluation(loss, metrics, predictions, len(examples), time.perf_counter() - began)
+    return Evaluation(loss, metrics, predictions, len(examples), time.perf_counter() - began, each)
 
 
 def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: str) -> dict[str, Any]:

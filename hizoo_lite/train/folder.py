@@ -69,6 +69,7 @@ class RunFolder:
         self.identity = self.path / "run.json"
         self.plan = self.path / "plan.json"
         self.memory = self.path / "memory.json"
+        self.predictions = self.path / "predictions.jsonl"
         self._left_out = self.path / "left_out.jsonl"
 
     def check_new(self) -> None:
@@ -184,6 +185,18 @@ class RunFolder:
             return
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def append_predictions(self, when: str, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """What was predicted of each test example, `when` and after how many steps; of "before" the first."""
+        if not self.writes:
+            return
+        text = "".join(json.dumps({"when": when, "step": step, **plain(line)}) + "\n" for line in lines)
+        kept = ""
+        if when == "after" and self.predictions.is_file():
+            held = self.predictions.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(line for line in held if line.startswith('{"when": "before"'))
+        with storage_errors(self.predictions):
+            write_text(self.predictions, kept + text)
 
     def sync_metrics(self) -> None:
         """Force what was appended to the disk."""

@@ -23,8 +23,9 @@ from hizoo_lite.batch import Batch, Example
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
-from hizoo_lite.tasks import Encoder, Splits, batch_indices
+from hizoo_lite.tasks import Encoder, Splits, Task, batch_indices, shown
 from hizoo_lite.tasks.collate import Encoded
+from hizoo_lite.tasks.task import part_of, where
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.callbacks import HIDDEN, Callbacks, scores
 from hizoo_lite.train.checkpoint import Position
@@ -428,6 +429,8 @@ class Loop:
         if inference_peak:
             line["inference_peak_bytes"] = self.meter.phase_bytes()
         self.folder.append_metrics(line)
+        if when in ("before", "after") and not self.setup.stepper.estimator.secret:
+            self.folder.append_predictions(when, step, _lines(setup.encoder.task, examples, result))
         self.callbacks.evaluated(line)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
         self.callbacks.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
@@ -435,6 +438,23 @@ class Loop:
 
     def _recorded(self, when: str, step: int) -> bool:
         return any(line["when"] == when and line["step"] == step for line in self.folder.evaluations())
+
+
+def _lines(task: Task, examples: Sequence[Example], result: Evaluation) -> list[dict[str, Any]]:
+    """What is kept of each example of an evaluation."""
+    found = []
+    for index, example in enumerate(examples):
+        line = {"index": index, "where": where(example), "loss": result.losses[index]}
+        line["prompt"] = shown.prompt(task, example)
+        if task.parts[part_of(example)].kind != "lm" or task.chat:
+            line["gold"] = shown.gold(task, example)
+        prediction = result.predictions[index] if result.predictions else ""
+        if prediction != "":
+            line["answer"] = shown.answer(task, example, prediction)
+        if isinstance(prediction, int):
+            line["right"] = prediction == example.gold
+        found.append(line)
+    return found
 
 
 def _go_on() -> None:

@@ -1,0 +1,87 @@
+"""What came of a run, in a sentence with its error bar, and what to try next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hizoo_lite.config import default
+from hizoo_lite.registry import ESTIMATORS, SPACES
+from hizoo_lite.report.record import RunRecord, number
+
+#: A change of so many standard errors is no chance.
+CERTAIN = 2.0
+#: By which a loss must have fallen for it to count, of itself.
+LEAST_FALL = 0.02
+
+
+class Verdict(NamedTuple):
+    """learnt: whether the change is more than chance; None if it cannot be said."""
+
+    learnt: bool | None
+    says: str
+    next: str  # what to try; "" for nothing
+
+
+def of_run(run: RunRecord) -> Verdict | None:
+    """The verdict on what was held out; None for a run without an evaluation at both ends."""
+    found = {name: number(run.summary.get(name)) for name in ("loss_before", "loss_after")}
+    before, after = found["loss_before"], found["loss_after"]
+    if before is None or after is None:
+        return None
+    fell = after < before - LEAST_FALL * abs(before)
+    losses = f"loss {before:.3f} to {after:.3f}"
+    metric, count = str(run.summary.get("metric")), number(run.summary.get("test_examples"))
+    first, last = (number(run.summary.get(f"metric_{when}")) for when in ("before", "after"))
+    if metric == "loss" or first is None or last is None or not count:
+        says = f"{losses}, on held-out examples: " + ("it fell" if fell else "it did not fall")
+        return Verdict(None, f"{says}.", "" if fell else _next(run.config, fell=False))
+    error = standard_error(run.predictions, first, last, int(count))
+    change, bar = last - first, CERTAIN * error
+    figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
+    bars = f"{100 * bar:.1f} points"
+    if change > bar:
+        return Verdict(True, f"Learnt: {figures}; more than chance makes of so many (± {bars}).", "")
+    if change < -bar:
+        return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run.config, fell=fell))
+    return Verdict(False, f"Not learnt yet: {figures}; within ± {bars}.", _next(run.config, fell=fell))
+
+
+def standard_error(
+    predictions: Sequence[Mapping[str, Any]], before: float, after: float, count: int
+) -> float:
+    """Of the change of a share of examples, of the same ones before and after.
+
+    From the examples that changed sides where each is known; else as if they were two samples, which is more.
+    """
+    sides: dict[Any, list[bool]] = {}
+    for line in predictions:
+        if line.get("when") in ("before", "after") and isinstance(line.get("right"), bool):
+            sides.setdefault(line.get("index"), []).append(line["right"])
+    pairs = [pair for pair in sides.values() if len(pair) == 2]
+    if pairs and len(pairs) == count:
+        gained = sum(not first and last for first, last in pairs)
+        lost = sum(first and not last for first, last in pairs)
+        spread = gained + lost - (gained - lost) ** 2 / count
+        return math.sqrt(max(spread, 1.0)) / count
+    return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
+
+
+def _next(config: Mapping[str, Any], *, fell: bool) -> str:
+    """What to try, the most useful first."""
+    known = {n: config.get(n, default(n)) for n in ("exact_blocks", "objective", "space", "estimator")}
+    secret = known["estimator"] in ESTIMATORS and ESTIMATORS[known["estimator"]].secret
+    could_be_exact = (
+        known["exact_blocks"] == 0
+        and known["objective"] == default("objective")
+        and known["space"] in SPACES.having("exact_blocks")
+        and not secret
+    )
+    found = []
+    if could_be_exact:
+        found.append("--exact-blocks 6, which learns in a fraction of the steps")
+    if fell:
+        found.append("more steps: the loss fell, which comes before the answers change")
+    found.append("hizoo-lite data inspect DATA --model MODEL, to see what the model is asked")
+    return "Next: " + "; or ".join(found) + "."

@@ -1,0 +1,132 @@
+"""What a report says of a run: the verdict with its error bar, examples, confused classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
+from hizoo_lite.report import examples, verdict
+from hizoo_lite.report.record import RunRecord, read_run
+from hizoo_lite.report.report import write_report
+from hizoo_lite.run import Run, fit
+from tests.run_fixtures import short_run
+
+
+def record(before: float, after: float, count: int, **more: Any) -> RunRecord:
+    """A run with these accuracies on so many test examples."""
+    losses = {"loss_before": more.pop("loss_before", 1.0), "loss_after": more.pop("loss_after", 0.5)}
+    summary = {"metric": "accuracy", "metric_before": before, "metric_after": after, "test_examples": count}
+    return RunRecord(Path("run"), more, {**summary, **losses}, [], [], {}, {}, [], [])
+
+
+def sides(gained: int, lost: int, count: int) -> list[dict[str, Any]]:
+    """Lines of predictions: so many became right, so many wrong."""
+    found = []
+    for index in range(count):
+        changed = index < gained + lost
+        first = index >= gained if changed else True
+        found.append({"when": "before", "index": index, "right": first})
+        found.append({"when": "after", "index": index, "right": not first if changed else True})
+    return found
+
+
+def test_a_change_within_chance_is_not_learnt_yet() -> None:
+    said = verdict.of_run(record(0.28, 0.32, 25))
+    assert said is not None
+    assert said.learnt is False
+    assert said.says.startswith(
+        "Not learnt yet: accuracy 28.0 % to 32.0 % of 25 examples, loss 1.000 to 0.500; within ±"
+    )
+    assert "--exact-blocks 6" in said.next
+    assert "more steps: the loss fell" in said.next
+
+
+def test_a_change_beyond_chance_is_learnt() -> None:
+    said = verdict.of_run(record(0.51, 0.80, 872))
+    assert said is not None
+    assert (said.learnt, said.next) == (True, "")
+    worse = verdict.of_run(record(0.80, 0.51, 872, loss_after=2.0))
+    assert worse is not None
+    assert worse.says.startswith("Worse than before")
+    assert "more steps" not in worse.next
+
+
+def test_the_error_is_of_the_examples_that_changed_sides() -> None:
+    paired = verdict.standard_error(sides(12, 4, 100), 0.5, 0.58, 100)
+    assert paired == pytest.approx((16 - 64 / 100) ** 0.5 / 100)
+    assert paired < verdict.standard_error([], 0.5, 0.58, 100)
+    assert verdict.standard_error(sides(12, 4, 99), 0.5, 0.58, 100) > paired  # some are not known
+    assert verdict.standard_error(sides(0, 0, 10), 1.0, 1.0, 10) > 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"exact_blocks": 6}, {"objective": "accuracy"}, {"space": "dense"}, {"estimator": "dp"}],
+)
+def test_exact_blocks_are_proposed_where_they_can_be_had(more: dict[str, Any]) -> None:
+    said = verdict.of_run(record(0.5, 0.5, 100, **more))
+    assert said is not None
+    assert "--exact-blocks" not in said.next
+
+
+def test_a_run_without_answers_is_judged_by_its_loss() -> None:
+    run = record(0.0, 0.0, 10)
+    run.summary["metric"] = "loss"
+    said = verdict.of_run(run)
+    assert said is not None
+    assert said.says == "loss 1.000 to 0.500, on held-out examples: it fell."
+    run.summary["loss_after"] = None
+    assert verdict.of_run(run) is None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(TrainConfig(**short_run(tmp_path_factory.mktemp("verdict"), lr=1e-2)))
+
+
+def test_a_run_keeps_what_was_predicted(run: Run) -> None:
+    lines = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
+    count = len(run.setup.splits.test)
+    assert [line["when"] for line in lines] == ["before"] * count + ["after"] * count
+    assert run.after is not None
+    after = lines[count:]
+    assert sum(line["right"] for line in after) / count == pytest.approx(run.after.metric.value)
+    assert sum(line["loss"] for line in after) / count == pytest.approx(run.after.loss)
+    first = run.setup.splits.test[0]
+    assert after[0]["gold"] == first.answers[first.gold].strip()
+    assert after[0]["prompt"].endswith("It was")
+
+
+def test_examples_and_confused_classes(run: Run) -> None:
+    found = read_run(run.folder)
+    shown = {group.title: group.examples for group in examples.groups(found)}
+    assert len(shown["The first held-out examples"]) == min(examples.SHOWN, len(run.setup.splits.test))
+    table = examples.confusion(found)
+    assert table is not None
+    assert sum(map(sum, table.rows)) == len(run.setup.splits.test)
+    page = write_report([run.folder]).html.read_text()
+    assert "Held-out examples" in page
+    assert "Which answers were given" in page
+    assert json.loads((run.folder / "report.json").read_text())["runs"][0]["verdict"]["says"] in page
+
+
+def test_damaged_predictions_are_named(run: Run) -> None:
+    path = run.folder / "predictions.jsonl"
+    text = path.read_text()
+    path.write_text(text + "[1]\n")
+    with pytest.raises(UserError, match=r"predictions.jsonl: line .* it needs when and index"):
+        read_run(run.folder)
+    path.write_text(text)
+
+
+def test_a_private_run_keeps_none(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    made = fit(
+        TrainConfig(**short_run(tmp_path, lr=1e-2, estimator="dp", curvature="none", head="estimated"))
+    )
+    assert not (made.folder / "predictions.jsonl").exists()
