@@ -110,6 +110,12 @@ class TrainConfig:
         several=True,
         above=0.0,
     )
+    chat_template: str | None = _setting(
+        None,
+        "of conversations, for a base model that has none, or in place of its own: chatml, zephyr, alpaca, "
+        "or a .jinja file; goes with the adapter and with exports",
+        group="What",
+    )
     out: str | None = _setting(
         None, "run folder, new or empty; without it ./hizoo-run, with a number where taken", group="What"
     )

@@ -153,7 +153,7 @@ def test_a_wrong_setting_is_refused_naming_the_field(values: dict[str, Any], mes
 
 def test_unknown_files_and_broken_toml_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"--config: got 'nosuch', which is no file; allowed: .* a recipe \(demo"
+        UserError, match=r"--config: got 'nosuch', which is no file; allowed: .* a recipe \(chat"
     ):
         resolve("nosuch")
     (tmp_path / "x.toml").write_text("steps = = 3\n")

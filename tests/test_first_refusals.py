@@ -40,7 +40,7 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
         ("train --model ./nothing --task embedded --data embedded", "the folder ./nothing does not exist"),
         (f"train {EMBEDDED} --out FOLDER", "is not empty"),
         (f"train {EMBEDDED} --tracker clearml", "clearml is not installed"),
-        ("train --config nope", "a recipe (demo"),
+        ("train --config nope", "a recipe (chat"),
         ("eval --adapter nowhere", "--adapter: got 'nowhere'"),
         ("eval --model ./nothing --task embedded --data embedded", "the folder ./nothing does not exist"),
         ("generate --adapter nowhere --prompt a", "--adapter: got 'nowhere'"),
@@ -111,4 +111,4 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
     assert run(app, ["recipes", "demo"]).stdout == copied.read_text()
     again = run(app, ["recipes", "demo", "--out", str(copied)])
     assert (again.exit_code, "is there already" in again.stderr) == (2, True)
-    assert "allowed: a TOML or YAML file, or a recipe (demo" in run(app, ["recipes", "nope"]).stderr
+    assert "allowed: a TOML or YAML file, or a recipe (chat" in run(app, ["recipes", "nope"]).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,26 @@ SMALL = {
 }
 
 
+#: Data of one's own, for recipes that recognise it.
+OWN = {
+    "chat": {"messages": [{"role": "user", "content": "Say {n}."}, {"role": "assistant", "content": "{n}"}]},
+    "classify": {"text": "The number {n} came.", "team": "{side}"},
+}
+
+
+def own_data(name: str, folder: Path) -> dict[str, str]:
+    """Forty rows of a recipe's form, in a file."""
+    line = json.dumps(OWN[name])
+    rows = [line.replace("{n}", str(n)).replace("{side}", "odd" if n % 2 else "even") for n in range(40)]
+    (folder / "mine.jsonl").write_text("\n".join(rows) + "\n")
+    return {"task": "auto", "data": str(folder / "mine.jsonl")}
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    data = own_data(name, tmp_path) if name in OWN else {}
     fewer = {"exact_blocks": "2"} if resolve(name, SMALL).exact_blocks else {}  # it has four blocks
-    run = fit(resolve(name, {**SMALL, **fewer, "out": str(tmp_path / "run")}))
+    run = fit(resolve(name, {**SMALL, **fewer, **data, "out": str(tmp_path / "run")}))
     assert run.summary["steps"] == 2
     assert run.summary["loss_after"] is not None

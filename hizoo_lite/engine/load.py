@@ -31,6 +31,7 @@ from hizoo_lite.model.rope import RowPositions
 from hizoo_lite.model.weights import WeightLoader
 from hizoo_lite.process import keep_heap, map_large
 from hizoo_lite.quant import native
+from hizoo_lite.tasks import chat_templates
 from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def load(
     residency: ResidencyName = "auto",
     device_budget: str | int | None = None,
     host_budget: str | int | None = None,
+    chat_template: str | None = None,
 ) -> Model:
     """Load a model, quantizing the linears of its blocks on the way.
 
@@ -78,6 +80,7 @@ def load(
             resident without a budget, else as many blocks as `device_budget` allows stay on the device and
             the others stream from host memory, within `host_budget`, or from disk.
         device_budget, host_budget: such as "24GiB", or bytes.
+        chat_template: in place of the tokenizer's own: chatml, zephyr, alpaca, or a .jinja file.
 
     Raises:
         UserError: naming file, tensor or argument, if something is missing, contradictory, malformed, damaged
@@ -115,7 +118,8 @@ def load(
     model = assemble(loader, config, source, Limits(residency, device_budget, host_budget))
     loader.warn_of_leftovers()
     build.read_generation_config(checkpoint.folder, module)
-    model.tokenizer = build.read_tokenizer(checkpoint.folder)
+    model.tokenizer, model.chat_template = build.read_tokenizer(checkpoint.folder), chat_template
+    chat_templates.give(model.tokenizer, chat_template)
     if where != "resident":
         model.residency = Streamed(model, where, budgets.device_bytes if residency == "auto" else None)
     install(model)

@@ -37,6 +37,7 @@ from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import read_changes
 from hizoo_lite.spaces.changes import Changes, check_head
+from hizoo_lite.tasks import chat_templates
 from hizoo_lite.tasks.tokens import pad_id
 from hizoo_lite.train import provenance, saved
 
@@ -94,7 +95,9 @@ def prepare(
         else base_double_quant,
     )
     merged = Merged(base, changes, _DTYPES[dtype], is_packed=bits != "none")
-    return Quantization(merged, out, kind=kind, bits=bits, double_quant=double_quant)
+    template = None if settings is None else settings.chat_template
+    beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
+    return Quantization(merged, out, kind=kind, bits=bits, double_quant=double_quant, beside=beside)
 
 
 def _recorded_bits(folder: Path) -> Bits | None:

@@ -23,7 +23,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears
-from hizoo_lite.export.tokenizer import tokenizer_files
+from hizoo_lite.export.tokenizer import tokenizer_files, write_template
 from hizoo_lite.model import build, kinds
 from hizoo_lite.spaces.changes import LoRAChanges
 from hizoo_lite.train import provenance, saved
@@ -92,6 +92,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
         out.mkdir(parents=True, exist_ok=True)
     for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
         _copy(file, out / file.name)
+    write_template(settings, out)
     how = [*_arguments(config, labels), *_quantization(base, settings, module)]
     card = _card(config, kind, RunFolder(run).read_summary(), how)
     write_text(out / "README.md", card + (_TIED if _has_tied_head(module, changes) else ""))

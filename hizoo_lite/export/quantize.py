@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from hizoo_lite.checkpoints.writer import (
 )
 from hizoo_lite.errors import UserError
 from hizoo_lite.export import shards
-from hizoo_lite.files import check_space, read_json, temporary_path
+from hizoo_lite.files import check_space, read_json, temporary_path, write_text
 from hizoo_lite.model import build
 from hizoo_lite.quant.fourbit import BLOCKSIZE
 from hizoo_lite.quant.packing import pack_rows
@@ -92,15 +92,18 @@ class Quantization:
         bits: Bits,
         double_quant: bool = True,
         revision: str | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         """Look at source and target, touching nothing. Raises `UserError` if the work cannot begin.
+
+        beside: texts of further files, by name, in place of the source's own.
 
         A source that is no folder and no Hub id may be written as it is, with `bits="none"`.
         """
         allowed = _ALLOWED if isinstance(source, str | Path) else (*_ALLOWED, "none")
         if bits not in allowed:
             raise UserError(f"--bits: got {bits!r}, allowed: {', '.join(allowed)}")
-        self.out, self.kind = Path(out), kind
+        self.out, self.kind, self._beside = Path(out), kind, beside or {}
         self.bits, self.double_quant = bits, double_quant and bits in ("nf4", "fp4")
         self.checkpoint: Tensors = _open(source, revision) if isinstance(source, str | Path) else source
         self.job = {
@@ -327,6 +330,9 @@ class Quantization:
             with named_errors(target):
                 shutil.copyfile(path, temporary_path(target))
                 temporary_path(target).replace(target)
+        for name, text in self._beside.items():
+            with named_errors(self.out / name):
+                write_text(self.out / name, text)
 
     def _write_config(self) -> None:
         first = next(iter(self.layout.linears), None)

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
 from hizoo_lite.errors import ExportError, UserError
 from hizoo_lite.files import storage_errors, write_text
+from hizoo_lite.tasks import chat_templates
 
 _TOKENIZER = "tokenizer.json"
 _PATTERNS = (
@@ -43,6 +45,13 @@ _TEXTS = (
 def tokenizer_files(base: Path) -> list[Path]:
     """The files of a model folder that its tokenizer is read from."""
     return sorted({path for pattern in _PATTERNS for path in base.glob(pattern) if path.is_file()})
+
+
+def write_template(settings: TrainConfig | None, out: Path) -> None:
+    """The chat template that a run had in place of the tokenizer's own, if it did."""
+    if settings is not None and settings.chat_template is not None:
+        with storage_errors(out):
+            write_text(out / chat_templates.FILE, chat_templates.read(settings.chat_template))
 
 
 def write_tokenizer(tokenizer: Any | None, files: Iterable[Path], out: Path) -> None:

@@ -48,6 +48,7 @@ class Model:
     new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
     originals: dict[str, Tensor] = field(default_factory=dict)  # of parameters that an adapter has replaced
     limits: Limits = field(default_factory=Limits)  # what `load` was told
+    chat_template: str | None = None  # by name, in place of the tokenizer's own
     pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
     observer: Observer | None = None  # is told when a block or the head has run
     branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together

@@ -106,7 +106,8 @@ def configured(
     options: dict[str, Any],
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
-    options = {_PEFTS.get(name, name): value for name, value in options.items()}
+    named_paths = ((n, str(value) if isinstance(value, Path) else value) for n, value in options.items())
+    options = {_PEFTS.get(name, name): value for name, value in named_paths}
     refuse([f"{n}: unknown setting{synonyms.hint(n, settings())}" for n in options if n not in settings()])
     named = {**SPACES.said_by(space), **ESTIMATORS.said_by(estimator), **CURVATURES.said_by(curvature)}
     for said in (options, named):
@@ -129,6 +130,7 @@ def configured(
     if isinstance(model, Model):
         named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
         named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
+        named |= {} if model.chat_template is None else {"chat_template": model.chat_template}
         named["residency"] = _residency(model, options.pop("residency", "auto"))
         options = {**model.limits.settings(), **config_file.with_profile(options)}
         return TrainConfig(**{**options, **named}), model

@@ -124,4 +124,5 @@ class Resolved:
             residency=residency or self.config.residency,
             device_budget=self.config.device_budget,
             host_budget=self.config.host_budget,
+            chat_template=self.config.chat_template,
         )

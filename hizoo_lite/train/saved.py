@@ -32,7 +32,7 @@ from hizoo_lite.train.resolved import Resolved
 
 #: Settings of a run that are arguments of `load`, too.
 _OF_LOADING = (
-    *("bits", "compute_dtype", "device", "double_quant", "revision"),
+    *("bits", "compute_dtype", "device", "double_quant", "revision", "chat_template"),
     *("residency", "device_budget", "host_budget"),
 )
 

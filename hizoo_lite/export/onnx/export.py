@@ -46,12 +46,12 @@ from hizoo_lite.export.onnx.source import (
 )
 from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.place import check_new, find_place, workplace
-from hizoo_lite.export.tokenizer import write_tokenizer
+from hizoo_lite.export.tokenizer import write_template, write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
 from hizoo_lite.registry import SPACES
 from hizoo_lite.spaces import of_folder
-from hizoo_lite.train import saved
+from hizoo_lite.train import provenance, saved
 from hizoo_lite.train.progress import Progress
 
 MergedDtype = Literal["fp16", "float32"]
@@ -204,6 +204,7 @@ def export_base(model: Model, out: Path, plan: _Plan, progress: Progress) -> Exp
     """Write graph, weights, tokenizer and settings to `out`, and with a base the adapter."""
     described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
     write_tokenizer(model.tokenizer, _small_files(described), out)
+    write_template(provenance.saved_config(plan.run), out)
     progress.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
     traced = interface(model, skeleton, takes_adapters=plan.form == "base")

@@ -34,7 +34,7 @@ from hizoo_lite.export.onnx.trace import save, trace
 from hizoo_lite.export.onnx_train.check import cases, compare
 from hizoo_lite.export.onnx_train.graph import OUTPUTS, train_interface
 from hizoo_lite.export.place import check_new, find_place, workplace
-from hizoo_lite.export.tokenizer import tokenizer_files, write_tokenizer
+from hizoo_lite.export.tokenizer import tokenizer_files, write_template, write_tokenizer
 from hizoo_lite.model.model import Model
 from hizoo_lite.process import trim
 from hizoo_lite.registry import ESTIMATORS
@@ -127,6 +127,7 @@ def _write_graph(
 def _write_settings(model: Model, config: TrainConfig, out: Path) -> None:
     """The tokenizer, and the run's settings without its folder."""
     write_tokenizer(model.tokenizer, tokenizer_files(model.folder), out)
+    write_template(config, out)
     estimated: dict[str, Any] = {"head": "estimated", "exact_blocks": 0}  # there are no gradients
     settings = replace(config, out=None, resume=False, **estimated)
     (out / CONFIG).write_text(config_file.write(settings), encoding="utf-8")
