@@ -15,15 +15,12 @@ from hizoo_lite.export import merged, peft
 from hizoo_lite.tasks import chat_templates
 from hizoo_lite.train.saved import load_to_write
 
-TURNS = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "U"},
-    {"role": "assistant", "content": "A"},
-]
+TURNS = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
 #: What the demo's tokenizer ends a text with.
 END = "</s>"
 WANTED = {
-    "chatml": f"<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>{END}\n",
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA"
+    f"<|im_end|>{END}\n",
     "zephyr": f"<|system|>\nS{END}\n<|user|>\nU{END}\n<|assistant|>\nA{END}\n",
     "alpaca": f"S\n\n### Instruction:\nU\n\n### Response:\nA{END}\n\n",
 }
@@ -54,7 +51,7 @@ def test_a_template_of_a_file_and_what_is_none(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert chat_templates.read(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
     for wrong in ("nope", "nope.jinja", str(tmp_path)):
-        with pytest.raises(UserError, match="--chat-template: got .*allowed: chatml, zephyr, alpaca"):
+        with pytest.raises(UserError, match=r"--chat-template: got .*allowed: chatml, zephyr, alpaca"):
             chat_templates.read(wrong)
 
 
