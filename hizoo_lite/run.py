@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 
 from hizoo_lite import tasks
 from hizoo_lite.base import Bits, Curvature, Estimator, Space, trained_count
+from hizoo_lite.checkpoints import hub
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
@@ -111,6 +113,23 @@ class Run:
     def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
         """What the tuned causal model writes after `prompt`; `sampling` as for `hizoo_lite.generate`."""
         return generate(self.setup.model, prompt, max_new_tokens, **sampling)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl: of steps and of evaluations, in order."""
+        return RunFolder(self.folder).read_metrics()
+
+    def save_pretrained(self, out: Path | str) -> Path:
+        """The adapter as a folder of PEFT with tokenizer and model card, as `export_peft`."""
+        return self.export_peft(out)
+
+    def push_to_hub(self, name: str, *, private: bool = True) -> str:
+        """Upload what `save_pretrained` writes to the Hub, as ORG/NAME; its address.
+
+        Raises UserError if the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            return hub.push(self.export_peft(Path(place) / "adapter"), name, private=private)
 
     def report(self, out: Path | str | None = None) -> Path:
         """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -79,3 +79,22 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
             f"(offline?): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     return Path(folder)
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder as the model ORG/NAME, which is made if it is not there; its address.
+
+    Raises `UserError` if the Hub refuses the name or access, or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=name))
+    except HFValidationError as error:
+        raise UserError(f"push: {name!r} is no name of a repository: {error}") from error
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"push: {name} cannot be written on the Hub ({said}); log in with `hf auth login`, or check the "
+            "network"
+        ) from error

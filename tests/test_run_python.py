@@ -1,0 +1,56 @@
+"""What a finished run offers in Python beside its figures: history, saving, the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hizoo_lite.checkpoints import hub
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
+from hizoo_lite.run import Run, fit
+from tests.run_fixtures import short_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(TrainConfig(**short_run(tmp_path_factory.mktemp("python"), lr=1e-2)))
+
+
+def test_the_history_is_every_step_and_evaluation(run: Run) -> None:
+    kinds = [line["kind"] for line in run.history]
+    assert kinds.count("step") == run.summary["steps"]
+    assert [line["when"] for line in run.history if line["kind"] == "eval"] == ["before", "after"]
+
+
+def test_it_is_saved_as_peft_has_it(run: Run, tmp_path: Path) -> None:
+    found = {path.name for path in run.save_pretrained(tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= found
+
+
+def test_it_is_pushed_as_it_would_be_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, object]] = []
+
+    class Api:
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+            told.append((name, private))
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str) -> str:
+            told.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return f"address of {repo_id}"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert run.push_to_hub("me/mine") == "address of me/mine"
+    assert told[0] == ("me/mine", True)
+    assert "adapter_model.safetensors" in told[1][1]  # type: ignore[operator]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        def create_repo(self, *arguments: object, **more: object) -> None:
+            raise OSError("no route")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    with pytest.raises(UserError, match=r"push: me/mine cannot be written on the Hub \(no route\)"):
+        run.push_to_hub("me/mine")
