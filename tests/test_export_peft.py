@@ -129,7 +129,9 @@ def test_the_card_tells_what_came_of_the_run(run, tmp_path):
             f"{name.replace('metric', summary['metric']).replace('_', ' ')} | {summary[name]:.4g} |" in card
         )
     assert "| steps | 6 |" in card
-    assert "base_model:" in card.split("---")[1]
+    head = card.split("---")[1]
+    assert "base_model:" not in head  # a folder, which the Hub refuses
+    assert "pipeline_tag: text-generation" in head
 
 
 def test_tokenizer_and_adapter_go_along_and_the_models_config_does_not(run, tmp_path):

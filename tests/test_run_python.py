@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from hizoo_lite.checkpoints import hub
+from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.run import Run, fit
@@ -54,3 +56,19 @@ def test_a_hub_that_cannot_be_reached_is_one_message(run: Run, monkeypatch: pyte
     monkeypatch.setattr(hub, "HfApi", Api)
     with pytest.raises(UserError, match=r"push: me/mine cannot be written on the Hub \(no route\)"):
         run.push_to_hub("me/mine")
+
+
+def test_an_export_is_pushed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Path, str]] = []
+
+    def push(folder: Path, name: str, *, private: bool) -> str:
+        told.append((folder, name))
+        return "there"
+
+    monkeypatch.setattr(hub, "push", push)
+    out = str(tmp_path / "out")
+    flags = ["export", str(run.folder), "--push", "me/mine"]
+    done = CliRunner().invoke(app, [*flags, "--to", "peft", "--out", out])
+    assert (done.exit_code, told) == (0, [(Path(out), "me/mine")])
+    refused = CliRunner().invoke(app, [*flags, "--to", "onnx", "--out", "b"])
+    assert "--push: got 'me/mine', allowed only with --to peft or merged" in refused.stderr

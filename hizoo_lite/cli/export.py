@@ -158,6 +158,9 @@ TARGETS: dict[str, Callable[..., Exported]] = {
     "merged": _merged,
 }
 
+#: Targets that the Hub takes as they are.
+_PUSHED = ("peft", "merged")
+
 
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder, or a PEFT adapter's")],
@@ -201,6 +204,9 @@ def command(
         bool | None,
         typer.Option("--base-double-quant/--no-base-double-quant", help="merged: of --base-bits"),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="peft, merged: upload it to the Hub, for oneself")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
 ) -> None:
@@ -215,6 +221,8 @@ def command(
 
     hizoo-lite export runs/sst2 --to peft --out adapters/sst2
 
+    hizoo-lite export runs/sst2 --to peft --out adapters/sst2 --push me/opt-125m-sst2
+
     hizoo-lite export runs/sst2 --to onnx --out onnx/opt-125m
 
     hizoo-lite export runs/rte --to onnx --out onnx/opt-125m --name rte
@@ -228,6 +236,7 @@ def command(
     hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2-nf4 --bits nf4
     """
     from hizoo_lite.cli import output
+    from hizoo_lite.config import refuse
 
     options = {
         "name": name,
@@ -243,11 +252,19 @@ def command(
     }
     given = {option: value for option, value in options.items() if value is not None}
     _check(to, given)
+    if push is not None and to not in _PUSHED:
+        refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
     from hizoo_lite.train import preflight
 
     preflight.check_adapter(run)
     preflight.check_model(model)
     exported = TARGETS[to](run, out, quiet, **given)
+    if push is not None:
+        from pathlib import Path
+
+        from hizoo_lite.checkpoints import hub
+
+        typer.echo(f"uploaded: {hub.push(Path(out), push, private=True)}", err=True)
     if json:
         output.print_json({"out": out, "to": to, **exported.figures})
     else:

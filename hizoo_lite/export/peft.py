@@ -8,6 +8,7 @@ quantized, the tokenizer, and what came of the run. adapter_config.json is writt
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,15 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     return out
 
 
+#: What the Hub calls what a model does, and a model's name there.
+_PIPELINES: dict[ModelKind, str] = {
+    "causal": "text-generation",
+    "masked": "fill-mask",
+    "classifier": "text-classification",
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
 def _has_tied_head(module: nn.Module, changes: LoRAChanges) -> bool:
     """Whether the adapter is of an output matrix that is the embeddings as well."""
     tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
@@ -117,10 +127,12 @@ def _card(
 ) -> str:
     """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
     name = config["base_model_name_or_path"]
+    about = [f"base_model: {json.dumps(name)}"] if _HUB_ID.fullmatch(name) else []  # it takes no folder
+    about += ["library_name: peft", f"pipeline_tag: {_PIPELINES[kind]}", "tags: [lora, hizoo]"]
     parts = [
-        f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags: [lora, hizoo]\n---\n",
+        "\n".join(["---", *about, "---", ""]),
         f"# LoRA adapter for {Path(name).name}\n",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite with forward passes alone.\n",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite.\n",
         _figures(summary),
         "## Load it\n",
         f"```python\n{_snippet(config, kind, arguments)}```\n",
