@@ -549,6 +549,10 @@ def _conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[s
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps >= 1:
         found.append(f"{where('warmup_steps')}: got {warmup}, allowed: up to the {steps} of {where('steps')}")
     found += _task_conflicts(values, where)
+    if values["epochs"] is not None and isinstance(values["task"], tuple):
+        found.append(
+            f"{where('epochs')}: got {values['epochs']!r} with several tasks; allowed: {where('steps')}"
+        )
     if values["keep"] == "best" and values["eval_every"] == 0:
         found.append(f"{where('keep')}: got 'best', but {where('eval_every')} is 0; allowed: final")
     if values["resume"] is True and values["out"] is None:

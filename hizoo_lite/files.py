@@ -102,8 +102,22 @@ def parse_yaml(text: str) -> dict[str, Any]:
     """
     import yaml  # on its own it is a tenth of a second, and few have YAML
 
+    class Loader(yaml.SafeLoader):
+        """Without aliases, which can make a small text a huge value, and with every key once."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not taken; write the value again")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"the key {twice[0]!r} is there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, Loader)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except (yaml.YAMLError, OverflowError) as error:

@@ -8,6 +8,7 @@ is an attribute of its class (`base.py`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -126,8 +127,9 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
         return {self.axis: name} | {field: value for field, value in said.items() if value is not None}
 
     def complete(self, part: Member, config: Any) -> Member:
-        """The same object; what it leaves open (None) is now as the configuration says."""
+        """The object; if it leaves something open (None), a copy that has what the configuration says."""
         name: str = part.name  # type: ignore[attr-defined]
+        part = copy.copy(part)
         for argument, setting in self.arguments(name).items() if name in self else ():
             if getattr(part, argument) is None:
                 setattr(part, argument, getattr(config, setting))

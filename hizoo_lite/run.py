@@ -336,11 +336,16 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
         tell(line)
     could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret
     if could_be_exact and setup.config.estimates and setup.config.space in SPACES.having("exact_blocks"):
-        count = len({setup.model.block_of(name) for name in setup.space.target_names})
+        count = _trained_blocks(setup)
         tell(
             f"gradients inside blocks are estimated, from forwards alone; --exact-blocks {count} has them "
             "exact, in about the same memory, and learns in a fraction of the steps"
         )
+
+
+def _trained_blocks(setup: Setup) -> int:
+    """In how many blocks something is trained."""
+    return len({setup.model.block_of(name) for name in setup.space.target_names})
 
 
 def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:
@@ -402,6 +407,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
                 checkpoint.save_adapter(setup.stepper.space, folder.adapter)
             peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
             summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
+            summary["trained_blocks"] = _trained_blocks(setup)
             summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
             figures = {} if setup.stepper.estimator.secret else profiler.figures()
@@ -518,7 +524,8 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     if folder.writes:
         given.write(folder)
     folder.write_identity(made_of)
-    folder.write_left_out(setup.splits.left_out)
+    if not setup.stepper.estimator.secret:
+        folder.write_left_out(setup.splits.left_out)
     _write_plan(folder, setup)
     return start.position
 

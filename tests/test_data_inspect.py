@@ -175,3 +175,22 @@ def test_plan_counts_the_examples_of_data_for_epochs(tmp_path):
     alone = call("plan", "--model", "embedded", "--epochs", "2")
     assert alone.exit_code == 2
     assert "--epochs: no examples to count" in alone.stderr
+
+
+def test_a_file_of_ones_own_is_evaluated_as_a_whole(tmp_path: Path) -> None:
+    rows = "".join(f"the number {n} came,{'odd' if n % 2 else 'even'}\n" for n in range(20))
+    (tmp_path / "mine.csv").write_text("text,label\n" + rows)
+    (tmp_path / "other.csv").write_text("text,label\nthe number 1 came,odd\nthe number 2 came,even\n")
+    hz.fit(
+        "embedded", data=str(tmp_path / "mine.csv"), steps=1, batch_size=2, device="cpu", out=tmp_path / "run"
+    )
+
+    def count(*flags: str) -> int:
+        done = CliRunner().invoke(app, ["eval", "--adapter", str(tmp_path / "run"), *flags, "--json"])
+        assert done.exit_code == 0, done.stderr
+        return int(json.loads(done.stdout)["examples"])
+
+    assert count() == 2  # what the run held out
+    assert count("--data", str(tmp_path / "other.csv")) == 2
+    assert count("--data", str(tmp_path / "mine.csv")) == 20
+    assert count("--data", str(tmp_path / "mine.csv"), "--split", "test") == 2

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -97,7 +98,19 @@ def run(line: str) -> str:
     return done.output
 
 
-@pytest.mark.parametrize("guide", [g for g in GUIDES if blocks(g, "sh")], ids=lambda guide: guide.stem)
+#: Guides whose commands take a minute; what they run is tested piece by piece elsewhere.
+LONG = ("edge", "export")
+
+
+def with_marks(guides: list[Path]) -> list[Any]:
+    """The guides as parameters, the long ones under `grid`."""
+    return [
+        pytest.param(guide, id=guide.stem, marks=[pytest.mark.grid] if guide.stem in LONG else [])
+        for guide in guides
+    ]
+
+
+@pytest.mark.parametrize("guide", with_marks([guide for guide in GUIDES if blocks(guide, "sh")]))
 def test_the_commands_of_a_guide_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HIZOO_LITE_REPORT", "0")

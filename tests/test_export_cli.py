@@ -238,4 +238,4 @@ def test_a_run_without_a_result_is_named(run: Run, tmp_path: Path) -> None:
 def test_a_folder_with_nothing_tuned_is_refused(to: str, tmp_path: Path) -> None:
     done = call("export", str(tmp_path), "--to", to, "--out", str(tmp_path / "out"))
     assert done.exit_code == 2
-    assert f"--adapter: got '{tmp_path}', allowed: a run folder" in done.stderr
+    assert f"RUN: got '{tmp_path}', allowed: a run folder" in done.stderr

@@ -58,3 +58,11 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_beside_it(
 def test_yaml_that_is_no_mapping_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"wanted are lines|nested too deeply|tag|expected|parsing"):
         parse_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("a: 1\na: 2", "the key 'a' is there twice"), ("a: &x [1]\nb: *x", "aliases")]
+)
+def test_yaml_says_each_thing_once(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_yaml(text)

@@ -111,4 +111,24 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
     assert run(app, ["recipes", "demo"]).stdout == copied.read_text()
     again = run(app, ["recipes", "demo", "--out", str(copied)])
     assert (again.exit_code, "is there already" in again.stderr) == (2, True)
-    assert "allowed: a TOML or YAML file, or a recipe (chat" in run(app, ["recipes", "nope"]).stderr
+    assert "NAME: got 'nope', allowed: chat" in run(app, ["recipes", "nope"]).stderr
+
+
+def test_settings_in_yaml_lists(tmp_path: Path) -> None:
+    file = tmp_path / "both.yaml"
+    file.write_text("model: embedded\ntask: [sst2, rte]\ndata: [a, b]\ntask_weight: [1e-1, 2]\n")
+    assert config_file.resolve(str(file)).task_weight == (0.1, 2.0)
+    with pytest.raises(UserError, match="with several tasks"):
+        config_file.resolve(str(file), {"epochs": "1"})
+
+
+def test_a_run_folder_of_another_system_is_its_own(tmp_path: Path) -> None:
+    values = {"out": "g\\run", "task": "g\\run\\task.toml", "data": "elsewhere\\data"}
+    found = config_file._of_folder(values, tmp_path)
+    assert found["task"] == str(tmp_path / "task.toml")
+    assert found["data"] == "elsewhere\\data"
+
+
+def test_only_recipes_are_printed() -> None:
+    done = CliRunner().invoke(app, ["recipes", sys.executable])
+    assert (done.exit_code, "allowed: chat" in done.stderr) == (2, True)

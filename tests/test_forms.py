@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from hizoo_lite import tasks
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder, Records, forms, make_splits, own, tables
 from hizoo_lite.tasks.conversations import UNSCORED, Conversations, Message
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.task import LeftOut, where
+from hizoo_lite.train import components
 from tests.tasks_fixtures import answer_text, byte_level, sequence
 
 CHATML = (
@@ -563,3 +565,45 @@ def test_what_is_too_long_is_left_out_cut_or_divided_and_told():
     assert all(len(encoder.encode(e, training=True).rows[0]) < 64 for e in found.examples)
     assert where(found.examples[1]) == "data, train row 0, piece 2"
     assert found.lines(encoder)[0].startswith("1 texts are longer than --max-length 64 and are divided: ")
+
+
+def rows_of(**columns: list[Any]) -> Records:
+    return Records([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def test_labels_that_are_no_text_or_number_are_none() -> None:
+    data = rows_of(text=["a", "b", "c", "d"] * 3, label=["good", "bad", float("nan"), "\ud83d"] * 3)
+    assert set(forms.recognise(data, "classification").keys["answers"]) == {"good", "bad"}
+
+
+def test_a_text_field_is_read_or_refused() -> None:
+    data = rows_of(prompt=["a"] * 8, completion=["b"] * 8, body=["some text"] * 8)
+    assert forms.recognise(data, "auto", text_field="body").form == "text"
+    with pytest.raises(
+        UserError, match=r"--text-field: got 'body', allowed with --task auto, classification"
+    ):
+        forms.recognise(data, "completion", text_field="body")
+    with pytest.raises(
+        UserError, match=r"--label-field: got 'body', allowed with --task auto, classification"
+    ):
+        forms.recognise(data, "text", label_field="body")
+
+
+def test_targets_that_repeat_are_labels() -> None:
+    data = rows_of(question=[f"q{n}" for n in range(20)], target=["pos", "neg"] * 10)
+    assert forms.recognise(data, "auto").form == "classification"
+
+
+def test_a_document_of_one_long_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps([{"instruction": f"say {n}", "output": str(n)} for n in range(40)]))
+    monkeypatch.setattr("hizoo_lite.tasks.files.MAX_LINE_BYTES", 100)
+    assert forms.recognise(path, "auto").form == "alpaca"
+
+
+def test_private_runs_find_no_labels_in_their_examples(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\n" + "".join(f"text {n},{'a' if n % 2 else 'b'}\n" for n in range(20)))
+    config = TrainConfig(model="embedded", data=str(path), estimator="dp", curvature="none", lr=0.1)
+    with pytest.raises(UserError, match="labels that are found in the examples are not private"):
+        components.understood(config)

@@ -110,9 +110,8 @@ def test_with_an_adapter_the_prompt_is_as_its_run_had_it(chatty: Path, tmp_path:
             out=str(tmp_path / "words"), **small,
         )
     )  # fmt: skip
-    code, out, told = call("--adapter", str(tmp_path / "words"), "--prompt", "The soup was")
-    assert (code, out.startswith("The soup was")) == (0, True)
-    assert "as the prompts of the run's task (embedded) were" in told
+    code, out, _ = call("--adapter", str(tmp_path / "words"), "--prompt", "The soup was cold.")
+    assert (code, out.strip() in ("great", "terrible")) == (0, True)  # the labels of its task
     rows = [{"prompt": f"Say {word}", "completion": word} for word in ("soup", "film", "cake", "bread")]
     hz.fit(str(chatty), task="chat", data=rows, out=str(tmp_path / "chat"), **small)
     code, out, _ = call("--adapter", str(tmp_path / "chat"), "--prompt", "The soup was")
@@ -137,3 +136,17 @@ def test_flags_that_exclude_each_other(flags: tuple[str, ...], told: str) -> Non
 def test_turns_that_are_none(chatty: Path, turns: list[dict[str, str]]) -> None:
     with pytest.raises(UserError, match="prompt: got"):
         hz.generate(hz.load(chatty, device="cpu"), turns, 4)
+
+
+def test_a_tuned_task_is_asked_and_answers_with_its_labels(tmp_path: Path) -> None:
+    rows = "".join(f"the number {n} came,{'odd one' if n % 2 else 'even one'}\n" for n in range(20))
+    (tmp_path / "mine.csv").write_text("text,kind\n" + rows)
+    hz.fit(
+        "embedded", data=str(tmp_path / "mine.csv"), label_field="kind", steps=1, batch_size=2, device="cpu",
+        out=tmp_path / "run",
+    )  # fmt: skip
+    flags = ("--adapter", str(tmp_path / "run"), "--prompt", "the number 7 came")
+    code, out, _ = call(*flags)
+    assert (code, out.strip() in ("odd one", "even one")) == (0, True)
+    assert json.loads(call(*flags, "--json")[1])["text"] == out.strip()
+    assert call(*flags, "--raw")[1].startswith("the number 7 came")

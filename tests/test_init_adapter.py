@@ -149,3 +149,30 @@ def test_names_of_peft_and_of_transformers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="learning_rate: unknown setting; did you mean 'lr'") as error:
         fit(model, **given, learning_rate=1e-3, max_steps=3)
     assert "max_steps: unknown setting; did you mean 'steps'" in str(error.value)
+
+
+def test_the_same_call_goes_on(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", rank=4, steps=1)
+    given = {**SMALL, "out": str(tmp_path / "b"), "init_adapter": str(first.folder), "steps": 2}
+    fit(TrainConfig(**given))
+    again = fit(TrainConfig(**given, resume=True))
+    assert again.setup.config.rank == 4
+
+
+def test_a_space_that_leaves_its_head_open_is_left_as_it_is(tmp_path: Path) -> None:
+    space = hz.spaces.LoRA(rank=2)
+    by_accuracy = fit(
+        TrainConfig(**{**SMALL, "out": str(tmp_path / "a"), "steps": 1}), space=space, objective="accuracy"
+    )
+    by_loss = fit(TrainConfig(**{**SMALL, "out": str(tmp_path / "b"), "steps": 1}), space=space)
+    assert space.head is None
+    assert [found.setup.space.head for found in (by_accuracy, by_loss)] == ["estimated", "exact"]
+    assert hz.spaces.MaZO().head is None
+
+
+def test_two_names_of_one_setting() -> None:
+    with pytest.raises(UserError, match="r: is rank, which is given too"):
+        fit("embedded", task="embedded", data="embedded", r=4, rank=16)
+    model = hz.load("embedded", device="cpu")
+    with pytest.raises(UserError, match="chat_template: got 'chatml', but the model was loaded with None"):
+        fit(model, task="embedded", data="embedded", chat_template="chatml")

@@ -42,7 +42,13 @@ def own_data(name: str, folder: Path) -> dict[str, str]:
     return {"task": "auto", "data": str(folder / "mine.jsonl")}
 
 
-@pytest.mark.parametrize("name", recipes())
+#: Recipes that differ from others in what they are for, not in what is run.
+LIKE_OTHERS = ("demo", "sst2-lora", "laptop", "gpu-24gb")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.grid] if n in LIKE_OTHERS else []) for n in recipes()]
+)
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
     data = own_data(name, tmp_path) if name in OWN else {}

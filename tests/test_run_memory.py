@@ -282,7 +282,9 @@ def test_no_batch_of_a_run_is_larger_than_its_plan_counts(
     settings = written_task(tmp_path, kind, loss="answer", max_length=64, eval_every=3)
     config = TrainConfig(**settings)
     task = components.find_task(config.task)
-    _, workload = setup.planned(Resolved(config, task), components.make_splits(config, task))
+    resolved = Resolved(config, task)
+    encoder = planning.find_encoder(resolved)
+    _, workload = setup.planned(resolved, components.make_splits(config, task), encoder)
     made: list[Batch] = []
     plain, encode = Encoder.collate, Encoder.encode
 

@@ -7,7 +7,7 @@ import pytest
 from hizoo_lite import tasks
 from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import Encoder
+from hizoo_lite.tasks import Encoder, chat
 from hizoo_lite.tasks.conversations import Message
 from hizoo_lite.tasks.task import WHERE
 from tests.tasks_fixtures import answer_text, byte_level, check_consistent, sequence
@@ -107,3 +107,24 @@ def test_template_that_refuses_a_conversation_is_an_error_that_names_the_example
     for attempt in (lambda e: encoder.encode(e, training=True), encoder.prompt_ids):
         with pytest.raises(UserError, match=message):
             attempt(chat_example("Hi", "Hello"))
+
+
+def test_a_first_turn_of_the_assistant_is_not_scored() -> None:
+    class Strict:
+        chat_template = "strict"
+        eos_token = "</s>"
+        eos_token_id = 1
+
+        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+            if not turns:
+                raise ValueError("Cannot apply chat template to an empty conversation")
+            return "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + (
+                "assistant: " * add_generation_prompt
+            )
+
+        def __call__(self, text, **options):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    turns = [Message("assistant", "Hi"), Message("user", "U"), Message("assistant", "A")]
+    ids, scored = chat.assistant_tokens(Strict(), turns, "here")
+    assert "".join(chr(ids[place]) for place in scored) == "A\n"

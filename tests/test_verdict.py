@@ -130,3 +130,25 @@ def test_a_private_run_keeps_none(tmp_path: Path) -> None:
         TrainConfig(**short_run(tmp_path, lr=1e-2, estimator="dp", curvature="none", head="estimated"))
     )
     assert not (made.folder / "predictions.jsonl").exists()
+
+
+def test_an_error_bar_is_of_shares_alone() -> None:
+    run = record(0.495, 0.696, 200, loss_after=0.4)
+    run.summary["metric"] = "f1"
+    said = verdict.of_run(run)
+    assert said is not None
+    assert (said.learnt, said.next) == (None, "")
+    assert "an error bar is known of accuracy alone" in said.says
+
+
+def test_half_of_a_character_does_not_stop_a_page() -> None:
+    lines = [
+        {"when": "after", "index": 0, "gold": "\ud83d", "answer": "a", "prompt": "\ud83d", "right": False}
+    ]
+    lines.append({**lines[0], "index": 1, "answer": "\ud83d"})
+    run = RunRecord(Path("run"), {}, {}, [], [], {}, {}, [], lines)
+    shown = examples.groups(run)[0].examples[0]
+    assert (shown.gold, shown.prompt) == ("?", "?")
+    table = examples.confusion(run)
+    assert table is not None
+    assert table.classes == ["?", "a"]

@@ -99,7 +99,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Tune quantized language models with forward passes only (HiZOO)."""
+    """Tune quantized language models where inference fits (HiZOO)."""
 
 
 app.command("demo")(demo.command)

@@ -110,7 +110,7 @@ def _write(path: Path, keys: dict[str, Any] | None) -> None:
     if path.exists():
         raise UserError(f"--write-task: {path} is there already; allowed: a new file")
     with storage_errors(path):
-        write_text(path, tomli_w.dumps(keys))
+        write_text(path, tomli_w.dumps({**keys, "name": path.stem}))
     typer.echo(f"wrote {path}", err=True)
 
 

@@ -26,7 +26,13 @@ def command(
         list[str] | None,
         typer.Option(help="file, folder or hub data set, one for each task; default: the run's"),
     ] = None,
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="which part of it")] = "test",
+    split: Annotated[
+        Literal["train", "dev", "test", "all"] | None,
+        typer.Option(
+            help="which part of it (default: test; all rows of a single file that --data names)",
+            show_default=False,
+        ),
+    ] = None,
     bits: Annotated[str | None, typer.Option(metavar="nf4|fp4|int8|none", help="stored form")] = None,
     kind: Annotated[str | None, typer.Option(metavar="auto|causal|masked|classifier")] = None,
     compute_dtype: Annotated[str | None, typer.Option(metavar="auto|bf16|fp16|float32")] = None,
@@ -79,13 +85,20 @@ def command(
 
         refuse_with_onnx(given if profile is None else {**given, "profile": profile})
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
+        split = split or "test"
         result = evaluate_export(folder, adapter, config, split, examples, progress.display(quiet))
     else:
-        from hizoo_lite.train import preflight, provenance
+        from hizoo_lite.config import refuse
+        from hizoo_lite.train import components, preflight, provenance
 
         config = provenance.eval_config(adapter, of_profile(profile, given) | given)
         preflight.check_adapter(adapter)
         preflight.check_inputs(config)
+        whole = components.is_whole(config, components.task_of(config))
+        if split is None:
+            split = "all" if data and whole else "test"
+        elif split == "all" and not whole:
+            refuse(["--split: got 'all', allowed with one file of your own data: train, dev, test elsewhere"])
         from hizoo_lite.train import saved
 
         result = saved.evaluated(config, adapter, split, examples, progress.display(quiet))

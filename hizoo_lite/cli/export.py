@@ -256,7 +256,7 @@ def command(
         refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
     from hizoo_lite.train import preflight
 
-    preflight.check_adapter(run)
+    preflight.check_adapter(run, "RUN")
     preflight.check_model(model)
     exported = TARGETS[to](run, out, quiet, **given)
     if push is not None:

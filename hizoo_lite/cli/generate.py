@@ -44,8 +44,8 @@ def command(
         bool | None,
         typer.Option(
             "--raw/--template",
-            help="the prompt as it is, or in the chat template (default: in the template if there is one, "
-            "with an adapter as its run had it)",
+            help="the prompt as it is, or in the chat template (default: with an adapter as its run's task "
+            "asks; else in the template if there is one)",
             show_default=False,
         ),
     ] = None,
@@ -100,9 +100,14 @@ def command(
         preflight.check_adapter(adapter)
         preflight.check_model(model)
         from hizoo_lite.engine.generate import generate
-        from hizoo_lite.train.saved import load_to_write
+        from hizoo_lite.train.saved import answered, load_to_write
 
         loaded = load_to_write(model, adapter, of_profile(profile, given) | given, room)
+        if raw is None and system is None and not chat:
+            answer_of_task = answered(loaded, adapter, text)
+            if answer_of_task is not None:
+                _print_answer(text, answer_of_task, loaded.source, adapter, json)
+                return
         source, tokenizer = loaded.source, loaded.tokenizer  # type: ignore[assignment]
 
         def write(prompt: Prompt, **more: Any) -> str:
@@ -123,6 +128,18 @@ def command(
     typer.echo(text if is_raw else "", nl=False)
     write(asked, on_text=_tell)
     typer.echo()
+
+
+def _print_answer(prompt: str, answer: str, model: str, adapter: str | None, json: bool) -> None:
+    """The answer of a run's task."""
+    if json:
+        from hizoo_lite.cli import output
+
+        output.print_json(
+            {"prompt": prompt, "text": answer, "model": model, "adapter": adapter, "raw": False}
+        )
+    else:
+        typer.echo(answer)
 
 
 def converse(write: Write, turns: list[dict[str, str]]) -> None:
@@ -148,7 +165,7 @@ def _read_turn() -> str:
     """A line from standard input, "" at its end; a terminal shows a sign to begin behind."""
     if sys.stdin.isatty():
         typer.echo("> ", nl=False, err=True)
-    return sys.stdin.readline().strip()
+    return _read(sys.stdin.readline).strip()
 
 
 def _tell(text: str) -> None:
@@ -162,7 +179,17 @@ def _text(prompt: str | None) -> str:
 
     if prompt is None and sys.stdin.isatty():
         refuse(["--prompt: missing; allowed: a text, standard input (generate < FILE), or --chat"])
-    return sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+    return _read(sys.stdin.read).removesuffix("\n") if prompt is None else prompt
+
+
+def _read(source: Callable[[], str]) -> str:
+    """What standard input has. UserError if that is no text."""
+    from hizoo_lite.errors import UserError
+
+    try:
+        return source()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: standard input is not {error.encoding} text ({error.reason})") from error
 
 
 def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt: str | None) -> None:
@@ -180,13 +207,17 @@ def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt:
 
 def _is_raw(tokenizer: Tokenizer | None, adapter: str | None) -> bool:
     """Whether the prompt is continued as it is: with an adapter of a run as its task was put to the model."""
+    from hizoo_lite.errors import UserError
     from hizoo_lite.train import components
     from hizoo_lite.train.provenance import saved_config
 
-    run = saved_config(adapter)
+    run, own = saved_config(adapter), tokenizer is None or not tokenizer.chat_template
     if run is None:
-        return tokenizer is None or not tokenizer.chat_template
-    is_raw = not components.find_task(run.task).chat
+        return own
+    try:
+        is_raw = not components.find_task(run.task).chat
+    except UserError:  # a function, or a file that is elsewhere
+        return own
     if is_raw and tokenizer is not None and tokenizer.chat_template:
         typer.echo(
             f"the prompt is continued as it is, as the prompts of the run's task ({run.task}) were; "

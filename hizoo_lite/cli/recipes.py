@@ -40,7 +40,9 @@ def command(
         else:
             output.print_table("recipes", ["name", "for"], [list(row) for row in found.items()])
         return
-    path = config_file.find(name, "NAME")
+    if name not in config_file.recipes():
+        refuse([f"NAME: got {name!r}, allowed: {', '.join(config_file.recipes())}"])
+    path = config_file.find(name)
     if out is not None:
         copy(path, Path(out))
         typer.echo(f"{out}: {name}, to change; run it with: hizoo-lite train --config {out}")

@@ -161,7 +161,8 @@ def _run(
             callbacks.message(f"resuming after {position.step} of {setup.config.steps} steps")
         folder.create(replace(setup.config, resume=False))
         folder.write_identity(made_of)
-        folder.write_left_out(setup.splits.left_out)
+        if not setup.stepper.estimator.secret:
+            folder.write_left_out(setup.splits.left_out)
         journal = enter(resume.open_journal(folder, setup.stepper, position))
         interrupt = enter(Interrupt())
         loop = Loop(

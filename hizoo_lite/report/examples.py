@@ -59,7 +59,7 @@ def groups(run: RunRecord) -> list[Group]:
 def confusion(run: RunRecord) -> Confusion | None:
     """Of the answers after the run; None where there are no classes, or too many."""
     after = [line for line in run.predictions if line.get("when") == "after" and "right" in line]
-    pairs = Counter((str(line.get("gold")), str(line.get("answer"))) for line in after)
+    pairs = Counter((_text(line.get("gold")), _text(line.get("answer"))) for line in after)
     classes = sorted({name for pair in pairs for name in pair})
     if not 2 <= len(classes) <= MOST_CLASSES:
         return None
@@ -76,16 +76,21 @@ def _pairs(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], 
 
 
 def _shown(before: Mapping[str, Any], after: Mapping[str, Any]) -> Shown:
-    where, prompt, gold = (str(after.get(name, "")) for name in ("where", "prompt", "gold"))
+    where, prompt, gold = (_text(after.get(name, "")) for name in ("where", "prompt", "gold"))
     return Shown(where.rsplit("/", 1)[-1], prompt, gold, _said(before), _said(after))
 
 
 def _said(line: Mapping[str, Any]) -> str:
     """The answer with its loss."""
     loss = _loss(line)
-    parts = [str(line["answer"])] if "answer" in line else []
+    parts = [_text(line["answer"])] if "answer" in line else []
     parts += [] if loss is None else [f"(loss {loss:.3f})" if parts else f"loss {loss:.3f}"]
     return " ".join(parts)
+
+
+def _text(value: Any) -> str:
+    """A value as a text that a page can hold: half of a surrogate pair becomes a question mark."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _loss(line: Mapping[str, Any]) -> float | None:

@@ -12,8 +12,12 @@ from hizoo_lite.report.record import RunRecord, number
 
 #: A change of so many standard errors is no chance.
 CERTAIN = 2.0
+#: Of fewer a share says nothing.
+LEAST_EXAMPLES = 20
 #: By which a loss must have fallen for it to count, of itself.
 LEAST_FALL = 0.02
+#: Metrics that are shares of examples which are right.
+_SHARES = ("accuracy",)
 
 
 class Verdict(NamedTuple):
@@ -36,16 +40,24 @@ def of_run(run: RunRecord) -> Verdict | None:
     first, last = (number(run.summary.get(f"metric_{when}")) for when in ("before", "after"))
     if metric == "loss" or first is None or last is None or not count:
         says = f"{losses}, on held-out examples: " + ("it fell" if fell else "it did not fall")
-        return Verdict(None, f"{says}.", "" if fell else _next(run.config, fell=False))
+        return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
+    if metric not in _SHARES:
+        figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
+        says = f"{figures}; an error bar is known of {' and '.join(_SHARES)} alone."
+        return Verdict(None, says, "" if last > first and fell else _next(run, fell=fell))
+    figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
+    if count < LEAST_EXAMPLES:
+        says = f"Too few held-out examples to say: {figures}."
+        return Verdict(None, says, "" if fell else _next(run, fell=fell))
     error = standard_error(run.predictions, first, last, int(count))
     change, bar = last - first, CERTAIN * error
-    figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
     bars = f"{100 * bar:.1f} points"
     if change > bar:
         return Verdict(True, f"Learnt: {figures}; more than chance makes of so many (± {bars}).", "")
     if change < -bar:
-        return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run.config, fell=fell))
-    return Verdict(False, f"Not learnt yet: {figures}; within ± {bars}.", _next(run.config, fell=fell))
+        return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run, fell=fell))
+    says = "Not learnt yet" if fell else "Not learnt"
+    return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
 
 
 def standard_error(
@@ -68,8 +80,9 @@ def standard_error(
     return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
 
 
-def _next(config: Mapping[str, Any], *, fell: bool) -> str:
+def _next(run: RunRecord, *, fell: bool) -> str:
     """What to try, the most useful first."""
+    config, blocks = run.config, number(run.summary.get("trained_blocks")) or 6
     known = {n: config.get(n, default(n)) for n in ("exact_blocks", "objective", "space", "estimator")}
     secret = known["estimator"] in ESTIMATORS and ESTIMATORS[known["estimator"]].secret
     could_be_exact = (
@@ -80,7 +93,7 @@ def _next(config: Mapping[str, Any], *, fell: bool) -> str:
     )
     found = []
     if could_be_exact:
-        found.append("--exact-blocks 6, which learns in a fraction of the steps")
+        found.append(f"--exact-blocks {blocks:.0f}, which learns in a fraction of the steps")
     if fell:
         found.append("more steps: the loss fell, which comes before the answers change")
     found.append("hizoo-lite data inspect DATA --model MODEL, to see what the model is asked")

@@ -78,7 +78,7 @@ class MaZO(Sparse):
         greedy: float = 1.0,
         size: float = 1.0,
         targets: str | Sequence[str] = "all-linear",
-        head: HeadMode = "estimated",
+        head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
         super().__init__(share, targets=targets, head=head, blocks=blocks)

@@ -108,7 +108,7 @@ def assistant_tokens(
     ids = chat_ids(tokenizer, whole)
     scored: list[int] = []
     for number, message in enumerate(messages):
-        if message.role != "assistant" or UNSCORED in message.more:
+        if message.role != "assistant" or UNSCORED in message.more or number == 0:  # answers nothing
             continue
         last = number == len(messages) - 1
         before = chat_text(tokenizer, messages[:number], True, name, tools)

@@ -171,6 +171,8 @@ class Encoder:
         """Whether it is sure that the whole can be encoded: of a conversation, in a third of that time."""
         if self.model_kind != "causal" or not self.task.chat:
             return False
+        if example.fields["messages"][0].role == "assistant":
+            return False
         text = self._chat_text(example, example.fields["messages"], prompt=False)
         ids = chat.chat_ids(self.tokenizer, text)
         self._check_known(example, ids)

@@ -6,6 +6,7 @@ classification, which are those of the whole train part. The order of `FORMS` is
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.files import is_unicode
 from hizoo_lite.tasks import files, hub, own, tables, text
 from hizoo_lite.tasks.conversations import FIELDS
 from hizoo_lite.tasks.custom import LOSS
@@ -27,6 +29,7 @@ AUTO = "auto"
 _ROWS = 200  # that are looked at
 _MOST_LABELS = 200
 _MOST_CHARACTERS = 60  # of a label
+_FEW_LABELS = 10  # that may each be there once or twice
 _CHAT = "chat template of the model, loss on "
 #: Headings that say no more than that there are labels.
 _NO_CUE = {"label", "labels", "class", "target", "category_id", "y"}
@@ -124,6 +127,8 @@ def _alpaca(sample: Sample) -> Keys | None:
     instruction = sample.find([name for name in own.INSTRUCTION if name != (output or "").lower()])
     if output is None or instruction is None:
         return None
+    if not sample.forced and output.lower() in own.LABEL and _repeat(sample, output):
+        return None  # labels
     keys = {"kind": "chat", "instruction_field": instruction, "output_field": output}
     given = sample.find([name for name in own.INPUT if name not in (instruction.lower(), output.lower())])
     more = {"input_field": given, "system_field": sample.find(("system",))}
@@ -196,7 +201,9 @@ def _labels(sample: Sample, column: str) -> list[str]:
     counts: Counter[str] = Counter()
     for row in sample.everything():
         found = row.values.get(column)
-        if isinstance(found, str | int | float) and str(found).strip():
+        is_number = isinstance(found, int) or (isinstance(found, float) and math.isfinite(found))
+        is_text = isinstance(found, str) and found.strip() != "" and is_unicode(found)
+        if is_number or is_text:
             counts[str(found).strip()] += 1
         if len(counts) > 2 * _MOST_LABELS:
             break
@@ -204,6 +211,12 @@ def _labels(sample: Sample, column: str) -> list[str]:
     for name, _ in counts.most_common():
         spelled.setdefault(name.lower(), name)
     labels = list(spelled.values())
+    if len(labels) > _FEW_LABELS and 2 * len(labels) > counts.total():
+        raise UserError(
+            f"data: column {column!r} has {len(labels)} different values in {counts.total()} rows, which are "
+            "no classes; answers that are texts need a task's file with kind = 'chat', instruction_field and "
+            "output_field"
+        )
     if not 2 <= len(labels) <= _MOST_LABELS:
         several = f"more than {_MOST_LABELS}" if labels[2:] else str(len(labels))
         raise UserError(
@@ -271,7 +284,10 @@ def recognise(
     for name in filter(None, (text_field, label_field)):
         if name not in sample.columns:
             raise UserError(f"data: no column {name!r}; the columns are: {', '.join(sample.columns)}")
-    names = [form] if form != AUTO else ["classification"] if label_field else list(FORMS)
+    names = [form] if form != AUTO else list(FORMS)
+    if form == AUTO and (label_field or text_field):
+        names = ["classification"] if label_field else ["classification", "text"]
+    _check_read(form, text_field, label_field)
     for name in names:
         keys = FORMS[name].keys(sample)
         if keys is not None:
@@ -285,6 +301,17 @@ def recognise(
         f"data: {_called(data)}: the columns {', '.join(sample.columns)} are not recognised; allowed: "
         f"{wanted}; or --task FILE.toml, which says what they are"
     )
+
+
+def _check_read(form: str, text_field: str | None, label_field: str | None) -> None:
+    """UserError for a column that is named to a form that does not read it."""
+    readers = {
+        "--text-field": (text_field, ("classification", "text")),
+        "--label-field": (label_field, ("classification",)),
+    }
+    for flag, (column, forms) in readers.items():
+        if column is not None and form not in (AUTO, *forms):
+            raise UserError(f"{flag}: got {column!r}, allowed with --task {', '.join((AUTO, *forms))}")
 
 
 def _says(name: str, keys: Keys) -> str:

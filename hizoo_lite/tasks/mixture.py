@@ -131,6 +131,7 @@ def joined(splits: Sequence[Splits]) -> Splits:
         sum(one.unused for one in splits),
         any(one.shared for one in splits),
         tuple(dict.fromkeys(name for one in splits for name in one.carved)),
+        dev_size=sizes.pop() if len(sizes := {one.dev_size for one in splits}) == 1 else None,
         left_out=tuple(chain.from_iterable(one.left_out for one in splits)),
         notes=tuple(chain.from_iterable(one.notes for one in splits)),
     )

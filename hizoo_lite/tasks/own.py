@@ -92,6 +92,12 @@ def how_read(path: Path) -> str:
 
 def _is_lines(path: Path, encoding: str) -> bool:
     """Whether every line is an object: the first is, and it is not the only one of a .json file."""
+    with path.open("rb") as file:
+        if (
+            path.suffix.lower() == ".json"
+            and file.read(1 << 16).decode(encoding, "replace").lstrip("\ufeff \t\r\n")[:1] == "["
+        ):
+            return False  # a document, whatever the length of its lines
     filled = (text for _, text in files.lines(path, encoding) if text.strip())
     first = next(filled, "")
     if path.suffix.lower() != ".json":

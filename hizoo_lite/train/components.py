@@ -17,6 +17,7 @@ from hizoo_lite.config import DEMO, EMBEDDED, TrainConfig, as_one_or_several, on
 from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
+from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.tasks import Encoder, Records, Splits, Task, forms
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 def make_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
     """The examples of a configuration: a function of its data (`data` in their place), limits and seed."""
     found = sources(config, task) if data is None else [data]
+    if len(found) != len(task.parts):
+        raise UserError(f"--data: got {len(found)}, allowed: one for each of {len(task.parts)} tasks")
     return joined([_part(config, part, source) for part, source in zip(task.parts, found, strict=True)])
 
 
@@ -83,7 +86,13 @@ def understood(config: TrainConfig, data: Records | None = None) -> Understood |
     source = data if data is not None else data_path(next(iter(one_or_several(config.data)), None))
     if source is None:
         raise UserError(f"--data: missing; --task {config.task_name} has none of its own")
-    return forms.recognise(source, config.tasks[0], config.text_field, config.label_field)
+    found = forms.recognise(source, config.tasks[0], config.text_field, config.label_field)
+    if "answers" in found.keys and ESTIMATORS[config.estimator].secret:
+        raise UserError(
+            f"--task: labels that are found in the examples are not private; allowed with --estimator "
+            f"{config.estimator}: a task's file that says them (hizoo-lite data inspect --write-task FILE)"
+        )
+    return found
 
 
 def task_of(config: TrainConfig, data: Records | None = None) -> Task:
@@ -124,6 +133,11 @@ def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> 
         raise UserError(
             f"--data: {config.data} leaves no test examples; give more data or fewer --dev-examples"
         )
+    for name in ("dev", "test") if config.eval_every else ("test",):
+        there = {part_of(example) for example in getattr(splits, name)}
+        for number, part in enumerate(task.parts):
+            if number not in there:
+                raise UserError(f"--data: there are no {name} examples of task {part.name}; give more data")
     return splits
 
 
@@ -139,13 +153,26 @@ def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
     """The first `limit` examples, of each task, of a part of the data. UserError if it is empty."""
-    splits = make_splits(replace(config, eval_every=1) if split == "dev" else config, task)
+    settled = config.dev_examples != "auto" or len(task.parts) == 1  # else a run may have held out none
+    splits = make_splits(replace(config, eval_every=1) if split == "dev" and settled else config, task)
     every: list[Example] = getattr(splits, split)
     own = [[example for example in every if part_of(example) == part] for part in range(len(task.parts))]
     part = [example for examples in own for example in examples[:limit]]
     if not part:
         raise UserError(f"--split: the {split} part of {config.data} is empty; allowed: another part")
     return part
+
+
+def is_whole(config: TrainConfig, task: Task) -> bool:
+    """Whether the data is a single file of the user's own, which nothing says how to divide."""
+    found = sources(config, task)
+    return len(found) == 1 and not task.is_published and found[0] is not None and found[0].is_file()
+
+
+def every_row(config: TrainConfig, task: Task) -> list[Example]:
+    """Every example of such a file."""
+    [path] = sources(config, task)
+    return task.load(path, "train", [] if leaves_out(config, task) and not config.strict else None)
 
 
 def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:

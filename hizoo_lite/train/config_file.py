@@ -21,6 +21,7 @@ from hizoo_lite.config import (
     TrainConfig,
     as_one_or_several,
     choices,
+    default,
     kinds,
     members,
     problems,
@@ -139,7 +140,14 @@ def _of_folder(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _is_own(values: Mapping[str, Any], name: str) -> bool:
     """Whether the run folder itself has what a setting names, since it was given in memory."""
-    return name in OWN and values.get(name) == str(Path(values.get("out") or "") / OWN[name])
+    own = f"{values.get('out') or ''}/{OWN[name]}" if name in OWN else None
+    found = values.get(name)
+    return isinstance(found, str) and own is not None and _posix(found) == _posix(own)
+
+
+def _posix(path: str) -> str:
+    """A path with forward slashes alone, as another system may have written it."""
+    return path.replace("\\", "/").replace("//", "/").removeprefix("./")
 
 
 def _of_run(flags: Mapping[str, Flag]) -> Path | None:
@@ -173,6 +181,8 @@ def _read(path: Path, found: list[str], origin: dict[str, str]) -> dict[str, Any
 
 def _of_yaml(name: str, value: Any) -> Any:
     """YAML takes 1e-3 for a text, and off for false."""
+    if isinstance(value, list):
+        return [_of_yaml(name, item) for item in value]
     if isinstance(value, str):
         return _parsed(name, value)
     if value is False and "off" in choices(kinds()[name]):
@@ -244,6 +254,8 @@ def as_begun(old: TrainConfig, new: TrainConfig) -> TrainConfig:
     if new.epochs is not None:
         refuse([f"epochs: the run has {old.steps} steps, got {new.epochs:g}; allowed: --steps"], "--resume")
     left_open = {"kind": "auto", "bits": None, "compute_dtype": "auto", "dev_examples": "auto"}
+    if new.init_adapter is not None and new.init_adapter == old.init_adapter:  # whose own these are
+        left_open |= {name: default(name) for name in ("rank", "alpha", "rslora", "targets")}
     same = {name: getattr(old, name) for name, value in left_open.items() if getattr(new, name) == value}
     return replace(new, **same)
 

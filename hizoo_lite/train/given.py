@@ -107,7 +107,14 @@ def configured(
 ) -> tuple[TrainConfig, Model | None]:
     """The configuration, with what the given objects say about themselves."""
     named_paths = ((n, str(value) if isinstance(value, Path) else value) for n, value in options.items())
-    options = {_PEFTS.get(name, name): value for name, value in named_paths}
+    given = dict(named_paths)
+    twice = [
+        f"{theirs}: is {ours}, which is given too"
+        for theirs, ours in _PEFTS.items()
+        if {theirs, ours} <= set(given)
+    ]
+    refuse(twice)
+    options = {_PEFTS.get(name, name): value for name, value in given.items()}
     refuse([f"{n}: unknown setting{synonyms.hint(n, settings())}" for n in options if n not in settings()])
     named = {**SPACES.said_by(space), **ESTIMATORS.said_by(estimator), **CURVATURES.said_by(curvature)}
     for said in (options, named):
@@ -130,6 +137,11 @@ def configured(
     if isinstance(model, Model):
         named |= {"model": model.source, "kind": model.kind, "bits": model.bits}
         named |= {"device": _device_name(model.device), "compute_dtype": compute_name(model.compute)}
+        if options.get("chat_template") not in (None, model.chat_template):
+            raise UserError(
+                f"chat_template: got {options['chat_template']!r}, but the model was loaded with "
+                f"{model.chat_template!r}; allowed: load(..., chat_template=...)"
+            )
         named |= {} if model.chat_template is None else {"chat_template": model.chat_template}
         named["residency"] = _residency(model, options.pop("residency", "auto"))
         options = {**model.limits.settings(), **config_file.with_profile(options)}

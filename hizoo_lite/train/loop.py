@@ -233,7 +233,7 @@ class Loop:
         scored = [
             (sign * line[name], -line["step"])
             for line in found
-            if line[name] is not None and counts(line["step"])
+            if line.get(name) is not None and counts(line["step"])
         ]
         return -max(scored)[1] if scored else None
 

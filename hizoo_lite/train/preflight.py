@@ -32,10 +32,13 @@ def check_inputs(config: TrainConfig) -> None:
     check_model(config.model, config.revision)
 
 
-def check_adapter(path: str | None) -> None:
+def check_adapter(path: str | None, called: str = "--adapter") -> None:
     """Raises UserError if a path is given and is no folder of a run or of an adapter."""
-    if path is not None:
-        find_adapter(path)
+    try:
+        if path is not None:
+            find_adapter(path)
+    except UserError as error:
+        raise UserError(str(error).replace("--adapter", called, 1)) from error
 
 
 def check_tracker(name: str) -> None:

@@ -23,7 +23,8 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.workload import cache_bytes
 from hizoo_lite.spaces import saved_in
-from hizoo_lite.tasks import Task
+from hizoo_lite.tasks import Task, shown
+from hizoo_lite.tasks.asked import asked
 from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
 from hizoo_lite.train.progress import Progress
@@ -87,12 +88,36 @@ def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any]
     return loaded
 
 
+def answered(model: Model, adapter: str | None, text: str) -> str | None:
+    """What a model with the adapter of a run answers to a text, as the run's task asks about one.
+
+    Of a choice it is the answer that the model finds likeliest, else what it writes. None if there is no run,
+    or its task asks about something else (see `tasks/asked.py`).
+    """
+    run = saved_config(adapter)
+    if run is None:
+        return None
+    try:
+        task = components.find_task(run.task)
+    except UserError:  # a function, or a file that is elsewhere
+        return None
+    example = asked(task, text)
+    if example is None:
+        return None
+    encoder = setup.make_encoder(model, task, run.max_length, run.loss)
+    predictions = evaluate(Traversal(model), encoder, [example], 1).predictions
+    return shown.answer(task, example, predictions[0]) if predictions else None
+
+
 def evaluated(
     config: TrainConfig, adapter: str | None, split: str, limit: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """The result as it is printed: scores by name, the loss first."""
+    """The result as it is printed: scores by name, the loss first. split "all": every row of a file."""
     task = components.task_of(config)
-    part = components.split_part(config, task, split, limit)
+    if split == "all":
+        part = components.every_row(config, task)[:limit]
+    else:
+        part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
     return report(found, config, adapter, split) | about

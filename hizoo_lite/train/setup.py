@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from hizoo_lite import objectives
 from hizoo_lite.base import Curvature, Estimator, Objective, Space
+from hizoo_lite.batch import Example
 from hizoo_lite.branches import EVALUATION
 from hizoo_lite.config import AXES, TrainConfig, by_members, default
 from hizoo_lite.device import is_gpu
@@ -30,6 +32,7 @@ from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
+from hizoo_lite.tasks.task import part_of
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import checkpoint, planning
 from hizoo_lite.train.compared import Compared, given_by
@@ -141,7 +144,7 @@ def calibrate(setup: Setup) -> None:
             f"sums; allowed with --estimator {estimator.name}: {space.without_losses}"
         )
     together = max(-(-setup.config.batch_size // setup.config.accumulate), len(setup.task.parts))
-    examples = setup.splits.train[:together]
+    examples = _by_turns(setup.splits.train)[:together]
     encoded = [setup.encoder.encode(example, training=True) for example in examples]
     batch = setup.encoder.collate(encoded)._replace(made_of=tuple(examples))
     setup.space.calibrate(setup.traversal, batch)
@@ -149,6 +152,15 @@ def calibrate(setup: Setup) -> None:
     for value in setup.space.frozen.values() if ranks.count > 1 else ():
         mine = value.cpu().double().numpy()
         value.copy_(torch.from_numpy(ranks.sum(mine if ranks.is_main else np.zeros_like(mine))))
+
+
+def _by_turns(examples: Sequence[Example]) -> list[Example]:
+    """One of each task after the other."""
+    parts: dict[int, list[Example]] = {}
+    for example in examples:
+        parts.setdefault(part_of(example), []).append(example)
+    turns = chain.from_iterable(zip_longest(*parts.values()))
+    return [example for example in turns if example is not None]
 
 
 def keeps_hidden_states(config: TrainConfig, splits: Splits, space: Space, model: Model) -> bool:
