@@ -73,7 +73,9 @@ def command(
 
     hizoo-lite generate --adapter runs/sst2 --raw --prompt "The film was" --temperature 0.8 --top-p 0.9
 
-    hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was" < question.txt
+    hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was"
+
+    hizoo-lite generate --model models/smollm2-instruct < question.txt
     """
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
     flags |= {"residency": residency, "device_budget": device_budget}
