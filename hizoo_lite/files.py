@@ -117,7 +117,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        found = yaml.load(text, Loader)
+        found = Loader(text).get_single_data()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except (yaml.YAMLError, OverflowError) as error:

@@ -106,7 +106,7 @@ def test_losses_equal_those_of_torch(
         )
     assert summary["steps"] == STEPS
     assert summary["forward_passes"] == run.summary["forward_passes"]
-    assert set(run.summary) - set(summary) == {"memory_retries"}
+    assert set(run.summary) - set(summary) == {"memory_retries", "trained_blocks"}
 
 
 def test_a_run_is_replayed_with_numpy(config: TrainConfig, exported: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_run_folder_has_what_a_torch_run_has(config: TrainConfig, exported: 
             "adapter",
             "adapter.onnx_adapter",
         ),
-        *("summary.json", "memory.json", locks.NAME),
+        *("summary.json", "memory.json", "predictions.jsonl", locks.NAME),
     }
     made_of = json.loads((folder / "run.json").read_text())
     assert [made_of["base"], made_of["base_fingerprint"]] == [config.model, of_model(Path(config.model))]
