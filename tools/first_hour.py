@@ -99,7 +99,7 @@ def write_data(folder: Path) -> None:
             table = csv.writer(file, delimiter=delimiter)
             table.writerow(["text", "team"])
             table.writerows([f"Grüße: {r['q']}", r["team"]] for r in made)
-    (folder / "plain.txt").write_text("\n\n".join(f"{r['q']} {r['a']}" for r in made), encoding="utf-8")
+    (folder / "plain.txt").write_text("\n\n".join(f"{r['q']} {r['a']}" for r in made * 8), encoding="utf-8")
     (folder / "parts").mkdir()
     for part, count in (("train", 30), ("valid", 5), ("test", 5)):
         lines(f"parts/{part}.jsonl", [{"text": r["q"], "label": r["team"]} for r in made[:count]])

@@ -29,6 +29,8 @@ def check_inputs(config: TrainConfig) -> None:
     task = components.task_of(config)
     for part, source in zip(task.parts, components.sources(config, task), strict=True):
         part.peek(source)
+    if config.strict:
+        components.make_splits(config, task)  # every row is read
     check_model(config.model, config.revision)
 
 
