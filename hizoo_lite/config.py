@@ -113,7 +113,7 @@ class TrainConfig:
     chat_template: str | None = _setting(
         None,
         "of conversations, for a base model that has none, or in place of its own: chatml, zephyr, alpaca, "
-        "or a .jinja file; goes with the adapter and with exports",
+        "or a .jinja file; goes with exports",
         group="What",
     )
     out: str | None = _setting(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -111,9 +112,9 @@ def parse_yaml(text: str) -> dict[str, Any]:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise ValueError(f"the key {twice[0]!r} is there twice")
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := next((key for key, count in counts.items() if count > 1), None):
+                raise ValueError(f"the key {twice!r} is there twice")
             return super().construct_mapping(node, deep)
 
     try:

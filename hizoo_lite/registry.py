@@ -129,10 +129,12 @@ class Registry(Mapping[str, type[Member]], Generic[Member]):
     def complete(self, part: Member, config: Any) -> Member:
         """The object; if it leaves something open (None), a copy that has what the configuration says."""
         name: str = part.name  # type: ignore[attr-defined]
-        part = copy.copy(part)
-        for argument, setting in self.arguments(name).items() if name in self else ():
-            if getattr(part, argument) is None:
-                setattr(part, argument, getattr(config, setting))
+        own = self.arguments(name).items() if name in self else ()
+        left_open = {argument: setting for argument, setting in own if getattr(part, argument) is None}
+        if left_open:
+            part = copy.copy(part)
+        for argument, setting in left_open.items():
+            setattr(part, argument, getattr(config, setting))
         return part
 
     def having(self, field: str) -> list[str]:

@@ -186,9 +186,8 @@ def fit(
             function the run folder has the name alone: to resume it, give it again. A list of names or files
             trains on all of them.
         data: a file or folder, or a data set of the hub, of several tasks a list; or rows in memory, or rows
-            by part: dicts, a
-            `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to the run folder,
-            as data/train.jsonl.
+            by part: dicts, a `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to
+            the run folder, as data/train.jsonl.
         space, estimator, curvature: names as in the configuration, or objects in their place.
         objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
             higher the better (see `objectives`). To resume a run with a function, give it again.

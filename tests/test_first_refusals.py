@@ -62,9 +62,9 @@ def test_refused_before_torch_is_imported(command: str, told: str, tmp_path: Pat
 
 
 def test_a_first_look_passes_what_can_be_run(tmp_path: Path) -> None:
-    preflight.check(
-        TrainConfig(model="embedded", task="embedded", data="embedded", out=str(tmp_path / "new"))
-    )
+    out = tmp_path / "new"
+    preflight.check(TrainConfig(model="embedded", task="embedded", data="embedded", out=str(out)))
+    assert not out.exists()  # it only looked
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,7 @@ def command(
 
         config = provenance.eval_config(adapter, of_profile(profile, given) | given)
         preflight.check_adapter(adapter)
-        preflight.check_inputs(config)
-        whole = components.is_whole(config, components.task_of(config))
+        whole = components.is_whole(config, preflight.check_inputs(config))
         if split is None:
             split = "all" if data and whole else "test"
         elif split == "all" and not whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,8 @@ def command(
     given = {name: value for name, value in flags.items() if value is not None}
     _check(chat, raw, system, json, prompt)
     text = "" if chat else _text(prompt)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling |= {"top_p": top_p, "seed": seed}
     room = CONVERSATION if chat else len(text) + len(system or "") + max_new_tokens
     write: Write
     if onnx is not None:
@@ -93,9 +95,7 @@ def command(
         refuse_with_onnx({**given, **{name: value for name, value in refused.items() if value is not None}})
         exported = OnnxModel(Path(onnx), adapter)
         source, tokenizer = onnx, exported.tokenizer
-
-        def write(prompt: Prompt, **more: Any) -> str:
-            return answer.continue_text(exported, prompt, max_new_tokens, **sampling, **more)
+        write = partial(answer.continue_text, exported, **sampling)
     else:
         from hizoo_lite.train import preflight
 
@@ -111,9 +111,7 @@ def command(
                 _print_answer(text, answer_of_task, loaded.source, adapter, json)
                 return
         source, tokenizer = loaded.source, loaded.tokenizer  # type: ignore[assignment]
-
-        def write(prompt: Prompt, **more: Any) -> str:
-            return generate(loaded, prompt, max_new_tokens, **sampling, **more)
+        write = partial(generate, loaded, **sampling)
 
     first = [] if system is None else [{"role": "system", "content": system}]
     if chat:

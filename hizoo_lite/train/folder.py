@@ -186,17 +186,16 @@ class RunFolder:
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def append_predictions(self, when: str, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        """What was predicted of each test example, `when` and after how many steps; of "before" the first."""
+    def write_predictions(self, when: str, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """What was predicted of each test example `when`, in place of what was before; how many steps in."""
         if not self.writes:
             return
-        text = "".join(json.dumps({"when": when, "step": step, **plain(line)}) + "\n" for line in lines)
-        kept = ""
-        if when == "after" and self.predictions.is_file():
-            held = self.predictions.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = "".join(line for line in held if line.startswith('{"when": "before"'))
+        there = self.predictions.is_file()
+        held = self.predictions.read_text(encoding="utf-8").splitlines() if there else []
+        kept = [line for line in held if parse_json(line)["when"] != when]
+        made = [json.dumps({"when": when, "step": step, **plain(line)}) for line in lines]
         with storage_errors(self.predictions):
-            write_text(self.predictions, kept + text)
+            write_text(self.predictions, "".join(line + "\n" for line in [*kept, *made]))
 
     def sync_metrics(self) -> None:
         """Force what was appended to the disk."""

@@ -430,7 +430,7 @@ class Loop:
             line["inference_peak_bytes"] = self.meter.phase_bytes()
         self.folder.append_metrics(line)
         if when in ("before", "after") and not self.setup.stepper.estimator.secret:
-            self.folder.append_predictions(when, step, _lines(setup.encoder.task, examples, result))
+            self.folder.write_predictions(when, step, _lines(setup.encoder.task, examples, result))
         self.callbacks.evaluated(line)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
         self.callbacks.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")

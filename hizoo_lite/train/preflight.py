@@ -11,6 +11,7 @@ import os
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.config import EMBEDDED, TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks import Task
 from hizoo_lite.train import components, provenance
 from hizoo_lite.train.folder import RunFolder
 
@@ -24,14 +25,15 @@ def check(config: TrainConfig) -> None:
     check_inputs(config)
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Raises UserError for a task, data or a model that is not there."""
+def check_inputs(config: TrainConfig) -> Task:
+    """The task. Raises UserError for a task, data or a model that is not there."""
     task = components.task_of(config)
     for part, source in zip(task.parts, components.sources(config, task), strict=True):
         part.peek(source)
     if config.strict:
         components.make_splits(config, task)  # every row is read
     check_model(config.model, config.revision)
+    return task
 
 
 def check_adapter(path: str | None, called: str = "--adapter") -> None:
