@@ -32,13 +32,28 @@ gc.freeze()  # what was imported by now stays
 _PLANNED = {"test_plan", "test_profiles", "test_run_memory", "test_budget", "test_device"}
 
 
-#: Settings that no pass depends on.
-_UNPLANNED = {"out", "resume", "steps", "save_every"}
+#: Settings that no pass depends on; a task only where every position is scored, which `_key` adds.
+_UNPLANNED = {
+    *("model", "task", "data", "out", "resume", "steps", "seed", "tracker"),
+    *("keep", "save_every", "save_total_limit", "eval_every", "lr_schedule", "warmup_steps"),
+    *("clip", "weight_decay", "mu", "smoothing", "smoothing_schedule"),
+}
+
+#: By what they are of, in this process.
+_PLANS: dict[str, Any] = {}
+
+
+def _key(config: Any, folder: Path, *more: object) -> str:
+    """The same for runs with the same passes: of a model its configuration and its files' sizes count."""
+    files = [(file.name, file.stat().st_size) for file in sorted(folder.iterdir())]
+    described = (folder / "config.json").read_text("utf-8") if (folder / "config.json").is_file() else ""
+    alike = [(name, value) for name, value in vars(config).items() if name not in _UNPLANNED]
+    return repr((alike, set(config.tasks) & {"lm", "chat"}, files, described, more))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plans_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs of a module that make the same passes of a model are planned once: half the time of a short run.
+    """Runs that make the same passes of a model are planned once: half the time of a short run.
 
     With a budget a plan asks what is there, and is made every time.
     """
@@ -48,18 +63,16 @@ def plans_once(request: pytest.FixtureRequest) -> Iterator[None]:
     from hizoo_lite.model.kinds import model_path
     from hizoo_lite.train import planning
 
-    plain, plans = planning.plan_run, dict[str, Any]()
+    plain = planning.plan_run
 
     def plan_run(config: Any, source: Any, *given: Any, **named: Any) -> Any:
         folder = Path(model_path(config.model))
         if config.device_budget is not None or config.host_budget is not None or not folder.is_dir():
             return plain(config, source, *given, **named)
-        files = [(file, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
-        alike = [(name, value) for name, value in vars(config).items() if name not in _UNPLANNED]
-        key = repr((alike, files, given, sorted(named.items())))
-        if key not in plans:
-            plans[key] = plain(config, source, *given, **named)
-        return copy.deepcopy(plans[key])
+        key = _key(config, folder, given, sorted(named.items()))
+        if key not in _PLANS:
+            _PLANS[key] = plain(config, source, *given, **named)
+        return copy.deepcopy(_PLANS[key])
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(planning, "plan_run", plan_run)

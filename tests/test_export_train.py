@@ -66,7 +66,6 @@ LOSSES = {"causal": ("answer", "choice"), "masked": ("choice",), "classifier": (
 #: Every loss, causal models and a classifier, transposed linears, and every stored form but fp4, which is nf4
 #: with another table; the embedded Llama is exported in nf4 below.
 FAST = {
-    ("opt", "int8", "answer"),
     ("gpt2", "none", "choice"),
     ("bert", "nf4", "class"),
 }

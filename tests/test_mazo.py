@@ -234,6 +234,7 @@ def test_a_run_looks_at_examples_of_every_task(tmp_path: Path, monkeypatch: pyte
         assert set(seen.pop()) == {0, 1}
 
 
+@pytest.mark.grid  # tests/test_family_spaces.py has a smaller one
 def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
     folder, found = tmp_path / "nf4", []
     Quantization(DEMO, folder, kind="causal", bits="nf4").run()
@@ -257,7 +258,7 @@ def test_only_the_places_of_the_mask_are_trained(tmp_path: Path) -> None:
     assert json.loads((run.folder / "adapter" / SPACE_FILE).read_text())["greedy"] == 1.0
 
 
-@pytest.mark.parametrize("share", [0.001, 0.1])
+@pytest.mark.parametrize("share", [pytest.param(0.001, marks=pytest.mark.grid), 0.1])
 def test_a_dry_run_makes_the_tensors_of_what_comes_before_the_first_step(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

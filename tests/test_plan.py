@@ -484,7 +484,7 @@ def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> Non
 
 def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(streamable: Path) -> None:
     folder = str(streamable)
-    arguments = ("--model", folder, "--batch-size", "99", "--residency", "resident", "--branch-chunk", "1")
+    arguments = ("--model", folder, "--batch-size", "19", "--residency", "resident", "--branch-chunk", "1")
     whole = json.loads(call(*arguments, "--device-budget", "9GiB", "--json").stdout)["peak_bytes"]
     done = call(*arguments, "--device-budget", f"{whole - (8 << 20)}B")
     assert done.exit_code == 3

@@ -300,6 +300,7 @@ def test_a_classifiers_run_has_its_head_in_the_same_file(tmp_path: Path) -> None
         assert torch.equal(Traversal(model).losses(batch).per_example, losses)
 
 
+@pytest.mark.grid  # tests/test_family_spaces.py has a smaller one
 def test_a_streamed_run_is_the_resident_run_bitwise(tmp_path: Path) -> None:
     folder, found = tmp_path / "nf4", []
     Quantization(DEMO, folder, kind="causal", bits="nf4").run()
@@ -328,7 +329,7 @@ def test_every_rank_has_the_places_of_the_main_one(tmp_path: Path) -> None:
         assert torch.equal(index, wanted[target] + 1)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.1])
+@pytest.mark.parametrize("share", [pytest.param(0.001, marks=pytest.mark.grid), 0.1])
 def test_a_dry_run_makes_the_tensors_of_a_real_step_and_of_what_comes_before(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,12 +358,12 @@ def test_a_plan_counts_the_pass_before_the_first_step(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, num_hidden_layers=6)
     found = {}
     for by in ("gradients", "magnitude"):
-        settings = {"space": "sparse", "sparse_by": by, "batch_size": 64, "max_length": 48}
+        settings = {"space": "sparse", "sparse_by": by, "batch_size": 48, "max_length": 48}
         config = TrainConfig(model=str(tmp_path), task="sst2", device="cpu", **settings)
         model = opened(tmp_path)
         subject = Subject(config, Inventory.of(model.checkpoint), "causal", ONE_ROW, None, 0)
-        [found[by]] = subject.calibration(Option("resident", 64, 48))
-    waiting = 4 * 64 * 48 * 64  # of a block; a dry run has two of the six
+        [found[by]] = subject.calibration(Option("resident", 16, 48))
+    waiting = 4 * 16 * 48 * 64  # of a block; a dry run has two of the six
     assert found["gradients"].worst["boundaries"] == 4 * waiting
     assert found["gradients"].peak_bytes > 6 * waiting
     assert "boundaries" not in found["magnitude"].worst

@@ -9,6 +9,7 @@ not seen.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -42,13 +42,12 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False  # models ask whether a mask hides nothing: it does hide something
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._see(value, made=False)  # what was there before, such as weights
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._see(value, made=True)
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, *kwargs.values())):
+            self._see(tensor, made=False)  # what was there before, such as weights
+        out = func(*args, **kwargs)
+        for tensor in _tensors((out,)):
+            self._see(tensor, made=True)
         return out
 
     def _see(self, tensor: Tensor, made: bool) -> None:
@@ -70,6 +69,15 @@ class MemoryMeter(TorchDispatchMode):
         self._known.pop(key, None)
         if size:
             self.live[category] -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those of an operation's arguments or results, also in lists: all that operations take and give."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 class _FusedAttention(torch.autograd.Function):
