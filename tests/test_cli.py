@@ -196,6 +196,7 @@ def test_resume_needs_only_the_folder(tmp_path: Path) -> None:
     assert "resuming after 2 of 3 steps" in done.stderr
 
 
+@pytest.mark.grid  # tests/test_run.py sends signals in this process
 def test_sigint_ends_a_process_with_130_and_a_resumable_run(tmp_path: Path) -> None:
     process = start("train", *flags(short_run(tmp_path, steps=100000)))
     metrics = tmp_path / "run/metrics.jsonl"

@@ -113,6 +113,7 @@ def test_a_card_smaller_than_the_benchmarks_cap_is_used_as_it_is(driver: Driver)
     assert driver.fractions == [(1.0, 1)]
 
 
+@pytest.mark.grid
 def test_a_benchmark_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     import bench_step
 

@@ -211,7 +211,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("which", ["demo", "classifier"])
+@pytest.mark.parametrize("which", ["demo", pytest.param("classifier", marks=pytest.mark.grid)])
 def test_a_run_on_the_export_takes_the_steps_of_torch(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

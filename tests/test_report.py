@@ -97,6 +97,7 @@ def test_the_figures_are_those_of_the_summary(run: Run) -> None:
     assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.grid  # the demo does it, and tests/test_report_browser.py
 def test_a_run_has_its_report_drawn_by_a_process_of_its_own(tmp_path: Path) -> None:
     look = "import sys; from hizoo_lite.cli import app; app(sys.argv[1:], standalone_mode=False); "
     look += "raise SystemExit('matplotlib' in sys.modules)"

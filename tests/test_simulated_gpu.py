@@ -191,7 +191,7 @@ def test_the_host_waits_for_the_device_once_a_step(packed: Path, tmp_path: Path)
 # ---------------------------------------------------------------------------------------- interrupted
 
 
-@pytest.mark.parametrize("space", ["dense", "scales"])
+@pytest.mark.parametrize("space", ["dense", pytest.param("scales", marks=pytest.mark.grid)])
 def test_an_interrupted_run_resumes_bitwise(space: str, packed: Path, tmp_path: Path) -> None:
     assert figures.resumes(packed, tmp_path, space)
     assert any(name.endswith(".safetensors") for name in trained(tmp_path / "whole"))
