@@ -331,6 +331,7 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
         tell(line)
     for line in setup.splits.lines(setup.task.name):
         tell(line)
+    tell(components.length_line(setup.config, len(setup.splits.train)))
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
         tell(line)
     could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret

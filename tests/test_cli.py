@@ -189,7 +189,9 @@ def test_a_config_file_of_a_run_starts_the_same_run(tuned: Path, tmp_path: Path)
 
 
 def test_resume_needs_only_the_folder(tmp_path: Path) -> None:
-    assert call("train", *flags(short_run(tmp_path, steps=2))).exit_code == 0
+    first = call("train", *flags(short_run(tmp_path, steps=2)))
+    assert first.exit_code == 0
+    assert re.search(r"^2 steps of \d+ examples: [\d.]+ epochs of \d+$", first.stderr, re.MULTILINE)
     done = call("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "3", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3

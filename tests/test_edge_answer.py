@@ -224,7 +224,7 @@ def test_both_commands_evaluate_alike(
     assert shown["adapter"] == "tuned"
     assert 0 < shown["scores"]["loss"] < 5
     table = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags])
-    assert "accuracy" in table.stdout
+    assert f"{100 * shown['scores']['accuracy']:.1f} %" in table.stdout
 
 
 def test_both_commands_generate_alike(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,10 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
             "nobody/nothing is not a local folder",
         ),
         ("train --model ./nothing --task embedded --data embedded", "the folder ./nothing does not exist"),
+        (
+            "train --model embeded --task embedded --data embedded",
+            "no folder embeded; did you mean 'embedded'",
+        ),
         (f"train {EMBEDDED} --out FOLDER", "is not empty"),
         (f"train {EMBEDDED} --tracker clearml", "clearml is not installed"),
         ("train --config nope", "a recipe (chat"),

@@ -104,7 +104,7 @@ def command(
     if json:
         output.print_json(result)
     else:
-        rows = [[name, output.number(float(value))] for name, value in result["scores"].items()]
+        rows = [[name, output.score(name, float(value))] for name, value in result["scores"].items()]
         title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
         output.print_table(title, ["score", "value"], rows)
     check_result(result)

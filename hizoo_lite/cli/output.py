@@ -77,6 +77,11 @@ def print_verdict(folder: Path) -> None:
             typer.echo(line)
 
 
+def score(name: str, value: float) -> str:
+    """A loss as a number, a metric in percent: as `print_run` shows them."""
+    return number(value) if name.rpartition("/")[2] == "loss" else percent(value)
+
+
 def number(value: float | None) -> str:
     """Four digits after the point; "-" for nothing."""
     return "-" if value is None else f"{value:.4f}"

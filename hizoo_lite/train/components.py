@@ -111,6 +111,12 @@ def steps_of(config: TrainConfig, splits: Splits) -> TrainConfig:
     return config
 
 
+def length_line(config: TrainConfig, examples: int) -> str:
+    """What a run's steps are of its training examples: a default of many steps is many epochs of a few."""
+    epochs = config.steps * config.batch_size / examples
+    return f"{config.steps:,} steps of {config.batch_size} examples: {epochs:.1f} epochs of {examples:,}"
+
+
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
     """A built-in task, one in a .toml file, or the embedded one; several as one, of such weights."""
     found = [tasks.get(DEMO / "task.toml" if one == EMBEDDED else one) for one in one_or_several(name)]

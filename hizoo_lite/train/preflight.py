@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from hizoo_lite import synonyms
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.config import EMBEDDED, TrainConfig
 from hizoo_lite.errors import UserError
@@ -59,4 +60,6 @@ def check_model(source: str | None, revision: str | None = None) -> None:
 
     if not os.path.isdir(os.path.expanduser(source)):
         hub.check_source(source)
+        if synonyms.meant(source, [EMBEDDED]):
+            raise UserError(f"model: there is no folder {source}{synonyms.hint(source, [EMBEDDED])}")
         hub.resolve_small(source, revision)
