@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hizoo_lite import tasks
 from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import batch_indices, batches, make_splits
+from hizoo_lite.tasks import batch_indices, batches, forms, make_splits
 from hizoo_lite.tasks.task import WHERE
 from tests.tasks_fixtures import data
 
@@ -383,3 +383,13 @@ def test_published_tasks_keep_the_papers_division_unless_numbers_are_given(tmp_p
     sst2_file(tmp_path, "train", 30)
     splits = make_splits(SST2, tmp_path, exact=True, **{**AUTO, "test_examples": 20, "dev_examples": 4})
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (6, 4, 20)
+
+
+def test_held_out_examples_have_the_classes_in_their_shares(tmp_path):
+    lines = ["text,label\n", *(f"row {n},{'rare' if n % 10 == 0 else 'usual'}\n" for n in range(200))]
+    (tmp_path / "train.csv").write_text("".join(lines))
+    task = tasks.get(forms.recognise(tmp_path).keys)
+    splits = make_splits(task, tmp_path, exact=True, needs_dev=True, **AUTO)
+    for part, rare in ((splits.dev, 2), (splits.test, 2), (splits.train, 16)):
+        assert len(part) == 10 * rare
+        assert sum(example.answers[example.gold].strip() == "rare" for example in part) == rare

@@ -248,19 +248,30 @@ def _exact_sizes(available: int, asked: Sequence[Limit], wanted: _Wanted) -> tup
 def _held_out(
     pool: list[Example], dev_size: int, test_size: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Dev, test and the rest. What is there twice goes to one part, both times."""
+    """Dev, test and the rest, classes in their shares. What is there twice goes to one part, both times."""
     alike: dict[Any, list[Example]] = {}
     for example in pool:
         alike.setdefault(key(example), []).append(example)
     dev: list[Example] = []
     test: list[Example] = []
     held: set[int] = set()
-    for same in reversed(alike.values()):
+    for same in _in_proportion([*reversed(alike.values())]):
         room = next((p for p, n in ((test, test_size), (dev, dev_size)) if len(p) + len(same) <= n), None)
         if room is not None:
             room += same
             held |= set(map(id, same))
     return dev, test, [example for example in pool if id(example) not in held]
+
+
+def _in_proportion(groups: list[list[Example]]) -> list[list[Example]]:
+    """So ordered that every beginning has about the same share of each class."""
+    sizes, seen = Counter(group[0].gold for group in groups), Counter[int]()
+
+    def place(group: list[Example]) -> float:
+        seen[group[0].gold] += 1
+        return (seen[group[0].gold] - 0.5) / sizes[group[0].gold]
+
+    return sorted(groups, key=place)
 
 
 def _carve(
