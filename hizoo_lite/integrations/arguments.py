@@ -19,11 +19,19 @@ _log = logging.getLogger(__name__)
 
 #: What the trainer's callbacks, or `of`, read by themselves.
 _READ = frozenset(
-    "max_steps num_train_epochs seed per_device_train_batch_size gradient_accumulation_steps eval_strategy "
-    "eval_steps save_strategy save_steps warmup_steps lr_scheduler_type report_to use_cpu bf16 "
-    "load_best_model_at_end logging_strategy logging_steps logging_first_step disable_tqdm "
-    "metric_for_best_model greater_is_better remove_unused_columns resume_from_checkpoint do_train do_eval "
-    "do_predict".split()
+    (
+        *("max_steps", "num_train_epochs", "seed", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+        *("warmup_steps", "lr_scheduler_type", "report_to", "use_cpu", "bf16", "load_best_model_at_end"),
+        *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm"),
+        *("metric_for_best_model", "greater_is_better", "remove_unused_columns", "resume_from_checkpoint"),
+        *(
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "activation_checkpointing",
+        ),  # gradient_checkpointing says it too
+    )
 )
 #: What changes nothing that is trained here: beginnings of names.
 _WITHOUT_MEANING = (
@@ -35,7 +43,6 @@ _WITHOUT_MEANING = (
 #: Why what people set often is refused, and what to do.
 _WHY = {
     "gradient_checkpointing": "there is no backward pass to keep activations for; leave it out",
-    "activation_checkpointing": "there is no backward pass to keep activations for; leave it out",
     "fp16": "there is no loss scaling; allowed: bf16, or HiZOOTrainer(..., compute_dtype='fp16')",
     "deepspeed": "a model runs block by block in one process; allowed: device_budget, residency",
     "fsdp": "a model runs block by block in one process; allowed: device_budget, residency",

@@ -1,8 +1,8 @@
 """A trainer in the shape of TRL's SFTTrainer; TRL itself is not needed.
 
 Rows are the forms that `tasks/forms.py` recognises: messages, prompt and completion, text. Prompts have no
-loss and conversations have it on the assistant's turns; a completion ends in the end-of-sequence token, a text
-is taken as it is, and one that is longer than `max_length` is divided.
+loss and conversations have it on the assistant's turns; a completion ends in the end-of-sequence token. A
+text is taken as it is, and one that is longer than `max_length` is divided.
 """
 
 from __future__ import annotations
@@ -93,14 +93,23 @@ class HiZOOSFTTrainer(HiZOOTrainer):
         rows = self.train_dataset or self.eval_dataset or []
         has = {name for row in rows[:1] for name in row}
         wrong = {
-            "packing": (own["packing"], "False: every example is a row of its own, in batches of like length"),
+            "packing": (
+                own["packing"],
+                "False: every example is a row of its own, in batches of like length",
+            ),
             "max_length": (own["max_length"] is None, "a whole number"),
             "completion_only_loss": (
                 own["completion_only_loss"] is False and "completion" in has,
                 "None or True with prompt and completion; or one column of texts",
             ),
         }
-        refuse([f"{name}: got {own[name]!r}, allowed: {allowed}" for name, (bad, allowed) in wrong.items() if bad])
+        refuse(
+            [
+                f"{name}: got {own[name]!r}, allowed: {allowed}"
+                for name, (bad, allowed) in wrong.items()
+                if bad
+            ]
+        )
         if not rows or own["assistant_only_loss"] or self.task is not None or "input_ids" in has:
             return
         if forms.recognise(Records({"train": rows})).keys["kind"] == "chat":

@@ -44,6 +44,9 @@ class Told:
         if state.global_step and self._file.is_file():
             earlier = TrainerState.load_from_json(str(self._file)).log_history
             self.state.log_history = [entry for entry in earlier if entry["step"] <= state.global_step]
+            last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
+            steps = (entry for entry in state.log_history if "loss" in entry and entry["step"] > last)
+            self._losses = [entry["loss"] for entry in steps]
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.compute_steps(self.args, args.max_steps)
         self._tell("on_train_begin", state)
@@ -58,7 +61,7 @@ class Told:
     def on_step_end(self, args: Any, state: Any, control: Any, *, record: StepRecord, **more: Any) -> Any:
         """The loss that is logged is the mean of the steps since."""
         if record.losses and not record.skipped:
-            self._losses.append(float(np.mean(record.losses)))
+            self._losses.append(sum(record.losses) / len(record.losses))
         self._tell("on_step_end", state)
         self._log_step(state, record.lr)
         if self._ended_one(args, state):

@@ -121,7 +121,9 @@ class HiZOOTrainer:
         self._check_metrics()
         shown = [] if self.args.disable_tqdm else [Lines()]
         told = [self._told, *shown]
-        self.run = engine.fit(self._source, task=self._task, data=data, callbacks=told, **self._settings(data))
+        self.run = engine.fit(
+            self._source, task=self._task, data=data, callbacks=told, **self._settings(data)
+        )
         steps = [line for line in self.run.history if line["kind"] == "step" and not line["skipped"]]
         losses = [np.mean(line["losses"]) for line in steps if line["losses"]]
         loss = float(np.mean(losses)) if losses else float("nan")
@@ -138,7 +140,7 @@ class HiZOOTrainer:
         return metrics
 
     def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
-        """A classifier's outputs for each row, else the answers that are chosen or written, and the scores."""
+        """A classifier's outputs for each row, else answers, and the scores."""
         found = self._evaluated("test_dataset", self._rows("test_dataset", test_dataset))
         metrics = self._scores(found, metric_key_prefix)
         self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -164,14 +166,18 @@ class HiZOOTrainer:
         rows = [given[index] for index in range(len(given))]
         if not rows or not all(isinstance(row, Mapping) for row in rows):
             raise UserError(f"{name}: got {rows[:1]!r:.80}, allowed: rows, one at least, that are mappings")
-        found = rows if self.data_collator is None else [self._collated(name, *each) for each in enumerate(rows)]
+        found = (
+            rows if self.data_collator is None else [self._collated(name, *each) for each in enumerate(rows)]
+        )
         return [_tokens(row) if "input_ids" in row else dict(row) for row in found]
 
     def _collated(self, name: str, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the collator has it, in a batch of its own."""
         assert self.data_collator is not None
         if getattr(self.data_collator, "mlm", False):
-            raise UserError("data_collator: got mlm=True, but tokens are trained causally; allowed: mlm=False")
+            raise UserError(
+                "data_collator: got mlm=True, but tokens are trained causally; allowed: mlm=False"
+            )
         if self.args.remove_unused_columns and "input_ids" in row:
             row = {column: row[column] for column in (*COLUMNS, *_LABELS) if column in row}
         try:
@@ -182,7 +188,7 @@ class HiZOOTrainer:
 
     @cached_property
     def _source(self) -> Model | str:
-        """What is trained; a model of transformers is saved beside the run, and is there when it is resumed."""
+        """What is trained; a model of transformers is saved beside the run, for when it is resumed."""
         if isinstance(self.model, Model | str):
             return self.model
         if isinstance(self.model, Path):

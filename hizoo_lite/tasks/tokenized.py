@@ -61,7 +61,9 @@ class _Tokens:
         labels = ids if given["labels"] is None else _numbers(row, "labels", given["labels"])
         fields["labels"] = _kept(row, "labels", labels, kept)
         if all(label == IGNORED for label in fields["labels"][1:]):
-            raise UserError(f"{row.where}: field 'labels': no token has a loss, all behind the first are -100")
+            raise UserError(
+                f"{row.where}: field 'labels': no token has a loss, all behind the first are -100"
+            )
         yield Example(fields, ("",), 0)
 
 
@@ -81,7 +83,7 @@ def _class(row: Row, count: int) -> int:
     found = row.value("labels")
     if type(found) is not int or not 0 <= found < count:
         raise UserError(
-            f"{row.where}: field 'labels': expected a whole number from 0 to {count - 1}, the model's classes, "
-            f"got {found!r:.80}"
+            f"{row.where}: field 'labels': expected a whole number from 0 to {count - 1}, the model's "
+            f"classes, got {found!r:.80}"
         )
     return found

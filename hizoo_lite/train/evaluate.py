@@ -160,22 +160,24 @@ def _of_one(
             picked = map(encoder.class_of, found) if batch.loss == "class" else found
             found_at |= zip(part, picked, strict=True)
             if batch.loss == "class":
-                outputs |= zip(part, zip(losses.scores[0].tolist(), batch.gold.tolist(), strict=True), strict=True)
+                outputs |= zip(
+                    part, zip(losses.scores[0].tolist(), batch.gold.tolist(), strict=True), strict=True
+                )
         elif encoder.task.writes and model.write is not None:
             written = complete(model.write, encoder, [own[index] for index in part])
             found_at |= zip(part, written, strict=True)
         advanced(len(part))
-    ordered = [[found[index] for index in sorted(found)] for found in (found_at, outputs)]
-    shares = ranks.gather((total, ordered[0], loss_of.tolist(), ordered[1]))
+    predicted = [found_at[index] for index in sorted(found_at)]
+    logits, gold = ([outputs[index][side] for index in sorted(outputs)] for side in (0, 1))
+    shares: list[Any] = ranks.gather((total, predicted, loss_of.tolist(), logits, gold))
     total = sum(share[0] for share in shares)
     predictions = [prediction for share in shares for prediction in share[1]]
     each = [loss for share in shares for loss in share[2]]
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
     seconds = time.perf_counter() - began
-    logits = [scores for share in shares for scores, _ in share[3]]
-    gold = [right for share in shares for _, right in share[3]]
-    return Evaluation(loss, metrics, predictions, len(examples), seconds, each, logits, gold)
+    both = [[value for share in shares for value in share[side]] for side in (3, 4)]
+    return Evaluation(loss, metrics, predictions, len(examples), seconds, each, *both)
 
 
 def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: str) -> dict[str, Any]:
