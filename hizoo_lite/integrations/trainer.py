@@ -36,7 +36,7 @@ from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Records, TaskLike, forms
 from hizoo_lite.tasks.tokenized import COLUMNS
 from hizoo_lite.train.evaluate import Evaluation
-from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.progress import Lines
 
 Rows = list[dict[str, Any]]
@@ -195,10 +195,10 @@ class HiZOOTrainer:
             return str(self.model)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("model: got one in memory, allowed in several processes: its folder")
-        place = Path(f"{self.options['out']}-model")
-        if self.options.get("resume") and place.is_dir():
-            return str(place)
-        return saved_model(self.model, self.processing_class, place)
+        out = self.options["out"]
+        if self.options.get("resume"):
+            return RunFolder(out).config().model
+        return saved_model(self.model, self.processing_class, next_free(f"{out}-model"))
 
     @cached_property
     def _kind(self) -> str:
