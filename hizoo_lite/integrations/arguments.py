@@ -82,7 +82,7 @@ def of(args: TrainingArguments, read: frozenset[str] = frozenset()) -> dict[str,
 
 def given(args: TrainingArguments) -> set[str]:
     """The names of arguments that are not the defaults of their class."""
-    usual = type(args)(output_dir=args.output_dir)
+    usual = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
     return {f.name for f in fields(args) if getattr(args, f.name) != getattr(usual, f.name)}
 
 
