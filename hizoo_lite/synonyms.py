@@ -47,6 +47,11 @@ THEIRS = {
 _OURS = {theirs: ours for ours, names in THEIRS.items() for theirs in names.split()}
 
 
+def ours(name: str) -> str | None:
+    """Our name of a setting that is called `name` elsewhere; None if it is called so nowhere."""
+    return _OURS.get(name)
+
+
 def meant(name: str, known: Iterable[str]) -> str | None:
     """The one of `known` names that somebody who writes `name` has in mind; None if that cannot be told.
 

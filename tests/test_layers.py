@@ -33,6 +33,7 @@ LAYERS = (
     "edge",
     "export",
     "run",
+    "integrations",
     "cli __init__",
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names.split()}

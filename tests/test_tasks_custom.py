@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hizoo_lite import tasks
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.templates import render
 from tests.tasks_fixtures import byte_level, word_piece
 
@@ -176,3 +178,29 @@ def test_every_problem_of_a_task_file_is_reported_at_once(tmp_path):
 def test_missing_task_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"task: cannot read .*none\.toml \(No such file or directory\)"):
         tasks.get(tmp_path / "none.toml")
+
+
+TOKENS = {"name": "tokens", "kind": "tokens", "answers": {"no": "no", "yes": "yes"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"input_ids": "it", "labels": 0}, "'input_ids': expected a list of whole numbers, got 'it'"),
+        ({"input_ids": [1, 2], "labels": 2}, "'labels': expected a whole number from 0 to 1"),
+        ({"input_ids": [1, 2], "labels": 0.5}, "'labels': expected a whole number from 0 to 1"),
+        ({"input_ids": [1, 2], "attention_mask": [1], "labels": 1}, "got 2 numbers for 1 tokens"),
+    ],
+)
+def test_a_bad_row_of_tokens_is_named(row: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=f"row 0: .*{match}"):
+        list(tasks.get(TOKENS).build(Row("row 0", row)))
+
+
+def test_padding_is_left_out_and_labels_say_which_kind_of_model() -> None:
+    row = Row("row 0", {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": 1})
+    [example] = tasks.get(TOKENS).build(row)
+    assert (example.fields["input_ids"], example.gold) == ([5, 6], 1)
+    for kind, keys in (("causal", TOKENS), ("classifier", {"name": "tokens", "kind": "tokens"})):
+        with pytest.raises(UserError, match=f"but the model is {kind}"):
+            tasks.Encoder(byte_level(), kind, tasks.get(keys), 8)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.errors import UserError
+
+#: Flags of our own tasks and other kinds of models.
+_NOT_OF_THE_HARNESS = ("task", "data", "kind", "seed")
 
 
 def command(
@@ -46,6 +51,10 @@ def command(
         int | None, typer.Option(min=1, help="evaluate this many of the part at most")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of the splits")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="tasks of lm-evaluation-harness, with commas, in place of --task"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
 ) -> None:
@@ -61,6 +70,8 @@ def command(
     hizoo-lite eval --adapter runs/sst2 --json
 
     hizoo-lite eval --onnx exports/sst2 --adapter sst2 --task sst2 --data data/sst2
+
+    hizoo-lite eval --model models/smollm2 --lm-eval arc_easy,hellaswag --examples 100
     """
     flags = {
         "model": model,
@@ -77,9 +88,15 @@ def command(
         "seed": seed,
     }
     from hizoo_lite.cli import output, progress
+    from hizoo_lite.config import refuse
     from hizoo_lite.train.evaluate import check_result
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
+    if lm_eval is not None:
+        odd = {"onnx": onnx, "split": split} | {name: given.get(name) for name in _NOT_OF_THE_HARNESS}
+        refuse([f"--{n}: got {v!r}, not allowed with --lm-eval" for n, v in odd.items() if v is not None])
+        _harness(lm_eval.split(","), adapter, of_profile(profile, given) | given, examples, json)
+        return
     if onnx is not None:
         from hizoo_lite.edge.answer import eval_config, evaluate_export
 
@@ -88,7 +105,6 @@ def command(
         split = split or "test"
         result = evaluate_export(folder, adapter, config, split, examples, progress.display(quiet))
     else:
-        from hizoo_lite.config import refuse
         from hizoo_lite.train import components, preflight, provenance
 
         config = provenance.eval_config(adapter, of_profile(profile, given) | given)
@@ -108,3 +124,28 @@ def command(
         title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
         output.print_table(title, ["score", "value"], rows)
     check_result(result)
+
+
+def _harness(
+    tasks: list[str], adapter: str | None, given: dict[str, Any], limit: int | None, json: bool
+) -> None:
+    """The results of lm-evaluation-harness."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--lm-eval: lm-evaluation-harness is not installed; run: pip install 'hizoo-lite[lm-eval]'"
+        )
+    from hizoo_lite.cli import output
+    from hizoo_lite.integrations.lm_eval import HiZOOLM, evaluated
+
+    model = HiZOOLM(given.pop("model", None), adapter, given.pop("eval_batch_size", None), **given)
+    found = evaluated(model, [task.strip() for task in tasks], limit)
+    if json:
+        output.print_json(found)
+        return
+    rows = [
+        [task, name.replace(",none", ""), output.number(value)]
+        for task, scores in found.items()
+        for name, value in scores.items()
+        if isinstance(value, float)
+    ]
+    output.print_table(f"{model.model.source}, lm-evaluation-harness", ["task", "score", "value"], rows)

@@ -87,7 +87,7 @@ def load(
             (its checksum differs) or not supported, or if the environment would round the products of a GPU.
     """
     if not isinstance(source, str | Path):
-        source = _saved(source, tokenizer, folder)
+        source = saved_model(source, tokenizer, folder)
         kind = find_kind(source, None, None) if kind is None else kind
     elif tokenizer is not None or folder is not None:
         raise UserError(
@@ -189,13 +189,14 @@ def _refuse_too_large(checkpoint: Checkpoint, bits: Bits, budget_bytes: int) -> 
     return "resident"
 
 
-def _saved(
+def saved_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path | None
 ) -> str:
-    """The folder of a model that transformers has loaded, written here."""
-    if not hasattr(model, "save_pretrained"):
+    """The folder of a model that transformers has loaded, written here; arguments as for `load`."""
+    if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
         raise UserError(
-            f"load: got a {type(model).__name__}, allowed: a path, a hub id or a model of transformers"
+            f"load: got a {type(model).__name__}, allowed: a path, a hub id or a model of transformers (for "
+            "one of PEFT its base, and the adapter's folder as init_adapter)"
         )
     if folder is None:
         temporary = tempfile.TemporaryDirectory(prefix="hizoo-lite-")

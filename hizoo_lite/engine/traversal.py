@@ -140,8 +140,7 @@ class Traversal:
                         return (logits,)
                     loss = class_loss(logits, batch.gold, branches)
                     return logits.detach(), self._class_gradients(loss, batch, standing, exact, kept)
-                trunk = self.model.module.get_submodule(self.model.trunk_name)
-                output = trunk(**inputs, **self._no_cache())
+                output = self._trunk(inputs)
                 recorded_hidden = output[0].view(branches.count, *batch.input_ids.shape, -1)
             hidden = recorded_hidden.detach()
             output = with_hidden(output, hidden)  # what else it has need not live on
@@ -165,10 +164,30 @@ class Traversal:
             self._laid_out(batch, 1) as inputs,
             in_part(self.model, taken),
         ):
-            trunk = self.model.module.get_submodule(self.model.trunk_name)
-            trunk(**inputs, **self._no_cache())
+            self._trunk(inputs)
         assert taken.hidden is not None
         return taken.hidden
+
+    @torch.no_grad()
+    def scored(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Of every scored token its log-probability, float64, and whether none is likelier, bool."""
+        made = batch_tensors(batch)
+        log_p, likeliest = self.guard(lambda: until_suited(self.model, partial(self._scored, made)))
+        return log_p[0].cpu().numpy(), likeliest.cpu().numpy()
+
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        likeliest = torch.empty(len(batch.token_id), dtype=torch.bool, device=self.model.device)
+        with self._branches(EVALUATION, 0.0, {}):
+            with self._laid_out(batch, 1) as inputs:
+                output = self._trunk(inputs)
+            hidden = output[0].view(1, *batch.input_ids.shape, -1)
+            log_p, _ = self._scored_log_probabilities(output, hidden, batch, EVALUATION, likeliest)
+        return log_p, likeliest
+
+    def _trunk(self, inputs: Mapping[str, Tensor]) -> Any:
+        """What everything below the head gives."""
+        trunk = self.model.module.get_submodule(self.model.trunk_name)
+        return trunk(**inputs, **self._no_cache())
 
     def _known(self, batch: Batch) -> Known | None:
         """The part of the model that is run on a batch whose lower hidden states are known."""
@@ -212,12 +231,18 @@ class Traversal:
         return {"use_cache": False} if self.model.kind == "causal" else {}
 
     def _scored_log_probabilities(
-        self, output: Any, hidden: Tensor, batch: Batch, branches: Branches
+        self,
+        output: Any,
+        hidden: Tensor,
+        batch: Batch,
+        branches: Branches,
+        likeliest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of every scored token, (branches, scored) float64, on the model's device.
 
         And the divergence along each direction over the vocabulary at every site, (directions, sites)
-        float64, where the loss is of that; no direction otherwise.
+        float64, where the loss is of that; no direction otherwise. likeliest: gets, if it is given, whether
+        each scored token is the likeliest one at its site for the first branch, (scored,) bool.
         """
         device, model = hidden.device, self.model
         directions = branches.directions if batch.loss == "answer" else 0
@@ -236,6 +261,8 @@ class Traversal:
                     wide -= normalizer[:, some, None]
                     divergences[:, part][:, some] = _divergences(wide, branches)
             out[:, tokens] = logits[:, at, ids].double() - normalizer[:, at]
+            if likeliest is not None:
+                likeliest[_sent(order[tokens], device)] = logits[0].argmax(-1)[at] == ids
             if self.model.observer is not None:
                 self.model.observer.reached("head")
         unsorted = torch.empty_like(out)

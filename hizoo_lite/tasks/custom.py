@@ -1,8 +1,8 @@
 """A user's own task: a small TOML file over JSONL, CSV or TSV data.
 
     name = "demo-sentiment"
-    kind = "choice"                 # "choice", "completion", "lm" or "chat"
-    prompt = "{sentence} It was"    # the fields are the data's columns; not for "chat"
+    kind = "choice"                 # "choice", "completion", "lm", "chat" or "tokens"
+    prompt = "{sentence} It was"    # the fields are the data's columns; not for "chat" and "tokens"
     label_field = "label"           # choice: the column that holds the label
     metric = "accuracy"             # choice: accuracy, f1 (macro); completion: f1, exact_match
     cut = "sentence"                # the field shortened in long prompts; by default the prompt's only field
@@ -17,7 +17,8 @@ what is too long is left out. Every problem of the file is reported at once; unk
 
 A column whose name is no field's is named by a key: `text_field` is the column of `{text}`, `prompt_field`
 and `completion_field` those of `{prompt}` and `{completion}`, as they are with their outer white space. In
-"chat" such keys say which columns a conversation is in (`conversations.FIELDS`).
+"chat" such keys say which columns a conversation is in (`conversations.FIELDS`). "tokens" are rows that are
+tokenized already (`tokenized.py`); `answers` are then the names of a classifier's classes, in their order.
 """
 
 from __future__ import annotations
@@ -37,18 +38,21 @@ from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.metrics import Scorer
 from hizoo_lite.tasks.task import Task
 from hizoo_lite.tasks.templates import fields_of, render
+from hizoo_lite.tasks.tokenized import tokenized
 
 _METRICS: dict[str, dict[str, Scorer]] = {
     "choice": {"accuracy": metrics.accuracy, "f1": metrics.macro_f1},
     "completion": {"f1": metrics.squad_f1, "exact_match": metrics.squad_exact},
     "lm": {},
     "chat": {},
+    "tokens": {},
 }
 _REQUIRED = {
     "choice": ("prompt", "answers", "label_field"),
     "completion": ("prompt", "answer"),
     "lm": ("prompt",),
     "chat": (),
+    "tokens": (),
 }
 _ALLOWED = {
     "choice": (
@@ -63,6 +67,7 @@ _ALLOWED = {
     "completion": (*_REQUIRED["completion"], "metric", "cut", "prompt_field", "completion_field"),
     "lm": (*_REQUIRED["lm"], "cut", "text_field"),
     "chat": FIELDS,
+    "tokens": ("answers",),
 }
 #: The metric of a completion of which nothing is written, and its loss alone is looked at.
 LOSS = "loss"
@@ -152,7 +157,7 @@ def _template_problems(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _choice_problems(keys: Mapping[str, Any]) -> list[str]:
-    if keys["kind"] != "choice":
+    if "answers" not in keys:
         return []
     answers = keys["answers"]
     if not isinstance(answers, dict) or len(answers) < 2:
@@ -194,6 +199,8 @@ def _conversation_problems(keys: Mapping[str, Any]) -> list[str]:
 def _task(keys: Mapping[str, Any]) -> Task:
     """The task of checked keys. Data of its own: dev and test come from its own files if it has them."""
     kind = keys["kind"]
+    if kind == "tokens":
+        return tokenized(keys["name"], keys.get("answers", {}))
     if kind == "chat":
         turns = Conversations(keys)
         return replace(text.CHAT, name=keys["name"], build=turns, columns=turns.columns)

@@ -23,6 +23,7 @@ from hizoo_lite.tasks import chat, collate
 from hizoo_lite.tasks.collate import Encoded, Loss
 from hizoo_lite.tasks.task import WHERE, Task, where
 from hizoo_lite.tasks.templates import render
+from hizoo_lite.tasks.tokenized import IGNORED
 from hizoo_lite.tasks.tokens import (
     Fields,
     Tokenizer,
@@ -102,6 +103,9 @@ class Encoder:
             raise UserError(f"task {task.name}: it has no prompt for a masked model; use a causal model")
         if self.model_kind == "masked" and self.tokenizer.mask_token_id is None:
             raise UserError("tokenizer: a masked model needs one with a mask token")
+        if task.tokenized and (self.model_kind == "classifier") != (task.num_labels is not None):
+            wanted = "one token for each position" if task.num_labels is None else "numbers of classes"
+            raise UserError(f"task {task.name}: its labels are {wanted}, but the model is {self.model_kind}")
         if self.model_kind == "classifier" and (task.num_labels is None or task.text is None):
             raise UserError(f"task {task.name}: it has no fixed classes for a classifier; use a causal model")
 
@@ -134,6 +138,8 @@ class Encoder:
         return encoded
 
     def _encode(self, example: Example, training: bool) -> Encoded:
+        if self.task.tokenized:
+            return self._tokenized(example)
         if self.model_kind == "classifier":
             return self._classifier(example)
         if self.model_kind == "masked":
@@ -162,7 +168,7 @@ class Encoder:
 
     def teaches(self, example: Example) -> bool:
         """Whether there is a token to predict: a text of one token alone has none."""
-        if self.model_kind != "causal" or self.task.kind != "lm" or self.task.chat:
+        if self.model_kind != "causal" or self.task.kind != "lm" or self.task.chat or self.task.tokenized:
             return True
         text = render(self.task.causal, example.fields)
         return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
@@ -269,12 +275,33 @@ class Encoder:
         tools = example.fields.get("tools", ())
         return chat.chat_text(self.tokenizer, messages, prompt, where(example), tools)
 
-    def _scored(self, example: Example, ids: list[int], positions: Sequence[int]) -> Encoded:
-        """One row, one slot, with a loss on the tokens at these positions."""
+    def _tokenized(self, example: Example) -> Encoded:
+        ids = example.fields["input_ids"]
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"max_length: {where(example)} has {len(ids)} tokens, allowed are {self.max_length}; raise "
+                "max_length or leave the example out"
+            )
+        if self.model_kind == "classifier":
+            types = example.fields.get("token_type_ids")
+            return Encoded([ids], None if types is None else [types], [], [], 0, example.gold, "class")
+        labels = example.fields["labels"]
+        taught = [position for position in range(1, len(ids)) if labels[position] != IGNORED]
+        return self._scored(example, ids, taught, labels)
+
+    def _scored(
+        self,
+        example: Example,
+        ids: list[int],
+        positions: Sequence[int],
+        labels: Sequence[int] | None = None,
+    ) -> Encoded:
+        """One row, one slot, with a loss on the tokens at these positions, or on other labels there."""
         if not positions:
             raise UserError(f"{where(example)}: the text has no token to learn from")
         sites = [(0, position - 1) for position in positions]
-        tokens = [(site, ids[position], 0) for site, position in enumerate(positions)]
+        wanted = ids if labels is None else labels
+        tokens = [(site, wanted[position], 0) for site, position in enumerate(positions)]
         return Encoded([ids[:-1]], None, sites, tokens, 1, 0, "answer")
 
     def _conversation(self, example: Example, limit: int, answer: bool) -> tuple[chat.Message, ...]:

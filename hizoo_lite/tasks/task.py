@@ -76,6 +76,7 @@ class Task:
         cut_side: which end of that field goes.
         stop: a completion ends before this text; None: at the end-of-sequence token.
         max_new_tokens: how many tokens a completion may have.
+        tokenized: the fields hold tokens and their labels, see `tokenized.py`.
         chat: the fields hold `messages`, put into text by the tokenizer's chat template.
         headerless: the columns of a table without a header line.
         text_reader: how to read `.txt` and `.label` files, if they are not tables.
@@ -97,6 +98,7 @@ class Task:
     cut_side: Literal["start", "end"] = "end"
     stop: str | None = None
     max_new_tokens: int = 0
+    tokenized: bool = False
     chat: bool = False
     headerless: tuple[str, ...] = ()
     text_reader: Callable[[Path], Iterator[Row]] | None = None

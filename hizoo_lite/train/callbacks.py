@@ -2,7 +2,8 @@
 
 Names, arguments and attributes are those of transformers' `TrainerCallback`, so that its callbacks do as
 well: `on_step_end(args, state, control, **kwargs)` and so on, any of `EVENTS`. With `logs` or `metrics` come
-`line`, that of metrics.jsonl, and with `on_step_end` `record`, all that the step was. The progress display
+`line`, that of metrics.jsonl, with `on_evaluate` and `on_predict` `found`, the whole `Evaluation`, and with
+`on_step_end` `record`, all that the step was. The progress display
 and the trackers are callbacks too.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from hizoo_lite.config import TrainConfig, default
 from hizoo_lite.errors import UserError
 from hizoo_lite.train.checkpoint import path_of
+from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.folder import RunFolder
 
 #: What a callback may have a method for. Of our own: `on_message(text=)`, a line worth reading, and
@@ -239,12 +241,13 @@ class Callbacks:
         """So many more examples of it are done."""
         self.call("on_prediction_step", examples=examples)
 
-    def evaluated(self, line: Mapping[str, Any]) -> None:
+    def evaluated(self, line: Mapping[str, Any], found: Evaluation) -> None:
         """An evaluation is done."""
         self._log(line)
         is_dev = line["when"] == "dev"
         self.control.should_evaluate = self.control.should_evaluate and not is_dev
-        self.call("on_evaluate" if is_dev else "on_predict", metrics=self._logs(line), line=line)
+        event = "on_evaluate" if is_dev else "on_predict"
+        self.call(event, metrics=self._logs(line), line=line, found=found)
         self._note_best(line)
 
     def saved(self) -> None:

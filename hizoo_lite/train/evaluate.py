@@ -60,6 +60,8 @@ class Evaluation(NamedTuple):
     examples: int
     seconds: float
     losses: list[float] = []  # noqa: RUF012 - of each example; a tuple's default is never changed
+    logits: list[list[float]] = []  # noqa: RUF012 - of a classifier's outputs, for each example; else empty
+    gold: list[int] = []  # noqa: RUF012 - the output that is right; likewise
 
     def __repr__(self) -> str:
         """Without the predictions."""
@@ -146,6 +148,7 @@ def _of_one(
     order = sorted(range(len(own)), key=lambda index: -max(map(len, encoded[index].rows)))
     found_at: dict[int, Prediction] = {}
     loss_of = np.zeros(len(own))
+    outputs: dict[int, tuple[list[float], int]] = {}
     for part in _parts(order, batch_size):
         check()
         batch = encoder.collate([encoded[index] for index in part])
@@ -156,17 +159,25 @@ def _of_one(
             found = chosen(losses, batch)
             picked = map(encoder.class_of, found) if batch.loss == "class" else found
             found_at |= zip(part, picked, strict=True)
+            if batch.loss == "class":
+                outputs |= zip(
+                    part, zip(losses.scores[0].tolist(), batch.gold.tolist(), strict=True), strict=True
+                )
         elif encoder.task.writes and model.write is not None:
             written = complete(model.write, encoder, [own[index] for index in part])
             found_at |= zip(part, written, strict=True)
         advanced(len(part))
-    shares = ranks.gather((total, [found_at[index] for index in sorted(found_at)], loss_of.tolist()))
+    predicted = [found_at[index] for index in sorted(found_at)]
+    logits, gold = ([outputs[index][side] for index in sorted(outputs)] for side in (0, 1))
+    shares: list[Any] = ranks.gather((total, predicted, loss_of.tolist(), logits, gold))
     total = sum(share[0] for share in shares)
     predictions = [prediction for share in shares for prediction in share[1]]
     each = [loss for share in shares for loss in share[2]]
     metrics = encoder.task.scores(examples, predictions) if predictions else []
     loss = total / len(examples)
-    return Evaluation(loss, metrics, predictions, len(examples), time.perf_counter() - began, each)
+    seconds = time.perf_counter() - began
+    both = [[value for share in shares for value in share[side]] for side in (3, 4)]
+    return Evaluation(loss, metrics, predictions, len(examples), seconds, each, *both)
 
 
 def report(found: Evaluation, config: TrainConfig, adapter: str | None, split: str) -> dict[str, Any]:

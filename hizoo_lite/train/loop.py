@@ -431,7 +431,7 @@ class Loop:
         self.folder.append_metrics(line)
         if when in ("before", "after") and not self.setup.stepper.estimator.secret:
             self.folder.write_predictions(when, step, _lines(setup.encoder.task, examples, result))
-        self.callbacks.evaluated(line)
+        self.callbacks.evaluated(line, result)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
         self.callbacks.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
         return result

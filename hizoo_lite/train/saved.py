@@ -60,7 +60,15 @@ def attach_adapter(
     return space
 
 
-def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any], length: int) -> Model:
+def load_to_write(
+    source: str | None,
+    adapter: str | None,
+    flags: dict[str, Any],
+    length: int,
+    rows: int = 1,
+    *,
+    scores: bool = False,
+) -> Model:
     """A causal model that will write, with its adapter.
 
     Args:
@@ -68,6 +76,8 @@ def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any]
         adapter: a run folder, or a folder that PEFT made; None for none.
         flags: arguments of `load`, in place of the run's.
         length: characters or tokens of the text with what is written; a streamed model has room for it.
+        rows: texts that go through it together.
+        scores: whether the logits of every token are read.
     """
     run = saved_config(adapter)
     if run is not None:
@@ -80,8 +90,9 @@ def load_to_write(source: str | None, adapter: str | None, flags: dict[str, Any]
     loaded = load(kinds.model_path(source), kind="causal", **flags)
     if isinstance(loaded.residency, Streamed):
         tokens = min(length, loaded.positions or length)
-        cache = cache_bytes(loaded.config, 1, tokens)
-        loaded.residency.reserved_bytes = pass_bytes(loaded, 1, tokens, EVALUATION) + cache
+        cache = cache_bytes(loaded.config, rows, tokens)
+        sites = rows * tokens if scores else rows
+        loaded.residency.reserved_bytes = pass_bytes(loaded, rows, tokens, EVALUATION, sites) + cache
         loaded.residency.scratch = None if adapter is None else find_adapter(adapter)
     if adapter is not None:
         attach_adapter(loaded, adapter)
