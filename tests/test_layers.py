@@ -16,7 +16,7 @@ PACKAGE = Path(hizoo_lite.__file__).parent
 #: From the ground up. What is in one line does not know of each other; a folder's files may.
 LAYERS = (
     "errors",
-    "units arrays synonyms",
+    "units arrays synonyms extras",
     "process files locks branches batch",
     "base",
     "registry",

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -59,18 +59,31 @@ _FIGURES = {
 }
 
 
-def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Path:
-    """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
+class Adapter(NamedTuple):
+    """A LoRA adapter and the model that it was made for, seen to fit."""
+
+    folder: Path
+    config: dict[str, Any]  # adapter_config.json, with where the base is
+    changes: LoRAChanges
+    settings: TrainConfig | None  # of its run
+    base: Path
+    kind: ModelKind
+    labels: int | None
+    module: nn.Module  # empty
+
+
+def open_adapter(run: Path | str, model: str | None, to: str, instead: str) -> Adapter:
+    """The adapter of a run's folder, or an adapter's own.
 
     model: folder or Hub id of the base, instead of the one the run names; a local folder is written down with
-    its full path. Raises `UserError` for runs that trained weights, which PEFT has no form for, where the
-    base cannot be found, and where `out` is not a new or empty folder.
+    its full path. to, instead: of `--to`, for the message. Raises `UserError` for runs that trained weights,
+    and where the base cannot be found or is another model.
     """
-    folder, out = find_adapter(run), Path(out)
+    folder = find_adapter(run)
     if (folder / SPACE_FILE).is_file():
         raise UserError(
-            f"--to: got peft, but {folder} holds changed weights, not an adapter; PEFT has no form for them; "
-            "allowed: merged"
+            f"--to: got {to}, but {folder} holds changed weights, not an adapter; {to.upper()} has no "
+            f"form for them; allowed: {instead}"
         )
     config = read_peft_config(folder)
     changes = LoRAChanges(folder)  # where a tensor is missing, it says so
@@ -88,15 +101,29 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     labels = _labels(kind, changes)
     module = build.build(build.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base, kind)
+    return Adapter(folder, config, changes, settings, base, kind, labels, module)
+
+
+def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Path:
+    """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
+
+    model: as of `open_adapter`, which raises `UserError`. So it does for runs that trained weights, which
+    PEFT has no form for, and where `out` is not a new or empty folder.
+    """
+    adapter, out = open_adapter(run, model, "peft", "merged"), Path(out)
     check_empty(find_place(out))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
+    for file in (adapter.folder / PEFT_WEIGHTS, *tokenizer_files(adapter.base)):
         _copy(file, out / file.name)
-    write_template(settings, out)
-    how = [*_arguments(config, labels), *_quantization(base, settings, module)]
+    write_template(adapter.settings, out)
+    config, kind = adapter.config, adapter.kind
+    how = [
+        *_arguments(config, adapter.labels),
+        *_quantization(adapter.base, adapter.settings, adapter.module),
+    ]
     card = _card(config, kind, RunFolder(run).read_summary(), how)
-    write_text(out / "README.md", card + (_TIED if _has_tied_head(module, changes) else ""))
+    write_text(out / "README.md", card + (_TIED if has_tied_head(adapter) else ""))
     write_json(out / PEFT_FILE, config)
     return out
 
@@ -107,13 +134,13 @@ _PIPELINES: dict[ModelKind, str] = {
     "masked": "fill-mask",
     "classifier": "text-classification",
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def _has_tied_head(module: nn.Module, changes: LoRAChanges) -> bool:
-    """Whether the adapter is of an output matrix that is the embeddings as well."""
-    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    return any(f"{name}.weight" in tied for name in changes.linears)
+def has_tied_head(adapter: Adapter) -> bool:
+    """Whether an adapter is of an output matrix that is the embeddings as well."""
+    tied: Mapping[str, str] = getattr(adapter.module, "all_tied_weights_keys", None) or {}
+    return any(f"{name}.weight" in tied for name in adapter.changes.linears)
 
 
 def _copy(file: Path, target: Path) -> None:
@@ -127,7 +154,7 @@ def _card(
 ) -> str:
     """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
     name = config["base_model_name_or_path"]
-    about = [f"base_model: {json.dumps(name)}"] if _HUB_ID.fullmatch(name) else []  # it takes no folder
+    about = [f"base_model: {json.dumps(name)}"] if HUB_ID.fullmatch(name) else []  # it takes no folder
     about += ["library_name: peft", f"pipeline_tag: {_PIPELINES[kind]}", "tags: [lora, hizoo]"]
     parts = [
         "\n".join(["---", *about, "---", ""]),
