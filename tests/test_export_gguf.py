@@ -95,14 +95,55 @@ def test_transformers_gives_our_logits_from_the_merged_file(name: str, bits: Any
     torch.testing.assert_close(logits(module.eval())[:, places], ours(tmp_path, bits)[:, places], **FLOAT32)
 
 
+@pytest.mark.filterwarnings("ignore")  # of llama_cpp's own files, which Python closes late
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_llama_cpp_gives_our_logits(is_merged: bool, name: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python runs GGUF files")
+    adapter = tuned(tmp_path, name, "none")
+    options: dict[str, Any] = {"merge": True, "dtype": "float32", "base_bits": "none"}
+    if is_merged:
+        export_gguf(adapter, tmp_path / "out", **options)
+    else:
+        export_gguf(adapter, tmp_path / "lora")
+        export_gguf(without_change(adapter, tmp_path / "zero"), tmp_path / "out", **options)
+    running = llama_cpp.Llama(
+        str(tmp_path / "out" / MODEL),
+        lora_path=None if is_merged else str(tmp_path / "lora" / ADAPTER),
+        n_ctx=32,
+        n_threads=1,
+        logits_all=True,
+        type_k=0,  # float32
+        type_v=0,
+        verbose=False,
+    )
+    model = load(tmp_path / "model", kind="causal", compute_dtype="float32", device="cpu", bits="none")
+    saved.attach_adapter(model, adapter)
+    row = running.tokenize(b"The film was GREAT", add_bos=True)
+    assert row == build.read_tokenizer(tmp_path / "model")("The film was GREAT").input_ids
+    row = row[:8]  # tiny windows
+    running.eval(row)
+    with torch.no_grad():
+        wanted = model.module(input_ids=torch.tensor([row])).logits[0].numpy()
+    # its GELU is a table in 16 bits
+    share = 2e-3 if name in ("gemma2", "gpt2") else 2e-5
+    np.testing.assert_allclose(running.scores[: len(row)], wanted, atol=share * np.abs(wanted).max())
+
+
+def without_change(adapter: Path, folder: Path) -> Path:
+    """The same adapter with nothing to add."""
+    shutil.copytree(adapter, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0.0}))
+    return folder
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_adapter_s_product_is_what_the_merged_file_has_more(name: str, tmp_path: Path) -> None:
     adapter = tuned(tmp_path, name, "none")
     export_gguf(adapter, tmp_path / "lora")
     export_gguf(adapter, tmp_path / "merged", merge=True, dtype="float32", base_bits="none")
-    zero = shutil.copytree(adapter, tmp_path / "zero")
-    settings = json.loads((zero / "adapter_config.json").read_text())
-    (zero / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0.0}))
+    zero = without_change(adapter, tmp_path / "zero")
     export_gguf(zero, tmp_path / "base", merge=True, dtype="float32", base_bits="none")
     lora, after, before = (
         tensors(tmp_path / path) for path in (f"lora/{ADAPTER}", f"merged/{MODEL}", f"base/{MODEL}")
