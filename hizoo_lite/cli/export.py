@@ -55,6 +55,7 @@ def _onnx(
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
     model: str | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
@@ -71,6 +72,7 @@ def _onnx(
         dtype=dtype,
         base_bits=base_bits,
         model=model,
+        overwrite=overwrite,
         progress=shown,
     )
     record, check = export.record, export.record["check"]
@@ -243,6 +245,10 @@ def command(
         bool | None,
         typer.Option("--base-double-quant/--no-base-double-quant", help="merged: of --base-bits"),
     ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite", help="onnx: replace the adapter of that --name, if DIR has one"),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="peft, merged: upload it to the Hub, for oneself")
     ] = None,
@@ -293,6 +299,7 @@ def command(
         "double_quant": double_quant,
         "base_bits": base_bits,
         "base_double_quant": base_double_quant,
+        "overwrite": overwrite,
     }
     given = {option: value for option, value in options.items() if value is not None}
     _check(to, given)
