@@ -219,8 +219,8 @@ def test_python_exports_what_the_command_does(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "options", "messages"),
     [
-        ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, onnx-train, merged"]),
-        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged"]),
+        ("ggml", [], ["--to: got 'ggml', allowed: peft, onnx, onnx-train, merged, gguf"]),
+        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged or gguf"]),
         ("onnx", ["--fresh"], ["--fresh: got True, allowed only with --to onnx-train"]),
         ("onnx", ["--base-bits", "int8"], ["--base-bits: got 'int8', but ", " was tuned with bits 'nf4'"]),
         ("onnx", ["--model", "/nowhere/at/all"], ["the folder /nowhere/at/all does not exist"]),

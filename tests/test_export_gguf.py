@@ -12,15 +12,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.gguf import architectures, vocabulary
 from hizoo_lite.export.gguf.export import ADAPTER, MODEL, MODELFILE, export_gguf
 from hizoo_lite.model import build
 from hizoo_lite.model.kinds import model_path
+from hizoo_lite.run import fit
 from hizoo_lite.train import saved
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.export_fixtures import write_adapter
+from tests.run_fixtures import short_run
 from tests.tables import covering
 from tests.test_cli import call
 from tests.test_export_merged import FLOAT32, logits
@@ -388,6 +391,25 @@ def test_the_command_writes_both_forms_and_refuses_what_does_not_fit(tmp_path: P
     refused = call(*arguments, str(tmp_path / "lora"))
     assert "is not empty" in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_tuned_rows_of_a_tied_head_has_a_head_of_its_own_in_the_merged_file(
+    tmp_path: Path,
+) -> None:
+    run = fit(TrainConfig(**short_run(tmp_path, lr=0.1, bits="nf4")))
+    refused = call("export", str(run.folder), "--to", "gguf", "--out", str(tmp_path / "lora"))
+    assert refused.exit_code == 2
+    assert "the output matrix, which this model shares with its embeddings" in refused.stderr
+    assert refused.stderr.endswith("allowed: --merge\n")
+    arguments = ("--to", "gguf", "--merge", "--dtype", "float32", "--out", str(tmp_path / "model"))
+    done = call("export", str(run.folder), *arguments)
+    assert "prompt it as it was tuned: 'A short text of your own. It was'" in done.stderr
+    assert "output.weight" in tensors(tmp_path / "model" / MODEL)
+    assert "```text\n{text} It was\n```" in (tmp_path / "model" / "README.md").read_text()
+    model = load(EMBEDDED, bits="nf4", compute_dtype="float32", device="cpu")
+    saved.attach_adapter(model, run.folder)
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "model", gguf_file=MODEL, dtype=torch.float32)
+    torch.testing.assert_close(logits(module.eval()), logits(model.module), **FLOAT32)
 
 
 def test_without_the_library_one_line_says_what_to_install(

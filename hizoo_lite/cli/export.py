@@ -320,6 +320,22 @@ def command(
         output.print_json({"out": out, "to": to, **exported.figures})
     else:
         typer.echo(exported.line)
+        _say_how_to_prompt(run)
+
+
+def _say_how_to_prompt(run: str) -> None:
+    """A line with the prompt of the run's task, if it is known."""
+    from hizoo_lite.export import card
+    from hizoo_lite.model import kinds
+    from hizoo_lite.train import provenance
+
+    settings = provenance.saved_config(run)
+    if settings is None:
+        return
+    kind = provenance.saved_kind(run) or kinds.find_kind(settings.model, settings.revision, None)
+    line = card.prompt_line(run, kind)
+    if line:
+        typer.echo(line, err=True)
 
 
 def _check(to: str, given: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import card
+from hizoo_lite.export.card import CLASSES
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.blocks import find_blocks
@@ -75,6 +77,7 @@ def prepare(
     )
     template = None if settings is None else settings.chat_template
     beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
+    beside[card.FILE] = _card(run, merged, card.settings_source(settings, run, model), bits, dtype)
     return Quantization(merged, out, kind=merged.kind, bits=bits, double_quant=double_quant, beside=beside)
 
 
@@ -114,6 +117,27 @@ def open_merged(
         else base_double_quant,
     )
     return Merged(base, changes, dtype, is_packed=is_packed), settings
+
+
+def _card(run: Path | str, merged: Merged, base: str, bits: Bits, dtype: Dtype) -> str:
+    auto = CLASSES[merged.kind]
+    lines = [
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"model = {auto}.from_pretrained(MODEL)  # this folder",
+        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+    ]
+    return card.write(
+        run,
+        title=f"Tuned {Path(base).name}",
+        about=f"Weights in {dtype if bits == 'none' else bits}, tuned by hizoo-lite.",
+        base=base,
+        base_folder=merged.folder,
+        kind=merged.kind,
+        library="transformers",
+        tags="hizoo, merged",
+        how="```python\n" + "\n".join(lines) + "\n```\n",
+    )
 
 
 def _recorded_bits(folder: Path) -> Bits | None:

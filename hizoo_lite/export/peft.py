@@ -8,7 +8,6 @@ quantized, the tokenizer, and what came of the run. adapter_config.json is writt
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,41 +21,18 @@ from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, 
 from hizoo_lite.checkpoints.writer import named_errors, temporary_path, write_json, write_text
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import card
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files, write_template
 from hizoo_lite.model import build, kinds
 from hizoo_lite.spaces.changes import LoRAChanges
 from hizoo_lite.train import provenance, saved
-from hizoo_lite.train.folder import RunFolder
-
-_CLASSES: dict[ModelKind, str] = {
-    "causal": "AutoModelForCausalLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-}
 
 _TIED = """
 The adapter has rows of the output matrix, which this model shares with its embeddings. PEFT's
 `merge_and_unload` would change both; `hizoo-lite export --to merged` gives the head a matrix of its own.
 """
-
-#: Entries of summary.json that the card shows, by what they are called there.
-_FIGURES = {
-    "task": "task",
-    "loss before": "loss_before",
-    "loss after": "loss_after",
-    "test examples": "test_examples",
-    "steps": "steps",
-    "forward passes": "forward_passes",
-    "estimator": "estimator",
-    "curvature": "curvature",
-    "base stored as": "bits",
-    "trainable parameters": "trainable_parameters",
-    "peak memory of the run, bytes": "measured_peak_bytes",
-    "peak memory of inference, bytes": "inference_peak_bytes",
-    "seed": "seed",
-}
 
 
 class Adapter(NamedTuple):
@@ -122,19 +98,20 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
         *_arguments(config, adapter.labels),
         *_quantization(adapter.base, adapter.settings, adapter.module),
     ]
-    card = _card(config, kind, RunFolder(run).read_summary(), how)
-    write_text(out / "README.md", card + (_TIED if has_tied_head(adapter) else ""))
+    written = card.write(
+        run,
+        title=f"LoRA adapter for {Path(config['base_model_name_or_path']).name}",
+        about=f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite.",
+        base=config["base_model_name_or_path"],
+        base_folder=adapter.base,
+        kind=kind,
+        library="peft",
+        tags="lora, hizoo",
+        how=f"```python\n{_snippet(config, kind, how)}```\n",
+    )
+    write_text(out / card.FILE, written + (_TIED if has_tied_head(adapter) else ""))
     write_json(out / PEFT_FILE, config)
     return out
-
-
-#: What the Hub calls what a model does, and a model's name there.
-_PIPELINES: dict[ModelKind, str] = {
-    "causal": "text-generation",
-    "masked": "fill-mask",
-    "classifier": "text-classification",
-}
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def has_tied_head(adapter: Adapter) -> bool:
@@ -149,44 +126,9 @@ def _copy(file: Path, target: Path) -> None:
         temporary_path(target).replace(target)
 
 
-def _card(
-    config: Mapping[str, Any], kind: ModelKind, summary: Mapping[str, Any], arguments: list[str]
-) -> str:
-    """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
-    name = config["base_model_name_or_path"]
-    about = [f"base_model: {json.dumps(name)}"] if HUB_ID.fullmatch(name) else []  # it takes no folder
-    about += ["library_name: peft", f"pipeline_tag: {_PIPELINES[kind]}", "tags: [lora, hizoo]"]
-    parts = [
-        "\n".join(["---", *about, "---", ""]),
-        f"# LoRA adapter for {Path(name).name}\n",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite.\n",
-        _figures(summary),
-        "## Load it\n",
-        f"```python\n{_snippet(config, kind, arguments)}```\n",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _figures(summary: Mapping[str, Any]) -> str:
-    """A table of what is known; nothing if nothing is."""
-    shown = dict(_FIGURES)
-    metric = summary.get("metric")
-    if metric not in (None, "loss"):
-        shown |= {f"{metric} before": "metric_before", f"{metric} after": "metric_after"}
-    rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
-    if not rows:
-        return ""
-    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines, ""])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _snippet(config: Mapping[str, Any], kind: ModelKind, arguments: list[str]) -> str:
     """Python that loads base and adapter."""
-    auto = _CLASSES[kind]
+    auto = card.CLASSES[kind]
     given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
     quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
     lines = [

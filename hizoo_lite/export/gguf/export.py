@@ -21,17 +21,17 @@ from transformers import GenerationConfig
 from hizoo_lite.base import Bits
 from hizoo_lite.checkpoints.adapter import scaling
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import card
 from hizoo_lite.export.gguf import architectures, vocabulary
 from hizoo_lite.export.gguf.architectures import Names
 from hizoo_lite.export.merged import Dtype, open_merged
-from hizoo_lite.export.peft import HUB_ID, has_tied_head, open_adapter
+from hizoo_lite.export.peft import has_tied_head, open_adapter
 from hizoo_lite.export.place import check_new, find_place, workplace
 from hizoo_lite.extras import need
 from hizoo_lite.files import check_space, write_text
 from hizoo_lite.model import build
 from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.tasks import chat_templates
-from hizoo_lite.train import provenance
 from hizoo_lite.train.progress import Progress
 
 ADAPTER, MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
@@ -67,7 +67,7 @@ def export_gguf(
     model: str | None = None,
     progress: Progress | None = None,
 ) -> Written:
-    """Write `out` with a GGUF file and a Modelfile, from a run's folder or an adapter's.
+    """Write `out` with a GGUF file, a Modelfile and a model card, from a run's folder or an adapter's.
 
     merge: the whole model in place of the adapter, its matrices in `dtype` (bf16 by default). base_bits,
     model: as of `merged.prepare`. Raises `UserError` for architectures and tokenizers that llama.cpp does not
@@ -88,6 +88,7 @@ def export_gguf(
         folder.mkdir()
         _write(folder / work.file, work, progress)
         write_text(folder / MODELFILE, work.modelfile())
+        write_text(folder / card.FILE, _card(run, work))
         folder.replace(place)
     path = Path(out) / work.file
     return Written(path, work.writer.arch, len(work.entries), path.stat().st_size)
@@ -104,7 +105,7 @@ class _Work:
         if kind != "causal":
             raise UserError(f"--to: got gguf for a {kind} model; allowed: causal ones")
         gguf = need("gguf", "gguf", "--to gguf")
-        self.base, self.config = base, config
+        self.base, self.config, self.base_name = base, config, ""
         self.architecture = architectures.find(config)
         self.names = Names(config, self.architecture)
         arch = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[self.architecture.name]]
@@ -116,10 +117,11 @@ class _Work:
 
     def describe(self, run: Path | str, base: str) -> None:
         """Names of what this is and of what it was made of."""
+        self.base_name = base
         self.writer.add_name(Path(run).resolve().name)
         self.writer.add_base_model_count(1)
         self.writer.add_base_model_name(0, Path(base).name)
-        if HUB_ID.fullmatch(base):
+        if card.HUB_ID.fullmatch(base):
             self.writer.add_base_model_organization(0, base.partition("/")[0])
             self.writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
 
@@ -153,11 +155,11 @@ class _Adapter(_Work):
                 "its embeddings; llama.cpp has no adapter of that; allowed: --merge"
             )
         keys, config = need("gguf", "gguf", "--to gguf").Keys, adapter.config
-        self._changes, self._base_name = adapter.changes, str(config["base_model_name_or_path"])
+        self._changes = adapter.changes
         self.writer.add_type("adapter")
         self.writer.add_string(keys.Adapter.TYPE, "lora")
         self.writer.add_float32(keys.Adapter.LORA_ALPHA, scaling(config) * config["r"])
-        self.describe(run, self._base_name)
+        self.describe(run, str(config["base_model_name_or_path"]))
         self.entries = []
         for linear in sorted(self._changes.linears):
             name = self.names.of(f"{linear}.weight")
@@ -174,7 +176,7 @@ class _Adapter(_Work):
 
     def modelfile(self) -> str:
         """The base is another file, which the user has."""
-        name = Path(self._base_name).name
+        name = Path(self.base_name).name
         return (
             f"# base.gguf: {name}, which the adapter was tuned on, as GGUF; or its name in Ollama\n"
             f"FROM ./base.gguf\nADAPTER ./{ADAPTER}\n{self._stops()}"
@@ -204,7 +206,7 @@ class _Model(_Work):
         )
         gguf = need("gguf", "gguf", "--to gguf")
         self.writer.add_type("model")
-        self.describe(run, model or (settings.model if settings else provenance.base_model(run)))
+        self.describe(run, card.settings_source(settings, run, model))
         kind = _TYPES[dtype][0]
         file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
         self.writer.add_file_type(gguf.LlamaFileType[file_type])
@@ -251,6 +253,25 @@ class _Model(_Work):
 
     def modelfile(self) -> str:
         return f"FROM ./{MODEL}\n{self._stops()}"
+
+
+def _card(run: Path | str, work: _Work) -> str:
+    is_adapter, name = isinstance(work, _Adapter), Path(work.base_name).name
+    start = f"llama-cli -m base.gguf --lora {ADAPTER}" if is_adapter else f"llama-cli -m {MODEL}"
+    how = f"```sh\n{start}\nollama create NAME -f {MODELFILE}\n```\n"
+    if is_adapter:
+        how += f"\n`base.gguf` is {name} as GGUF, as near as can be to the form that it was tuned in.\n"
+    return card.write(
+        run,
+        title=f"{'LoRA adapter for' if is_adapter else 'Tuned'} {name}, for llama.cpp",
+        about="Tuned by hizoo-lite.",
+        base=work.base_name,
+        base_folder=work.base,
+        kind="causal",
+        library="gguf",
+        tags="gguf, hizoo, lora" if is_adapter else "gguf, hizoo",
+        how=how,
+    )
 
 
 def _cast(rows: Tensor, dtype: str, name: str) -> Tensor:
