@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.server
 import json
 import os
 import re
@@ -10,7 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +326,7 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         doctor, "_check_quantization", lambda: {"nf4": "wrong: off by 0.500", "int8": "works"}
     )
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     report = doctor.examine()
-    assert report["hub"] == "off (HF_HUB_OFFLINE)"
     assert any("nf4 quantization wrong" in text and "reinstall" in text for text in report["problems"])
 
 
@@ -332,12 +334,82 @@ def test_doctor_calls_nothing_a_problem_that_asks_for_nothing(monkeypatch: pytes
     monkeypatch.setattr("hizoo_lite.model.build.choose_compute", lambda wanted, device: torch.float32)
     monkeypatch.setattr("hizoo_lite.device.choose_device", lambda wanted: torch.device("cpu"))
     monkeypatch.setattr(doctor, "_LITTLE_DISK_BYTES", 2**60)
+    monkeypatch.setattr("hizoo_lite.checkpoints.hub.reach", lambda: "on")
     report = doctor.examine()
     assert report["notes"] == ["this CPU has no bf16 products: float32 is used, steps are slower"]
     assert any("make room, or work in a folder on another disk" in text for text in report["problems"])
     shown = call("doctor").stdout
     assert "note: this CPU has no bf16 products" in shown
     assert "problem: less than 5 GiB" in shown
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    """Answers HEAD with the server's status, after its delay; notes what was asked for."""
+
+    def do_HEAD(self) -> None:
+        server: Any = self.server
+        server.asked.append(self.path)
+        time.sleep(server.delay)
+        with suppress(OSError):
+            self.send_response(server.status)
+            self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that stands for the hub, whatever the machine's own settings are."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    server.asked, server.delay, server.status = [], 0.0, 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    close_session()
+    yield server
+    server.shutdown()
+    server.server_close()
+    close_session()
+
+
+def test_doctor_asks_the_hub_and_waits_no_longer_than_it_says(
+    hub_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from hizoo_lite.checkpoints import hub
+
+    assert hub.reach() == f"on ({constants.ENDPOINT} answers)"
+    hub_server.status = 503
+    assert hub.reach().endswith(" answers with status 503)")
+    monkeypatch.setattr(hub, "REACH_SECONDS", 0.2)
+    hub_server.delay = 1.0
+    began = time.perf_counter()
+    assert hub.reach().startswith(f"no answer of {constants.ENDPOINT}")
+    assert time.perf_counter() - began < 0.9
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    report = doctor.examine()
+    assert report["hub"].startswith("no answer of http://127.0.0.1:1")
+    assert any("the hub is not reached" in note for note in report["notes"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.reach() == "off (HF_HUB_OFFLINE)"
+
+
+def test_doctor_asks_the_hub_by_the_system_s_proxy(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from hizoo_lite.checkpoints import hub
+
+    monkeypatch.setenv("HTTP_PROXY", constants.ENDPOINT)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    assert hub.reach() == "on (http://hub.invalid answers)"
+    assert hub_server.asked == ["http://hub.invalid/"]
 
 
 def test_plan_explains_its_flags_as_train_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hizoo_lite.edge.folder import Export
 from hizoo_lite.engine.load import load
 from hizoo_lite.export import merged
 from hizoo_lite.export.onnx.compare import LIMIT
+from hizoo_lite.extras import need
 from hizoo_lite.model.kinds import model_path
 from hizoo_lite.run import Run, fit
 from hizoo_lite.train import provenance, saved
@@ -56,6 +58,30 @@ def test_the_help_has_an_example_of_every_target() -> None:
     shown = call("export", "--help").stdout
     for target in TARGETS:
         assert f"--to {target} " in shown
+
+
+@pytest.mark.parametrize("to", ["onnx", "onnx-train"])
+@pytest.mark.parametrize("module", ["onnx_ir", "onnxscript"])
+def test_without_the_exporter_one_line_says_what_to_install(
+    to: str, module: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("hizoo_lite.export.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    refused = call("export", str(run.folder), "--to", to, "--out", str(tmp_path / "out"))
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        f"error: export to ONNX: {module} is not installed; run: pip install 'hizoo-lite[onnx]'\n"
+    )
+
+
+def test_a_library_that_lacks_one_of_its_own_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'inner'", name="inner")
+
+    monkeypatch.setattr("importlib.import_module", lacking)
+    with pytest.raises(ModuleNotFoundError, match="inner"):
+        need("outer", "extra", "a flag")
 
 
 def test_a_run_becomes_an_adapter_for_peft(run: Run, tmp_path: Path) -> None:
@@ -193,8 +219,8 @@ def test_python_exports_what_the_command_does(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "options", "messages"),
     [
-        ("gguf", [], ["--to: got 'gguf', allowed: peft, onnx, onnx-train, merged"]),
-        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged"]),
+        ("ggml", [], ["--to: got 'ggml', allowed: peft, onnx, onnx-train, merged, gguf"]),
+        ("peft", ["--dtype", "bf16"], ["--dtype: got 'bf16', allowed only with --to onnx or merged or gguf"]),
         ("onnx", ["--fresh"], ["--fresh: got True, allowed only with --to onnx-train"]),
         ("onnx", ["--base-bits", "int8"], ["--base-bits: got 'int8', but ", " was tuned with bits 'nf4'"]),
         ("onnx", ["--model", "/nowhere/at/all"], ["the folder /nowhere/at/all does not exist"]),

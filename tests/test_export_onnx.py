@@ -399,6 +399,33 @@ def test_names_that_are_one_file_on_some_disks_are_refused(llama: Path, copy: Pa
         export_onnx(run, copy)
 
 
+def test_an_adapter_is_replaced_on_demand_once_it_has_passed(
+    llama: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"already; give another name, or --overwrite"):
+        export_onnx(llama / "second", copy, name="first")
+    with pytest.raises(UserError, match=r"already; give another name$"):
+        export_onnx(llama / "second", copy, name="FIRST", overwrite=True)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr("hizoo_lite.export.onnx.export._run_check", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(llama / "second", copy, name="first", overwrite=True)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    export = export_onnx(llama / "second", copy, name="first", overwrite=True)
+    assert export.adapters == ["first"]
+    assert export.record["adapters"]["first"]["rank"] == 3
+    assert len(list((copy / "adapters").iterdir())) == 1
+    runs = [entry for entry in export.record["check"]["runs"] if entry["adapter"] == "first"]
+    assert len(runs) * 2 == len(export.record["check"]["runs"])
+    Export.open(copy).verify()
+    assert export_onnx(llama / "first", copy, name="more", overwrite=True).adapters == ["first", "more"]
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_unknown_adapter_is_named(llama: Path) -> None:
     session = Session(Export.open(llama / "onnx"))
     with pytest.raises(UserError, match=r"--adapter: got 'third', allowed: .* \(first\), a file"):

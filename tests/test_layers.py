@@ -16,7 +16,7 @@ PACKAGE = Path(hizoo_lite.__file__).parent
 #: From the ground up. What is in one line does not know of each other; a folder's files may.
 LAYERS = (
     "errors",
-    "units arrays synonyms",
+    "units arrays synonyms extras",
     "process files locks branches batch",
     "base",
     "registry",
@@ -74,6 +74,7 @@ def in_the_way(graph: dict[str, set[str]]) -> set[str]:
 OTHERWISE = {
     ("edge/folder.py", "lora"): "an entry of export.json",
     ("edge/graph.py", "lora"): "an entry of train.json",
+    ("export/gguf/export.py", "lora"): "of a key of GGUF files",
     ("export/onnx/export.py", "lora"): "an entry of export.json",
     ("export/onnx_train/export.py", "lora"): "an entry of train.json",
     ("export/onnx/linear.py", "scales"): "an operand of a product",

@@ -6,9 +6,10 @@ never downloaded or read. Honours HF_HUB_OFFLINE and the rest of huggingface_hub
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from hizoo_lite.errors import UserError
 
@@ -25,6 +27,8 @@ from hizoo_lite.errors import UserError
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken"]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: How long the Hub may take to say that it is there.
+REACH_SECONDS = 3.0
 
 
 def resolve(source: str | Path, revision: str | None) -> Path:
@@ -40,6 +44,28 @@ def resolve(source: str | Path, revision: str | None) -> Path:
     small = _download(text, revision, SMALL_FILES)
     weights = "*.safetensors" if (small / INDEX_FILE).exists() else SINGLE_FILE
     return _download(text, revision, [*SMALL_FILES, weights])
+
+
+def reach() -> str:
+    """Whether the Hub answers, in words that begin with "on", "off" or "no answer".
+
+    A HEAD request of the library's own client, so with its settings and the system's proxies.
+    """
+    answer: list[str] = []
+    asking = threading.Thread(target=lambda: answer.append(_ask()), daemon=True)  # names may take long
+    asking.start()
+    asking.join(REACH_SECONDS)
+    return answer[0] if answer else f"no answer of {constants.ENDPOINT} within {REACH_SECONDS:g} s"
+
+
+def _ask() -> str:
+    try:
+        status = get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS).status_code
+    except OfflineModeIsEnabled:
+        return "off (HF_HUB_OFFLINE)"
+    except Exception as error:  # of the client, which is another library by the version
+        return f"no answer of {constants.ENDPOINT} ({type(error).__name__}: {error})"
+    return f"on ({constants.ENDPOINT} answers{'' if status < 400 else f' with status {status}'})"
 
 
 def check_source(source: str | Path) -> str:

@@ -73,6 +73,7 @@ def examine() -> dict[str, Any]:
     """The whole report; `problems` are sentences with what to do, `notes` ask for nothing."""
     import psutil
 
+    from hizoo_lite.checkpoints import hub
     from hizoo_lite.device import choose_device
     from hizoo_lite.model.build import choose_compute
     from hizoo_lite.train.summary import versions
@@ -91,7 +92,7 @@ def examine() -> dict[str, Any]:
         "device": str(device),
         "compute_dtype": str(choose_compute("auto", device)).removeprefix("torch."),
         "quantization": quantization,
-        "hub": "off (HF_HUB_OFFLINE)" if _offline() else "on",
+        "hub": hub.reach(),
     }
     report["problems"], report["notes"] = _problems(report), _notes(report)
     return report
@@ -161,10 +162,6 @@ def _check_quantization() -> dict[str, str]:
     return found
 
 
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
 def _problems(report: dict[str, Any]) -> list[str]:
     found = [
         f"{bits} quantization {state}; reinstall bitsandbytes, or use --bits none"
@@ -184,8 +181,13 @@ def _problems(report: dict[str, Any]) -> list[str]:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What is slower here, and what would round products on a GPU to 10 bits (TF32) but does not."""
+    """What is slower or missing here, and what would round products on a GPU (TF32) but does not."""
     found = []
+    if report["hub"].startswith("no answer"):
+        found.append(
+            "the hub is not reached: local folders and what is in its cache can be used; behind a proxy set "
+            "HTTPS_PROXY, without a network HF_HUB_OFFLINE=1"
+        )
     if report["device"] == "cpu" and report["compute_dtype"] == "float32":
         found.append("this CPU has no bf16 products: float32 is used, steps are slower")
     if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "") not in ("", "0"):

@@ -55,6 +55,7 @@ def _onnx(
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
     model: str | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
@@ -71,6 +72,7 @@ def _onnx(
         dtype=dtype,
         base_bits=base_bits,
         model=model,
+        overwrite=overwrite,
         progress=shown,
     )
     record, check = export.record, export.record["check"]
@@ -151,11 +153,49 @@ def _onnx_train(
     )
 
 
+def _gguf(
+    run: str,
+    out: str,
+    quiet: bool,
+    *,
+    merge: bool = False,
+    dtype: Dtype | None = None,
+    base_bits: Bits | None = None,
+    model: str | None = None,
+) -> Exported:
+    """An adapter, or the merged model, for llama.cpp and Ollama."""
+    from hizoo_lite.cli import progress
+    from hizoo_lite.export.gguf.export import export_gguf
+    from hizoo_lite.units import format_bytes
+
+    written = export_gguf(
+        run,
+        out,
+        merge=merge,
+        dtype=dtype,
+        base_bits=base_bits,
+        model=model,
+        progress=progress.display(quiet),
+    )
+    figures = {
+        "file": written.path.name,
+        "architecture": written.architecture,
+        "tensors": written.tensors,
+        "bytes": written.nbytes,
+    }
+    how = f"ollama create NAME -f {written.path.parent / 'Modelfile'}"
+    size = format_bytes(written.nbytes)
+    return Exported(
+        figures, f"{written.path}: {written.architecture}, {written.tensors} tensors, {size}; {how}"
+    )
+
+
 TARGETS: dict[str, Callable[..., Exported]] = {
     "peft": _peft,
     "onnx": _onnx,
     "onnx-train": _onnx_train,
     "merged": _merged,
+    "gguf": _gguf,
 }
 
 #: Targets that the Hub takes as they are.
@@ -175,7 +215,8 @@ def command(
         ),
     ] = None,
     merge: Annotated[
-        bool | None, typer.Option("--merge", help="onnx: fold the adapter into weights of 16 or 32 bits")
+        bool | None,
+        typer.Option("--merge", help="onnx, gguf: fold the adapter into weights of 16 or 32 bits"),
     ] = None,
     fresh: Annotated[
         bool | None, typer.Option("--fresh", help="onnx-train: begin with new parameters, not the run's")
@@ -185,7 +226,7 @@ def command(
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "float32"] | None,
-        typer.Option(help="merged, onnx --merge: of what is written"),
+        typer.Option(help="merged, onnx or gguf --merge: of what is written"),
     ] = None,
     bits: Annotated[
         Literal["nf4", "fp4", "int8"] | None, typer.Option(help="merged: quantize the result again")
@@ -197,12 +238,16 @@ def command(
     base_bits: Annotated[
         Literal["nf4", "fp4", "int8", "none"] | None,
         typer.Option(
-            help="merged, onnx: how a base in 16 bits was quantized on loading (default: the run's)"
+            help="merged, onnx, gguf: how a base in 16 bits was quantized on loading (default: the run's)"
         ),
     ] = None,
     base_double_quant: Annotated[
         bool | None,
         typer.Option("--base-double-quant/--no-base-double-quant", help="merged: of --base-bits"),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite", help="onnx: replace the adapter of that --name, if DIR has one"),
     ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="peft, merged: upload it to the Hub, for oneself")
@@ -215,7 +260,8 @@ def command(
     onnx: the base keeps its quantized weights and is compared with the model before it is left behind; where
     DIR has the same base already, the adapter alone is added. onnx-train: a graph of the run's losses, from
     which `python -m hizoo_lite.edge train DIR` tunes further on a device. merged: a Hugging Face folder with
-    the adapter in its weights; an interrupted call goes on where it stopped when it is repeated.
+    the adapter in its weights; an interrupted call goes on where it stopped when it is repeated. gguf: the
+    adapter, or with --merge the model, for llama.cpp, and a Modelfile for Ollama.
 
     Examples:
 
@@ -234,6 +280,10 @@ def command(
     hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2 --dtype bf16
 
     hizoo-lite export runs/sst2 --to merged --out models/opt-125m-sst2-nf4 --bits nf4
+
+    hizoo-lite export runs/sst2 --to gguf --out gguf/sst2
+
+    hizoo-lite export runs/sst2 --to gguf --out gguf/sst2-model --merge
     """
     from hizoo_lite.cli import output
     from hizoo_lite.config import refuse
@@ -249,6 +299,7 @@ def command(
         "double_quant": double_quant,
         "base_bits": base_bits,
         "base_double_quant": base_double_quant,
+        "overwrite": overwrite,
     }
     given = {option: value for option, value in options.items() if value is not None}
     _check(to, given)
@@ -269,6 +320,22 @@ def command(
         output.print_json({"out": out, "to": to, **exported.figures})
     else:
         typer.echo(exported.line)
+        _say_how_to_prompt(run)
+
+
+def _say_how_to_prompt(run: str) -> None:
+    """A line with the prompt of the run's task, if it is known."""
+    from hizoo_lite.export import card
+    from hizoo_lite.model import kinds
+    from hizoo_lite.train import provenance
+
+    settings = provenance.saved_config(run)
+    if settings is None:
+        return
+    kind = provenance.saved_kind(run) or kinds.find_kind(settings.model, settings.revision, None)
+    line = card.prompt_line(run, kind)
+    if line:
+        typer.echo(line, err=True)
 
 
 def _check(to: str, given: dict[str, Any]) -> None:

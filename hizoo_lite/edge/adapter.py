@@ -52,21 +52,30 @@ def convert(export: Export, source: Path | str) -> Converted:
     return Converted(graph_values(export, folder, config), int(config["r"]))
 
 
-def add_adapter(export: Export, source: Path | str, name: str) -> None:
+def add_adapter(
+    export: Export, source: Path | str, name: str, *, overwrite: bool = False
+) -> dict[str, Any] | None:
     """Write the adapter of a run (or a PEFT folder) to the export, and name it in export.json.
 
-    Rewrites nothing else. Raises `UserError` if the name is taken or not allowed, if the adapter was
-    made for another base, or does not fit this one.
+    Rewrites nothing else. overwrite: the name may be taken already. Then what export.json said of that
+    adapter is returned, and its file is still there: see `remove_adapter` and `remove_file`. Raises
+    `UserError` if the name is taken or not allowed, if the adapter was made for another base, or does not
+    fit this one.
     """
     converted = convert(export, source)
     check_name(name)
     for known in export.adapters:
-        if name.casefold() == known.casefold():  # one file, where disks take both for the same name
-            raise UserError(f"--name: {known!r} is in {export.path / RECORD} already; give another name")
-    path = export.path / ADAPTERS / f"{name}{ADAPTER_SUFFIX}"
+        if name.casefold() == known.casefold() and not (overwrite and name == known):
+            # one file, where disks take both for the same name
+            raise UserError(
+                f"--name: {known!r} is in {export.path / RECORD} already; give another name"
+                + (", or --overwrite" if name == known else "")
+            )
+    path = _free_file(export.path / ADAPTERS, name)
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)
     save_adapter(path, converted.values)
+    before = export.record["adapters"].get(name)
     export.record["adapters"][name] = {
         "file": f"{ADAPTERS}/{path.name}",
         **describe(path),
@@ -78,16 +87,39 @@ def add_adapter(export: Export, source: Path | str, name: str) -> None:
     try:
         export.write()
     except StorageError:
-        del export.record["adapters"][name]
+        _put_back(export, name, before)
         path.unlink()
         raise
+    return before
 
 
-def remove_adapter(export: Export, name: str) -> None:
-    """Take an adapter out of the export again."""
-    about = export.record["adapters"].pop(name)
+def remove_adapter(export: Export, name: str, before: dict[str, Any] | None = None) -> None:
+    """Take an adapter out of the export again; before: put what it replaced in its place."""
+    about = export.record["adapters"][name]
+    _put_back(export, name, before)
     export.write()
-    (export.path / about["file"]).unlink()
+    remove_file(export, about)
+
+
+def remove_file(export: Export, about: dict[str, Any]) -> None:
+    """The file of an adapter that export.json does not name any more."""
+    (export.path / about["file"]).unlink(missing_ok=True)
+
+
+def _put_back(export: Export, name: str, before: dict[str, Any] | None) -> None:
+    if before is None:
+        del export.record["adapters"][name]
+    else:
+        export.record["adapters"][name] = before
+
+
+def _free_file(folder: Path, name: str) -> Path:
+    """One that is not there: what is replaced stays until the new one is named."""
+    path, number = folder / f"{name}{ADAPTER_SUFFIX}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}.{number}{ADAPTER_SUFFIX}"
+    return path
 
 
 def check_base(export: Export, source: Path, config: dict[str, Any]) -> None:

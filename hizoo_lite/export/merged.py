@@ -25,7 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from hizoo_lite.base import Bits, ModelKind
 from hizoo_lite.checkpoints.adapter import SPACE_FILE, check_heads, find_adapter, read_record
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import card
+from hizoo_lite.export.card import CLASSES
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.model import build, kinds
 from hizoo_lite.model.blocks import find_blocks
@@ -69,6 +72,25 @@ def prepare(
     """
     if dtype not in _DTYPES:
         raise UserError(f"--dtype: got {dtype!r}, allowed: {', '.join(_DTYPES)}")
+    merged, settings = open_merged(
+        run, model, base_bits, base_double_quant, dtype=_DTYPES[dtype], is_packed=bits != "none"
+    )
+    template = None if settings is None else settings.chat_template
+    beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
+    beside[card.FILE] = _card(run, merged, card.settings_source(settings, run, model), bits, dtype)
+    return Quantization(merged, out, kind=merged.kind, bits=bits, double_quant=double_quant, beside=beside)
+
+
+def open_merged(
+    run: Path | str,
+    model: str | None,
+    base_bits: Bits | None,
+    base_double_quant: bool | None,
+    *,
+    dtype: torch.dtype,
+    is_packed: bool = False,
+) -> tuple[Merged, TrainConfig | None]:
+    """The tensors of a run's tuned model, and the run's settings; arguments as of `prepare` and `Merged`."""
     map_large()  # 100 MiB instead of 137 for a GPT-2 of 2048: matrices come and go
     folder, settings = find_adapter(run), provenance.saved_config(run)
     source = model or (settings.model if settings else provenance.base_model(run))
@@ -94,10 +116,28 @@ def prepare(
         if base_double_quant is None
         else base_double_quant,
     )
-    merged = Merged(base, changes, _DTYPES[dtype], is_packed=bits != "none")
-    template = None if settings is None else settings.chat_template
-    beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
-    return Quantization(merged, out, kind=kind, bits=bits, double_quant=double_quant, beside=beside)
+    return Merged(base, changes, dtype, is_packed=is_packed), settings
+
+
+def _card(run: Path | str, merged: Merged, base: str, bits: Bits, dtype: Dtype) -> str:
+    auto = CLASSES[merged.kind]
+    lines = [
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"model = {auto}.from_pretrained(MODEL)  # this folder",
+        "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+    ]
+    return card.write(
+        run,
+        title=f"Tuned {Path(base).name}",
+        about=f"Weights in {dtype if bits == 'none' else bits}, tuned by hizoo-lite.",
+        base=base,
+        base_folder=merged.folder,
+        kind=merged.kind,
+        library="transformers",
+        tags="hizoo, merged",
+        how="```python\n" + "\n".join(lines) + "\n```\n",
+    )
 
 
 def _recorded_bits(folder: Path) -> Bits | None:
@@ -132,7 +172,7 @@ class Merged:
 
     def __init__(self, base: _Base, changes: Changes, dtype: torch.dtype, *, is_packed: bool) -> None:
         """is_packed: matrices of blocks are quantized afterwards, and read in float32 for that."""
-        self.folder = base.checkpoint.folder
+        self.folder, self.kind = base.checkpoint.folder, base.kind
         self._base, self._changes, self._dtype, self._is_packed = base, changes, dtype, is_packed
         config, self._module = _build(base, changes)
         self._names = Names(base.checkpoint.names(), self._module)

@@ -8,11 +8,10 @@ quantized, the tokenizer, and what came of the run. adapter_config.json is writt
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,55 +21,45 @@ from hizoo_lite.checkpoints.adapter import PEFT_FILE, PEFT_WEIGHTS, SPACE_FILE, 
 from hizoo_lite.checkpoints.writer import named_errors, temporary_path, write_json, write_text
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
+from hizoo_lite.export import card
 from hizoo_lite.export.place import check_empty, find_place
 from hizoo_lite.export.shards import skip_patterns, split_linears
 from hizoo_lite.export.tokenizer import tokenizer_files, write_template
 from hizoo_lite.model import build, kinds
 from hizoo_lite.spaces.changes import LoRAChanges
 from hizoo_lite.train import provenance, saved
-from hizoo_lite.train.folder import RunFolder
-
-_CLASSES: dict[ModelKind, str] = {
-    "causal": "AutoModelForCausalLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-}
 
 _TIED = """
 The adapter has rows of the output matrix, which this model shares with its embeddings. PEFT's
 `merge_and_unload` would change both; `hizoo-lite export --to merged` gives the head a matrix of its own.
 """
 
-#: Entries of summary.json that the card shows, by what they are called there.
-_FIGURES = {
-    "task": "task",
-    "loss before": "loss_before",
-    "loss after": "loss_after",
-    "test examples": "test_examples",
-    "steps": "steps",
-    "forward passes": "forward_passes",
-    "estimator": "estimator",
-    "curvature": "curvature",
-    "base stored as": "bits",
-    "trainable parameters": "trainable_parameters",
-    "peak memory of the run, bytes": "measured_peak_bytes",
-    "peak memory of inference, bytes": "inference_peak_bytes",
-    "seed": "seed",
-}
+
+class Adapter(NamedTuple):
+    """A LoRA adapter and the model that it was made for, seen to fit."""
+
+    folder: Path
+    config: dict[str, Any]  # adapter_config.json, with where the base is
+    changes: LoRAChanges
+    settings: TrainConfig | None  # of its run
+    base: Path
+    kind: ModelKind
+    labels: int | None
+    module: nn.Module  # empty
 
 
-def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Path:
-    """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
+def open_adapter(run: Path | str, model: str | None, to: str, instead: str) -> Adapter:
+    """The adapter of a run's folder, or an adapter's own.
 
     model: folder or Hub id of the base, instead of the one the run names; a local folder is written down with
-    its full path. Raises `UserError` for runs that trained weights, which PEFT has no form for, where the
-    base cannot be found, and where `out` is not a new or empty folder.
+    its full path. to, instead: of `--to`, for the message. Raises `UserError` for runs that trained weights,
+    and where the base cannot be found or is another model.
     """
-    folder, out = find_adapter(run), Path(out)
+    folder = find_adapter(run)
     if (folder / SPACE_FILE).is_file():
         raise UserError(
-            f"--to: got peft, but {folder} holds changed weights, not an adapter; PEFT has no form for them; "
-            "allowed: merged"
+            f"--to: got {to}, but {folder} holds changed weights, not an adapter; {to.upper()} has no "
+            f"form for them; allowed: {instead}"
         )
     config = read_peft_config(folder)
     changes = LoRAChanges(folder)  # where a tensor is missing, it says so
@@ -88,32 +77,47 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     labels = _labels(kind, changes)
     module = build.build(build.read_config(base, kind, labels or 2), kind)
     changes.check_fits(module, base, kind)
+    return Adapter(folder, config, changes, settings, base, kind, labels, module)
+
+
+def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Path:
+    """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
+
+    model: as of `open_adapter`, which raises `UserError`. So it does for runs that trained weights, which
+    PEFT has no form for, and where `out` is not a new or empty folder.
+    """
+    adapter, out = open_adapter(run, model, "peft", "merged"), Path(out)
     check_empty(find_place(out))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    for file in (folder / PEFT_WEIGHTS, *tokenizer_files(base)):
+    for file in (adapter.folder / PEFT_WEIGHTS, *tokenizer_files(adapter.base)):
         _copy(file, out / file.name)
-    write_template(settings, out)
-    how = [*_arguments(config, labels), *_quantization(base, settings, module)]
-    card = _card(config, kind, RunFolder(run).read_summary(), how)
-    write_text(out / "README.md", card + (_TIED if _has_tied_head(module, changes) else ""))
+    write_template(adapter.settings, out)
+    config, kind = adapter.config, adapter.kind
+    how = [
+        *_arguments(config, adapter.labels),
+        *_quantization(adapter.base, adapter.settings, adapter.module),
+    ]
+    written = card.write(
+        run,
+        title=f"LoRA adapter for {Path(config['base_model_name_or_path']).name}",
+        about=f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite.",
+        base=config["base_model_name_or_path"],
+        base_folder=adapter.base,
+        kind=kind,
+        library="peft",
+        tags="lora, hizoo",
+        how=f"```python\n{_snippet(config, kind, how)}```\n",
+    )
+    write_text(out / card.FILE, written + (_TIED if has_tied_head(adapter) else ""))
     write_json(out / PEFT_FILE, config)
     return out
 
 
-#: What the Hub calls what a model does, and a model's name there.
-_PIPELINES: dict[ModelKind, str] = {
-    "causal": "text-generation",
-    "masked": "fill-mask",
-    "classifier": "text-classification",
-}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-def _has_tied_head(module: nn.Module, changes: LoRAChanges) -> bool:
-    """Whether the adapter is of an output matrix that is the embeddings as well."""
-    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    return any(f"{name}.weight" in tied for name in changes.linears)
+def has_tied_head(adapter: Adapter) -> bool:
+    """Whether an adapter is of an output matrix that is the embeddings as well."""
+    tied: Mapping[str, str] = getattr(adapter.module, "all_tied_weights_keys", None) or {}
+    return any(f"{name}.weight" in tied for name in adapter.changes.linears)
 
 
 def _copy(file: Path, target: Path) -> None:
@@ -122,44 +126,9 @@ def _copy(file: Path, target: Path) -> None:
         temporary_path(target).replace(target)
 
 
-def _card(
-    config: Mapping[str, Any], kind: ModelKind, summary: Mapping[str, Any], arguments: list[str]
-) -> str:
-    """README.md as the Hub shows it. Without a run's summary: what the adapter itself says."""
-    name = config["base_model_name_or_path"]
-    about = [f"base_model: {json.dumps(name)}"] if _HUB_ID.fullmatch(name) else []  # it takes no folder
-    about += ["library_name: peft", f"pipeline_tag: {_PIPELINES[kind]}", "tags: [lora, hizoo]"]
-    parts = [
-        "\n".join(["---", *about, "---", ""]),
-        f"# LoRA adapter for {Path(name).name}\n",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, tuned by hizoo-lite.\n",
-        _figures(summary),
-        "## Load it\n",
-        f"```python\n{_snippet(config, kind, arguments)}```\n",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _figures(summary: Mapping[str, Any]) -> str:
-    """A table of what is known; nothing if nothing is."""
-    shown = dict(_FIGURES)
-    metric = summary.get("metric")
-    if metric not in (None, "loss"):
-        shown |= {f"{metric} before": "metric_before", f"{metric} after": "metric_after"}
-    rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
-    if not rows:
-        return ""
-    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines, ""])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _snippet(config: Mapping[str, Any], kind: ModelKind, arguments: list[str]) -> str:
     """Python that loads base and adapter."""
-    auto = _CLASSES[kind]
+    auto = card.CLASSES[kind]
     given = ", ".join([json.dumps(config["base_model_name_or_path"]), *arguments])
     quantizes = ", BitsAndBytesConfig" if "BitsAndBytesConfig" in given else ""
     lines = [

@@ -69,6 +69,11 @@ class LoRAChanges:
                 raise UserError(f"{self._file.path}: {key}: pairs of lora_A.weight and lora_B.weight wanted")
             self.linears.add(linear)
 
+    def pair(self, linear: str) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features) and B (out_features, rank) of a layer, float32."""
+        a, b = (self._file.read(_key(linear, half)).float() for half in "AB")
+        return a, b
+
     def weight(self, linear: str, base: PackedWeight) -> PackedWeight:
         """The base itself. Raises `UserError` if the adapter has another shape."""
         if linear in self.linears:

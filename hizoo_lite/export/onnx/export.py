@@ -26,7 +26,7 @@ from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.checkpoints.hub import SMALL_FILES
 from hizoo_lite.checkpoints.writer import write_json
 from hizoo_lite.edge import folder
-from hizoo_lite.edge.adapter import add_adapter, check_name, remove_adapter
+from hizoo_lite.edge.adapter import add_adapter, check_name, remove_adapter, remove_file
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.engine.residency import Streamed
 from hizoo_lite.errors import UserError
@@ -87,13 +87,15 @@ def export_onnx(
     dtype: MergedDtype | None = None,
     base_bits: Bits | None = None,
     model: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Export:
     """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
-    the weights, in `dtype` (fp16 by default). base_bits, model: as of `read_source`.
+    the weights, in `dtype` (fp16 by default). base_bits, model: as of `read_source`. overwrite: an adapter of
+    that name in `out` is replaced, once the new one has passed its check.
 
     Raises `UserError` before anything is written if something does not fit, and `ExportError` if
     onnxruntime computes something else, or cannot run the model.
@@ -120,7 +122,7 @@ def export_onnx(
             _check_takes(export, format, merge)
             source_or_why = _find_source(run, base_bits, model)
             export.verify()
-            return _add(export, run, name, source_or_why, work, progress)
+            return _add(export, run, name, source_or_why, work, progress, overwrite)
         temporary = work / "export"
         temporary.mkdir()
         export, references = _write(plan, temporary, work, progress)
@@ -354,27 +356,36 @@ def _find_source(run: Path, base_bits: Bits | None, model: str | None) -> Source
 
 
 def _add(
-    export: Export, run: Path, name: str, source: Source | UserError, work: Path, progress: Progress
+    export: Export,
+    run: Path,
+    name: str,
+    source: Source | UserError,
+    work: Path,
+    progress: Progress,
+    overwrite: bool,
 ) -> Export:
     """One more adapter; compared with the model where that is at hand, which export.json says."""
-    add_adapter(export, run, name)
+    before = add_adapter(export, run, name, overwrite=overwrite)
     about = export.record["adapters"][name]
+    runs: list[dict[str, Any]] = []
     if isinstance(source, UserError):
         about["check"] = {"skipped": str(source)}
         progress.message(f"{name} is not compared with its model: {source}")
-        export.write()
-        return export
-    try:
-        reference = _adapter_reference(export, source, run, name, work, progress)
-        trim()
-        progress.message("running the export in onnxruntime")
-        runs = _run_check(export, [reference], work)
-    except BaseException:
-        remove_adapter(export, name)
-        raise
-    about["check"] = _summary(runs, name)
-    export.record["check"]["runs"] += runs
+    else:
+        try:
+            reference = _adapter_reference(export, source, run, name, work, progress)
+            trim()
+            progress.message("running the export in onnxruntime")
+            runs = _run_check(export, [reference], work)
+        except BaseException:
+            remove_adapter(export, name, before)
+            raise
+        about["check"] = _summary(runs, name)
+    others = [entry for entry in export.record["check"]["runs"] if entry["adapter"] != name]
+    export.record["check"]["runs"] = others + runs
     export.write()
+    if before is not None:
+        remove_file(export, before)
     return export
 
 

@@ -1,0 +1,242 @@
+"""The model card of an export (README.md as the Hub shows it), and how to prompt what was tuned.
+
+Of a prompt the card has the template of the run's task and an example that is made up here: never one of the
+data, which may be private. Where the task is not to be found any more (a function, a file that is gone),
+nothing is said of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Example
+from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import UserError
+from hizoo_lite.files import parse_yaml
+from hizoo_lite.report import verdict
+from hizoo_lite.report.record import read_run
+from hizoo_lite.tasks import Task
+from hizoo_lite.tasks.files import Row
+from hizoo_lite.tasks.templates import fields_of, render
+from hizoo_lite.train import components, provenance
+from hizoo_lite.train.folder import RunFolder
+
+FILE = "README.md"
+
+#: What the Hub calls what a model does.
+_PIPELINES: dict[ModelKind, str] = {
+    "causal": "text-generation",
+    "masked": "fill-mask",
+    "classifier": "text-classification",
+}
+#: What transformers loads a model of each kind by.
+CLASSES: dict[ModelKind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+}
+#: A model's name on the Hub.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+#: Entries of summary.json that the card shows, by what they are called there.
+_FIGURES = {
+    "task": "task",
+    "loss before": "loss_before",
+    "loss after": "loss_after",
+    "test examples": "test_examples",
+    "steps": "steps",
+    "forward passes": "forward_passes",
+    "estimator": "estimator",
+    "curvature": "curvature",
+    "base stored as": "bits",
+    "trainable parameters": "trainable_parameters",
+    "peak memory of the run, bytes": "measured_peak_bytes",
+    "peak memory of inference, bytes": "inference_peak_bytes",
+    "seed": "seed",
+}
+_MADE_UP = "A short text of your own."
+
+
+class Prompting(NamedTuple):
+    """How a task puts its examples to a model."""
+
+    template: str
+    example: str  # the template with a made-up text
+    answers: tuple[str, ...]  # what continues it, or the labels; empty where a text is written
+    note: str  # what a template alone does not say
+
+
+def prompting(run: Path | str, kind: ModelKind) -> list[Prompting]:
+    """That of each task of a run; none if there is no run, or its task is not here."""
+    settings = provenance.saved_config(run)
+    if settings is None:
+        return []
+    try:
+        task = components.find_task(settings.task)
+    except UserError:  # a function, or a file that is elsewhere
+        return []
+    return [found for part in task.parts if (found := _prompting(part, kind)) is not None]
+
+
+def prompt_line(run: Path | str, kind: ModelKind) -> str:
+    """The first task's, in a line for the console; "" for none."""
+    found = prompting(run, kind)
+    if not found:
+        return ""
+    first = found[0]
+    answers = f" -> {' or '.join(map(repr, first.answers))}" if first.answers else ""
+    return f"prompt it as it was tuned: {first.example!r}{answers}{first.note and f' ({first.note})'}"
+
+
+def _prompting(task: Task, kind: ModelKind) -> Prompting | None:
+    if task.chat:
+        note = "turns of user and assistant, in the tokenizer's chat template"
+        return Prompting("", f"user: {_MADE_UP}", (), note)
+    template = {"causal": task.causal, "masked": task.masked, "classifier": task.text}[kind]
+    if not template or task.kind == "lm":
+        return None
+    pair = task.text_pair if kind == "classifier" else None
+    fields = [name for name in fields_of(template + (pair or "")) if name != "mask"]
+    example = _example(task, fields)
+    values = {name: _made_up(name, fields) for name in fields} if example is None else example.fields
+    shown = [render(text, {**values, "mask": "{mask}"}) for text in (template, pair) if text]
+    answers = () if example is None or task.kind != "choice" else tuple(example.answers)
+    if kind == "classifier":
+        answers = task.labels or answers
+    elif kind == "masked":
+        answers = tuple(answer.strip() for answer in answers)
+    notes = {
+        "causal": "",
+        "masked": "{mask} is the tokenizer's mask token",
+        "classifier": "the tokenizer's text and text pair" if pair else "",
+    }
+    joined = template if pair is None else f"{template} / {pair}"
+    return Prompting(joined, " / ".join(shown), answers, notes[kind])
+
+
+def _made_up(name: str, fields: Sequence[str]) -> str:
+    return _MADE_UP if len(fields) == 1 else f"<{name}>"
+
+
+def _example(task: Task, fields: Sequence[str]) -> Example | None:
+    """What the task makes of a made-up row; None where it wants other columns than its template's."""
+    texts = {name: _made_up(name, fields) for name in (*task.columns, *fields)}
+    for column in (*task.columns, "label"):  # one of them has the labels
+        row = Row("card", texts | {column: task.labels[0] if task.labels else "0"})
+        try:
+            found = list(task.build(row))
+        except (UserError, KeyError, ValueError, TypeError):
+            continue
+        if found and all(found[0].fields.get(name) == texts[name] for name in fields):
+            return found[0]
+    return None
+
+
+def write(
+    run: Path | str,
+    *,
+    title: str,
+    about: str,
+    base: str,
+    base_folder: Path,
+    kind: ModelKind,
+    library: str,
+    tags: str,
+    how: str,
+) -> str:
+    """README.md. Without a run: what the export itself says.
+
+    base: folder or Hub id; base_folder: where it is, whose licence is the card's. tags: divided by
+    commas. how: Markdown that says how to load or start it.
+    """
+    parts = [
+        _front_matter(base, base_folder, kind, library, tags),
+        f"# {title}\n",
+        f"{about}\n",
+        _in_words(run),
+        _figures(RunFolder(run).read_summary()),
+        *map(_section, prompting(run, kind)),
+        "## Load it\n",
+        how,
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(base: str, folder: Path, kind: ModelKind, library: str, tags: str) -> str:
+    """What the Hub reads. It takes no folder for a base; a licence only where the base names one."""
+    about = [f"base_model: {json.dumps(base)}"] if HUB_ID.fullmatch(base) else []
+    found = licence(folder)
+    about += [f"license: {json.dumps(found)}"] if found else []
+    about += [f"library_name: {library}", f"pipeline_tag: {_PIPELINES[kind]}"]
+    return "\n".join(["---", *about, f"tags: [{tags}]", "---", ""])
+
+
+def licence(folder: Path) -> str | None:
+    """What a model's own card says its licence is; None if it has no card, or says nothing."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        found = parse_yaml(match[1]).get("license") if match else None
+    except ValueError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _in_words(run: Path | str) -> str:
+    """What came of the run on examples that were held out, with its error bar."""
+    if provenance.saved_config(run) is None:
+        return ""
+    said = verdict.of_run(read_run(run))
+    return "" if said is None else f"{said.says}\n"
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    """A table of what is known; nothing if nothing is."""
+    shown = dict(_FIGURES)
+    metric = summary.get("metric")
+    if metric not in (None, "loss"):
+        shown |= {f"{metric} before": "metric_before", f"{metric} after": "metric_after"}
+    rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
+    if not rows:
+        return ""
+    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _section(found: Prompting) -> str:
+    lines = ["## Prompt it\n"]
+    if found.template:
+        lines.append(
+            f"It was tuned on this template, without a chat template:\n\n{_fenced(found.template)}\n"
+        )
+    lines.append(f"For example:\n\n{_fenced(found.example)}\n")
+    if found.answers:
+        lines.append(
+            f"Answers: {', '.join(f'`{json.dumps(a, ensure_ascii=False)}`' for a in found.answers)}.\n"
+        )
+    if found.note:
+        lines.append(f"{found.note[0].upper()}{found.note[1:]}.\n")
+    return "\n".join(lines)
+
+
+def _fenced(text: str) -> str:
+    """As it is, whatever backticks are in it."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def settings_source(settings: TrainConfig | None, run: Path | str, model: Path | str | None) -> str:
+    """What the base is called: as given, by the run, or by the adapter."""
+    return str(model or "") or (settings.model if settings else provenance.base_model(run))
