@@ -2,8 +2,8 @@
 
     pip install -e '.[docs]' && mkdocs build --strict -f .github/mkdocs.yml
 
-mkdocs calls `on_files` and `on_page_markdown`. The guides link as the forge shows them; here a link out of the
-guides leads to the page that the site has of that file, and otherwise to the file in the repository.
+mkdocs calls `on_files` and `on_page_markdown`. The guides link as the forge shows them; here a link out of
+the guides leads to the page that the site has of that file, and otherwise to the file in the repository.
 """
 
 from __future__ import annotations
