@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -162,3 +163,18 @@ def test_readme_trains_on_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [commands] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     told = "".join(run(line) for line in commands.replace("models/opt-125m", "embedded").splitlines())
     assert "classification: 6 examples" in told
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in one namespace; what is stored of them names no folder of a machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    text = (Path(hizoo_lite.__file__).parent / "docs" / "first_hour.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"[\"\s'](/\w+){2,}|[A-Z]:\\\\", text)
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    space: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), space)
+    assert space["run"].summary["steps"] == 30
+    assert (tmp_path / "adapters" / "reviews" / "adapter_model.safetensors").is_file()
