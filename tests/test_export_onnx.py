@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxscript import rewriter
 from safetensors.torch import load_file, save_file
 
 from hizoo_lite.base import Bits
@@ -24,7 +28,7 @@ from hizoo_lite.edge.adapter import add_adapter
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
 from hizoo_lite.errors import ExportError, StorageError, UserError
-from hizoo_lite.export.onnx import check, compare
+from hizoo_lite.export.onnx import check, compare, optimize, trace
 from hizoo_lite.export.onnx import export as exporting
 from hizoo_lite.export.onnx import source as loading
 from hizoo_lite.export.onnx.export import export_onnx
@@ -32,6 +36,7 @@ from hizoo_lite.export.onnx.linear import FourBitProduct, Int8Product
 from hizoo_lite.export.onnx.source import read_source
 from hizoo_lite.model.model import Model
 from hizoo_lite.quant import FourBitWeight, native, pack
+from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.saved import attach_adapter
 from tests.export_fixtures import tuned
 
@@ -387,6 +392,54 @@ def test_an_adapter_that_cannot_be_written_leaves_the_export_as_it_was(
         assert export.adapters == ["first"]
         assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     add_adapter(export, llama / "second", "second")
+
+
+class Heard(Progress):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_what_the_exporter_says_is_counted_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    heard, loud = Heard(), logging.getLogger("torch.onnx.inside")
+    loud.addHandler(handler := logging.StreamHandler())
+    try:
+        with trace._noted(heard):
+            for _ in range(3):
+                loud.warning("a note")
+                warnings.warn("another", stacklevel=1)
+            loud.error("an error")
+        loud.warning("shown again")
+    finally:
+        loud.removeHandler(handler)
+    assert heard.lines == ["torch's exporter had 6 notes for developers of models"]
+    assert "an error" in capsys.readouterr().err
+    with trace._noted(heard):
+        pass
+    assert len(heard.lines) == 1
+
+
+def test_a_long_call_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    monkeypatch.setattr(trace, "_ALIVE_SECONDS", 0.01)
+    with trace._alive(heard, "tracing"):
+        time.sleep(0.1)
+    count = len(heard.lines)
+    assert count
+    assert heard.lines[0] == "tracing: 0 s so far"
+    time.sleep(0.05)
+    assert len(heard.lines) == count
+
+
+def test_the_optimizer_is_onnxscript_s_but_for_the_splits() -> None:
+    rules = {rule.name for rule in rewriter._DEFAULT_REWRITE_RULES}
+    assert optimize._LEFT_OUT in rules
+    left = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != optimize._LEFT_OUT]
+    assert all(rule._target_pattern.has_single_output_node for rule in left)  # the others are linear
 
 
 def test_names_that_are_one_file_on_some_disks_are_refused(llama: Path, copy: Path) -> None:

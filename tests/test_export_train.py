@@ -40,6 +40,7 @@ from hizoo_lite.noise import drawn, drawn_along
 from hizoo_lite.run import Run, fit
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.train.progress import Progress
 from tests.architectures import save_tiny
 from tests.batches import tiny_task_batch
 from tests.run_fixtures import shallow, short_run, write_classes
@@ -99,7 +100,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
         value.add_(torch.from_numpy(drawn(1, 0, path, value.shape)), alpha=0.1)
     skeleton = make_skeleton(model, "exact")
     traced = train_interface(model, skeleton, space, loss, token_types=False)
-    graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf")
+    graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf", Progress())
     ir.save(graph, tmp_path / "train.onnx", external_data="train.onnx.data")
     session = onnxruntime.InferenceSession(tmp_path / "train.onnx", providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]

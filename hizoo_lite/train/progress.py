@@ -20,7 +20,10 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Every method may be overridden; none needs to be. Calls come from the work's own thread."""
+    """Every method may be overridden; none needs to be.
+
+    Calls come from the work's own thread; a message may come from another, while that one is in a long call.
+    """
 
     _trains = False  # a stretch of training is being shown
 

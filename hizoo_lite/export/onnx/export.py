@@ -207,10 +207,9 @@ def export_base(model: Model, out: Path, plan: _Plan, progress: Progress) -> Exp
     described = model.folder if plan.form == "merged" else plan.source.checkpoint.folder
     write_tokenizer(model.tokenizer, _small_files(described), out)
     write_template(provenance.saved_config(plan.run), out)
-    progress.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, plan.format, None if plan.form == "merged" else plan.source.changes)
     traced = interface(model, skeleton, takes_adapters=plan.form == "base")
-    graph = trace(skeleton, traced.wrapper, traced.inputs, traced.outputs, "hf")
+    graph = trace(skeleton, traced.wrapper, traced.inputs, traced.outputs, "hf", progress)
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "hizoo_lite"
     graph.metadata_props.update({"bits": model.bits, "products": plan.format})

@@ -7,6 +7,8 @@ that there is no forward of ours to keep up and no copy of a weight.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +22,16 @@ from torch import Tensor, nn
 
 from hizoo_lite.errors import UserError
 from hizoo_lite.export.onnx.linear import Part
+from hizoo_lite.export.onnx.optimize import optimize
 from hizoo_lite.export.onnx.skeleton import Skeleton
 from hizoo_lite.files import check_space
 from hizoo_lite.train.progress import Progress
 
 OPSET = 20
+#: Between two signs of life while a graph is made.
+_ALIVE_SECONDS = 30.0
+#: Libraries whose warnings are about their own insides.
+_TALKATIVE = ("torch", "onnxscript", "onnx_ir", "onnx")
 _WHY_CHARACTERS = 200  # of torch's reason that are shown
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -47,7 +54,12 @@ class Input(NamedTuple):
 
 
 def trace(
-    skeleton: Skeleton, wrapper: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], prefix: str
+    skeleton: Skeleton,
+    wrapper: nn.Module,
+    inputs: Sequence[Input],
+    outputs: Sequence[str],
+    prefix: str,
+    progress: Progress,
 ) -> ir.Model:
     """The ONNX model of `wrapper(*examples)`.
 
@@ -57,7 +69,9 @@ def trace(
     with skeleton.mode:
         examples = tuple(torch.empty_like(given.example) for given in inputs)
     dynamic = tuple(dict(given.dynamic) for given in inputs)
-    with _quiet(), torch.no_grad(), following(skeleton.module):
+    name = type(skeleton.module).__name__
+    progress.message(f"tracing {name}")
+    with _noted(progress), _alive(progress, "tracing"), torch.no_grad(), following(skeleton.module):
         program = torch.onnx.export(
             wrapper,
             examples,
@@ -70,7 +84,9 @@ def trace(
         )
         assert program is not None
         weights = _take_weights(program.model, prefix, skeleton.parts)
-        program.optimize()
+    progress.message(f"simplifying {len(program.model.graph)} operators")
+    with _noted(progress), _alive(progress, "simplifying"), following(skeleton.module):
+        optimize(program.model)
     _give_weights(program.model, weights, skeleton.parts)
     _give_defaults(program.model, inputs)
     return program.model
@@ -174,16 +190,59 @@ def save(graph: ir.Model, path: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.onnx and torch.export speak to developers of models, in warnings and in logs."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+def _alive(progress: Progress, what: str) -> Iterator[None]:
+    """Say now and then for how long a call is under way that tells nothing of itself."""
+    ended, began = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        while not ended.wait(_ALIVE_SECONDS):
+            progress.message(f"{what}: {time.perf_counter() - began:.0f} s so far")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _noted(progress: Progress) -> Iterator[None]:
+    """Count what torch's exporter and onnxscript say to developers of models, in warnings and in logs."""
+    notes = _Notes()
+    handlers = {
+        handler
+        for name, logger in logging.root.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in _TALKATIVE
+        for handler in logger.handlers
+    } | {*logging.root.handlers, *([logging.lastResort] if logging.lastResort else [])}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for handler in handlers:
+            handler.addFilter(notes)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for handler in handlers:
+                handler.removeFilter(notes)
+            count = notes.count + len(warned)
+            if count:
+                progress.message(f"torch's exporter had {count} notes for developers of models")
+
+
+class _Notes(logging.Filter):
+    """Counts the records of the talkative libraries and keeps them from being shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._last: logging.LogRecord | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Errors are shown."""
+        if record.name.partition(".")[0] not in _TALKATIVE or record.levelno >= logging.ERROR:
+            return True
+        self.count += record is not self._last  # every handler asks
+        self._last = record
+        return False

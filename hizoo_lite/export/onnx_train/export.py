@@ -113,10 +113,9 @@ def _write_graph(
     model: Model, space: LoRA, encoder: Encoder, token_types: bool, out: Path, progress: Progress
 ) -> None:
     """Trace, and write the weights one by one."""
-    progress.message(f"tracing {type(model.module).__name__}")
     skeleton = make_skeleton(model, "exact")
     traced = train_interface(model, skeleton, space, encoder.loss, token_types=token_types)
-    graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf")
+    graph = trace(skeleton, traced.wrapper, traced.inputs, OUTPUTS, "hf", progress)
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name = "hizoo_lite"
     graph.metadata_props["bits"] = model.bits
