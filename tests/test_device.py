@@ -201,7 +201,7 @@ def test_doctor_names_what_rounds_products(monkeypatch: pytest.MonkeyPatch) -> N
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ACCELERATE_DYNAMO_BACKEND")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    sound = {"quantization": {}, "cuda": ["one"], "disk_free_bytes": 1 << 40, "device": "cuda"}
+    sound = {"quantization": {}, "cuda": ["one"], "disk_free_bytes": 1 << 40, "device": "cuda", "hub": "on"}
     report = {**sound, "compute_dtype": "bf16"}
     assert (doctor._problems(report), doctor._notes(report)) == ([], [])
     for name, value in zip(names, ("1", "1", "inductor"), strict=True):
