@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -451,7 +452,7 @@ def test_scored_tokens_say_whether_they_are_the_likeliest(folder: Path, tokenize
 
 
 def test_without_the_harness_its_installation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = CliRunner().invoke(app, ["eval", "--model", "embedded", "--lm-eval", "piqa"])
     assert done.exit_code == 2
     assert "pip install 'hizoo-lite[lm-eval]'" in done.output

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
-from hizoo_lite.errors import UserError
+from hizoo_lite.extras import need
 
 #: Flags of our own tasks and other kinds of models.
 _NOT_OF_THE_HARNESS = ("task", "data", "kind", "seed")
@@ -130,10 +129,7 @@ def _harness(
     tasks: list[str], adapter: str | None, given: dict[str, Any], limit: int | None, json: bool
 ) -> None:
     """The results of lm-evaluation-harness."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "--lm-eval: lm-evaluation-harness is not installed; run: pip install 'hizoo-lite[lm-eval]'"
-        )
+    need("lm_eval", "lm-eval", "--lm-eval")
     from hizoo_lite.cli import output
     from hizoo_lite.integrations.lm_eval import HiZOOLM, evaluated
 

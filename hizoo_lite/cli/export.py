@@ -210,8 +210,8 @@ def command(
     format: Annotated[
         Literal["exact", "fast"] | None,
         typer.Option(
-            help="onnx: products of quantized weights; exact (default) is what was tuned; fast, the quicker "
-            "one, codes 4-bit weights anew and rounds activations to 8 bits, and its error is measured"
+            help="onnx: products of quantized weights; exact (default) is what was tuned; fast codes "
+            "4-bit weights anew and rounds activations to 8 bits, and its error is measured"
         ),
     ] = None,
     merge: Annotated[

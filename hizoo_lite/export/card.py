@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from hizoo_lite.base import ModelKind
 from hizoo_lite.batch import Example
-from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_yaml
 from hizoo_lite.report import verdict
@@ -235,8 +234,3 @@ def _fenced(text: str) -> str:
     """As it is, whatever backticks are in it."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def settings_source(settings: TrainConfig | None, run: Path | str, model: Path | str | None) -> str:
-    """What the base is called: as given, by the run, or by the adapter."""
-    return str(model or "") or (settings.model if settings else provenance.base_model(run))

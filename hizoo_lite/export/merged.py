@@ -77,7 +77,7 @@ def prepare(
     )
     template = None if settings is None else settings.chat_template
     beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
-    beside[card.FILE] = _card(run, merged, card.settings_source(settings, run, model), bits, dtype)
+    beside[card.FILE] = _card(run, merged, provenance.base_of(run, model), bits, dtype)
     return Quantization(merged, out, kind=merged.kind, bits=bits, double_quant=double_quant, beside=beside)
 
 
@@ -93,7 +93,7 @@ def open_merged(
     """The tensors of a run's tuned model, and the run's settings; arguments as of `prepare` and `Merged`."""
     map_large()  # 100 MiB instead of 137 for a GPT-2 of 2048: matrices come and go
     folder, settings = find_adapter(run), provenance.saved_config(run)
-    source = model or (settings.model if settings else provenance.base_model(run))
+    source = provenance.base_of(run, model)
     if not source:
         raise UserError(f"--model: missing; {folder} does not say which model it was made for")
     path = kinds.model_path(source)

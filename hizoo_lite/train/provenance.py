@@ -42,6 +42,12 @@ def base_model(path: Path | str) -> str:
     return str(read_peft_config(folder).get("base_model_name_or_path") or "")
 
 
+def base_of(path: Path | str, model: Path | str | None = None) -> str:
+    """What the base is called: as given, else by the run, else by the adapter itself."""
+    settings = saved_config(path)
+    return str(model or "") or (settings.model if settings else base_model(path))
+
+
 def saved_kind(path: Path | str) -> ModelKind | None:
     """The kind of model that an adapter was made for, as its run or it itself says.
 

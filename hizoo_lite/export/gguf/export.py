@@ -32,6 +32,7 @@ from hizoo_lite.files import check_space, write_text
 from hizoo_lite.model import build
 from hizoo_lite.quant.rows import row_chunks
 from hizoo_lite.tasks import chat_templates
+from hizoo_lite.train import provenance
 from hizoo_lite.train.progress import Progress
 
 ADAPTER, MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
@@ -206,7 +207,7 @@ class _Model(_Work):
         )
         gguf = need("gguf", "gguf", "--to gguf")
         self.writer.add_type("model")
-        self.describe(run, card.settings_source(settings, run, model))
+        self.describe(run, provenance.base_of(run, model))
         kind = _TYPES[dtype][0]
         file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
         self.writer.add_file_type(gguf.LlamaFileType[file_type])
