@@ -44,6 +44,8 @@ _TOKENIZER_FILES = (
 )
 #: Elements from which on a tensor made by `torch.empty` is taken for a parameter.
 _LARGE_ELEMENTS = 1 << 16
+#: What draws first values.
+_DRAWN = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 _COMPUTE: dict[ComputeDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -110,10 +112,14 @@ class _LargeOnMeta(TorchFunctionMode):
     """Has large `torch.empty` tensors, which are parameters, made without memory from the start.
 
     accelerate makes every parameter on CPU first and drops it: 524 MB of address space for one embedding,
-    too much under a hard limit of the process's memory.
+    too much under a hard limit of the process's memory. Where there is no memory no first values are drawn.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWN:
+            tensor = args[0] if args else (kwargs or {})["tensor"]
+            if tensor.is_meta:
+                return tensor
         result_kwargs = dict(kwargs or {})
         if func is torch.empty and math.prod(_size(args)) >= _LARGE_ELEMENTS:
             result_kwargs["device"] = "meta"
