@@ -186,7 +186,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize(
     ("event", "step", "steps"),
-    [("on_train_begin", 0, 0), ("on_step_begin", 2, 3), ("on_step_end", 2, 2), ("on_predict", 6, 6)],
+    [
+        *(("on_train_begin", 0, 0), ("on_step_begin", 2, 3), ("on_predict", 6, 6)),
+        pytest.param("on_step_end", 2, 2, marks=pytest.mark.grid),
+    ],
 )
 def test_a_callback_that_raises_ends_the_run_saved(
     event: str, step: int, steps: int, straight: bytes, tmp_path: Path

@@ -63,7 +63,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "bits", "space", "options", "operator"),
     [
         ("llama", "nf4", "dense", {"update": "residual"}, "MatMulBnb4 + FusedMatMul"),
-        ("bert", "nf4", "scales", {}, "MatMulBnb4"),
+        pytest.param("bert", "nf4", "scales", {}, "MatMulBnb4", marks=pytest.mark.grid),
         pytest.param(
             *("bert", "int8", "dense", {"update": "residual"}, "MatMulNBits + FusedMatMul"),
             marks=pytest.mark.grid,
@@ -145,6 +145,7 @@ def test_a_large_matrix_is_cut_one_tile_after_the_other(llama: Path) -> None:
     assert Export.open(llama / "onnx").record["check"]["max_abs_difference"] < compare.LIMIT
 
 
+@pytest.mark.grid
 def test_an_architecture_that_onnxruntime_cannot_run_is_named(tmp_path: Path) -> None:
     save_tiny("falcon", tmp_path / "source", kind="causal", num_hidden_layers=1)
     model = load(tmp_path / "source", device="cpu")
@@ -176,6 +177,7 @@ def test_code_that_fails_while_it_is_traced_is_named_by_its_reason(tmp_path: Pat
         raise UserError("no such head")
 
 
+@pytest.mark.grid
 def test_positions_begin_where_the_models_own_do(tmp_path: Path) -> None:
     """RoBERTa counts them from behind the padding's row; the export checks itself against the model."""
     save_tiny("roberta", tmp_path / "source", kind="causal", is_decoder=True, num_hidden_layers=1)

@@ -127,6 +127,7 @@ def test_a_tokenizer_that_cannot_be_written_so_is_refused(tmp_path: Path) -> Non
         write_tokenizer(Python(), [], tmp_path / "out")
 
 
+@pytest.mark.grid
 def test_an_export_of_a_model_with_a_vocabulary_alone_reads_its_text(words: Path, tmp_path: Path) -> None:
     first, _ = tuned(tmp_path, "bert", "none", vocab_size=1100)
     for path in tokenizer_files(words):

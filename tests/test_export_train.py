@@ -64,12 +64,8 @@ KINDS = {
 }
 LAYERS = {"gpt2": "n_layer"}
 LOSSES = {"causal": ("answer", "choice"), "masked": ("choice",), "classifier": ("class",)}
-#: Every loss, causal models and a classifier, transposed linears, and every stored form but fp4, which is nf4
-#: with another table; the embedded Llama is exported in nf4 below.
-FAST = {
-    ("gpt2", "none", "choice"),
-    ("bert", "nf4", "class"),
-}
+#: A classifier; the embedded Llama with its choices is exported in nf4 below.
+FAST = {("bert", "nf4", "class")}
 GRID = [
     pytest.param(name, bits, loss, marks=[] if (name, bits, loss) in FAST else [pytest.mark.grid])
     for name, kind in KINDS.items()

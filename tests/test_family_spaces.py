@@ -87,7 +87,9 @@ def test_small_weights_on_a_disk_are_replayed_and_go_on(stored: str, tmp_path: P
     assert {path.name: path.read_bytes() for path in last.rglob("*.safetensors")} == before
 
 
-@pytest.mark.parametrize("space", ["lowrank", "subspace", "small", "sparse", "mazo"])
+@pytest.mark.parametrize(
+    "space", ["lowrank", "subspace", "small", "sparse", pytest.param("mazo", marks=pytest.mark.grid)]
+)
 def test_streamed_equals_resident_to_the_bit(space: str, stored: str, tmp_path: Path) -> None:
     found = []
     own = {"momentum": 0.9, "noise_every": 2} if space == "lowrank" else {}

@@ -18,7 +18,7 @@ from fuzz_targets import Target, targets
 
 from hizoo_lite.errors import UserError
 
-_CASES = 150
+_CASES = 100
 
 
 @pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)

@@ -147,7 +147,13 @@ def test_where_examples_do_not_come_twice_none_are_kept(tmp_path: Path) -> None:
     assert '"kept"' not in (folder / "run.json").read_text()
 
 
-@pytest.mark.parametrize("harm", ["none", "cut", "changed", "removed", "garbled", "another's"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *("none", "changed", "removed"),
+        *(pytest.param(harm, marks=pytest.mark.grid) for harm in ("cut", "garbled", "another's")),
+    ],
+)
 def test_a_resumed_run_is_the_undisturbed_one(harm: str, undisturbed: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
 

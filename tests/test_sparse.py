@@ -411,6 +411,7 @@ def test_a_merged_folder_computes_what_the_run_does(name: str, bits: Any, tmp_pa
     torch.testing.assert_close(ours[0], theirs.detach(), **FLOAT32)
 
 
+@pytest.mark.grid
 def test_an_onnx_graph_has_the_merged_weights_or_none(tmp_path: Path) -> None:
     _, run = tuned(tmp_path, "llama", "nf4", num_hidden_layers=1)
     with pytest.raises(UserError, match=r"what --space sparse trains lies beside .*; allowed: --merge"):

@@ -6,6 +6,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 from hizoo_lite.errors import UserError
@@ -46,12 +47,18 @@ class Accountant:
         """Of `steps` steps together."""
         if steps == 0:
             return 0.0
-        with _told_errors_alone():
-            return float(self._kind().compose(self._event, steps).get_epsilon(self.delta))
+        return _epsilon(self._kind, self._event, steps, self.delta)
 
     def most_steps(self, budget: float, steps: int) -> int:
         """How many of `steps` steps have an epsilon of at most `budget`."""
         return bisect_right(range(1, steps + 1), budget, key=self.epsilon)
+
+
+@cache
+def _epsilon(kind: Any, event: Any, steps: int, delta: float) -> float:
+    """Of a mechanism that is composed with itself: a tenth of a second or more in the library."""
+    with _told_errors_alone():
+        return float(kind().compose(event, steps).get_epsilon(delta))
 
 
 @contextmanager
