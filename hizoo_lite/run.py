@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -43,6 +44,7 @@ from hizoo_lite.tasks.files import Split
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tensors import threads
 from hizoo_lite.train import (
+    bars,
     checkpoint,
     components,
     config_file,
@@ -96,6 +98,18 @@ class Run:
                 words = ["not measured" if score is None else f"{score:.4f}" for score in scores]
                 parts.append(f"{name} {' -> '.join(words)}")
         return f"Run({', '.join(parts + ['interrupted'] * self.interrupted)})"
+
+    def _repr_html_(self) -> str:
+        """The same as a small table, for a notebook."""
+        found, steps = self.summary, f"{self.summary['steps']} steps"
+        title = escape(f"{self.folder}: {steps}{', interrupted' * self.interrupted}")
+        lines = []
+        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
+            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
+            cells = ("–" if score is None else f"{score:.4f}" for score in scores)
+            lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        head = "<tr><th></th><th>before</th><th>after</th></tr>"
+        return f"<table><caption>{title}</caption>{head}{''.join(lines)}</table>"
 
     @property
     def interrupted(self) -> bool:
@@ -174,6 +188,7 @@ def fit(
     curvature: Curvature | str | None = None,
     objective: Callable[..., float] | str | None = None,
     callbacks: Sequence[object] = (),
+    progress: bool = True,
     **options: Any,
 ) -> Run:
     """Tune `model` and write the run folder: `out`, or without it ./hizoo-run, with a number if taken.
@@ -193,6 +208,7 @@ def fit(
             higher the better (see `objectives`). To resume a run with a function, give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
+        progress: show a bar at a terminal or in a notebook, where `callbacks` has no display of its own.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
 
     Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
@@ -246,6 +262,8 @@ def fit(
             )
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
+        if progress and not any(isinstance(each, Progress) for each in told):
+            told = (*told, bars.of_python())
         calls = _callbacks(setup, folder, told if ranks.is_main else ())
         _announce(setup, calls.message, form)
         budget = Budget(limits, setup.model, calls.message, cap)

@@ -27,13 +27,14 @@ from typer.testing import CliRunner
 
 import hizoo_lite as hz
 from hizoo_lite.cli import app, doctor, plan
-from hizoo_lite.cli.progress import Bars, Lines
 from hizoo_lite.config import TrainConfig, settings
 from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
 from hizoo_lite.train import config_file
+from hizoo_lite.train.bars import Bars
+from hizoo_lite.train.progress import Lines
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,31 @@ def test_an_export_is_pushed(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     assert (done.exit_code, told) == (0, [(Path(out), "me/mine")])
     refused = CliRunner().invoke(app, [*flags, "--to", "onnx", "--out", "b"])
     assert "--push: got 'me/mine', allowed only with --to peft or merged" in refused.stderr
+
+
+def test_a_notebook_shows_a_table_of_it(run: Run) -> None:
+    shown = run._repr_html_()
+    for key in ("loss_before", "loss_after", "metric_before", "metric_after"):
+        assert f"<td>{run.summary[key]:.4f}</td>" in shown
+    assert "6 steps" in shown
+    assert len(repr(run)) < 300
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("progress", "shows"), [(True, True), (False, False)])
+def test_a_bar_is_shown_at_a_terminal_unless_it_is_not_wanted(
+    progress: bool, shows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    fit(TrainConfig(**short_run(tmp_path, steps=2)), progress=progress)
+    assert isinstance(sys.stderr, Terminal)
+    assert ("train" in sys.stderr.getvalue()) == shows
+
+
+def test_a_script_is_shown_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(TrainConfig(**short_run(tmp_path, steps=2)))
+    assert capsys.readouterr() == ("", "")

@@ -121,8 +121,9 @@ class HiZOOTrainer:
         self._check_metrics()
         shown = [] if self.args.disable_tqdm else [Lines()]
         told = [self._told, *shown]
+        settings = self._settings(data)
         self.run = engine.fit(
-            self._source, task=self._task, data=data, callbacks=told, **self._settings(data)
+            self._source, task=self._task, data=data, callbacks=told, progress=False, **settings
         )
         steps = [line for line in self.run.history if line["kind"] == "step" and not line["skipped"]]
         losses = [np.mean(line["losses"]) for line in steps if line["losses"]]
