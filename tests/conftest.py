@@ -25,7 +25,12 @@ logging.getLogger("torch.__trace").propagate = True
 
 # A fifth of the time of an export: what is found in this cache of traces has its strides computed again.
 torch._dynamo.config.fake_tensor_cache_enabled = False
-gc.freeze()  # what was imported by now stays
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now stays: a thirtieth of the time goes into looking at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 #: About plans, or about memory that is measured beside what was planned.

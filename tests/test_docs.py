@@ -100,7 +100,7 @@ def run(line: str) -> str:
 
 
 #: Guides whose commands take a minute; what they run is tested piece by piece elsewhere.
-LONG = ("edge", "export", "memory", "methods")
+LONG = ("edge", "export", "memory", "methods", "runs")
 
 
 def with_marks(guides: list[Path]) -> list[Any]:

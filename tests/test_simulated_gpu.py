@@ -57,8 +57,8 @@ MIB = 1 << 20
 #: A block of Llama-2-7B, LoRA on q and v, three branches; see `shapes.Counted`.
 MOST_LAUNCHES, MOST_BYTES = 92, 4.02e6
 DEVICE = torch.device("simgpu", 0)
-#: Of `figures.RUNS`: adapters and weights, on the device, from host memory and from disk.
-FAST_RUNS = {("lora", "resident"), ("dense", "disk"), ("scales", "host"), ("sparse", "host")}
+#: Of `figures.RUNS`: adapters on the device, weights from disk.
+FAST_RUNS = {("lora", "resident"), ("dense", "disk")}
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_a_run_is_that_of_a_cpu(space: str, residency: str, packed: Path, tmp_pa
     assert len(again.same) >= 2
 
 
-@pytest.mark.parametrize("residency", ["resident", "host"])
+@pytest.mark.parametrize("residency", [pytest.param("resident", marks=pytest.mark.grid), "host"])
 def test_exact_gradients_inside_the_blocks_are_those_of_a_cpu(
     residency: str, packed: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,8 @@ def test_six_steps_equal_three_and_three_resumed_bitwise(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "residency"),
     [
-        *(("residual fp4", "disk"), ("dense int8", "resident")),
+        ("residual fp4", "disk"),
+        pytest.param("dense int8", "resident", marks=pytest.mark.grid),
         pytest.param("scales nf4", "disk", marks=pytest.mark.grid),
         pytest.param("residual fp4", "resident", marks=pytest.mark.grid),
         pytest.param("dense int8", "disk", marks=pytest.mark.grid),
