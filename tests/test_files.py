@@ -53,7 +53,18 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_beside_it(
 
 @pytest.mark.parametrize(
     "text",
-    ["- a\n- b", "3", "", "a: [", "1: 2", "a: !!python/object/apply:os.system ['true']", "[" * 100_000],
+    [
+        "a: !!bool b",
+        "a: !!int ''",
+        "a: !!timestamp b",
+        "- a\n- b",
+        "3",
+        "",
+        "a: [",
+        "1: 2",
+        "a: !!python/object/apply:os.system ['true']",
+        "[" * 100_000,
+    ],
 )
 def test_yaml_that_is_no_mapping_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"wanted are lines|nested too deeply|tag|expected|parsing"):
