@@ -226,6 +226,15 @@ def test_the_file_has_the_tokenizer_and_the_modelfile_its_end(tmp_path: Path) ->
     assert fields(tmp_path / "lora" / ADAPTER)["general.base_model.0.name"] == "model"
 
 
+def test_an_end_that_the_tokenizer_has_no_token_for_stops_nothing(tmp_path: Path) -> None:
+    adapter = tuned(tmp_path, "llama", "none")
+    ends = {"eos_token_id": [2, 2050]}  # the model has 2056 embeddings
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(ends))
+    export_gguf(adapter, tmp_path / "out")
+    stops = (tmp_path / "out" / MODELFILE).read_text().split("PARAMETER ")[1:]
+    assert stops == ['stop "</s>"\n']
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
 
 

@@ -139,7 +139,8 @@ class _Work:
             found = GenerationConfig.from_pretrained(self.base).eos_token_id
             ends += found if isinstance(found, list) else [found]
         texts = dict.fromkeys(tokenizer.convert_ids_to_tokens(end) for end in ends if end is not None)
-        return "".join(f'PARAMETER stop "{text}"\n' for text in texts)
+        known = [text for text in texts if text is not None]  # the model may have more ids than the tokenizer
+        return "".join(f'PARAMETER stop "{text}"\n' for text in known)
 
 
 class _Adapter(_Work):
