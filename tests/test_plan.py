@@ -193,6 +193,49 @@ def test_operations_make_again_what_they_made(
     assert found == [dry_run(tmp_path, space).run(Pass(4, 48, branches, 4))] * 2
 
 
+def test_what_an_operation_makes_depends_on_the_default_dtype() -> None:
+    numbers = torch.empty(3, dtype=torch.int64, device="meta")
+    with MemoryMeter():
+        assert {(numbers / 2).dtype, torch.ones(2, device="meta").dtype} == {torch.float32}
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert {(numbers / 2).dtype, torch.ones(2, device="meta").dtype} == {torch.bfloat16}
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+class Marked(torch.Tensor):
+    """A tensor whose operations make tensors of its kind."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, of: torch.Tensor) -> Marked:
+        return torch.Tensor._make_subclass(cls, of)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
+        return Marked(func(*plain, **(kwargs or {})))
+
+
+def test_a_subclass_makes_its_own_tensors() -> None:
+    plain = torch.empty(3, 5, device="meta")
+    marked = Marked(torch.empty(3, 5, device="meta"))
+    with MemoryMeter():
+        assert type(torch.mul(plain, plain)) is torch.Tensor
+        assert type(torch.mul(marked, plain)) is Marked
+
+
+def test_forms_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "_MOST", 8)
+    monkeypatch.setattr(meter, "_MADE", {})
+    with MemoryMeter():
+        for length in range(1, 30):
+            assert torch.ones(length, device="meta").mul(2).shape == (length,)
+    assert 0 < len(meter._MADE) <= 8
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     covering(("llama", "opt", "gpt2", "gemma2"), (EVALUATION, Branches.of(one_sided=2, pairs=0))),

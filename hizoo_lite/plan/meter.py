@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +93,8 @@ class _Made(NamedTuple):
 
 #: What operations made, by themselves and what they were given; None where it has to be asked anew.
 _MADE: dict[Any, _Made | None] = {}
+#: Entries of it: a plan has hundreds, of lengths of its own.
+_MOST = 20_000
 
 
 def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,7 +103,7 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     A product on meta takes torch 0.3 ms, since references in Python stand for its kernels there; a model has
     the same ones in every block, branch and chunk.
     """
-    form = _form((func, args, tuple(kwargs.items())))
+    form = _form((torch.get_default_dtype(), func, args, tuple(kwargs.items())))
     if form is None:
         return func(*args, **kwargs)
     known = _MADE.get(form)
@@ -109,6 +111,8 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return known.again()
     out = func(*args, **kwargs)
     if form not in _MADE:
+        if len(_MADE) >= _MOST:
+            _MADE.clear()
         _MADE[form] = _made(func, out, [*_tensors((args, *kwargs.values()))])
     return out
 
@@ -116,7 +120,8 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _form(value: Any) -> Hashable:
     """What a result's form depends on; None where that is not known."""
     if isinstance(value, Tensor):
-        return (value.shape, value.stride(), value.dtype) if value.is_meta else None
+        is_plain = value.is_meta and type(value) in (Tensor, nn.Parameter)  # subclasses make their own
+        return (value.shape, value.stride(), value.dtype) if is_plain else None
     if isinstance(value, list | tuple):
         forms = tuple(map(_form, value))
         return None if None in forms else forms
