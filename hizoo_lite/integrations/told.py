@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import denumpify_detensorize
 
+from hizoo_lite.errors import UserError
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.step import StepRecord
 
@@ -37,6 +39,8 @@ class Told:
         self.control = TrainerControl()
         self._losses: list[float] = []  # of the steps since the last log
         self._file: Path | None = None  # with the state, beside the run
+        self._epochs = 0  # that have ended
+        self._ended_one = False  # with the last step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **more: Any) -> Any:
         """What was logged before the run was resumed is still there."""
@@ -49,12 +53,13 @@ class Told:
             self._losses = [entry["loss"] for entry in steps]
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.compute_steps(self.args, args.max_steps)
+        self._epochs, self._ended_one = math.floor(state.epoch), False
         self._tell("on_train_begin", state)
         return self._tell("on_epoch_begin", state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
         """An epoch may begin too."""
-        if state.global_step and self._ended_one(args, state):
+        if self._ended_one:
             self._tell("on_epoch_begin", state)
         return self._tell("on_step_begin", state)
 
@@ -64,7 +69,9 @@ class Told:
             self._losses.append(sum(record.losses) / len(record.losses))
         self._tell("on_step_end", state)
         self._log_step(state, record.lr)
-        if self._ended_one(args, state):
+        ended = math.floor(state.epoch)
+        self._ended_one, self._epochs = ended > self._epochs, ended
+        if self._ended_one:
             self._tell("on_epoch_end", state)
             self._log_step(state, record.lr)
         return self.control
@@ -109,11 +116,6 @@ class Told:
             self._losses.clear()
             self.log(state, logs)
 
-    def _ended_one(self, args: Any, state: Any) -> bool:
-        """Whether an epoch ended with the last step."""
-        an_epoch = args.max_steps / args.num_train_epochs
-        return math.floor(state.epoch) > math.floor((state.global_step - 1) / an_epoch)
-
     def _tell(self, event: str, state: Any, **more: Any) -> TrainerControl:
         if state is not self.state:
             for name in _SAME:
@@ -127,4 +129,8 @@ def computed(compute: Compute | None, found: Evaluation, prefix: str) -> dict[st
     if compute is None:
         return {}
     scores = compute(EvalPrediction(predictions=np.array(found.logits), label_ids=np.array(found.gold)))
-    return {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in scores.items()}
+    if not isinstance(scores, Mapping):
+        raise UserError(f"compute_metrics: got {scores!r:.80}, allowed: numbers by name")
+    plain: dict[str, float] = denumpify_detensorize(dict(scores))
+    own = f"{prefix}_"
+    return {name if name.startswith(own) else own + name: value for name, value in plain.items()}

@@ -171,7 +171,7 @@ class Callbacks:
     ) -> None:
         """`examples` to train on; `about`: what every event comes with, such as the model."""
         self._callbacks, self._folder, self._about = callbacks, folder, about
-        self._an_epoch = examples / config.batch_size
+        self._examples, self._batch_size = examples, config.batch_size
         self._begun = False
         self.args = args = Arguments.of(config, folder, metric, examples)
         lengths = args.max_steps, args.num_train_epochs, config.batch_size
@@ -257,7 +257,11 @@ class Callbacks:
         self.call("on_save")
 
     def _reached(self, step: int) -> None:
-        self.state.global_step, self.state.epoch = step, step / self._an_epoch
+        self.state.global_step, self.state.epoch = step, self._epochs(step)
+
+    def _epochs(self, steps: int) -> float:
+        """How many epochs so many steps are; a whole number where one ends."""
+        return steps * self._batch_size / self._examples
 
     def _log(self, line: Mapping[str, Any]) -> None:
         logs = self._logs(line)
@@ -274,7 +278,7 @@ class Callbacks:
             prefix = _PREFIXES[line["when"]]
             found = {f"{prefix}_{name}": value for name, value in scores(line).items()}
             found[f"{prefix}_runtime"] = line["seconds"]
-        return found | {"epoch": _step(line) / self._an_epoch}
+        return found | {"epoch": self._epochs(_step(line))}
 
     def _entry(self, line: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._logs(line), "step": _step(line)}
