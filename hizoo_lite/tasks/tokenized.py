@@ -58,7 +58,7 @@ class _Tokens:
         if self.answers:
             yield Example(fields, self.answers, _class(row, len(self.answers)))
             return
-        labels = ids if given["labels"] is None else _numbers(row, "labels", given["labels"])
+        labels = ids if given["labels"] is None else _numbers(row, "labels", given["labels"], IGNORED)
         fields["labels"] = _kept(row, "labels", labels, kept)
         if all(label == IGNORED for label in fields["labels"][1:]):
             raise UserError(
@@ -67,10 +67,14 @@ class _Tokens:
         yield Example(fields, ("",), 0)
 
 
-def _numbers(row: Row, name: str, found: Any) -> list[int]:
-    if isinstance(found, list) and all(type(number) is int for number in found):
+def _numbers(row: Row, name: str, found: Any, also: int = 0) -> list[int]:
+    """Those of 0 or more, and `also`."""
+    if isinstance(found, list) and all(type(each) is int and (each >= 0 or each == also) for each in found):
         return found
-    raise UserError(f"{row.where}: field {name!r}: expected a list of whole numbers, got {found!r:.80}")
+    allowed = "of 0 or more" if also >= 0 else f"of 0 or more, or {also}"
+    raise UserError(
+        f"{row.where}: field {name!r}: expected a list of whole numbers {allowed}, got {found!r:.80}"
+    )
 
 
 def _kept(row: Row, name: str, values: Sequence[int], kept: Sequence[bool]) -> list[int]:
