@@ -139,6 +139,24 @@ def test_callbacks_are_called_in_the_order_of_transformers(
     )
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "steps", "ends"), [(6, 5, 11, [2, 3, 4, 5, 6, 8, 9, 10, 11]), (7, 1, 17, [7, 14])]
+)
+def test_every_epoch_ends_once(
+    count: int, batch: int, steps: int, ends: list[int], folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    order, rows = Order(), tokens(tokenizer, 12)
+    args = args_of(tmp_path / "run", max_steps=steps, per_device_train_batch_size=batch)
+    HiZOOTrainer(
+        str(folder), args, train_dataset=rows[:count], eval_dataset=rows[8:], callbacks=[order]
+    ).train()
+    assert [step for event, step in order.events if event == "epoch_end"] == ends
+    assert [step for event, step in order.events if event == "epoch_begin"] == [
+        0,
+        *(end for end in ends if end < steps),
+    ]
+
+
 class Stops(TrainerCallback):
     def __init__(self, step: int, wish: str = "should_training_stop") -> None:
         self.step, self.wish = step, wish
@@ -195,6 +213,55 @@ def test_a_resumed_run_equals_an_undisturbed_one(folder: Path, tokenizer: Any, t
     losses = [[entry.get("loss") for entry in each.state.log_history] for each in (straight, resumed)]
     assert losses[0] == losses[1]
     assert straight.state.global_step == resumed.state.global_step == 6
+
+
+def test_a_run_is_resumed_after_an_evaluation(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model, rows = AutoModelForCausalLM.from_pretrained(folder), tokens(tokenizer, 12)
+
+    def made(steps: int) -> HiZOOTrainer:
+        args = args_of(tmp_path / "run", max_steps=steps, lr_scheduler_type="constant")
+        given: dict[str, Any] = {"train_dataset": rows[:8], "eval_dataset": rows[8:]}
+        return HiZOOTrainer(model, args, processing_class=tokenizer, **given)
+
+    made(1).train()
+    again = made(2)
+    again.evaluate()
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+
+
+@pytest.mark.parametrize("prefix", ["eval_", ""])
+def test_metrics_of_numpy_are_plain_numbers(
+    prefix: str, folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = classes(tokenizer, 16)
+    trainer = HiZOOTrainer(
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2),
+        args_of(tmp_path / "run", max_steps=1, eval_strategy="steps", eval_steps=1),
+        train_dataset=rows[:8],
+        eval_dataset=rows[8:],
+        processing_class=tokenizer,
+        compute_metrics=lambda prediction: {f"{prefix}evaluated": np.float32(1), "rows": np.int64(8)},
+    )
+    trainer.train()
+    entry = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][-1]
+    assert (entry["eval_evaluated"], entry["eval_rows"]) == (1.0, 8)
+    trainer._told.compute = trainer.compute_metrics = lambda prediction: None  # type: ignore[assignment, return-value]
+    with pytest.raises(UserError, match="compute_metrics: got None, allowed: numbers by name"):
+        trainer.evaluate()
+
+
+def test_classes_are_in_the_order_of_their_numbers(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=12)
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    names = {str(number): f"class {number}" for number in range(12)}
+    path.write_text(json.dumps({**config, "id2label": names}, sort_keys=True))  # "10" is before "2"
+    rows = [{"input_ids": [5, 6], "label": 3}]
+    trainer = HiZOOTrainer(str(tmp_path / "model"), args_of(tmp_path / "run"), train_dataset=rows)
+    task = trainer._task
+    assert isinstance(task, dict)
+    assert list(task["answers"]) == list(names.values())
 
 
 def test_a_classifier_has_the_users_metrics(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -267,6 +334,7 @@ def test_rows_that_are_no_tokens_are_recognised(folder: Path, tmp_path: Path) ->
     assert trainer.run is not None
     assert trainer.run.setup.task.labels == ("0", "1")
     assert len(trainer.run.setup.splits.test) == 2  # held out
+    assert trainer.evaluate(DATA[20:24])["eval_loss"] == hz.evaluate(trainer.run, data=DATA[20:24]).loss
 
 
 @pytest.mark.parametrize(
@@ -279,6 +347,8 @@ def test_rows_that_are_no_tokens_are_recognised(folder: Path, tmp_path: Path) ->
             {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
             "eval_strategy",
         ),
+        ({"eval_strategy": "epoch"}, "eval_strategy: got 'epoch', but there is no eval_dataset"),
+        ({"save_steps": 0.1, "max_steps": -1}, "save_steps: got 0.1, allowed: a number of steps"),
         ({"warmup_steps": 0.1, "max_steps": -1}, "warmup_steps: got 0.1, allowed: a number of steps"),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model: got 'accuracy', .* allowed: 'loss'"),
         ({"lr_scheduler_type": "polynomial"}, "lr_schedule: got 'polynomial', allowed: constant, linear"),
@@ -325,6 +395,9 @@ def test_arguments_are_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture
         "eval_batch_size": 8,
     }
     assert "lr" not in arguments.of(args_of(tmp_path / "run", max_steps=7))
+    shares = {"eval_strategy": "steps", "eval_steps": 0.3, "save_steps": 0.5, "warmup_steps": 3.0}
+    found = arguments.of(args_of(tmp_path / "run", max_steps=7, **shares))
+    assert [found[name] for name in ("eval_every", "save_every", "warmup_steps")] == [3, 4, 3]
     assert "these have no meaning here: dataloader_num_workers" in caplog.text
 
 
@@ -335,6 +408,12 @@ def test_arguments_are_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ({"eval_dataset": None, "steps": True}, "there is no eval_dataset"),
         ({"train_dataset": [{"input_ids": [1, 2], "labels": [-100, -100]}] * 12}, "no token has a loss"),
         ({"train_dataset": [{"input_ids": [1, 2], "labels": [1]}] * 12}, "got 1 numbers for 2 tokens"),
+        ({"train_dataset": [{"input_ids": [1, -2, 3]}] * 12}, "whole numbers of 0 or more, got"),
+        ({"train_dataset": [{"input_ids": [1, 2], "labels": [1, -5]}] * 12}, "of 0 or more, or -100, got"),
+        ({"train_dataset": [{"input_ids": [1], "position_ids": [7]}]}, "position_ids are not read here"),
+        ({"eval_dataset": [{"input_ids": [1], "completion_mask": [0]}]}, "completion_mask are not read"),
+        ({"callbacks": [object()]}, "callbacks: got <object object"),
+        ({"callbacks": None, "train_dataset": None}, "train_dataset: missing"),
         ({"train_dataset": iter([])}, "train_dataset: got a list_iterator, allowed: one data set"),
         ({"eval_dataset": {"a": []}}, "eval_dataset: got a dict, allowed: one data set"),
     ],

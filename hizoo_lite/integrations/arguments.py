@@ -7,6 +7,7 @@ An argument counts as given if it is not its class's default, so that `learning_
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -96,18 +97,22 @@ def _lengths(args: TrainingArguments) -> dict[str, Any]:
         ("eval_every", args.eval_strategy, args.eval_steps),
         ("save_every", args.save_strategy, args.save_steps),
     ):
-        found[name] = steps if strategy == "steps" else 0
+        found[name] = _steps(steps, args) if strategy == "steps" else 0
     return found | whole
 
 
+def _steps(given: float, args: TrainingArguments) -> int:
+    """A number of steps, which may be given as a share of the run's."""
+    return math.ceil(given * args.max_steps) if 0 < given < 1 else int(given)
+
+
 def _schedule(args: TrainingArguments) -> dict[str, Any]:
-    name, warmup = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), args.warmup_steps
-    share = 0 < warmup < 1 and args.max_steps > 0
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     found = {"lr_schedule": "constant" if name == "constant_with_warmup" else name}
     trackers = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or ())
     return {
         **found,
-        "warmup_steps": round(warmup * args.max_steps) if share else warmup,
+        "warmup_steps": _steps(args.warmup_steps, args),
         "tracker": trackers[0] if len(trackers) == 1 else "none",
     }
 
@@ -116,7 +121,10 @@ def _problems(args: TrainingArguments) -> list[str]:
     """Arguments whose values are refused."""
     checked = {
         "report_to": (isinstance(args.report_to, list) and len(args.report_to) > 1, "one tracker, or none"),
-        "warmup_steps": (0 < args.warmup_steps < 1 > args.max_steps, "a number of steps, or max_steps too"),
+        **{
+            name: (0 < (getattr(args, name) or 0) < 1 > args.max_steps, "a number of steps, or max_steps too")
+            for name in ("warmup_steps", "eval_steps", "save_steps")
+        },
         "save_strategy": (args.save_strategy == "best", "no, steps, epoch, with load_best_model_at_end"),
         "load_best_model_at_end": (
             args.load_best_model_at_end and args.eval_strategy != "steps",

@@ -53,7 +53,7 @@ class HiZOOSFTTrainer(HiZOOTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
         *,
         peft_config: Any = None,
         formatting_func: Callable[[Any], str] | None = None,

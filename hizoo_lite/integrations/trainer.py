@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import DefaultFlowCallback, PrinterCallback, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
@@ -42,6 +48,8 @@ from hizoo_lite.train.progress import Lines
 Rows = list[dict[str, Any]]
 #: What else the labels are called in rows for a Trainer.
 _LABELS = ("label", "label_ids")
+#: Columns of tokenized rows that transformers' models or TRL's collator read.
+_UNREAD = ("position_ids", "inputs_embeds", "completion_mask", "assistant_masks")
 
 
 class HiZOOTrainer:
@@ -72,7 +80,7 @@ class HiZOOTrainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Compute | None = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
         *,
         task: TaskLike | None = None,
         read: frozenset[str] = frozenset(),
@@ -89,7 +97,7 @@ class HiZOOTrainer:
         self.train_dataset = None if train_dataset is None else self._rows("train_dataset", train_dataset)
         self.eval_dataset = None if eval_dataset is None else self._rows("eval_dataset", eval_dataset)
         shown = [PrinterCallback] if self.args.disable_tqdm else []
-        told = [DefaultFlowCallback, *shown, *callbacks]
+        told = [DefaultFlowCallback, *shown, *_checked(callbacks or ())]
         self.callback_handler = CallbackHandler(told, model, self.processing_class, None, None)
         self._told = Told(self.callback_handler, self.args, self.state, compute_metrics)
         self.callback_handler.on_init_end(self.args, self.state, self.control)
@@ -98,7 +106,7 @@ class HiZOOTrainer:
 
     def add_callback(self, callback: Any) -> None:
         """Another one, or its class."""
-        self.callback_handler.add_callback(callback)
+        self.callback_handler.add_callback(*_checked([callback]))
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """To the end, or from where the run in the output folder, or in the one that is named, stands.
@@ -110,9 +118,12 @@ class HiZOOTrainer:
         if resume_from_checkpoint not in (None, False, True):
             self.options["out"] = str(resume_from_checkpoint)
         self.options["resume"] = bool(resume_from_checkpoint)
+        if self.options["resume"]:
+            self.__dict__.pop("_source", None)  # `evaluate` may have saved the model anew
         data, dev = {"train": self.train_dataset}, self.eval_dataset
-        if dev is None and self.options["eval_every"]:
-            raise UserError("eval_strategy: got 'steps', but there is no eval_dataset; allowed: 'no'")
+        strategy = "steps" if self.options["eval_every"] else self.args.eval_strategy
+        if dev is None and strategy != "no":
+            raise UserError(f"eval_strategy: got '{strategy}', but there is no eval_dataset; allowed: 'no'")
         if self.options["resume"] and self.options.pop("epochs", None):
             self.options["steps"] = RunFolder(self.options["out"]).config().steps
         if dev is not None:
@@ -167,6 +178,12 @@ class HiZOOTrainer:
         rows = [given[index] for index in range(len(given))]
         if not rows or not all(isinstance(row, Mapping) for row in rows):
             raise UserError(f"{name}: got {rows[:1]!r:.80}, allowed: rows, one at least, that are mappings")
+        unread = [column for column in _UNREAD if any("input_ids" in row and column in row for row in rows)]
+        if unread:
+            raise UserError(
+                f"{name}: the columns {', '.join(unread)} are not read here; leave them out; tokens whose "
+                "label is -100 have no loss"
+            )
         found = (
             rows if self.data_collator is None else [self._collated(name, *each) for each in enumerate(rows)]
         )
@@ -224,7 +241,8 @@ class HiZOOTrainer:
             return {"name": "tokens", "kind": "tokens"}
         most = max((row["labels"] for row in rows if isinstance(row.get("labels"), int)), default=1)
         named = self._config.get("id2label") or range(max(2, most + 1))
-        names = [named[key] for key in named] if isinstance(named, Mapping) else list(map(str, named))
+        in_order = isinstance(named, Mapping)  # of their numbers, which a JSON file may have otherwise
+        names = [named[key] for key in sorted(named, key=int)] if in_order else list(map(str, named))
         return {"name": "tokens", "kind": "tokens", "answers": {name: name for name in names}}
 
     def _settings(self, parts: Mapping[str, Rows]) -> dict[str, Any]:
@@ -259,7 +277,8 @@ class HiZOOTrainer:
             raise UserError(f"{name}: missing, it is what is evaluated")
         settings = self._settings({"test": rows})
         if self.run is not None:
-            return engine.evaluate(self.run, data=rows, max_length=settings["max_length"])
+            room = {name: settings[name] for name in ("max_length",) if name in settings}
+            return engine.evaluate(self.run, data=rows, **room)
         self._check_metrics()
         objects = {axis.axis for axis in AXES if not isinstance(settings.get(axis.axis, ""), str)}
         own = {key: value for key, value in settings.items() if key not in {"out", "resume", *objects}}
@@ -271,6 +290,15 @@ class HiZOOTrainer:
         scores["runtime"] = found.seconds
         named = {f"{prefix}_{name}": value for name, value in scores.items()}
         return {**named, **computed(self.compute_metrics, found, prefix), "epoch": self.state.epoch}
+
+
+def _checked(callbacks: Sequence[Any]) -> list[Any]:
+    """UserError for what is none of transformers' callbacks."""
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise UserError(f"callbacks: got {callback!r:.80}, allowed: transformers' TrainerCallback")
+    return list(callbacks)
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
