@@ -211,12 +211,13 @@ class Marked(torch.Tensor):
 
     @staticmethod
     def __new__(cls, of: torch.Tensor) -> Marked:
-        return torch.Tensor._make_subclass(cls, of)
+        found = torch.Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype, device=of.device)
+        found.of = of
+        return found
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
-        return Marked(func(*plain, **(kwargs or {})))
+        return Marked(func(*(each.of if isinstance(each, cls) else each for each in args), **(kwargs or {})))
 
 
 def test_a_subclass_makes_its_own_tensors() -> None:
