@@ -27,8 +27,8 @@ from hizoo_lite.units import ALLOWED_SIZES, parse_bytes
 
 BitsName = Literal["nf4", "fp4", "int8", "none"]
 ComputeName = Literal["auto", "bf16", "fp16", "float32"]
+ScheduleName = Literal["constant", "linear", "cosine", "stages"]
 KindName = Literal["auto", "causal", "masked", "classifier"]
-ScheduleName = Literal["constant", "linear", "cosine"]
 TrackerName = Literal[
     "none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
 ]
@@ -199,7 +199,10 @@ class TrainConfig:
         "auto", "learning rate; auto derives it from the measured curvature", group="Method", above=0.0
     )
     lr_schedule: ScheduleName = _setting(
-        "linear", "course of the learning rate, on top of auto too; zero behind the last step", group="Method"
+        "linear",
+        "course of the learning rate, on top of auto too: zero behind the last step, or halved in stages of "
+        "doubled length (DP-ZOSO)",
+        group="Method",
     )
     warmup_steps: int = _setting(
         0, "steps in which the learning rate grows from zero", group="Method", minimum=0

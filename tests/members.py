@@ -74,7 +74,16 @@ MEMBERS: dict[str, Case] = {
     "kerzoo": Case({"estimator": "kerzoo", "lr": 1e-2, "directions": 2, "targets": "all-linear"}),
     "fzoo": Case({"estimator": "fzoo", "lr": 1e-4, "directions": 3, "weight_decay": 0.1}),
     "grzo": Case({"estimator": "grzo", "lr": 1e-3, "groups": 3, "targets": "all-linear"}),
-    "dp": Case({"estimator": "dp", "directions": 3, "lr": 1e-2, "weight_decay": 0.1, "dp_noise": 0.5}),
+    "dp": Case(
+        {
+            "estimator": "dp",
+            "directions": 3,
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "dp_noise": 0.5,
+            "lr_schedule": "stages",
+        }
+    ),
     "dp, laplace": Case(
         {"estimator": "dp", "dp_mechanism": "laplace", "space": "dense", "lr": 1e-4}, _WEIGHTS, grid=True
     ),

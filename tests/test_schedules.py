@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from hizoo_lite.base import Estimate
+from hizoo_lite.config import ScheduleName
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers.step_size import (
     FROM_LOSSES,
@@ -52,7 +54,12 @@ def test_cosine_schedule_equals_half_a_cosine():
     assert [schedule(2 + k) for k in range(10)] == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_stages_double_and_halve():
+    schedule = Schedule("stages", 4.0, warmup_steps=1, total_steps=15)
+    assert [schedule(step) for step in range(18)] == [2.0, *[4.0] * 2, *[2.0] * 4, *[1.0] * 11]
+
+
+@pytest.mark.parametrize("kind", get_args(ScheduleName))
 def test_schedule_is_positive_until_its_end(kind):
     schedule = Schedule(kind, 1e-3, warmup_steps=7, total_steps=50)
     assert all(0 < schedule(step) <= 1e-3 for step in range(50))
@@ -61,7 +68,7 @@ def test_schedule_is_positive_until_its_end(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "step"}, "kind must be constant, linear or cosine, got 'step'"),
+        ({"kind": "step"}, "kind: got 'step', allowed: constant, linear, cosine, stages"),
         ({"peak": 0.0}, "peak must be a positive number"),
         ({"peak": math.nan}, "peak must be a positive number"),
         ({"warmup_steps": 5, "total_steps": 4}, "0 <= warmup_steps <= total_steps wanted"),

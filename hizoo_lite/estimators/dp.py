@@ -25,6 +25,15 @@ come from the operating system's source, never from the run's seed, and are stor
 multiple of some 2^-24 of the noise: the last bits of a float that noise was added to tell what it was added
 to (Mironov, CCS 2012). An example whose differences are not finite adds nothing, so no step is skipped.
 
+DP-ZOSO and DP-ZOPO (Liu et al., arXiv 2402.07818) are this estimator with a course of the rate and a mask:
+`lr_schedule` "stages" halves the rate in stages that double. Their code lowers mu as well, with a clip of the
+slopes, (l+ - l-) / (2 mu); ours is of the differences, so that a smaller mu would drown them in the noise,
+and mu stays. It also pulls towards the weights that a stage began with (5e-4); `weight_decay` pulls to 0.
+Their mask scores every weight by SynFlow, estimated from forwards of the model with all weights replaced by
+their sizes, and trains the 1 % with the *lowest* scores; weights that are stored in 4 bits have no such
+model. Masks without data are here those of small weights (space "small") and of large ones ("sparse" by
+"magnitude").
+
 A step costs 2 K forwards of its batch, and 2 K branches in memory. A batch that turned out large goes through
 in parts of the usual size, within the plan of memory.
 
