@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hizoo_lite.plan import hardware
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
 from hizoo_lite.train import config_file
 from hizoo_lite.train.bars import Bars
+from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Lines
 from hizoo_lite.train.step import StepRecord
 from tests.run_fixtures import flags, nan_head, short_run, stories
@@ -259,6 +261,21 @@ def test_eval_of_an_adapter_without_a_run_uses_the_model_it_names(tuned: Path, t
     assert json.loads(done.stdout)["examples"] == 2
     empty = call("eval", "--model", "embedded", "--task", "lm", "--data", str(tmp_path))
     assert empty.exit_code == 2
+    missing = call("eval", "--adapter", str(tuned / "adapter"))
+    assert (missing.exit_code, missing.stderr.startswith("error: --data: missing, and ")) == (2, True)
+
+
+def test_data_of_a_run_that_is_seen_from_elsewhere_is_told(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    config = RunFolder(run).config()
+    (run / "config.toml").write_text(config_file.write(replace(config, data="mine/rows.csv")))
+    monkeypatch.chdir(tmp_path)
+    done = call("eval", "--adapter", str(run))
+    assert done.exit_code == 2
+    assert "mine/rows.csv" in done.stderr
+    assert "as seen from where the run was begun; allowed: the same command there, or --data" in done.stderr
 
 
 def test_eval_of_a_model_that_computes_nothing_fails(tuned: Path, tmp_path: Path) -> None:

@@ -223,6 +223,10 @@ def test_both_commands_evaluate_alike(
     assert {**shown, "seconds": 0} == {**alike, "seconds": 0}
     assert shown["adapter"] == "tuned"
     assert 0 < shown["scores"]["loss"] < 5
+    base = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags[:-2]])
+    assert "the model without an adapter; --adapter has it with one of tuned" in base.stderr
+    missing = CliRunner().invoke(app, ["eval", "--onnx", str(exported)])
+    assert (missing.exit_code, missing.stderr.startswith("error: --data: missing, and ")) == (2, True)
     table = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags])
     assert f"{100 * shown['scores']['accuracy']:.1f} %" in table.stdout
 

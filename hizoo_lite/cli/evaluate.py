@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.errors import UserError
 from hizoo_lite.extras import need
 
 #: Flags of our own tasks and other kinds of models.
@@ -108,7 +111,9 @@ def command(
 
         config = provenance.eval_config(adapter, of_profile(profile, given) | given)
         preflight.check_adapter(adapter)
-        whole = components.is_whole(config, preflight.check_inputs(config))
+        with _paths_of_a_run(None if data else adapter):
+            task_found = preflight.check_inputs(config)
+        whole = components.is_whole(config, task_found)
         if split is None:
             split = "all" if data and whole else "test"
         elif split == "all" and not whole:
@@ -145,3 +150,17 @@ def _harness(
         if isinstance(value, float)
     ]
     output.print_table(f"{model.model.source}, lm-evaluation-harness", ["task", "score", "value"], rows)
+
+
+@contextmanager
+def _paths_of_a_run(run: str | None) -> Iterator[None]:
+    """Where a run's data are not found, the reason is told too: paths are those of where it was begun."""
+    try:
+        yield
+    except UserError as error:
+        if run is None or "no such file or folder" not in str(error):
+            raise
+        raise UserError(
+            f"{error}: {run} names it as seen from where the run was begun; allowed: the same command there, "
+            "or --data"
+        ) from error

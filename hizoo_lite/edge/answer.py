@@ -15,7 +15,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
-from hizoo_lite.train import components
+from hizoo_lite.train import components, provenance
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.progress import Progress
@@ -26,6 +26,7 @@ def eval_config(folder: Path, adapter: str | None, given: Mapping[str, Any]) -> 
     chosen = {**given, "model": str(folder)}
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         return components.with_tasks(RunFolder(adapter).config(), chosen)
+    provenance.check_data_is_given(str(folder), given)
     return TrainConfig(**chosen)
 
 
@@ -57,6 +58,11 @@ def evaluate_export(
     examples = components.fitting(encoder, examples, config)
     if model.kind == "classifier":
         model.session.graph.check_classes(task, model.session.graph.outputs[0])
+    if adapter is None and model.adapters:
+        progress.message(
+            f"{folder}: the model without an adapter; --adapter has it with one of "
+            f"{', '.join(model.adapters)}"
+        )
     progress.phase("evaluate", len(examples))
     found = evaluate(model, encoder, examples, config.eval_batch_size, advanced=progress.advanced)
     progress.finish()

@@ -45,6 +45,7 @@ class OnnxModel:
         export = Export.open(folder)
         self.kind: ModelKind = export.kind
         self.bits = str(export.record["bits"])
+        self.adapters = list(export.record["adapters"])
         self.session = Session(export, threads=threads)
         if adapter is not None:
             self.session.adapter(adapter)  # to be told now

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, PredictionOutput, TrainOutput
 
 from hizoo_lite import run as engine
 from hizoo_lite import tasks
@@ -121,7 +121,7 @@ class HiZOOTrainer:
         if self.options["resume"]:
             self.__dict__.pop("_source", None)  # `evaluate` may have saved the model anew
         data, dev = {"train": self.train_dataset}, self.eval_dataset
-        strategy = "steps" if self.options["eval_every"] else self.args.eval_strategy
+        strategy = "steps" if self.options["eval_every"] else IntervalStrategy(self.args.eval_strategy).value
         if dev is None and strategy != "no":
             raise UserError(f"eval_strategy: got '{strategy}', but there is no eval_dataset; allowed: 'no'")
         if self.options["resume"] and self.options.pop("epochs", None):

@@ -73,8 +73,18 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
         return components.with_tasks(run, given)
     if adapter is not None and "model" not in given:
         given = {**given, "model": base_model(adapter)}
+    check_data_is_given(adapter or "the model", given)
     kind = None if adapter is None else saved_kind(adapter)
     return TrainConfig(**given if kind is None else {"kind": kind, **given})
+
+
+def check_data_is_given(of: str, given: Mapping[str, Any]) -> None:
+    """Raises UserError if neither data nor a task is given for what is no run, which would name them."""
+    if not {"task", "data"} & set(given):
+        raise UserError(
+            f"--data: missing, and {of} is no run that would name it; allowed: a file or folder of yours, or "
+            "--task with its data"
+        )
 
 
 #: Words for layers that those of an adapter take the place of.
