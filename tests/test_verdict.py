@@ -56,6 +56,19 @@ def test_a_change_beyond_chance_is_learnt() -> None:
     assert "more steps" not in worse.next
 
 
+def test_few_examples_are_answered_with_how_many_it_takes() -> None:
+    said = verdict.of_run(record(0.0, 1.0, 3))
+    assert said is not None
+    assert said.says.startswith("Too few held-out examples to say")
+    assert said.next.startswith(f"Next: hold out {verdict.LEAST_EXAMPLES} or more")
+
+
+def test_the_command_to_look_at_the_data_has_the_runs_own() -> None:
+    said = verdict.of_run(record(0.5, 0.5, 100, data="my data/rows.csv", model="models/m"))
+    assert said is not None
+    assert "hizoo-lite data inspect 'my data/rows.csv' --model models/m, " in said.next
+
+
 def test_the_error_is_of_the_examples_that_changed_sides() -> None:
     paired = verdict.standard_error(sides(12, 4, 100), 0.5, 0.58, 100)
     assert paired == pytest.approx((16 - 64 / 100) ** 0.5 / 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def of_run(run: RunRecord) -> Verdict | None:
     figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
     if count < LEAST_EXAMPLES:
         says = f"Too few held-out examples to say: {figures}."
-        return Verdict(None, says, "" if fell else _next(run, fell=fell))
+        more = f"Next: hold out {LEAST_EXAMPLES} or more, --test-examples or a file of their own."
+        return Verdict(None, says, more if fell else _next(run, fell=fell))
     error = standard_error(run.predictions, first, last, int(count))
     change, bar = last - first, CERTAIN * error
     bars = f"{100 * bar:.1f} points"
@@ -96,5 +98,6 @@ def _next(run: RunRecord, *, fell: bool) -> str:
         found.append(f"--exact-blocks {blocks:.0f}, which learns in a fraction of the steps")
     if fell:
         found.append("more steps: the loss fell, which comes before the answers change")
-    found.append("hizoo-lite data inspect DATA --model MODEL, to see what the model is asked")
+    data, model = (shlex.quote(str(config.get(name) or name.upper())) for name in ("data", "model"))
+    found.append(f"hizoo-lite data inspect {data} --model {model}, to see what the model is asked")
     return "Next: " + "; or ".join(found) + "."
