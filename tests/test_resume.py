@@ -789,6 +789,10 @@ def test_a_run_that_keeps_no_settings_is_compared_with_its_config(
         (run / "run.json").write_text(json.dumps({**record, "settings": unsound}))
         with pytest.raises(UserError, match=r"run.json: settings: got .*, allowed: an object"):
             resumed(tmp_path)
+    settings = {**record["settings"], "seed": {"": None}}
+    (run / "run.json").write_text(json.dumps({**record, "settings": settings}))
+    with pytest.raises(UserError, match=r"run.json: settings: seed: got .*, allowed: what config.toml"):
+        resumed(tmp_path)
     del record["settings"]
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"mu: the run has 0.01, got 0.5; it cannot change on --resume$"):

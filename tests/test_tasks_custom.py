@@ -186,7 +186,10 @@ TOKENS = {"name": "tokens", "kind": "tokens", "answers": {"no": "no", "yes": "ye
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"input_ids": "it", "labels": 0}, "'input_ids': expected a list of whole numbers of 0 or more, got 'it'"),
+        (
+            {"input_ids": "it", "labels": 0},
+            "'input_ids': expected a list of whole numbers of 0 or more",
+        ),
         ({"input_ids": [1, 2], "labels": 2}, "'labels': expected a whole number from 0 to 1"),
         ({"input_ids": [1, 2], "labels": 0.5}, "'labels': expected a whole number from 0 to 1"),
         ({"input_ids": [1, 2], "attention_mask": [1], "labels": 1}, "got 2 numbers for 1 tokens"),
