@@ -294,11 +294,12 @@ def _begun_with(path: Path) -> dict[str, Any]:
     found = read_json(path, wanted).get(_LASTING, {}) if path.is_file() else {}
     if not isinstance(found, dict):
         raise UserError(f"{path}: {_LASTING}: got {found!r:.80}, allowed: an object")
-    for name, value in found.items():
+    known = {name: value for name, value in found.items() if name in settings()}
+    for name, value in known.items():
         try:
             _line(name, value)
         except TypeError as error:
             raise UserError(
                 f"{path}: {_LASTING}: {name}: got {value!r:.80}, allowed: what config.toml can say"
             ) from error
-    return {name: _typed(name, value) for name, value in found.items() if name in settings()}
+    return {name: _typed(name, value) for name, value in known.items()}
