@@ -51,12 +51,19 @@ def package() -> str:
     return "# hizoo_lite\n\n" + "\n".join(map(entry, paths))
 
 
+def _paper(source: str) -> str:
+    """A source behind what it is of; numbers of arXiv lead there."""
+    linked = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+    return f" ({linked})" if source else ""
+
+
 def axis(folder: str, members: registry.Registry[Any]) -> str:
     """A table of the members of an axis, then the class of each."""
     rows = [
-        f"| `{name}` | {line.help} | {line.holds} | {line.source} |" for name, line in members.lines.items()
+        f"| `{name}` | {line.help}{_paper(line.source)} | {line.holds} |"
+        for name, line in members.lines.items()
     ]
-    table = "\n".join(["| name | what it is | keeps in memory | source |", "|---|---|---|---|", *rows])
+    table = "\n".join(["| name | what it is | keeps in memory |", "|---|---|---|", *rows])
     classes = [line.path.replace(":", ".") for line in members.lines.values()]
     paths = [
         path if "." in path else f"{members.folder}.{name}.{path}"
