@@ -103,6 +103,12 @@ class Method:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: str = ""  # of learning rates: the name of a field of `Cell`
+    scale: float = 1.0  # of the grid's rates
+
+    def rates(self, cell: Cell) -> tuple[float | None, ...]:
+        """The learning rates that are tried; None is what `--lr auto` or the settings say."""
+        grid: tuple[float, ...] = getattr(cell, self.grid) if self.grid else ()
+        return tuple(float(f"{rate * self.scale:.6g}") for rate in grid) or (None,)
 
 
 _BEFORE = {
@@ -144,7 +150,34 @@ METHODS = {
     "mezo, top third": Method({**_MEZO, "blocks": "auto"}, "mezo"),
     "backpropagation": Method({}, "backprop"),
 }
+#: Methods of other papers: settings, the scale of their rates beside mezo's, and the rate that was published:
+#: MeZO's for LoRA (table 15) and for weights, which LOZO, SubZero, Sparse-MeZO and SensZOQ take, too; of
+#: KerZOO and FZOO the example that comes with the code. For GRZO and DP-ZO, whose we did not find, MeZO's.
+_FAMILY: dict[str, tuple[dict[str, Any], float, float]] = {
+    "kerzoo": ({"estimator": "kerzoo"}, 1.0, 1e-6),
+    "fzoo": ({"estimator": "fzoo"}, 3.0, 5e-5),
+    "grzo": ({"estimator": "grzo"}, 0.3, 1e-4),
+    "dp": ({"estimator": "dp", "dp_noise": 0.5}, 1.0, 1e-4),
+    "dense": ({"space": "dense"}, 0.3, 1e-6),
+    "lowrank": ({"space": "lowrank"}, 0.3, 1e-6),
+    "lowrank, momentum": ({"space": "lowrank", "momentum": 0.9}, 0.3, 1e-6),
+    "subspace": ({"space": "subspace"}, 0.3, 1e-6),
+    "small": ({"space": "small"}, 1.0, 1e-6),
+    "sparse": ({"space": "sparse"}, 3.0, 1e-6),
+    "mazo": ({"space": "mazo"}, 3.0, 1e-6),
+    "scales": ({"space": "scales"}, 1.0, 1e-6),
+}
+for _name, (_settings, _scale, _rate) in _FAMILY.items():
+    METHODS[_name] = Method({**_MEZO, **_settings}, "mezo", _scale)
+    METHODS[f"{_name}, published rate"] = Method({**_MEZO, **_settings, "lr": _rate})
+METHODS["mezo, published rate"] = Method({**_MEZO, "lr": 1e-4})
 USUAL = ("hizoo", "mezo", "backpropagation")
+#: `--methods all`: every method as published and tuned, beside ours. The rest are variants of hizoo.
+ALL = (
+    *("hizoo", "exact, all blocks", "hizoo, as published", "hizoo, as published, tuned"),
+    *(f"{name}{rate}" for name in ("mezo", *_FAMILY) for rate in ("", ", published rate")),
+    "backpropagation",
+)
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -403,7 +436,7 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
         method = METHODS[method_name]
         if method_name == "backpropagation" and not cell.model:
             continue
-        rates: Sequence[float | None] = getattr(cell, method.grid) if method.grid else (None,)
+        rates: Sequence[float | None] = method.rates(cell)
         for number, seed in enumerate(arguments.seeds):
             if number == 1 and len(rates) > 1:
                 rates = [best_rate(rows, name, method_name, budget, arguments.seeds[0])]
@@ -472,7 +505,14 @@ def summarized(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for (cell, method, _), group in by_setting(rows).items():
         middle = {
             name: statistics.median(row[name] for row in group)
-            for name in ("forwards", "loss_before", "loss_after", "metric_before", "metric_after")
+            for name in (
+                "forwards",
+                "seconds_per_step",
+                "loss_before",
+                "loss_after",
+                "metric_before",
+                "metric_after",
+            )
         }
         worst = {
             "loss_worst": max(row["loss_after"] for row in group),
@@ -522,6 +562,29 @@ def _ratios(
         enough = [cost(row, point) / whole for point in points(row) if point[1] <= target]
         best[row["seed"]] = min([best.get(row["seed"], math.inf), *enough])
     return {"mezo": whole, "ratios": {seed: finite(ratio) for seed, ratio in best.items()}}
+
+
+def in_equal_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By cell: the loss on dev after as many seconds as the quickest method took for its largest budget.
+
+    Of a method the median over its seeds, at its best rate; of evaluations within a run the last one that was
+    reached by then; None without any.
+    """
+    answer: dict[str, dict[str, Any]] = {}
+    best = largest([row for row in rows if row["curve"] and COSTS["seconds"](row, row["curve"][-1])])
+    for cell in dict.fromkeys(cell for cell, _ in best):
+        groups = {method: group for (of, method), group in best.items() if of == cell}
+        most = min(median(row["seconds"] for row in group) or math.inf for group in groups.values())
+        losses = {
+            method: median(_last_within(row["curve"], most) for row in group)
+            for method, group in groups.items()
+        }
+        answer[cell] = {"seconds": most, "loss": losses}
+    return answer
+
+
+def _last_within(curve: Sequence[Sequence[float]], seconds: float) -> float | None:
+    return next((loss for _, loss, _, taken in reversed(curve) if taken <= seconds), None)
 
 
 def tuned_mezo(rows: Sequence[Mapping[str, Any]], cell: str) -> Sequence[Mapping[str, Any]]:
@@ -665,7 +728,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"), help="made by get_models.py")
     parser.add_argument("--results", type=Path, help="folder of the rows (default: one that is thrown away)")
     parser.add_argument("--cells", help="default: those whose model and data are there")
-    parser.add_argument("--methods", default=";".join(USUAL), help=f"with ';': {'; '.join(METHODS)}")
+    parser.add_argument("--methods", default=";".join(USUAL), help=f"all, or with ';': {'; '.join(METHODS)}")
     parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
     parser.add_argument(
         "--forwards", default="300", help="of a run, several with commas (default: %(default)s)"
@@ -674,6 +737,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     arguments = parser.parse_args()
     methods = [name.strip() for name in arguments.methods.split(";") if name.strip()]
+    methods = list(ALL) if methods == ["all"] else methods
     cells = list(CELLS) if arguments.cells is None else arguments.cells.split(",")
     for kind, given, known in (("--cells", cells, CELLS), ("--methods", methods, METHODS)):
         if odd := [name for name in given if name not in known]:
@@ -698,11 +762,20 @@ def main() -> None:
         found = rows.all()
     lines, reached = list(summarized(found)), to_mezo(found)
     columns = list(lines[0]) if lines else []
-    figures = {"rows": found, "lines": lines, "to_mezo": reached, "summary": headline(found)}
+    timed = in_equal_seconds(found)
+    figures = {
+        "rows": found,
+        "lines": lines,
+        "to_mezo": reached,
+        "in_equal_seconds": timed,
+        "summary": headline(found),
+    }
     title = "LoRA rank 8, NF4; medians over seeds, and the worst seed"
     publish(title, columns, [[line[c] for c in columns] for line in lines], figures, arguments)
-    for name, value in {**reached, **figures["summary"]}.items():
+    for name, value in {**reached, **headline(found)}.items():
         print(f"{name}: {value}")
+    for name, value in timed.items():
+        print(f"{name}, dev loss in equal seconds: {value}")
     if arguments.picture:
         draw(found, arguments.picture)
 
