@@ -198,7 +198,7 @@ class Objective(ABC):
     Attributes:
         reads: what `value` may be given: the scores of an example's candidates or classes, the text that is
             written for it. Nothing: the loss itself.
-        source: a hash of what it is made of, where its name does not say that.
+        source: a hash of what it is made of, if its name does not say that.
     """
 
     name: str
@@ -243,7 +243,7 @@ class Curvature(ABC):
         """Lay out the state for the trainable tensors, by name, in arrays of that library."""
 
     def held_bytes(self, shapes: Mapping[str, Shape]) -> int | None:
-        """Of its state for such tensors, where that is too large to be laid out to be counted; else None."""
+        """Of its state for such tensors, if that is too large to be laid out to be counted; else None."""
         return None
 
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
@@ -311,7 +311,7 @@ class Optimizer(Protocol):
     def streams(self) -> bool:
         """Whether it moves each parameter by -lr times its gradient and nothing else.
 
-        Then it may be used where weights inside the blocks are trained, for which nothing can be kept.
+        Then it may be used if weights inside the blocks are trained, for which nothing can be kept.
         """
         ...
 
@@ -370,7 +370,7 @@ class AttachedSpace(Protocol):
     """
 
     name: str
-    #: The largest projected gradient of a step, where a run says none; None is no limit.
+    #: The largest projected gradient of a step, if a run says none; None is no limit.
     clip: ClassVar[float | None] = None
     parameters: dict[str, Array]
     exact: dict[str, Array]
@@ -382,7 +382,7 @@ class AttachedSpace(Protocol):
         ...
 
     def save(self, folder: Any) -> None:
-        """Write what was trained in its exchange format (PEFT where one exists), with every update."""
+        """Write what was trained in its exchange format (PEFT if one exists), with every update."""
         ...
 
     def load(self, folder: Any) -> None:
@@ -403,7 +403,7 @@ class Space(AttachedSpace, Protocol):
     needs_own_scales: bool = False
     #: Whether `calibrate` is to be called, once it is attached and nothing that was saved is loaded.
     calibrates: bool = False
-    #: If what `calibrate` finds is made of losses, what to set where it may not be.
+    #: If what `calibrate` finds is made of losses, what to set if it may not be.
     without_losses: str = ""
     #: Full names of the linear layers that it is attached to.
     target_names: list[str]
@@ -505,7 +505,7 @@ class Part(Protocol):
         ...
 
     def left_out(self, hidden: Any) -> Any:
-        """What is handed on in place of a block's output, where the block was given `hidden`."""
+        """What is handed on in place of the output of a block that was given `hidden`."""
         ...
 
     def given(
@@ -537,7 +537,7 @@ class TrainedWeights(PendingUpdates, Protocol):
         ...
 
     def begin(self, seed: int, step: int, curvature: Curvature, *, measured: bool) -> None:
-        """The directions of a step; `curvature` sees z during the next traversal where c is `measured`."""
+        """The directions of a step; `curvature` sees z during the next traversal if c is `measured`."""
         ...
 
     def see(self) -> None:

@@ -191,7 +191,7 @@ class BranchState:
         self._ids = ids, folded, folded._version
 
     def on_host(self, folded: Tensor) -> Tensor | None:
-        """`ids` of `sent`, where `folded` is what was sent, or all of it by another name; else None."""
+        """`ids` of `sent`, if `folded` is what was sent, or all of it by another name; else None."""
         if self._ids is None:
             return None
         ids, known, version = self._ids

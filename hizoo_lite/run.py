@@ -208,7 +208,7 @@ def fit(
             higher the better (see `objectives`). To resume a run with a function, give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
-        progress: show a bar at a terminal or in a notebook, where `callbacks` has no display of its own.
+        progress: show a bar at a terminal or in a notebook, if `callbacks` has no display of its own.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
 
     Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;

@@ -52,7 +52,7 @@ def write(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Write`.
 
-    Of every branch that the model's state is set to, branch after branch. Prompt by prompt where the codes of
+    Of every branch that the model's state is set to, branch after branch. Prompt by prompt if the codes of
     positions depend on how long a text is.
     """
     count = model.state.branches.count

@@ -6,12 +6,12 @@ differences l(theta + mu z_g) - l(theta - mu z_g), s the deviation of delta_1 ..
     a_g = delta_g / s,        g = 1/G sum_g a_g z_g
 
 Examples that share a direction share its noise; with a direction each it averages out. What examples differ
-by does not, and gains nothing where it is the larger of the two.
+by does not, and gains nothing if it is the larger of the two.
 
 Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups
 are single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after
 the other, each with a draw of its own: 2 forwards of each example as in MeZO, but blocks are unpacked, or
-streamed, G times. s has G - 1 in its denominator; where it is 0 nothing moves. The noise of G directions is
+streamed, G times. s has G - 1 in its denominator; if it is 0 nothing moves. The noise of G directions is
 kept.
 """
 

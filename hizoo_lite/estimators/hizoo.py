@@ -11,7 +11,7 @@ and the curvature comes from one of two sources:
   enough: two branches a step.
 - "losses": d' H d = (l+ + l- - 2 l0) / mu^2, as published, with l0 the loss at theta: three branches a step.
 
-The second difference is kept for parity. It is no curvature where parameters are multiplied with each other:
+The second difference is kept for parity. It is no curvature if parameters are multiplied with each other:
 with LoRA's A and B perturbed together it holds 2 <G_W, z_B z_A>, the *gradient* of the weight along a random
 product, which has mean zero over z and is as large as the gradient. On SmolLM2-135M it scatters by 20 to 100
 around a curvature of 0.03 to 0.3 (tools/LOG.md). H and G differ by the curvature of the model itself,
@@ -75,7 +75,7 @@ class HiZOO(Estimator):
 
     @staticmethod
     def left_open(config: Any) -> dict[str, Any]:
-        """What a `TrainConfig` leaves to it: 2 directions in memory, where curvature is from predictions."""
+        """What a `TrainConfig` leaves to it: 2 directions in memory, if curvature is from predictions."""
         several = config.curvature_from == "predictions" and not SPACES.lines[config.space].in_weights
         return {"directions": 2 if several else 1}
 
@@ -96,7 +96,7 @@ class HiZOO(Estimator):
         return []
 
     def points(self, step: int) -> tuple[Point, ...]:
-        """A pair, with the base where this step's curvature is from losses; or base and one-sided points."""
+        """A pair, with the base if this step's curvature is from losses; or base and one-sided points."""
         if self.directions > 1:
             return Branches.of(base=True, pairs=0, one_sided=self.directions).points
         return Branches.of(base=not self.predicts and self.measures(step), pairs=1).points

@@ -31,7 +31,7 @@ from hizoo_lite.train.saved import load_to_write
 
 #: What is to be scored: the texts, and the tokens of context and continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-#: Tokens of a text where neither the caller nor the model says how many; the harness's own number.
+#: Tokens of a text if neither the caller nor the model says how many; the harness's own number.
 _MOST = 2048
 
 
@@ -93,7 +93,7 @@ class HiZOOLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-        """Without a second beginning-of-sequence token where a template has written one."""
+        """Without a second beginning-of-sequence token if a template has written one."""
         begun = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
         special = not begun if add_special_tokens is None else add_special_tokens
         return open_ids(self.tokenizer, string, special)

@@ -21,7 +21,7 @@ from hizoo_lite.tasks import Records, forms
 
 _log = logging.getLogger(__name__)
 
-#: What `SFTConfig` has beside transformers' arguments, where it is read here, with TRL's defaults.
+#: What `SFTConfig` has beside transformers' arguments and is read here, with TRL's defaults.
 _OWN: dict[str, Any] = {
     "max_length": 1024,
     "dataset_text_field": "text",

@@ -160,7 +160,7 @@ class HiZOOTrainer:
         return PredictionOutput(predictions, np.array(found.gold) if found.gold else None, metrics)
 
     def save_model(self, output_dir: str | None = None) -> Path:
-        """The adapter as a folder of PEFT; the whole model, merged, where weights were trained."""
+        """The adapter as a folder of PEFT; the whole model, merged, if weights were trained."""
         if self.run is None:
             raise UserError("save_model: nothing is trained yet; allowed: after train()")
         out = output_dir or str(self.run.folder / "model")

@@ -1,6 +1,6 @@
 """What the spaces share that train a model's own weights: attaching, and saving what has changed.
 
-A folder holds `hizoo_space.json` (what it is and what it was made for), `head.safetensors` where a
+A folder holds `hizoo_space.json` (what it is and what it was made for), `head.safetensors` if a
 classification head was trained, and `block-00000.safetensors` ... with the changed buffers of every trained
 layer as they are stored, under "layer.buffer". One block is in memory at a time.
 """

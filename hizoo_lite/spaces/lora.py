@@ -152,7 +152,7 @@ class LoRA(Space):
 
     @classmethod
     def of_adapter(cls, folder: Path, model: Model, train_a: bool = False) -> LoRA:
-        """One that an adapter of PEFT fits, not yet attached. UserError where the model lacks its layers."""
+        """One that an adapter of PEFT fits, not yet attached. UserError if the model lacks its layers."""
         config, path = read_peft_config(folder), peft_weights(folder)
         # The file says which layers, not `target_modules`: a pattern may have exceptions (`exclude_modules`).
         names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
@@ -315,7 +315,7 @@ class LoRA(Space):
     def begin_from(self, folder: Path | str) -> None:
         """Take over the values of an adapter: of the same layers, or of some of them; the others begin new.
 
-        Rows for labels, where both have them, must be of the same tokens. Raises `UserError`, before any is
+        Rows for labels, if both have them, must be of the same tokens. Raises `UserError`, before any is
         changed, if the file is damaged or does not fit.
         """
         path = peft_weights(folder)
@@ -325,7 +325,7 @@ class LoRA(Space):
             raise UserError(
                 f"--init-adapter: {path} has {unknown[0]!r}, which this run does not train; allowed: an "
                 "adapter of layers that it trains (--blocks all for those of all blocks), and with rows for "
-                "labels (of its head) only where the run has them"
+                "labels (of its head) only if the run has them"
             )
         own = {name: value for name, value in own.items() if name in tensors}
         check_fits(path, _shapes(tensors), _shapes(own))

@@ -106,7 +106,7 @@ class MaZO(Sparse):
         self.reverse(traversal, batch, found, 1)
 
     def refusal(self, why: str, also: str = "") -> UserError:
-        """What is said where there are no gradients to choose places by."""
+        """What is said if there are no gradients to choose places by."""
         return UserError(
             f"--space: got {self.name!r}, which needs gradients, but {why}; allowed: another{also}"
         )

@@ -205,7 +205,7 @@ class Sparse(Space):
             self._by_magnitude(index)
 
     def refusal(self, why: str, also: str = "") -> UserError:
-        """What is said where there are no gradients to choose places by. also: what else is allowed."""
+        """What is said if there are no gradients to choose places by. also: what else is allowed."""
         return UserError(f"--sparse-by: got 'gradients', but {why}; allowed: magnitude{also}")
 
     def reverse(self, traversal: Traversal, batch: Batch, sensitivity: Sensitivity, rows: int) -> None:
@@ -300,7 +300,7 @@ class Sensitivity:
 
     @torch.no_grad()
     def run(self, traversal: Traversal, batch: Batch) -> None:
-        """The pass; begun anew where it is repeated."""
+        """The pass; begun anew if it is repeated."""
         self.begin()
         traversal.outcome(batch, EVALUATION, 0.0, {}, self.probes)
         self.finish()

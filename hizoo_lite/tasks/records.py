@@ -62,7 +62,7 @@ def _read(rows: Any, part: str) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """As JSON; with escapes where a text has half of a surrogate pair, which UTF-8 has not."""
+    """As JSON; with escapes if a text has half of a surrogate pair, which UTF-8 has not."""
     text = json.dumps(row, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(row)
 

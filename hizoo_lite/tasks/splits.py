@@ -2,13 +2,13 @@
 
 MeZO's rule (2305.17333, section 3): train and dev come from the official train file, the official validation
 file is the test set, because the official test sets have no public labels. SST-5 and TREC, whose test sets
-are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their own dev and test files where
-they have them. What has no file is carved out of the train file. Counts are upper limits: where the train
+are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their own dev and test files if
+they have them. What has no file is carved out of the train file. Counts are upper limits: if the train
 file is too small for the parts taken from it, they share it in proportion (CB: 250 examples, 1 000 + 500
 wanted, so 167 + 83). An example that is there twice is in one part, both times.
 
 A user's own data is used as a whole, unless limits are given: a tenth of the train file, 200 at most, is held
-out where test has no file, and again for dev where that is needed; the rest is train. Given numbers of dev
+out if test has no file, and again for dev if that is needed; the rest is train. Given numbers of dev
 and test are exact.
 """
 
@@ -343,10 +343,10 @@ def batch_indices(
     epoch); step s takes positions s * batch_size onwards. The last, incomplete batch of an epoch goes on into
     the next epoch's permutation, so that every batch is full and no example is left out.
 
-    labels: the class of each example, (count,), to balance the batches: the same number of each class where
+    labels: the class of each example, (count,), to balance the batches: the same number of each class if
         classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
     length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a quarter
-        of an epoch where that is less, change places (see `_alike`) if at least `LEAST_PADDING` of them is
+        of an epoch if that is less, change places (see `_alike`) if at least `LEAST_PADDING` of them is
         padding.
     stream: what is at some places of the stream, in place of those permutations.
     """

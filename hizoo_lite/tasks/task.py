@@ -72,7 +72,7 @@ class Task:
         text, text_pair: a classifier's input; `text` None if the task does not fit a classifier.
         num_labels: how many classes; None if every example has its own answers.
         labels: their names in the data, in the order of `Example.gold`; none if they have none.
-        cut: the field that is shortened where a prompt is longer than the limit; "" for none.
+        cut: the field that is shortened if a prompt is longer than the limit; "" for none.
         cut_side: which end of that field goes.
         stop: a completion ends before this text; None: at the end-of-sequence token.
         max_new_tokens: how many tokens a completion may have.
