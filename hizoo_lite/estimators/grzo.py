@@ -28,13 +28,29 @@ from hizoo_lite.estimators.mezo import as_losses
 
 
 class GRZO(Estimator):
-    """Normalized differences from a pair for each group of examples."""
+    """A direction for each group of examples, by normalized differences (GRZO, arXiv 2606.02857).
+
+    With delta_g the mean of l(theta + mu d_g) - l(theta - mu d_g) over the examples of group g, G = `groups`,
+    and s the standard deviation of the delta_g (G - 1 in its denominator):
+
+        coefficient_g = delta_g / (s G);        0 if s is 0
+
+    The paper has a further factor 1 / (2 mu): its learning rate over 2 mu is ours.
+    """
 
     name = "grzo"
     for_weights = False
 
     def __init__(self, groups: int = 4) -> None:
-        """groups: G. UserError unless it is a whole number of 2 or more, for a deviation."""
+        """Check the argument.
+
+        Args:
+            groups: G, 2 or more, which a deviation needs, and at most the examples of a batch. A step costs 2
+                forwards of each example, and every block comes G times.
+
+        Raises:
+            UserError: if it is not a whole number of 2 or more.
+        """
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 2:
             raise UserError(f"estimator grzo: groups must be a whole number >= 2, got {groups!r}")
         self.groups = groups
