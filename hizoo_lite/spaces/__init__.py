@@ -43,7 +43,7 @@ get = SPACES.make
 
 
 def of_peft(config: Any) -> LoRA:
-    """The space of a `peft.LoraConfig`. UserError for settings that ours has not."""
+    """The space of a `peft.LoraConfig`; see `LoRA.of_config`."""
     return LoRA.of_config(config)
 
 
@@ -58,9 +58,15 @@ def of_folder(folder: Path) -> type[Space]:
 
 
 def saved_in(folder: Path, model: Model, **options: Any) -> Space:
-    """A space that can load what is saved in an adapter folder, not yet attached; `options` are LoRA's own.
+    """A space that can load what is saved in an adapter folder, not yet attached.
 
-    UserError if what was saved does not fit the model, or is of a form that is not supported.
+    Args:
+        folder: written by a space's `save`, or PEFT's.
+        model: that it is to be attached to.
+        options: further arguments of LoRA.
+
+    Raises:
+        UserError: if what was saved does not fit the model, or is of a form that is not supported.
     """
     name = of_folder(folder).name
     if name == LoRA.name:
