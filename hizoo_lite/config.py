@@ -74,7 +74,15 @@ def _with_members(made: type[Made]) -> type[Made]:
 @dataclass(frozen=True, kw_only=True)
 @_with_members
 class TrainConfig:
-    """The settings of `fit`. UserError naming every field that is wrong, what was got and what is allowed."""
+    """Every setting of a run. `hizoo-lite train` has a flag for each, and TOML files a key.
+
+    UserError, naming every field that is wrong, what was got and what is allowed.
+
+    Example:
+        >>> config = TrainConfig(model="embedded", task="embedded", space="lora", rank=4, steps=100)
+        >>> config.rank, config.mu, config.estimator
+        (4, 0.001, 'hizoo')
+    """
 
     model: str = _setting(
         "", "folder or hub id of a Hugging Face model; 'embedded' is the demo's", group="What"
@@ -694,3 +702,7 @@ def default(name: str) -> Any:
     value = settings()[name].default
     assert value is not MISSING, name
     return value
+
+
+_ATTRIBUTES = "\n".join(f"        {name}: {help_of(name)}" for name in settings())
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n    Attributes:\n{_ATTRIBUTES}\n"
