@@ -353,9 +353,13 @@ class StepSize(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take back `state`, of `state_dict`."""
+        ...
 
 
 class Piece(NamedTuple):
@@ -410,7 +414,7 @@ class Optimizer(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`."""
+        """Take back `state`, of `state_dict`."""
         ...
 
 
@@ -685,7 +689,7 @@ class TrainedWeights(PendingUpdates, Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`."""
+        """Take back `state`, of `state_dict`."""
         ...
 
 

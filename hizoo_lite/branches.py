@@ -177,7 +177,7 @@ class BranchState:
             self._values = None
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, or what it gave under the same `name` before in this block; nobody may write to it."""
+        """What `make` gives, or gave under the same `name` before in this block; nobody may write to it."""
         if self._values is None:
             return make()
         if name not in self._values:

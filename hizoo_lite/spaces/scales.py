@@ -68,8 +68,8 @@ class ScalesPart(Part):
 class Scales(InPlaceSpace):
     """The scales of the quantized weights of chosen linear layers (QZO, arXiv 2505.13430); codes stay.
 
-    They are absmax: one a block of 4-bit weights, one a row of 8-bit weights. They stay at 1e-7 or above, and the
-    projected gradient is clipped to 100, as in the paper. Double quantization is undone here, which the paper
+    They are absmax: one a block of 4-bit weights, one a row of 8-bit weights. They stay at 1e-7 or above, and
+    the projected gradient is clipped to 100, as in the paper; double quantization is undone, which the paper
     leaves out.
     """
 
