@@ -76,7 +76,8 @@ def _with_members(made: type[Made]) -> type[Made]:
 class TrainConfig:
     """Every setting of a run. `hizoo-lite train` has a flag for each, and TOML files a key.
 
-    UserError, naming every field that is wrong, what was got and what is allowed.
+    Raises:
+        UserError: naming every field that is wrong, what was got and what is allowed.
 
     Example:
         >>> config = TrainConfig(model="embedded", task="embedded", space="lora", rank=4, steps=100)

@@ -97,7 +97,7 @@ class Grouped(Curvature):
 
         Args:
             per: what a group is: a "tensor", or a "row" of it (an element if it has one dimension); rows are
-                bundled so that there are at most 512 groups.
+                bundled so that there are at most 512 groups, or one a tensor.
             clip: above 1; bounds the ratio of a group's curvature to the mean, both ways.
             prior: above 0; the standard deviation of that ratio before any evidence.
             drift: in [0, 1]; times the smoothing, the share of the evidence that is forgotten each step.
