@@ -47,9 +47,10 @@ class Estimate(NamedTuple):
     """What an estimator makes of the losses of one step.
 
     Attributes:
-        coefficients: the gradient is estimated as the sum of coefficient * d over the directions. HiZOO and
-            MeZO have the slope of the loss along each.
-        curvatures: d' G d or d' H d along each, see `estimators/hizoo.py`; None if it was not measured.
+        coefficients: one a direction d; the gradient is estimated as the sum of coefficient * d. HiZOO's and
+            MeZO's coefficient is the slope of the loss along d, (l+ - l-) / (2 mu).
+        curvatures: d' G d (Gauss-Newton) or d' H d (Hessian) along each direction, see `HiZOO`; None if no
+            curvature was measured.
     """
 
     coefficients: tuple[float, ...]
@@ -79,14 +80,19 @@ def mean_or_none(values: Sequence[float] | None) -> float | None:
 
 
 class Estimator(ABC):
-    """Which points a step evaluates, and from what they gave to an `Estimate`.
+    """Which points a step evaluates, and how their losses become an `Estimate`.
+
+    A step calls `points`, evaluates the model there, then calls `reduce` (for each part of the batch),
+    `release` (once) and `estimate`.
 
     Attributes:
+        name: as the configuration has it.
         measures_curvature: whether `estimate` gives curvatures, in some steps at least.
-        for_weights: whether it goes with weights inside the blocks: along one direction, with a pair.
+        for_weights: whether it can train weights inside the blocks: along one direction, with a pair of
+            points.
         groups: into how many groups a batch's examples are divided, each of which is evaluated at `points`
             along directions of its own.
-        law: what z is drawn from: "normal", or "signs", +-1 alike.
+        law: what z is drawn from: "normal", N(0, 1), or "signs", -1 and +1 with equal probability.
         secret: whether batches and what is released of their losses are drawn from the operating system's
             source. A step that is taken again is then another one; of a step the coefficients alone are told:
             no losses, examples, tokens or time; and nothing else that is made of losses is allowed.
@@ -101,37 +107,55 @@ class Estimator(ABC):
 
     @staticmethod
     def conflicts(options: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
-        """What is wrong with options that are fine alone; `where` names an option as the user did."""
+        """What is wrong with options that are each allowed by themselves.
+
+        Args:
+            options: the constructor's arguments, by name.
+            where: how the user named an argument (a flag, a key), for messages.
+
+        Returns:
+            A message for each problem; none if there is none.
+        """
         return []
 
     def begin(self, examples: int, batch_size: int, steps: int, evaluated: Sequence[str]) -> list[str]:
-        """Told before the first step of a run; what a user is to know, in lines.
+        """Called before the first step of a run.
 
         Args:
-            examples: to train on.
+            examples: how many there are to train on.
             batch_size: examples of a step, as the configuration has it.
             steps: of the whole run.
             evaluated: what evaluations are of, in words.
+
+        Returns:
+            What the user is to be told, in lines.
+
+        Raises:
+            UserError: if it cannot work with these numbers.
         """
         return []
 
     def sample(self) -> list[int] | None:
-        """The next step's examples, of those to train on, in rising order; None: in the order of the data."""
+        """Indices of the next step's training examples, rising; None: batches follow the data's order."""
         return None
 
     def over(self, steps: int) -> str | None:
-        """Who ends the run after `steps` steps, in words; None: nobody. Not before the first."""
+        """Why the run must end after `steps` >= 1 steps, in words; None: it need not."""
         return None
 
     def account(self, steps: int) -> tuple[dict[str, Any], str]:
-        """Of `steps` steps that were taken: entries of summary.json, and a line about them; empty if none."""
+        """What `steps` steps have cost: entries of summary.json, and a line to show; both may be empty."""
         return {}, ""
 
     @abstractmethod
     def points(self, step: int) -> tuple[Point, ...]:
-        """The points of step `step` (counted from 0), in the order that `Branches` asks for.
+        """The parameter points to evaluate, in the order that `Branches` asks for.
 
-        A pure function of `step`. Every step has as many directions as step 0, and no step more points.
+        Must be a pure function of `step`. Every step has as many directions as step 0, and at most as many
+        points.
+
+        Args:
+            step: counted from 0.
         """
 
     @property
@@ -153,11 +177,12 @@ class Estimator(ABC):
         return any(self.measures(step) for step in range(steps))
 
     def reduce(self, step: int, losses: np.ndarray) -> np.ndarray:
-        """Sums over examples, which are added over the parts of a batch and over ranks.
+        """Sum over examples. The sums are then added over the parts of a batch and over processes.
 
         What is done to each example's own losses, such as clipping them, is done here.
 
         Args:
+            step: counted from 0.
             losses: of each point and example, (points, examples) float64; of one group.
 
         Returns:
@@ -166,22 +191,30 @@ class Estimator(ABC):
         return np.asarray(losses.sum(axis=1))
 
     def release(self, step: int, sums: np.ndarray, examples: int) -> np.ndarray:
-        """What is recorded of a step and given to `estimate`, by default means; once a step.
+        """What is recorded of a step and given to `estimate`; called once a step.
 
         Args:
-            sums: of `reduce`, over all parts of the batch and all ranks, (groups * n,) float64.
-            examples: of the batch.
+            step: counted from 0.
+            sums: of `reduce`, over all parts of the batch and all processes, (groups * n,) float64.
+            examples: how many the batch has.
+
+        Returns:
+            Float64, by default the means over the examples.
         """
         return sums / examples
 
     @abstractmethod
     def estimate(self, step: int, losses: np.ndarray, divergences: np.ndarray, mu: float) -> Estimate:
-        """The scalars of a step.
+        """The numbers that a step moves by.
 
         Args:
+            step: counted from 0.
             losses: what `release` gave, by default the mean loss of each point, (points,) float64.
             divergences: of the predictions along each direction, (directions,) float64, see `Losses`.
             mu: perturbation scale, above 0.
+
+        Returns:
+            The estimate. Losses that are not finite make one that is not: the step is then skipped.
         """
 
 
@@ -191,14 +224,14 @@ class Estimator(ABC):
 class Objective(ABC):
     """What the points of a step are compared by: the loss, or a value of each example, the higher the better.
 
-    A step minimizes: the losses of its record (journal.bin, metrics.jsonl, callbacks) are then minus the
+    A step always minimizes: the losses of its record (journal.bin, metrics.jsonl, callbacks) are minus the
     values, so that they are -1 and 0 of an answer that is right and wrong. Reports and consoles show values.
     The curvature stays that of the predictions, and evaluations are the task's own.
 
     Attributes:
         reads: what `value` may be given: the scores of an example's candidates or classes, the text that is
             written for it. Nothing: the loss itself.
-        source: a hash of what it is made of, where its name does not say that.
+        source: a hash of what it is made of, if its name does not say that.
     """
 
     name: str
@@ -206,12 +239,13 @@ class Objective(ABC):
     source: str | None = None
 
     def value(self, example: Example, found: Any, metrics: Mapping[str, Callable[..., float]]) -> float:
-        """Of one example at one point.
+        """The value of one example at one parameter point; the higher the better.
 
         Args:
+            example: the one that was predicted.
             found: scores, by candidate or class in the order of `Example.gold`; or the greedy completion, up
                 to the task's stop text.
-            metrics: the task's, from examples and predictions to a number.
+            metrics: the task's metrics by name, functions of (examples, predictions).
         """
         raise NotImplementedError
 
@@ -220,7 +254,7 @@ class Objective(ABC):
 
 
 class Curvature(ABC):
-    """How Sigma, the inverse of a diagonal Hessian estimate, is kept. State is float32 or float64.
+    """How Sigma, the inverse of a diagonal Hessian estimate, is learnt and kept, in float32 or float64.
 
     `scale` gives Sigma^(1/2) for one parameter as a tensor that broadcasts to it. A step draws
     `direction = scale(name) * z(name)`, gives every tile of rows of every z to `see` as it is drawn, then
@@ -240,14 +274,19 @@ class Curvature(ABC):
 
     @abstractmethod
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
-        """Lay out the state for the trainable tensors, by name, in arrays of that library."""
+        """Begin with Sigma = I.
+
+        Args:
+            shapes: of the trainable tensors, by name.
+            arrays: the library (numpy or torch) and the device that the state is made with.
+        """
 
     def held_bytes(self, shapes: Mapping[str, Shape]) -> int | None:
-        """Of its state for such tensors, where that is too large to be laid out to be counted; else None."""
+        """Bytes of its state for tensors of these `shapes`; None: small enough to be made and counted."""
         return None
 
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        """What it holds beside its state within a step, of weights inside the blocks."""
+        """Bytes that it holds within a step beside its state, for weights of these `shapes` in the blocks."""
         return 0
 
     @abstractmethod
@@ -255,23 +294,38 @@ class Curvature(ABC):
         """Sigma^(1/2), broadcastable to parameter `name`, float32, on CPU."""
 
     def factors(self, name: str) -> tuple[Array, Array | None]:
-        """Sigma^(1/2) of a matrix as (row factor, column factor), whose product is `scale(name)`.
+        """Sigma^(1/2) of parameter `name` as two factors, for weights too large for a tensor of their shape.
 
-        () or (rows, 1), and (1, columns) or None for 1; of a vector () or (rows,), and None. For weights
-        so large that no tensor of their shape is wanted.
+        Returns:
+            Row factor and column factor, whose product is `scale(name)`. Of a matrix () or (rows, 1), and
+            (1, columns) or None for 1; of a vector () or (rows,), and None.
         """
         return self.scale(name), None
 
     @abstractmethod
     def see(self, name: str, z: Array, first_row: int = 0) -> None:
-        """Take in rows `first_row` .. of this step's z of parameter `name`; row 0 begins it anew."""
+        """Take in some rows of this step's z.
+
+        Args:
+            name: of the parameter.
+            z: the rows, of the parameter's shape but for the first axis, float32.
+            first_row: where they begin in the parameter; 0 begins a new z.
+        """
 
     @abstractmethod
     def observe(self, curvature: float, smoothing: float) -> None:
-        """Take in c = d' H d of the direction d = scale * z that was seen, with smoothing in (0, 1]."""
+        """Learn from the curvature of the direction that was seen.
+
+        Args:
+            curvature: c = d' H d (or d' G d) with d = Sigma^(1/2) z; ignored if it is not finite.
+            smoothing: weight of this measurement, above 0 and up to 1.
+
+        Raises:
+            UserError: if the smoothing is outside that range.
+        """
 
     def update_scale(self, name: str) -> Array:
-        """The factor of z in the update."""
+        """The factor of z in the update of parameter `name`."""
         return self.scale(name)
 
     @abstractmethod
@@ -280,23 +334,41 @@ class Curvature(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`."""
+        """Take back `state`, of `state_dict`, after `start` with the same shapes.
+
+        Raises:
+            UserError: if names, shapes or dtypes differ.
+        """
 
 
 class StepSize(Protocol):
     """The learning rate of each step: a schedule, or derived from the measured curvature."""
 
     def rate(self, step: int, estimate: Estimate) -> float:
-        """The learning rate of step `step`, called once a step, after the losses are known."""
+        """The learning rate of a step; called once a step, after the losses are known.
+
+        Args:
+            step: counted from 0.
+            estimate: of that step.
+        """
         ...
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take back `state`, of `state_dict`."""
+        ...
 
 
 class Piece(NamedTuple):
-    """A part of the gradient: coefficient * values[name], of each parameter that is named."""
+    """A part of the gradient, along one direction: coefficient * values[name] for each parameter.
+
+    Attributes:
+        values: the direction, float32 of each parameter's shape, by name.
+        coefficient: its factor.
+    """
 
     values: Mapping[str, Array]
     coefficient: float
@@ -311,12 +383,17 @@ class Optimizer(Protocol):
     def streams(self) -> bool:
         """Whether it moves each parameter by -lr times its gradient and nothing else.
 
-        Then it may be used where weights inside the blocks are trained, for which nothing can be kept.
+        Only then can it train weights inside the blocks, for which it can keep no state.
         """
         ...
 
     def start(self, shapes: Mapping[str, Shape], arrays: Arrays) -> None:
-        """Lay out the state for the parameters in memory, by name, in arrays of that library."""
+        """Make the state.
+
+        Args:
+            shapes: of the parameters in memory, by name.
+            arrays: the library (numpy or torch) and the device that the state is made with.
+        """
         ...
 
     def update(
@@ -326,7 +403,7 @@ class Optimizer(Protocol):
 
         Args:
             parameters: float32, by name.
-            pieces: the gradient is their sum; a piece is along one direction.
+            pieces: the gradient is their sum.
             lr: learning rate.
             decay: decoupled weight decay, already times lr.
         """
@@ -337,7 +414,7 @@ class Optimizer(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`."""
+        """Take back `state`, of `state_dict`."""
         ...
 
 
@@ -345,32 +422,40 @@ class Optimizer(Protocol):
 
 
 class LinearDelta(ABC):
-    """The trainable part of one linear layer; how each branch's own parameters enter its product."""
+    """The trainable part of one linear layer: what each branch's own parameters add to its product."""
 
     #: True if the delta computes the whole product itself (no shared base product is wanted).
     replaces_base: bool = False
 
     @abstractmethod
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
-        """Add this layer's part for every branch to `y` in place and return it.
+        """Add this layer's part for every branch to `y`, in place.
 
-        x: (branches, tokens, in_features) float32. y: (branches, tokens, out_features) float32, the
-        shared base product; None if `replaces_base`, then the whole product is returned.
+        Args:
+            x: the layer's input, (branches, tokens, in_features) float32.
+            y: the shared base product, (branches, tokens, out_features) float32; None if `replaces_base`.
+            state: the branches that are in flight, and their directions.
+
+        Returns:
+            `y`; if `replaces_base`, the whole product.
         """
 
 
 class AttachedSpace(Protocol):
     """What is trainable: `parameters` in memory, and `weights` inside the blocks, which never are as a whole.
 
-    `parameters` are float32 leaves by PEFT name, which a step perturbs and updates in place. `exact` are
-    leaves of a head, whose gradient is computed in place of estimated: no branch perturbs them. `frozen` are
-    tensors in memory that are saved and loaded with them and never move. A space without `weights` saves
-    all of them in one safetensors file, under these names (with PEFT's prefix or without): a replay has no
-    more than that.
+    A space without `weights` saves its tensors in one safetensors file, under these names (with PEFT's prefix
+    or without): a replay has no more than that.
+
+    Attributes:
+        name: as the configuration has it.
+        clip: the largest projected gradient of a step, if the run gives none; None is no limit.
+        parameters: float32 tensors by PEFT's names, which a step perturbs and updates in place.
+        exact: tensors whose gradient is computed, not estimated: no branch perturbs them.
+        frozen: tensors that are saved and loaded with the others and never move.
     """
 
     name: str
-    #: The largest projected gradient of a step, where a run says none; None is no limit.
     clip: ClassVar[float | None] = None
     parameters: dict[str, Array]
     exact: dict[str, Array]
@@ -382,11 +467,15 @@ class AttachedSpace(Protocol):
         ...
 
     def save(self, folder: Any) -> None:
-        """Write what was trained in its exchange format (PEFT where one exists), with every update."""
+        """Write what was trained into `folder`, with every update; adapters in PEFT's format."""
         ...
 
     def load(self, folder: Any) -> None:
-        """Read what `save` wrote, into `parameters` and the blocks."""
+        """Read the `folder` that `save` wrote, into `parameters` and the blocks.
+
+        Raises:
+            UserError: naming the file, if it is damaged or does not fit the model.
+        """
         ...
 
 
@@ -395,24 +484,36 @@ class Space(AttachedSpace, Protocol):
 
     Its constructor takes `targets` and `blocks` at least. What it saves is a folder with `hizoo_space.json`,
     whose entries are the options that it is to be read with, or with an adapter of PEFT.
+
+    Attributes:
+        changes: reads a folder that it has saved, for exports that have the change in the weights; None if
+            there is none.
+        needs_own_scales: whether scales or codes are changed, for which scales that are stored in 8 bits must
+            become float32.
+        calibrates: whether `calibrate` is to be called, once it is attached and nothing that was saved is
+            loaded.
+        without_losses: if what `calibrate` finds is made of losses: what to set in a run that must not use
+            losses so.
+        target_names: full names of the linear layers that it is attached to.
     """
 
-    #: Reads a folder that it has saved, for exports that have the change in the weights; None: there is none.
     changes: ClassVar[type[Any] | None] = None
-    #: Whether scales or codes are changed, for which scales that are stored in 8 bits must become float32.
     needs_own_scales: bool = False
-    #: Whether `calibrate` is to be called, once it is attached and nothing that was saved is loaded.
     calibrates: bool = False
-    #: If what `calibrate` finds is made of losses, what to set where it may not be.
     without_losses: str = ""
-    #: Full names of the linear layers that it is attached to.
     target_names: list[str]
 
     def attach(self, model: Any, seed: int, labels: Sequence[int] | None = None) -> None:
         """Create the parameters and hang a `LinearDelta` on each chosen linear layer of the model.
 
-        labels: tokens of the vocabulary that the answers of the run's examples are made of, if they are few
-            and the same in all examples; see `LoRA`.
+        Args:
+            model: a `Model`; what another space has hung on it is taken off.
+            seed: of values that are drawn at random.
+            labels: tokens of the vocabulary that the answers of the run's examples are made of, if they are
+                few and the same in all examples; see `LoRA`.
+
+        Raises:
+            UserError: if the model lacks the layers that were chosen.
         """
         ...
 
@@ -420,10 +521,21 @@ class Space(AttachedSpace, Protocol):
         """Look at the first examples of a run, before its first step; what comes of that is saved.
 
         Must not depend on the memory that there is: blocks that are streamed give the same bits.
+
+        Args:
+            traversal: what takes a batch through the model.
+            batch: the first training examples.
+
+        Raises:
+            UserError: if the model cannot do what this needs.
         """
 
     def begin_from(self, folder: Any) -> None:
-        """Take over the values of a saved adapter, before the first step; of spaces with adapters."""
+        """Take over the values of an adapter saved in `folder`, before the first step; LoRA alone has this.
+
+        Raises:
+            UserError: if it does not fit.
+        """
 
 
 def trained_count(space: AttachedSpace) -> int:
@@ -439,7 +551,7 @@ def trainable(space: AttachedSpace) -> dict[str, Shape]:
 
 
 class Observer(Protocol):
-    """Is told how far a traversal has come; must be quick."""
+    """Is told how far a pass through the model has come; must be quick."""
 
     def reached(self, place: int | str) -> None:
         """Block `place` has run and is still present, or the "head" has its logits."""
@@ -452,8 +564,13 @@ class Observer(Protocol):
 class Residency(Protocol):
     """Where a block's weights are while it is not being computed.
 
-    Blocks are asked for in rising order, again and again. In a pass that comes back from the last one they
-    then fall to block `turns_at`, while `falls` is set. Passes begin at block `starts_at`.
+    Blocks are asked for in rising order, again and again; they are counted from 0.
+
+    Attributes:
+        name: "resident", "host" or "disk".
+        starts_at: the block that passes begin at.
+        falls: set while a pass comes back from the last block, for exact gradients.
+        turns_at: the block down to which it comes back; None if no pass does.
     """
 
     name: str
@@ -470,9 +587,10 @@ class Residency(Protocol):
         ...
 
     def discard(self, block: int) -> bool:
-        """Called while block `block` is present and in part changed, which is not to last.
+        """Called while block `block` is present and in part changed, and the change is to be undone.
 
-        Whether it will be as it was before when it is next present; False if it stays as it is.
+        Returns:
+            Whether it will be as it was before when it is next present; False if it stays as it is.
         """
         ...
 
@@ -489,11 +607,11 @@ class Boundaries(Protocol):
     """What goes into the blocks and comes out of the last one, for exact gradients of what is inside."""
 
     def enter(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called with what block `index` is given."""
+        """Called with the `args` and `kwargs` that block `index` is given."""
         ...
 
     def leave(self, index: int, out: Any) -> Any:
-        """Called with what block `index` gives; what the next one is to be given."""
+        """Called with `out`, what block `index` gives; returns what the next one is to be given."""
         ...
 
 
@@ -505,13 +623,13 @@ class Part(Protocol):
         ...
 
     def left_out(self, hidden: Any) -> Any:
-        """What is handed on in place of a block's output, where the block was given `hidden`."""
+        """What is handed on in place of the output of a block that was given `hidden`."""
         ...
 
     def given(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What block `index`, which is run, is given."""
+        """The arguments that block `index`, which is run, is given in place of `args` and `kwargs`."""
         ...
 
 
@@ -519,14 +637,15 @@ class PendingUpdates(Protocol):
     """Updates of weights that live inside the blocks, waiting until their block is present."""
 
     def apply(self, block: int) -> bool:
-        """Apply what waits for block `block`, which is present; whether its stored buffers changed."""
+        """Apply what waits for block `block`, which is present; returns whether its buffers changed."""
         ...
 
 
 class TrainedWeights(PendingUpdates, Protocol):
     """Weights trained where they are, inside the blocks. Their z is drawn by tile, again and again.
 
-    `held` is in memory beside them: what their noise is made of, and momentum.
+    Attributes:
+        held: in memory beside them: what their noise is made of, and momentum.
     """
 
     held: list[Tensor]
@@ -537,15 +656,28 @@ class TrainedWeights(PendingUpdates, Protocol):
         ...
 
     def begin(self, seed: int, step: int, curvature: Curvature, *, measured: bool) -> None:
-        """The directions of a step; `curvature` sees z during the next traversal where c is `measured`."""
+        """Set the directions of a step.
+
+        Args:
+            seed: of the run.
+            step: counted from 0.
+            curvature: gives Sigma^(1/2), and sees z during the next traversal.
+            measured: whether that traversal measures a curvature; else z is not shown.
+        """
         ...
 
     def see(self) -> None:
-        """Show `curvature` the z of this step, as a traversal does; for a step that makes none."""
+        """Show `curvature` the z of this step, as a traversal does; for a step without a traversal."""
         ...
 
     def update(self, lr: float, decay: float, coefficient: float = 1.0) -> None:
-        """w <- (1 - decay) w - lr * coefficient * d, along this step's d, once a block is next present."""
+        """w <- (1 - decay) w - lr * coefficient * d, along this step's d, once a block is next present.
+
+        Args:
+            lr: learning rate.
+            decay: decoupled weight decay, already times `lr`.
+            coefficient: of the direction, see `Estimate`.
+        """
         ...
 
     def flush(self) -> None:
@@ -557,7 +689,7 @@ class TrainedWeights(PendingUpdates, Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`."""
+        """Take back `state`, of `state_dict`."""
         ...
 
 
@@ -575,8 +707,13 @@ class BranchLosses(Protocol):
         directions: Mapping[str, Array] | None = ...,
         exact: Mapping[str, Array] | None = ...,
     ) -> Losses:
-        """Losses of every branch on `batch`; `directions` d by parameter name, on the device.
+        """The losses of every branch.
 
-        exact: the parameters whose gradient is wanted, of an `AttachedSpace`.
+        Args:
+            batch: the examples.
+            branches: the parameter points; by default theta alone.
+            mu: perturbation scale, above 0 if any branch is perturbed.
+            directions: d = Sigma^(1/2) z by parameter name, (directions, *shape) float32 on the device.
+            exact: the parameters whose gradient is wanted, of an `AttachedSpace`, by name.
         """
         ...

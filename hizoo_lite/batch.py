@@ -9,37 +9,49 @@ from hizoo_lite.arrays import Array
 
 
 class Batch(NamedTuple):
-    """Tokens of one batch and the places where a loss is read. All arrays on the host, int64 if nothing
-    else is said.
+    """Tokens of one batch and the places where a loss is read.
 
-    A task makes it of numpy arrays; `tensors.batch_tensors` makes torch's of it for a traversal.
+    A task makes it of numpy arrays; `tensors.batch_tensors` makes torch's of it for a pass.
 
     A *row* is one token sequence. A *site* is one (row, position) whose logits are needed. A *scored
     token* is a vocabulary entry looked up at a site. A *slot* is one candidate answer of one example:
     its score is the mean log-probability of its scored tokens. Candidates that continue the same prompt
     with one token share a row and a site; others have rows of their own.
 
-    For a classifier the logits are one row of class scores each, sites and scored tokens are empty,
-    and `gold` is the class index.
+    A classifier has one row of class scores for each row: sites and scored tokens are empty.
+
+    Attributes:
+        input_ids: (rows, length) int64, padded on the right, on the host like all arrays here.
+        attention_mask: (rows, length) int64, 1 where a token is.
+        token_type_ids: (rows, length) int64; None if the model has none.
+        site_row: (sites,) int64, the row of each site.
+        site_position: (sites,) int64, the position whose logits predict the token.
+        token_site: (scored,) int64, index into the sites.
+        token_id: (scored,) int64, index into the vocabulary.
+        token_slot: (scored,) int64, index into the slots.
+        slot_example: (slots,) int64, index of the example; slots of one example are adjacent.
+        gold: (examples,) int64, index into the slots; of a classifier, of the class.
+        loss: "answer" is the mean negative log-likelihood of the gold slot's tokens; "choice" cross-entropy
+            over the example's slots, each scored by its mean token log-probability (as MeZO, 2305.17333,
+            trains its classification tasks); "class" cross-entropy over the classifier's logits.
+        made_of: the examples, for objectives other than the loss.
+        hidden: (rows, length, features) float32, what goes into the first block with anything trained, if it
+            is known.
     """
 
-    input_ids: Array  # (rows, length), right-padded
-    attention_mask: Array  # (rows, length), 1 where a token is
-    token_type_ids: Array | None  # (rows, length) or None
-    site_row: Array  # (sites,)
-    site_position: Array  # (sites,) the position whose logits predict the token
-    token_site: Array  # (scored,) index into the sites
-    token_id: Array  # (scored,) vocabulary index
-    token_slot: Array  # (scored,) index into the slots
-    slot_example: Array  # (slots,) index of the example; slots of one example are adjacent
-    gold: Array  # (examples,) causal / masked: index into slots; classifier: class index
+    input_ids: Array
+    attention_mask: Array
+    token_type_ids: Array | None
+    site_row: Array
+    site_position: Array
+    token_site: Array
+    token_id: Array
+    token_slot: Array
+    slot_example: Array
+    gold: Array
     loss: Literal["answer", "choice", "class"]
-    # "answer": mean negative log-likelihood of the gold slot's tokens; "choice": cross-entropy over the
-    # example's slots, each scored by its mean token log-probability (MeZO 2305.17333, which trains its
-    # classification tasks so); "class": cross-entropy over the classifier's logits.
-    made_of: tuple[Example, ...] | None = None  # for who compares points by more than losses
+    made_of: tuple[Example, ...] | None = None
     hidden: Array | None = None
-    # (rows, length, features) float32: what goes into the first block with anything trained, if it is known
 
     @property
     def examples(self) -> int:
@@ -48,18 +60,25 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What one pass returns, on the host."""
+    """What one pass returns, on the host.
 
-    per_example: Array  # (branches, examples) float64
-    scores: Array  # causal, masked: (branches, slots) mean log-probability; classifier: class logits
+    Attributes:
+        per_example: the loss of each branch and example, (branches, examples) float64.
+        scores: mean log-probabilities, (branches, slots); of a classifier its logits.
+        divergences: (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are
+            compared along each direction, of the distribution that the loss is of: "choice" over the
+            example's slots, "class" over the classes, "answer" over the vocabulary, there the mean over the
+            gold slot's tokens.
+        exact: (n,) float64: for each parameter with an exact gradient, in the order of names, the gradient of
+            the losses' sum at theta, flat, then its reach, how far an output moves at most if every value
+            moves by one: sum |x| over the inputs x that the losses depend on, and their number. None if no
+            parameter has one.
+    """
+
+    per_example: Array
+    scores: Array
     divergences: Array
-    # (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are compared along each
-    # direction, of the distribution that the loss is of: "choice" over the example's slots, "class" over the
-    # classes, "answer" over the vocabulary, there the mean over the gold slot's tokens.
     exact: Array | None = None
-    # float64, (n,): of each parameter with an exact gradient, in the order of names, the gradient of the
-    # losses' sum at theta, flat, then its reach, how far an output moves at most if every value moves by one:
-    # sum |x| over the inputs x that the losses depend on, and their number. None if no parameter has one.
 
     def mean(self) -> Array:
         """The loss of each branch, (branches,)."""
@@ -67,17 +86,30 @@ class Losses(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One example as text, independent of tokenizer and kind of model."""
+    """One example as text, independent of tokenizer and kind of model.
 
-    fields: Mapping[str, Any]  # named texts for the prompt template, e.g. {"premise": ..., "hypothesis": ...}
-    answers: Sequence[str]  # candidate answers (verbalizers); one for generation and lm tasks
-    gold: int  # index into `answers`
-    references: Sequence[str] = ()  # accepted free-text answers (SQuAD, DROP), else empty
-    group: str = ""  # examples scored together (MultiRC question, ReCoRD query), else empty
+    Attributes:
+        fields: named texts for the prompt template, such as {"premise": ..., "hypothesis": ...}.
+        answers: the candidate answers (verbalizers); one if an answer is written.
+        gold: index of the right one.
+        references: the texts that count as right if an answer is written (SQuAD, DROP), else empty.
+        group: of examples that are scored together (a question of MultiRC, a query of ReCoRD), else empty.
+    """
+
+    fields: Mapping[str, Any]
+    answers: Sequence[str]
+    gold: int
+    references: Sequence[str] = ()
+    group: str = ""
 
 
 class Metric(NamedTuple):
-    """A task's score of its predictions."""
+    """A task's score of its predictions.
 
-    name: str  # "accuracy", "f1", "exact_match"
-    value: float  # in [0, 1]
+    Attributes:
+        name: such as "accuracy", "f1", "exact_match".
+        value: in [0, 1].
+    """
+
+    name: str
+    value: float

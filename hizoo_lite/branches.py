@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """The parameters theta + offset * mu * d, with d the direction of that number."""
+    """The parameters theta + offset * mu * d.
+
+    Attributes:
+        direction: number of the direction d, from 0.
+        offset: in units of mu, positive or negative; 0 is theta itself.
+    """
 
     direction: int
     offset: float
@@ -33,9 +38,18 @@ class Branches:
     `points` say, an evaluation theta alone. Directions are numbered from 0.
 
     Attributes:
+        points: in that order.
         base: whether the first point is theta itself.
-        pairs, one_sided: how many there are of each.
+        pairs: how many pairs there are.
+        one_sided: how many one-sided points there are.
         directions: how many directions the points lie along; none in an evaluation.
+
+    Example:
+        >>> Branches.of(base=True, pairs=1).points
+        (Point(direction=0, offset=0.0), Point(direction=0, offset=1.0), Point(direction=0, offset=-1.0))
+        >>> Branches.of(base=True, pairs=0, one_sided=2).compared  # each point with the base
+        array([[1, 0],
+               [2, 0]])
     """
 
     points: tuple[Point, ...]
@@ -65,7 +79,13 @@ class Branches:
 
     @classmethod
     def of(cls, base: bool = True, pairs: int = 1, one_sided: int = 0) -> Branches:
-        """Points with the offsets 0, +-1 and 1, each pair and one-sided point along its own direction."""
+        """Points with the offsets 0, +-1 and 1, each pair and one-sided point along its own direction.
+
+        Args:
+            base: whether theta itself is the first point.
+            pairs: points at +mu d and -mu d.
+            one_sided: points at +mu d alone, which need a base.
+        """
         paired = (Point(k, offset) for k in range(pairs) for offset in (1.0, -1.0))
         single = (Point(k, 1.0) for k in range(pairs, pairs + one_sided))
         return cls((*(THETA,) * base, *paired, *single))
@@ -82,7 +102,7 @@ class Branches:
 
     @property
     def compared(self) -> np.ndarray:
-        """Of each direction, the two branches that are compared: (directions, 2) int64.
+        """For each direction the numbers of the two branches that are compared, (directions, 2) int64.
 
         Its first pair; a direction without one compares its first one-sided point with the base.
         """
@@ -125,7 +145,14 @@ class BranchState:
     def set(
         self, branches: Branches, mu: float, directions: Mapping[str, Tensor], *, writes: bool = False
     ) -> None:
-        """Begin a pass. writes: every branch goes on with tokens of its own, so inputs are no neighbours."""
+        """Begin a pass.
+
+        Args:
+            branches: the parameter points of the pass.
+            mu: perturbation scale.
+            directions: d = Sigma^(1/2) z by parameter name, (directions, *shape) float32.
+            writes: every branch goes on with tokens of its own, so that their inputs are no neighbours.
+        """
         self.branches, self.mu, self.directions, self._writes = branches, mu, directions, writes
         self._first_input: weakref.ref[Tensor] | None = None
         self.reaches: dict[str, tuple[Tensor, Tensor]] = {}
@@ -137,7 +164,7 @@ class BranchState:
         self._values: dict[str, Tensor] | None = None
 
     def spread(self, branches: Branches) -> float:
-        """How far apart the inputs of a layer are, as `basis.gains` takes it; 0 if they are no neighbours."""
+        """How far apart a layer's inputs of these `branches` are, for `basis.gains`; 0: no neighbours."""
         return 0.0 if self._writes else self.mu * branches.reach
 
     @contextmanager
@@ -150,7 +177,7 @@ class BranchState:
             self._values = None
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, or what it gave of the same name before, in this block; nobody may write to it."""
+        """What `make` gives, or gave under the same `name` before in this block; nobody may write to it."""
         if self._values is None:
             return make()
         if name not in self._values:
@@ -168,9 +195,12 @@ class BranchState:
 
     @contextmanager
     def laid_out(self, rows: int, length: int | None, kept: Tensor | None = None) -> Iterator[None]:
-        """While this is open, layers are given `rows` folded sequences, branch after branch, of `length`.
+        """While this is open, layers are given folded sequences, branch after branch.
 
-        kept: the tokens of one branch that exist, as `kept` gives them; None: all.
+        Args:
+            rows: sequences, of all branches together.
+            length: tokens of each; None if they differ.
+            kept: the tokens of one branch that exist, as `kept` gives them; None: all.
         """
         before = self._rows, self._kept
         self._rows, self._kept = (rows, length), kept
@@ -180,18 +210,20 @@ class BranchState:
             self._rows, self._kept = before
 
     def pad(self, mask: Tensor) -> None:
-        """Say for the rest of this pass which tokens of its batch exist. mask: (rows, length) on the host."""
+        """Say for the rest of this pass which tokens exist: `mask`, (rows, length), on the host."""
         self._mask, self._found = mask.bool(), {}
 
     def sent(self, ids: Tensor, folded: Tensor) -> None:
-        """Say for the rest of this pass that `folded` is `ids` on the device, once a branch; both int64.
+        """Say for the rest of this pass which tokens on the device are a copy of which on the host.
 
-        ids: (rows, length) on the host.
+        Args:
+            ids: (rows, length) int64 on the host.
+            folded: the same on the device, repeated for each branch, (branches * rows, length) int64.
         """
         self._ids = ids, folded, folded._version
 
     def on_host(self, folded: Tensor) -> Tensor | None:
-        """`ids` of `sent`, where `folded` is what was sent, or all of it by another name; else None."""
+        """`ids` of `sent`, if `folded` is what was sent, or all of it by another name; else None."""
         if self._ids is None:
             return None
         ids, known, version = self._ids
@@ -199,11 +231,16 @@ class BranchState:
         return ids if same and known.dtype == folded.dtype and folded._version == version else None
 
     def kept(self, hidden: Tensor, rows: slice) -> Tensor | None:
-        """Of these rows of the batch, whose hidden states are (branches * rows, length, ...), what exists.
+        """Which tokens exist, so that padding need not be computed.
 
-        Indices into the rows' tokens, (tokens,) int64 on their device. None if that is all, or so much
-        that leaving out the rest costs more than it saves, or nothing (the rows of empty texts), which no
-        layer need know how to treat, or if nobody has said.
+        Args:
+            hidden: hidden states of the whole batch, (branches * rows, length, ...).
+            rows: the rows of the batch that are asked about.
+
+        Returns:
+            Indices into those rows' tokens, (tokens,) int64 on the device of `hidden`. None if that is all,
+            or so much that leaving out the rest costs more than it saves, or nothing (the rows of empty
+            texts), which no layer need know how to treat, or if nobody has said.
         """
         mask, count = self._mask, self.branches.count
         if mask is None or tuple(hidden.shape[:2]) != (count * mask.shape[0], mask.shape[1]):
@@ -227,7 +264,7 @@ class BranchState:
         return None if self._rows is None else self._rows[0]
 
     def is_folded(self, shape: Shape) -> bool:
-        """Whether the first axis of a layer's input is that of the folded rows, or of all their tokens."""
+        """Whether the first axis of an input of this `shape` is of the folded rows, or of their tokens."""
         if self._rows is None or self.branches.count == 1:
             return True
         rows, length = self._rows
@@ -249,9 +286,12 @@ class BranchState:
         self._first_input = mark
 
     def reached(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Add to the `Losses.exact` reach of a parameter: a hook on what `x` is multiplied to.
+        """Add to the `Losses.exact` reach of a parameter; called as a hook on the product with `x`.
 
-        x: (..., in_features). gradient: (..., out_features), of the loss; inputs without one do not count.
+        Args:
+            name: of the parameter.
+            x: what it is multiplied with, (..., in_features).
+            gradient: of the loss by the product, (..., out_features); inputs without one do not count.
         """
         counts = (gradient != 0).any(-1)
         total, inputs = (x.abs().sum(-1) * counts).double().sum(), counts.double().sum()

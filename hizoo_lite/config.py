@@ -74,7 +74,16 @@ def _with_members(made: type[Made]) -> type[Made]:
 @dataclass(frozen=True, kw_only=True)
 @_with_members
 class TrainConfig:
-    """The settings of `fit`. UserError naming every field that is wrong, what was got and what is allowed."""
+    """Every setting of a run. `hizoo-lite train` has a flag for each, and TOML files a key.
+
+    Raises:
+        UserError: naming every field that is wrong, what was got and what is allowed.
+
+    Example:
+        >>> config = TrainConfig(model="embedded", task="embedded", space="lora", rank=4, steps=100)
+        >>> config.rank, config.mu, config.estimator
+        (4, 0.001, 'hizoo')
+    """
 
     model: str = _setting(
         "", "folder or hub id of a Hugging Face model; 'embedded' is the demo's", group="What"
@@ -117,7 +126,7 @@ class TrainConfig:
         group="What",
     )
     out: str | None = _setting(
-        None, "run folder, new or empty; without it ./hizoo-run, with a number where taken", group="What"
+        None, "run folder, new or empty; without it ./hizoo-run, with a number if that is taken", group="What"
     )
 
     bits: BitsName | None = _setting(
@@ -147,7 +156,7 @@ class TrainConfig:
     blocks: int | Literal["all", "auto"] = _setting(
         "auto",
         "how many of the model's blocks are trained, from the top; auto: a third for adapters, all for "
-        "weights, and where targets names blocks",
+        "weights, and if targets names blocks",
         group="Space",
         minimum=1,
     )
@@ -224,15 +233,15 @@ class TrainConfig:
     batch_size: int = _setting(16, "examples of a step", group="Run", minimum=1)
     balanced: Literal["auto", "off"] = _setting(
         "auto",
-        "of tasks with choices: auto gives every batch as many of each class where none has above 1.5 times "
-        "the examples of another, and the proportions of the whole otherwise; off where the estimator draws "
+        "of tasks with choices: auto gives every batch as many of each class if none has above 1.5 times "
+        "the examples of another, and the proportions of the whole otherwise; off if the estimator draws "
         "batches itself",
         group="Run",
     )
     by_length: Literal["auto", "off"] = _setting(
         "auto",
         "auto sorts examples by length among every 8 batches (fewer if an epoch has few) of which a third "
-        "or more is padding; off where the estimator draws batches itself",
+        "or more is padding; off if the estimator draws batches itself",
         group="Run",
     )
     hidden_states: Literal["auto", "off"] = _setting(
@@ -259,14 +268,14 @@ class TrainConfig:
     )
     dev_examples: int | Literal["auto"] = _setting(
         "auto",
-        "for --eval-every; auto: of a file at most 500; where there is none, a tenth of the train file, at "
+        "for --eval-every; auto: of a file at most 500; if there is none, a tenth of the train file, at "
         "most 200, is held out if --eval-every is given, 500 of a published task",
         group="Run",
         minimum=0,
     )
     test_examples: int | Literal["auto"] = _setting(
         "auto",
-        "evaluated before and after the run; auto: of a file at most 1000; where there is none, a tenth of "
+        "evaluated before and after the run; auto: of a file at most 1000; if there is none, a tenth of "
         "the train file, at most 200, is held out, 1000 of a published task",
         group="Run",
         minimum=1,
@@ -302,12 +311,12 @@ class TrainConfig:
     profile: str | None = _setting(
         None,
         "machine, by the name of a hardware profile or its file: its budgets, residency and batch size "
-        "where none are given, its rates in the plan",
+        "if none are given, its rates in the plan",
         group="Memory",
     )
     device_budget: str | None = _setting(
         None,
-        "memory of the device that the run may take, e.g. 24GiB; exit code 3 where it cannot do with it",
+        "memory of the device that the run may take, e.g. 24GiB; exit code 3 if it cannot do with it",
         group="Memory",
         size=True,
     )
@@ -442,7 +451,7 @@ def kinds() -> Mapping[str, Any]:
 
 
 def help_of(name: str) -> str:
-    """What field `name` is, and of which members where others lack it; of an axis what each member is."""
+    """What field `name` is, and of which members if others lack it; of an axis what each member is."""
     text, axis = (settings()[name].metadata.get(key) for key in ("help", "axis"))
     if axis is not None:
         return "; ".join(filter(None, [text, *(f"{m}: {line.help}" for m, line in axis.lines.items())]))
@@ -694,3 +703,7 @@ def default(name: str) -> Any:
     value = settings()[name].default
     assert value is not MISSING, name
     return value
+
+
+_ATTRIBUTES = "\n".join(f"        {name}: {help_of(name)}" for name in settings())
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n    Attributes:\n{_ATTRIBUTES}\n"

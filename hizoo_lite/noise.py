@@ -3,7 +3,7 @@
 Never stored and never through a global seed: any tensor of any step can be drawn again, in any order,
 on any machine. The generator is numpy's counter-based Philox with a 128-bit key hashed from the
 arguments, so that numpy alone replays a run bit for bit on CPU, on CUDA and beside onnxruntime.
-Normal, not +-1, unless an estimator says so: where curvature is learnt, z^2 must vary for the diagonal to be
+Normal, not +-1, unless an estimator says so: if curvature is learnt, z^2 must vary for the diagonal to be
 seen.
 
 Weights inside the blocks have too many elements for that (10.8 ms a million, against 2.8 of torch's

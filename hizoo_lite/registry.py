@@ -27,7 +27,7 @@ class Setting:
 
     Attributes:
         kind: its type; choices are a Literal. "auto" in it leaves the value to the member, see `configured`.
-        default: what it is where none is given.
+        default: what it is if none is given.
         help: what it is, in a few words.
         argument: of the member's constructor, and its attribute; "" for the setting's own name.
         rules: minimum, above, maximum (numbers), size, pattern (texts), as `config.py` has them.
@@ -43,16 +43,16 @@ class Line:
     """What is known of a member before its module is imported.
 
     Attributes:
-        path: its class; "module:class" where the module is not the one of the member's name in the folder.
+        path: its class; "module:class" if the module is not the one of the member's name in the folder.
         help: what it is, in a few words.
         settings: its own, by name.
         takes: settings that are written elsewhere, in `TrainConfig` or with another member of the axis.
         in_weights: of a space: it trains weights inside the blocks. Their scales are float32, steps have one
             direction, and a replay needs the model.
-        of_scales: of a space: it has nothing to train where weights are not quantized.
+        of_scales: of a space: it has nothing to train if weights are not quantized.
         source: the paper that it is from, "" if it has none.
         holds: what it keeps in memory beside the model.
-        pays: where it is the one to take, in a few words.
+        pays: when it is the one to take, in a few words.
         structured: of a space: its z depend on each other from weight to weight, so that nothing can be
             learnt from their squares: Sigma is the identity.
     """
@@ -157,13 +157,13 @@ SPACES: Registry[Space] = Registry(
             "train_a": Setting(
                 bool,
                 False,
-                "train A as well as B where gradients are estimated; without it A keeps its random start",
+                "train A as well as B if gradients are estimated; without it A keeps its random start",
             ),
         },
         takes=("targets", "blocks", "exact_blocks", "head"),
         source="arXiv 2106.09685",
         holds="4 bytes a trained value, and the noise of a step and of the next",
-        pays="where the result is to be an adapter, and to begin with",
+        pays="if the result is to be an adapter, and to begin with",
     ),
     dense=Line(
         "Dense",
@@ -181,7 +181,7 @@ SPACES: Registry[Space] = Registry(
         in_weights=True,
         source="arXiv 2305.17333",
         holds="2 bytes a weight",
-        pays="where all weights may change and there is room for their difference",
+        pays="if all weights may change and there is room for their difference",
     ),
     lowrank=Line(
         "LowRank",
@@ -212,7 +212,7 @@ SPACES: Registry[Space] = Registry(
         structured=True,
         source="arXiv 2410.07698",
         holds="2 bytes a weight; with momentum 4 bytes times the rank a row",
-        pays="as dense, where moves are to have a low rank",
+        pays="as dense, if moves are to have a low rank",
     ),
     subspace=Line(
         "Subspace",
@@ -242,7 +242,7 @@ SPACES: Registry[Space] = Registry(
         structured=True,
         source="arXiv 2402.15751",
         holds="2 bytes a weight",
-        pays="as dense, where large weights carry what must not be lost",
+        pays="as dense, if large weights carry what must not be lost",
     ),
     sparse=Line(
         "Sparse",
@@ -266,7 +266,7 @@ SPACES: Registry[Space] = Registry(
         },
         source="arXiv 2406.02913",
         holds="8 bytes a trained value, and the noise of a step and of the next",
-        pays="where all layers may change and nothing else; weights by themselves, in little room",
+        pays="if all layers may change and nothing else; weights by themselves, in little room",
         takes=("targets", "blocks", "head"),
     ),
     mazo=Line(
@@ -286,7 +286,7 @@ SPACES: Registry[Space] = Registry(
         },
         source="arXiv 2502.11513",
         holds="8 bytes a trained value, and the noise of a step and of the next",
-        pays="as sparse, where a run has several tasks that are not to cost each other",
+        pays="as sparse, if a run has several tasks that are not to cost each other",
         takes=("sparse_share", "targets", "blocks", "head"),
     ),
     scales=Line(
@@ -297,7 +297,7 @@ SPACES: Registry[Space] = Registry(
         of_scales=True,
         source="arXiv 2505.13430",
         holds="nothing",
-        pays="where there is no room beside the quantized weights",
+        pays="if there is no room beside the quantized weights",
     ),
 )
 
@@ -346,14 +346,14 @@ ESTIMATORS: Registry[Estimator] = Registry(
         "slopes at random radii, weighted by a kernel",
         takes=("directions",),
         source="arXiv 2505.18886",
-        pays="where mu is large, as in half precision: its bias falls with mu^4",
+        pays="if mu is large, as in half precision: its bias falls with mu^4",
     ),
     fzoo=Line(
         "FZOO",
         "one-sided slopes along signs, by the deviation of their losses",
         takes=("directions",),
         source="arXiv 2506.09034",
-        pays="where a block is dear to fetch: several directions share it, and steps have one length",
+        pays="if a block is dear to fetch: several directions share it, and steps have one length",
     ),
     grzo=Line(
         "GRZO",
@@ -368,7 +368,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
             )
         },
         source="arXiv 2606.02857",
-        pays="where examples agree more than directions do; blocks come once for each group",
+        pays="if examples agree more than directions do; blocks come once for each group",
     ),
     dp=Line(
         "DP",
@@ -413,7 +413,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
         },
         takes=("directions",),
         source="arXiv 2401.04343",
-        pays="where what is learnt of one example must be bounded, and told",
+        pays="if what is learnt of one example must be bounded, and told",
     ),
 )
 
@@ -444,7 +444,7 @@ CURVATURES: Registry[Curvature] = Registry(
         "one for each row and column (HiZOO-L)",
         source="arXiv 2402.15173",
         holds="8 bytes a row and column",
-        pays="in long runs, where rows differ more than tensors do",
+        pays="in long runs, if rows differ more than tensors do",
     ),
     diagonal=Line(
         "Diagonal",

@@ -81,12 +81,20 @@ _HIDDEN = "hidden_states"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A finished or interrupted run. Its space is still attached to `setup.model`."""
+    """A finished or interrupted run. Its space is still attached to `setup.model`.
+
+    Attributes:
+        folder: of the run.
+        summary: as in summary.json.
+        setup: model, data and method.
+        before: evaluation of the test examples before the first step; None if this process made none.
+        after: likewise after the last step.
+    """
 
     folder: Path
-    summary: dict[str, Any]  # as in summary.json
+    summary: dict[str, Any]
     setup: Setup
-    before: Evaluation | None  # with predictions on setup.splits.test; None if this process made none
+    before: Evaluation | None
     after: Evaluation | None
 
     def __repr__(self) -> str:
@@ -117,7 +125,14 @@ class Run:
         return bool(self.summary["interrupted"])
 
     def evaluate(self, split: Split = "test") -> Evaluation:
-        """Loss, metric and predictions of the tuned model on a part of the run's data."""
+        """Loss, metric and predictions of the tuned model on a part of the run's data.
+
+        Args:
+            split: "train", "dev" or "test".
+
+        Raises:
+            UserError: if that part is empty.
+        """
         examples = getattr(self.setup.splits, _checked_split(split))
         if not examples:
             raise UserError(f"split: the {split} part of the run is empty; allowed: another part")
@@ -125,7 +140,13 @@ class Run:
         return evaluation.evaluate(self.setup.traversal, self.setup.encoder, examples, batch_size)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
-        """What the tuned causal model writes after `prompt`; `sampling` as for `hizoo_lite.generate`."""
+        """What the tuned causal model writes after a prompt.
+
+        Args:
+            prompt: as for `hizoo_lite.generate`.
+            max_new_tokens: at most so many.
+            sampling: further arguments of `hizoo_lite.generate`.
+        """
         return generate(self.setup.model, prompt, max_new_tokens, **sampling)
 
     @property
@@ -134,19 +155,27 @@ class Run:
         return RunFolder(self.folder).read_metrics()
 
     def save_pretrained(self, out: Path | str) -> Path:
-        """The adapter as a folder of PEFT with tokenizer and model card, as `export_peft`."""
+        """Write the adapter for PEFT, with tokenizer and model card, into the new folder `out`."""
         return self.export_peft(out)
 
     def push_to_hub(self, name: str, *, private: bool = True) -> str:
-        """Upload what `save_pretrained` writes to the Hub, as ORG/NAME; its address.
+        """Upload what `save_pretrained` writes to the Hub.
 
-        Raises UserError if the Hub refuses or cannot be reached.
+        Args:
+            name: ORG/NAME; made if it is not there.
+            private: whether one that is made is.
+
+        Returns:
+            Its address.
+
+        Raises:
+            UserError: if the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as place:
             return hub.push(self.export_peft(Path(place) / "adapter"), name, private=private)
 
     def report(self, out: Path | str | None = None) -> Path:
-        """Write the HTML report (without `out`, report.html in the run folder), PNG and JSON beside it."""
+        """Write the HTML report, PNG and JSON beside it, to `out`; None: report.html in the run folder."""
         from hizoo_lite.report.report import write_report  # it imports matplotlib
 
         return write_report([self.folder], out).html
@@ -154,16 +183,31 @@ class Run:
     def export_onnx(
         self, out: Path | str, *, name: str | None = None, format: Format | None = None, merge: bool = False
     ) -> Export:
-        """Base and adapter for onnxruntime, checked against the model; see `export.onnx.export.export_onnx`.
+        """Base and adapter for onnxruntime, compared with the model before they are left behind.
 
         The base is read from its files again, beside the model that is still loaded.
+
+        Args:
+            out: a new or empty folder; or an export of the same base, to which the adapter alone is added.
+            name: of the adapter; None: the run folder's.
+            format: how quantized weights are multiplied: "exact" (None), or "fast", whose difference from the
+                model is recorded and not limited.
+            merge: fold the adapter into the weights.
+
+        Raises:
+            UserError: before anything is written, if something does not fit.
+            ExportError: if onnxruntime computes something else than the model, or cannot run it.
         """
         from hizoo_lite.export.onnx.export import export_onnx
 
         return export_onnx(self.folder, out, name=name, format=format, merge=merge)
 
     def export_peft(self, out: Path | str) -> Path:
-        """The adapter as a folder for PEFT; see `export.peft.export`."""
+        """Write the adapter into the new folder `out`, for `peft.PeftModel.from_pretrained`.
+
+        Raises:
+            UserError: if the run trained weights, for which PEFT has no form, or the folder is not empty.
+        """
         from hizoo_lite.export import peft
 
         return peft.export(self.folder, out)
@@ -171,7 +215,18 @@ class Run:
     def export_merged(
         self, out: Path | str, *, dtype: Dtype = "bf16", bits: Bits = "none", double_quant: bool = True
     ) -> Path:
-        """The tuned model as a plain Hugging Face folder; see `export.merged.prepare`."""
+        """Write the tuned model as a plain Hugging Face folder.
+
+        Args:
+            out: a new or empty folder, or one in which the same call was interrupted.
+            dtype: of what is written.
+            bits: "nf4", "fp4" or "int8" quantizes the blocks' matrices again; what the grid cannot hold of
+                the change is lost.
+            double_quant: of 4 bits: their scales in 8 bits.
+
+        Raises:
+            UserError: if the folder is not empty.
+        """
         from hizoo_lite.export import merged
 
         merged.prepare(self.folder, out, dtype=dtype, bits=bits, double_quant=double_quant).run()
@@ -191,7 +246,7 @@ def fit(
     progress: bool = True,
     **options: Any,
 ) -> Run:
-    """Tune `model` and write the run folder: `out`, or without it ./hizoo-run, with a number if taken.
+    """Tune a model with forward passes, and write the run folder.
 
     Args:
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded
@@ -203,17 +258,44 @@ def fit(
         data: a file or folder, or a data set of the hub, of several tasks a list; or rows in memory, or rows
             by part: dicts, a `datasets.Dataset` or `DatasetDict`, a DataFrame. Those in memory are written to
             the run folder, as data/train.jsonl.
-        space, estimator, curvature: names as in the configuration, or objects in their place.
+        space: a name as in the configuration, or an object such as `spaces.LoRA(rank=8)`.
+        estimator: likewise, such as `estimators.MeZO()`.
+        curvature: likewise, such as `curvature.NoCurvature()`.
         objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
             higher the better (see `objectives`). To resume a run with a function, give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
-        progress: show a bar at a terminal or in a notebook, where `callbacks` has no display of its own.
+        progress: show a bar at a terminal or in a notebook, if `callbacks` has no display of its own.
         options: fields of `TrainConfig`, with a configuration those to replace; not what an object says too.
+            The run folder is `out`; without it ./hizoo-run, with a number if that is taken.
 
-    Raises UserError for bad input, before anything is written; TooManyBadSteps with everything saved;
-    StorageError and BudgetError with everything saved that could be. No step that was taken is lost: the run
-    can be resumed after it. SIGINT and SIGTERM end the run after the step in progress, with everything saved.
+    Returns:
+        The run. SIGINT and SIGTERM end it after the step in progress, with everything saved.
+
+    Raises:
+        UserError: for bad input, before anything is written.
+        TooManyBadSteps: if the loss of too many steps was not finite, with everything saved.
+        BudgetError: if the memory budget does not suffice, with everything saved that could be.
+        StorageError: if a file could not be read or written, likewise. No step that was taken is lost: the
+            run can be resumed after it.
+
+    Example:
+        >>> import hizoo_lite as hz
+        >>> run = hz.fit(
+        ...     "embedded",  # the demo: model, task and data come with the package
+        ...     task="embedded",
+        ...     data="embedded",
+        ...     space=hz.spaces.LoRA(rank=4),
+        ...     steps=2,
+        ...     batch_size=4,
+        ...     test_examples=8,
+        ...     device="cpu",
+        ...     out="runs/first",
+        ... )
+        >>> run.summary["steps"], [line["kind"] for line in run.history]
+        (2, ['eval', 'step', 'step', 'eval'])
+        >>> hz.evaluate(run, examples=4).examples
+        4
     """
     told = checked(callbacks)
     compare = None if objective is None or isinstance(objective, str) else Function.of(objective)
@@ -294,7 +376,9 @@ def evaluate(
         examples: the first so many of the part; None: all.
         options: fields of `TrainConfig`, in place of the run's.
 
-    Raises UserError for bad input and BudgetError.
+    Raises:
+        UserError: for bad input.
+        BudgetError: if the memory budget does not suffice.
     """
     _checked_split(split)
     if examples is not None and examples < 1:

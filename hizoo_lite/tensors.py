@@ -122,7 +122,7 @@ class TorchArrays(Arrays):
         return values.index_select(1, index)
 
     def rows(self, values: Tensor, index: np.ndarray) -> Tensor:
-        """A view where the entries are evenly spaced, as they are unless a step has both kinds of points."""
+        """A view if the entries are evenly spaced, as they are unless a step has both kinds of points."""
         wanted = index.tolist()
         apart = {later - earlier for earlier, later in pairwise(wanted)} or {1}
         if len(apart) > 1 or min(apart) < 0:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import pytest
@@ -16,6 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 import hizoo_lite
+from hizoo_lite import base
 from hizoo_lite.cli import app
 from hizoo_lite.edge.__main__ import main as edge
 
@@ -178,3 +184,73 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         exec("".join(cell["source"]), space)
     assert space["run"].summary["steps"] == 30
     assert (tmp_path / "adapters" / "reviews" / "adapter_model.safetensors").is_file()
+
+
+#: The pages of the site's reference: the paths that each documents. An installed package has no tools.
+REFERENCE = import_module("tools.reference").pages() if (ROOT / "tools").is_dir() else {}
+#: What the members of an axis provide without being derived from it.
+PROTOCOLS = {"optimizers": base.Optimizer}
+#: From a section's title to the next one, or the end.
+SECTION = re.compile(r"^(Args|Attributes):\n(.*?)(?=^\S|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def said(owners: tuple[Any, ...], name: str = "") -> str:
+    """The docstrings of an object, or of what has this name in a class, its bases and its protocol."""
+    found = [vars(owner).get(name) if name else owner for owner in owners if not name or vars(owner)]
+    return "\n".join(inspect.getdoc(each) or "" for each in found if each is not None) + "\n"
+
+
+def entries(text: str) -> set[str]:
+    """The names that the sections Args and Attributes explain."""
+    lines = re.findall(
+        r"^ {4}(\w[\w, ]*):", "\n".join(body for _, body in SECTION.findall(text)), re.MULTILINE
+    )
+    return {name.strip() for line in lines for name in line.split(",")}
+
+
+def parameters(function: Any) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
+
+
+def unexplained(path: str, protocol: Any) -> Iterator[str]:
+    """Parameters that nothing explains: of a function, a constructor or a public method.
+
+    Functions and constructors have a section of arguments. A method may name its one or two in the text, as
+    `name`, and may leave them to what it overrides.
+    """
+    found: Any = locate(path)
+    if not isinstance(found, type):
+        yield from (f"{path}: {name}" for name in parameters(found) - entries(said((found,))))
+        return
+    owners = (*(owner for owner in found.__mro__ if owner is not object), *filter(None, [protocol]))
+    fields = getattr(found, "_fields", getattr(found, "__dataclass_fields__", ()))
+    own = "__init__" in vars(found) and "hizoo_lite" in getattr(found.__init__, "__module__", "")
+    made = set(fields) or (parameters(found.__init__) if own else set())
+    own_text = said((found,)) + said((found,), "__init__")
+    yield from (f"{path}: {name}" for name in made - entries(own_text))
+    for name, value in vars(found).items():
+        method = getattr(value, "__func__", value)
+        if name.startswith("_") or not inspect.isfunction(method) or method.__module__ != found.__module__:
+            continue
+        text = said(owners, name)
+        named = entries(text) | set(re.findall(r"`(\w+)`", text))
+        yield from (f"{path}.{name}: {each}" for each in parameters(method) - named)
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_every_parameter_of_the_reference_is_explained(page: str) -> None:
+    assert not [each for path in REFERENCE[page] for each in unexplained(path, PROTOCOLS.get(page))]
+
+
+def test_the_examples_of_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    for path in (path for paths in REFERENCE.values() for path in paths):
+        found: Any = locate(path)
+        names = vars(sys.modules[found.__module__])
+        for test in finder.find(found, path, globs=dict(names)):
+            runner.run(test)
+    done = runner.summarize(verbose=False)
+    assert done.failed == 0
+    assert done.attempted > 60

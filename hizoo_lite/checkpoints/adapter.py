@@ -95,7 +95,7 @@ def check_supported(where: str, config: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """hizoo_space.json of a folder; `UserError` where it is missing, not valid or of another version."""
+    """hizoo_space.json of a folder; `UserError` if it is missing, not valid or of another version."""
     path = folder / SPACE_FILE
     record = read_json(path, "what a run writes of the weights that it tuned, a JSON object")
     missing = {"format", "space", "targets", "base_model", "kind", "bits"} - set(record)

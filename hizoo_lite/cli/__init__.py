@@ -68,7 +68,7 @@ class _Group(TyperGroup):
 
 
 def _suggest(error: Any) -> None:
-    """Have the message about an unknown flag name ours where it is what other tools call it."""
+    """Have the message about an unknown flag name ours if it is what other tools call it."""
     from hizoo_lite import synonyms
 
     known = [flag for option in error.ctx.command.params for flag in option.opts]

@@ -1,4 +1,4 @@
-"""`python -m hizoo_lite.cli`, where the console script is not installed."""
+"""`python -m hizoo_lite.cli`, if the console script is not installed."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def _harness(
 
 @contextmanager
 def _paths_of_a_run(run: str | None) -> Iterator[None]:
-    """Where a run's data are not found, the reason is told too: paths are those of where it was begun."""
+    """If a run's data are not found, the reason is told too: paths are those of where it was begun."""
     try:
         yield
     except UserError as error:

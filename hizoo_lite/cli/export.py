@@ -257,7 +257,7 @@ def command(
 ) -> None:
     """Export a run: its adapter for PEFT, base and adapter for onnxruntime, or one merged model.
 
-    onnx: the base keeps its quantized weights and is compared with the model before it is left behind; where
+    onnx: the base keeps its quantized weights and is compared with the model before it is left behind; if
     DIR has the same base already, the adapter alone is added. onnx-train: a graph of the run's losses, from
     which `python -m hizoo_lite.edge train DIR` tunes further on a device. merged: a Hugging Face folder with
     the adapter in its weights; an interrupted call goes on where it stopped when it is repeated. gguf: the

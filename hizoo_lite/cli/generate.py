@@ -143,7 +143,7 @@ def _print_answer(prompt: str, answer: str, model: str, adapter: str | None, jso
 
 
 def converse(write: Write, turns: list[dict[str, str]]) -> None:
-    """Read a turn, write one, until nothing more is read; the oldest turns go where there is no room."""
+    """Read a turn, write one, until nothing more is read; the oldest turns go if there is no room."""
     from hizoo_lite.errors import UserError
 
     head = len(turns)

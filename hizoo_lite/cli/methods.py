@@ -1,4 +1,4 @@
-"""`hizoo-lite methods`: every member of every axis, with what it costs and where it pays."""
+"""`hizoo-lite methods`: every member of every axis, with what it costs and when it pays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands show of long work on stderr, where they write a checkpoint."""
+"""What commands show of long work on stderr, when they write a checkpoint."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ get = CURVATURES.make
 def for_estimator(config: Any, estimator: Estimator) -> Curvature:
     """The curvature of a `TrainConfig`; the identity if its estimator measures none in all its steps.
 
-    So it is where the noise of its space is `structured`.
+    So it is if the noise of its space is `structured`.
     """
     line = SPACES.lines.get(config.space)
     learns = estimator.measures_within(config.steps) and not (line is not None and line.structured)

@@ -27,7 +27,16 @@ from hizoo_lite.errors import UserError
 
 
 class Diagonal(Curvature):
-    """Sigma^-1 as one float32 tensor per parameter, 4 bytes a trainable value (twice that inside a step)."""
+    """HiZOO's full diagonal: one value for each trainable value (arXiv 2402.15173, algorithm 1).
+
+    With h = Sigma^-1, c = d' H d and s the smoothing:
+
+        h <- (1 - s) h + s |c/2 h (z^2 - 1)|         "paper"
+        h <- (1 - s) h + s |c|/2 h z^2               "reference", the published code
+
+    Kept for comparison: one value a coordinate cannot be learnt from one scalar a step. h is float32, 4 bytes
+    a value (twice that inside a step); that and its bounds are our deviations.
+    """
 
     name = "diagonal"
     sees_tiles = False
@@ -35,7 +44,17 @@ class Diagonal(Curvature):
     def __init__(
         self, mode: Literal["paper", "reference"] = "paper", floor: float = 1e-3, ceiling: float = 1e8
     ) -> None:
-        """0 < `floor` <= 1 <= `ceiling` bound the entries of Sigma^-1, which start at 1."""
+        """Check the arguments: 0 < floor <= 1 <= ceiling.
+
+        Args:
+            mode: "paper", whose update uses the Sigma that perturbed; or "reference", which divides by the
+                new one.
+            floor: the least that an entry of Sigma^-1 becomes; they start at 1.
+            ceiling: the most.
+
+        Raises:
+            UserError: if an argument is out of range.
+        """
         if mode not in ("paper", "reference"):
             raise UserError(f"curvature diagonal: mode must be paper or reference, got {mode!r}")
         if not 0.0 < floor <= 1.0 <= ceiling < float("inf"):
@@ -63,7 +82,7 @@ class Diagonal(Curvature):
         return 4 * sum(math.prod(shape) for shape in shapes.values())
 
     def scale(self, name: str) -> Array:
-        """Sigma^(1/2), float32 of the parameter's shape."""
+        """Sigma^(1/2), float32 of the shape of parameter `name`."""
         self._drawn[name] = self._h[name]
         return self._arrays.rsqrt(self._h[name])
 

@@ -59,7 +59,30 @@ MOST_ROW_GROUPS = 512
 
 
 class Grouped(Curvature):
-    """Sigma with one value per tensor or per row. State: groups * (groups + 1) float64 values."""
+    """One curvature value a tensor or row, learnt without bias from one scalar a step (after HiZOO).
+
+    c = d' H d is a linear regression on x_g = sigma_g sum_g(z^2) over the groups g; its coefficients, the
+    mean of H's diagonal over each group, are followed by a Kalman filter (equations and deviations at the top
+    of this file). Sigma is relative: E[c] stays what it is with Sigma = I, so that a learning rate keeps its
+    meaning. State: groups * (groups + 1) float64 values.
+
+    Example:
+        >>> import numpy as np
+        >>> from hizoo_lite.arrays import NumpyArrays
+        >>> curvature = Grouped()
+        >>> curvature.start({"flat": (500,), "steep": (500,)}, NumpyArrays())
+        >>> draw = np.random.default_rng(0)
+        >>> for step in range(50):  # the Hessian's diagonal is 1 and 9
+        ...     d = {}
+        ...     for name in ("flat", "steep"):
+        ...         z = draw.standard_normal(500).astype("float32")
+        ...         d[name] = curvature.scale(name) * z
+        ...         curvature.see(name, z)
+        ...     c = sum(d["flat"] ** 2) + 9 * sum(d["steep"] ** 2)
+        ...     curvature.observe(float(c), smoothing=0.01)
+        >>> {name: round(float(mean[0]), 1) for name, mean in curvature.curvatures().items()}
+        {'flat': 1.0, 'steep': 9.0}
+    """
 
     name = "grouped"
 
@@ -70,11 +93,17 @@ class Grouped(Curvature):
         prior: float = 1.0,
         drift: float = 0.3,
     ) -> None:
-        """A group is a tensor, or a row of it (an element if it has one dimension), see MOST_ROW_GROUPS.
+        """Check the arguments.
 
-        `clip` > 1 bounds the ratio of a group's curvature to the mean, both ways. `prior` > 0 is the
-        standard deviation of that ratio before any evidence. `drift` in [0, 1], times the smoothing, is the
-        share of the evidence that is forgotten each step.
+        Args:
+            per: what a group is: a "tensor", or a "row" of it (an element if it has one dimension); rows are
+                bundled so that there are at most 512 groups, or one a tensor.
+            clip: above 1; bounds the ratio of a group's curvature to the mean, both ways.
+            prior: above 0; the standard deviation of that ratio before any evidence.
+            drift: in [0, 1]; times the smoothing, the share of the evidence that is forgotten each step.
+
+        Raises:
+            UserError: if an argument is out of range.
         """
         if per not in ("tensor", "row"):
             raise UserError(f"curvature grouped: per must be tensor or row, got {per!r}")
@@ -111,12 +140,12 @@ class Grouped(Curvature):
         self._reset()
 
     def scale(self, name: str) -> Array:
-        """Sigma^(1/2), float32: 0-dim per tensor, (rows, 1, ...) per row."""
+        """Sigma^(1/2) of parameter `name`, float32: 0-dim per tensor, (rows, 1, ...) per row."""
         self._drawn[name] = self._drawn_sigma = self._sigma
         return self._shaped(name, self._sigma)
 
     def update_scale(self, name: str) -> Array:
-        """What `scale` last returned for this name: d is the direction whose derivative was measured."""
+        """What `scale` last returned for `name`: d is the direction whose derivative was measured."""
         return self._shaped(name, self._drawn.get(name, self._sigma))
 
     def curvatures(self) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from hizoo_lite.curvature.state import check_smoothing, check_state
 
 
 class NoCurvature(Curvature):
-    """Sigma = I for good."""
+    """Sigma = I for good: no preconditioning, as in MeZO (arXiv 2305.17333)."""
 
     name = "none"
     sees = False
@@ -23,7 +23,7 @@ class NoCurvature(Curvature):
         self._names, self._arrays = frozenset(shapes), arrays
 
     def scale(self, name: str) -> Array:
-        """One, as a 0-dim float32 tensor; `KeyError` for a name that was not given to `start`."""
+        """One, as a 0-dim float32 tensor; KeyError if `name` was not given to `start`."""
         if name not in self._names:
             raise KeyError(name)
         xp = self._arrays.xp

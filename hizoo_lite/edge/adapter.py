@@ -181,7 +181,7 @@ def check_name(name: str) -> None:
     """UserError if an adapter cannot be called so: the name becomes a file's."""
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"--name: got {name!r}, which is the run folder's name where none is given; give --name with "
+            f"--name: got {name!r}, which is the run folder's name if none is given; give --name with "
             "letters, digits, '.', '_' and '-'"
         )
 

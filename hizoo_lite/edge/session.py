@@ -74,7 +74,7 @@ class Graph:
         self._types = {item.name: item.type for item in self._session.get_inputs()}
 
     def shape(self, name: str) -> list[Any]:
-        """Of an input or output: numbers, and names where any size will do."""
+        """Of an input or output: numbers, and names if any size will do."""
         return list(self._shapes[name])
 
     def check_classes(self, task: Task, output: str) -> None:

@@ -50,7 +50,7 @@ class PresentBlock(nn.Module):
         self._beside: tuple[Any, ...] | None = None  # what it gives besides hidden states; None: no tuple
 
     def __getattr__(self, name: str) -> Any:
-        """The block's, where this has no such attribute."""
+        """The block's, if this has no such attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -58,7 +58,7 @@ class PresentBlock(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's own; a long batch goes through in chunks, and one branch where all are alike."""
+        """As the block's own; a long batch goes through in chunks, and one branch if all are alike."""
         part, boundaries = self.model[0].part, self.model[0].boundaries
         if part is not None:
             if not part.runs(self.index):

@@ -51,7 +51,7 @@ class Cap:
 
 
 class Budget:
-    """What a run may take of the device's memory, and of the host's where that is another one."""
+    """What a run may take of the device's memory, and of the host's if that is another one."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Budget:
                 self._smaller("memory ran out")
 
     def check(self, peak_bytes: int, host_peak_bytes: int | None = None) -> None:
-        """After a step: chunks become smaller where its peak was over the budget.
+        """After a step: chunks become smaller if its peak was over the budget.
 
         host_peak_bytes: of anonymous memory; None if the device is the host.
         """
@@ -152,7 +152,7 @@ class _DataCap(Cap):
     """RLIMIT_DATA: what was mapped at first, and what the budget left of anonymous memory then.
 
     The limit counts what is mapped and never touched. The stacks of later threads are added. What the heap
-    has given back is mapped still, and buffers of other sizes do not come to lie there: that is added where
+    has given back is mapped still, and buffers of other sizes do not come to lie there: that is added if
     an allocation was refused although the budget is not used up. It can be touched again, so that a peak may
     pass the budget by some of it; then `Budget.check` makes chunks smaller.
     """

@@ -168,7 +168,7 @@ class GpuFetcher(Fetcher):
     def free(self, slot: int) -> None:
         """A marker in the compute stream. A store to disk under way is waited for to its end.
 
-        The marker first: where the store has failed, what comes into the slot is still after its computation.
+        The marker first: if the store has failed, what comes into the slot is still after its computation.
         """
         self._free[slot].record(self._gpu.current_stream(self._device))
         super().wait(slot)

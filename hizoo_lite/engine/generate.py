@@ -52,7 +52,7 @@ def write(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in one batch padded on the left; see `evaluate.Write`.
 
-    Of every branch that the model's state is set to, branch after branch. Prompt by prompt where the codes of
+    Of every branch that the model's state is set to, branch after branch. Prompt by prompt if the codes of
     positions depend on how long a text is.
     """
     count = model.state.branches.count
@@ -150,7 +150,14 @@ def generate(
         seed: of the draws.
         on_text: is called with every piece of the text as it is written.
 
-    Raises UserError for a prompt that the model cannot continue, and for a number out of its range.
+    Raises:
+        UserError: if the model cannot continue the prompt, or a number is out of its range.
+
+    Example:
+        >>> import hizoo_lite as hz
+        >>> model = hz.load("embedded", device="cpu")
+        >>> isinstance(hz.generate(model, "The soup was", max_new_tokens=4), str)
+        True
     """
     if model.kind != "causal":
         raise UserError(f"generate: {model.source} is a {model.kind} model; allowed: a causal one")

@@ -62,7 +62,7 @@ class _StandInTrunk(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """The trunk's, where this has no such attribute."""
+        """The trunk's, if this has no such attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -109,7 +109,7 @@ def logits_at(
     """Chunks of logits at (row, position), as pairs (slice of the sites, logits).
 
     output: the trunk's; hidden: of it, (branches, rows, length, features) float32. rows, positions: (sites,)
-    on hidden's device. limit_bytes: of a chunk's logits. offloaded: the head, where its matrix is not on the
+    on hidden's device. limit_bytes: of a chunk's logits. offloaded: the head, if its matrix is not on the
     device; held_bytes: of the logits of chunks for which it comes there once. Each chunk is (branches, sites
     in the chunk, vocabulary) float32.
     """
@@ -179,7 +179,7 @@ def _asked(head: BranchLinear, run: Callable[[slice], Tensor], part: slice) -> _
 
 
 def _given(head: BranchLinear, run: Callable[[slice], Tensor], part: slice, product: Tensor) -> Tensor:
-    """The logits at these sites, where the head's product is known."""
+    """The logits at these sites, if the head's product is known."""
     with _product_is(head, lambda x, branches, *sources: product):
         return run(part)
 

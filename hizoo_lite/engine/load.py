@@ -60,7 +60,7 @@ def load(
     host_budget: str | int | None = None,
     chat_template: str | None = None,
 ) -> Model:
-    """Load a model, quantizing the linears of its blocks on the way.
+    """Load a model, quantizing the linear layers of its blocks on the way.
 
     Args:
         source: a model folder, a hub id, "embedded", or a model that transformers has loaded. The last one is
@@ -70,7 +70,8 @@ def load(
             that a run of it cannot be resumed by another one.
         kind: causal, masked or classifier; None: causal, of a loaded model what its class says.
         bits: of those linears; None takes what the checkpoint is quantized to, else nf4.
-        compute_dtype: of their products; auto is described at `build.choose_compute`.
+        compute_dtype: of their products; auto is bf16 if the device multiplies it natively, else fp16 on a
+            GPU and float32 on a CPU.
         device: auto, cpu, cuda or cuda:N.
         double_quant: of 4-bit weights that are quantized here: their scales in 8 bits.
         num_labels: of a classifier.
@@ -79,12 +80,20 @@ def load(
         residency: where the blocks are while they do not run: resident (on the device), host, disk; auto is
             resident without a budget, else as many blocks as `device_budget` allows stay on the device and
             the others stream from host memory, within `host_budget`, or from disk.
-        device_budget, host_budget: such as "24GiB", or bytes.
+        device_budget: memory of the device, in bytes or such as "24GiB".
+        host_budget: memory of the host, likewise.
         chat_template: in place of the tokenizer's own: chatml, zephyr, alpaca, or a .jinja file.
 
     Raises:
         UserError: naming file, tensor or argument, if something is missing, contradictory, malformed, damaged
             (its checksum differs) or not supported, or if the environment would round the products of a GPU.
+        BudgetError: if the weights do not fit into the budget.
+
+    Example:
+        >>> import hizoo_lite as hz
+        >>> model = hz.load("embedded", bits="nf4", device="cpu")
+        >>> model.kind, len(model.blocks), model.block_of("model.layers.1.self_attn.q_proj")
+        ('causal', 4, 1)
     """
     if not isinstance(source, str | Path):
         source = saved_model(source, tokenizer, folder)

@@ -1,7 +1,7 @@
 """Hidden states between blocks that are not what the model takes them for, and what follows if it reads them.
 
 A block's output is written over its input (chunks.py), and blocks that all branches go through alike give
-those of one branch (fanout.py), or none where they are known (hidden.py). Few models read such states
+those of one branch (fanout.py), or none if they are known (hidden.py). Few models read such states
 anywhere but in the next block: DeBERTa-v2-xlarge has a convolution beside its first block. Which ones is not
 known, so whoever asks for the values raises, and the pass is repeated in a plainer way.
 """

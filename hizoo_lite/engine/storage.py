@@ -151,7 +151,7 @@ class DiskSource(Source):
 
 
 class HostSource(Source):
-    """Blocks in host memory, page-locked where the compute device is a GPU, so that copies run beside it."""
+    """Blocks in host memory, page-locked if the compute device is a GPU, so that copies run beside it."""
 
     def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
         """`device`: the one that computes."""

@@ -52,7 +52,7 @@ _NONE: Mapping[str, Tensor] = {}
 
 
 class Guard(Protocol):
-    """Runs a pass, again in smaller chunks where memory runs out."""
+    """Runs a pass, again in smaller chunks if memory runs out."""
 
     def __call__(self, work: Callable[[], Result], /) -> Result: ...
 
@@ -124,7 +124,7 @@ class Traversal:
 
         Of a classifier its logits, (branches, examples, classes); else `_scored_log_probabilities`. Behind
         that, if there are parameters with one, the exact gradients: `Losses.exact`.
-        Raises `Unsuited` where the model is first found to be.
+        Raises `Unsuited` when the model is first found to be.
         """
         standing, known = len(theta(branches)), self._known(batch)
         with (
@@ -157,7 +157,7 @@ class Traversal:
         return self.guard(lambda: until_suited(self.model, partial(self.taken, made, first))).numpy()
 
     def taken(self, batch: Batch, first: int) -> Tensor:
-        """The same, on the host. Raises `Unsuited` where the model is first found to be."""
+        """The same, on the host. Raises `Unsuited` when the model is first found to be."""
         taken = Taken(first)
         with (
             self._branches(EVALUATION, 0.0, {}),
@@ -241,7 +241,7 @@ class Traversal:
         """Log-probability of every scored token, (branches, scored) float64, on the model's device.
 
         And the divergence along each direction over the vocabulary at every site, (directions, sites)
-        float64, where the loss is of that; no direction otherwise. likeliest: gets, if it is given, whether
+        float64, if the loss is of that; no direction otherwise. likeliest: gets, if it is given, whether
         each scored token is the likeliest one at its site for the first branch, (scored,) bool.
         """
         device, model = hidden.device, self.model
@@ -379,7 +379,7 @@ class Traversal:
             return with_reaches(found | kept.gradients(gradient, inside), state)
 
     def _offloaded_head(self) -> BranchLinear | None:
-        """The head, where its matrix is not on the device."""
+        """The head, if its matrix is not on the device."""
         head = head_of(self.model.linears, self.model.trunk_name, self.model.config.vocab_size)
         return head if head is not None and isinstance(head.weight, OffloadedWeight) else None
 

@@ -15,7 +15,7 @@ Mechanism = Literal["gaussian", "laplace"]
 
 
 class Accountant:
-    """Of steps that are alike: epsilon at `delta`, where data sets differ by one example more or less.
+    """Of steps that are alike: epsilon at `delta`, for data sets that differ by one example more or less.
 
     Upper bounds: by Renyi differential privacy for Gaussian noise (Mironov et al., arXiv 1908.10530), by the
     privacy loss distribution for Laplace noise (Doroshenko et al., arXiv 2207.04380).

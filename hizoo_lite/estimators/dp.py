@@ -76,7 +76,22 @@ _FILES = "run.json, plan.json, hidden.bin and data/ of the run folder, which are
 
 
 class DP(Estimator):
-    """Noisy slopes from pairs, each example's part bounded; see the module."""
+    """Slopes with differential privacy (DP-ZO, arXiv 2401.04343, algorithm 1; K > 1: DP-AggZO).
+
+    Example i has the differences v_i = l_i(theta + mu d_k) - l_i(theta - mu d_k) along the K = `directions`.
+    A step releases s and nothing else, with C = `clip`, sigma = `noise`, xi of scale 1 and B the batch size:
+
+        s = sum_i v_i min(1, C / |v_i|) + sigma C xi,        coefficient_k = s_k / (2 mu B K)
+
+    Batches are random (each example with the same probability) and xi is from the operating system's source,
+    so that a run cannot be repeated. What epsilon does not cover is listed at the top of this file.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([[0.75, 0.5], [0.25, 0.5]])  # at theta + mu d and theta - mu d, of two examples
+        >>> DP(clip=0.125).reduce(0, losses)  # the first example's difference of 0.5 is clipped
+        array([0.125])
+    """
 
     name = "dp"
     secret = True
@@ -90,9 +105,19 @@ class DP(Estimator):
         delta: float = 1e-5,
         epsilon: float | None = None,
     ) -> None:
-        """clip, noise: C and sigma of the module. delta: that epsilon is told at. epsilon: of the whole run.
+        """Check the arguments.
 
-        `UserError` for what is out of range.
+        Args:
+            directions: K; a step costs 2 K forwards.
+            clip: C, the most by which one example's differences count, in units of the loss.
+            noise: sigma, the noise's standard deviation over C; of "laplace" its scale over C.
+            mechanism: "gaussian", or "laplace" for one direction.
+            delta: of (epsilon, delta): above 0, and below one over the number of training examples.
+            epsilon: budget of the whole run, which ends before the step that would exceed it; None: no
+                budget.
+
+        Raises:
+            UserError: if an argument is out of range, or two do not go together.
         """
         if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
             raise UserError(f"estimator dp: directions must be a whole number >= 1, got {directions!r}")
@@ -127,7 +152,7 @@ class DP(Estimator):
         return too_many_pairs(directions, where)
 
     def begin(self, examples: int, batch_size: int, steps: int, evaluated: Sequence[str]) -> list[str]:
-        """See `Estimator.begin`. `UserError` for a batch size above the examples, and too small a budget."""
+        """See `Estimator.begin`. UserError if a batch has more than all examples, or the budget no step."""
         if batch_size > examples:
             raise UserError(
                 f"--batch-size: got {batch_size}, but a batch has each of the {examples} examples at most "
@@ -160,12 +185,12 @@ class DP(Estimator):
         return [int(index) for index in np.flatnonzero(uniform(self._examples) < self._probability)]
 
     def over(self, steps: int) -> str | None:
-        """The budget."""
+        """See `Estimator.over`: the budget."""
         used_up = self._last is not None and steps >= self._last
         return f"the budget (--dp-epsilon {self.epsilon})" if used_up else None
 
     def account(self, steps: int) -> tuple[dict[str, Any], str]:
-        """Epsilon, and what it is of."""
+        """See `Estimator.account`: epsilon after `steps` steps, and what it is of."""
         entries = {
             "epsilon": self._accountant.epsilon(steps),
             "delta": self.delta,

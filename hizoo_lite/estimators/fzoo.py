@@ -25,14 +25,32 @@ from hizoo_lite.estimators.mezo import as_losses, check_directions
 
 
 class FZOO(Estimator):
-    """Normalized one-sided slopes along several directions that share a base."""
+    """Normalized one-sided slopes along directions of signs that share a base (FZOO, arXiv 2506.09034).
+
+    With l0 the mean loss at theta, l_k at theta + mu u_k, u_k of -1 and +1, and s the standard deviation of
+    the l_k (n - 1 in its denominator), for n = `directions`:
+
+        coefficient_k = (l_k - l0) / (n s);        0 if s is 0
+
+    Example:
+        >>> import numpy as np
+        >>> FZOO(directions=2).estimate(0, np.array([1.0, 2.0, 4.0]), divergences=np.zeros(2), mu=1e-3)
+        Estimate(coefficients=(0.35355339059327373, 1.0606601717798212), curvatures=None)
+    """
 
     name = "fzoo"
     law: ClassVar[NoiseLaw] = "signs"
     for_weights = False
 
     def __init__(self, directions: int = 8) -> None:
-        """directions: n. UserError unless it is a whole number of 2 or more, for a deviation."""
+        """Check the argument.
+
+        Args:
+            directions: n, 2 or more, which a deviation needs; a step costs 1 + n forwards.
+
+        Raises:
+            UserError: if it is not a whole number of 2 or more.
+        """
         self.directions = check_directions(self.name, directions, 2)
 
     def points(self, step: int) -> tuple[Point, ...]:

@@ -6,12 +6,12 @@ differences l(theta + mu z_g) - l(theta - mu z_g), s the deviation of delta_1 ..
     a_g = delta_g / s,        g = 1/G sum_g a_g z_g
 
 Examples that share a direction share its noise; with a direction each it averages out. What examples differ
-by does not, and gains nothing where it is the larger of the two.
+by does not, and gains nothing if it is the larger of the two.
 
 Deviations: the paper's g has another factor 1 / (2 mu), so its learning rate over 2 mu is ours. Its groups
 are single examples, whose z are sign flips of one shared matrix; here groups go through the blocks one after
 the other, each with a draw of its own: 2 forwards of each example as in MeZO, but blocks are unpacked, or
-streamed, G times. s has G - 1 in its denominator; where it is 0 nothing moves. The noise of G directions is
+streamed, G times. s has G - 1 in its denominator; if it is 0 nothing moves. The noise of G directions is
 kept.
 """
 
@@ -28,13 +28,29 @@ from hizoo_lite.estimators.mezo import as_losses
 
 
 class GRZO(Estimator):
-    """Normalized differences from a pair for each group of examples."""
+    """A direction for each group of examples, by normalized differences (GRZO, arXiv 2606.02857).
+
+    With delta_g the mean of l(theta + mu d_g) - l(theta - mu d_g) over the examples of group g, G = `groups`,
+    and s the standard deviation of the delta_g (G - 1 in its denominator):
+
+        coefficient_g = delta_g / (s G);        0 if s is 0
+
+    The paper has a further factor 1 / (2 mu): its learning rate over 2 mu is ours.
+    """
 
     name = "grzo"
     for_weights = False
 
     def __init__(self, groups: int = 4) -> None:
-        """groups: G. UserError unless it is a whole number of 2 or more, for a deviation."""
+        """Check the argument.
+
+        Args:
+            groups: G, 2 or more, which a deviation needs, and at most the examples of a batch. A step costs 2
+                forwards of each example, and every block comes G times.
+
+        Raises:
+            UserError: if it is not a whole number of 2 or more.
+        """
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 2:
             raise UserError(f"estimator grzo: groups must be a whole number >= 2, got {groups!r}")
         self.groups = groups

@@ -24,12 +24,29 @@ MOST_PAIRS = 127
 
 
 class MeZO(Estimator):
-    """Projected gradients from one antithetic pair a direction, averaged over the directions."""
+    """Slopes from pairs of points, no curvature (MeZO, arXiv 2305.17333, definition 1: n-SPSA).
+
+    With l_k+ and l_k- the mean losses at theta + mu d_k and theta - mu d_k, for n = `directions`:
+
+        coefficient_k = (l_k+ - l_k-) / (2 mu n)
+
+    Example:
+        >>> import numpy as np
+        >>> MeZO().estimate(0, np.array([0.75, 0.5]), divergences=np.zeros(1), mu=0.5)
+        Estimate(coefficients=(0.25,), curvatures=None)
+    """
 
     name = "mezo"
 
     def __init__(self, directions: int = 1) -> None:
-        """directions: n. UserError unless it is a whole number of 1 or more."""
+        """Check the argument.
+
+        Args:
+            directions: n, 1 or more; a step costs 2 n forwards.
+
+        Raises:
+            UserError: if it is not a whole number of 1 or more.
+        """
         self.directions = check_directions(self.name, directions, 1)
 
     @staticmethod

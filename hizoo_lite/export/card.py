@@ -123,7 +123,7 @@ def _made_up(name: str, fields: Sequence[str]) -> str:
 
 
 def _example(task: Task, fields: Sequence[str]) -> Example | None:
-    """What the task makes of a made-up row; None where it wants other columns than its template's."""
+    """What the task makes of a made-up row; None if it wants other columns than its template's."""
     texts = {name: _made_up(name, fields) for name in (*task.columns, *fields)}
     for column in (*task.columns, "label"):  # one of them has the labels
         row = Row("card", texts | {column: task.labels[0] if task.labels else "0"})
@@ -167,7 +167,7 @@ def write(
 
 
 def _front_matter(base: str, folder: Path, kind: ModelKind, library: str, tags: str) -> str:
-    """What the Hub reads. It takes no folder for a base; a licence only where the base names one."""
+    """What the Hub reads. It takes no folder for a base; a licence only if the base names one."""
     about = [f"base_model: {json.dumps(base)}"] if HUB_ID.fullmatch(base) else []
     found = licence(folder)
     about += [f"license: {json.dumps(found)}"] if found else []

@@ -167,7 +167,7 @@ class _Matrix(NamedTuple):
 class Merged:
     """The tensors of a tuned model, made when they are read: `quantize.Tensors`.
 
-    They have the checkpoint's names, with the trunk's prefix where it lacked that.
+    They have the checkpoint's names, with the trunk's prefix if it lacked that.
     """
 
     def __init__(self, base: _Base, changes: Changes, dtype: torch.dtype, *, is_packed: bool) -> None:

@@ -53,7 +53,7 @@ def open_adapter(run: Path | str, model: str | None, to: str, instead: str) -> A
 
     model: folder or Hub id of the base, instead of the one the run names; a local folder is written down with
     its full path. to, instead: of `--to`, for the message. Raises `UserError` for runs that trained weights,
-    and where the base cannot be found or is another model.
+    and if the base cannot be found or is another model.
     """
     folder = find_adapter(run)
     if (folder / SPACE_FILE).is_file():
@@ -84,7 +84,7 @@ def export(run: Path | str, out: Path | str, *, model: str | None = None) -> Pat
     """Write `out`, for `peft.PeftModel.from_pretrained`, from a run's folder or an adapter's.
 
     model: as of `open_adapter`, which raises `UserError`. So it does for runs that trained weights, which
-    PEFT has no form for, and where `out` is not a new or empty folder.
+    PEFT has no form for, and if `out` is not a new or empty folder.
     """
     adapter, out = open_adapter(run, model, "peft", "merged"), Path(out)
     check_empty(find_place(out))

@@ -185,7 +185,7 @@ def constant_tensors(linear: Linear, bits: native.FourBits, state: bytes) -> dic
 def quant_state(bits: Bits, shape: tuple[int, int], dtype: torch.dtype, offset: float | None) -> bytes:
     """bitsandbytes' description of a 4-bit weight, its JSON byte for byte (`QuantState.as_dict`).
 
-    dtype: of the matrix that was quantized. offset: the mean of absmax where that is quantized too.
+    dtype: of the matrix that was quantized. offset: the mean of absmax if that is quantized too.
     """
     state: dict[str, Any] = {
         "quant_type": bits,

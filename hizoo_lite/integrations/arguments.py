@@ -53,9 +53,14 @@ _WHY = {
 
 
 def of(args: TrainingArguments, read: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The settings, by their names in `TrainConfig`; `read` are further arguments that the caller reads.
+    """The settings of a run, by their names in `TrainConfig`.
 
-    UserError naming every argument that is refused.
+    Args:
+        args: transformers'.
+        read: further arguments that the caller reads.
+
+    Raises:
+        UserError: naming every argument that is refused.
     """
     found = _lengths(args) | _schedule(args) | {"seed": args.seed, "out": args.output_dir}
     found["eval_batch_size"] = args.per_device_eval_batch_size

@@ -31,7 +31,7 @@ from hizoo_lite.train.saved import load_to_write
 
 #: What is to be scored: the texts, and the tokens of context and continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-#: Tokens of a text where neither the caller nor the model says how many; the harness's own number.
+#: Tokens of a text if neither the caller nor the model says how many; the harness's own number.
 _MOST = 2048
 
 
@@ -44,7 +44,11 @@ class HiZOOLM(TemplateLM):
         adapter: a run folder, or an adapter's of PEFT.
         batch_size: texts that go through the model together.
         max_length: tokens of a text; a longer one loses its beginning. None: the model's positions.
+        max_batch_size: the harness's own; not read.
         flags: arguments of `load`, such as `bits`, `residency` and `device_budget`.
+
+    Raises:
+        UserError: if the model is not causal, or has no tokenizer.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class HiZOOLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-        """Without a second beginning-of-sequence token where a template has written one."""
+        """Tokens of `string`, without a second beginning-of-sequence token if a template has written one."""
         begun = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
         special = not begun if add_special_tokens is None else add_special_tokens
         return open_ids(self.tokenizer, string, special)
@@ -196,7 +200,16 @@ class HiZOOLM(TemplateLM):
 
 
 def evaluated(model: HiZOOLM, tasks: Sequence[str], limit: int | None = None) -> dict[str, dict[str, Any]]:
-    """The harness's results, by task and metric. UserError for a task that it does not know."""
+    """The harness's results, by task and metric.
+
+    Args:
+        model: that is asked.
+        tasks: the harness's names.
+        limit: examples of each task; None: all.
+
+    Raises:
+        UserError: if the harness does not know a task.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()

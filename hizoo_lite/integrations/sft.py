@@ -21,7 +21,7 @@ from hizoo_lite.tasks import Records, forms
 
 _log = logging.getLogger(__name__)
 
-#: What `SFTConfig` has beside transformers' arguments, where it is read here, with TRL's defaults.
+#: What `SFTConfig` has beside transformers' arguments and is read here, with TRL's defaults.
 _OWN: dict[str, Any] = {
     "max_length": 1024,
     "dataset_text_field": "text",
@@ -33,15 +33,23 @@ _OWN: dict[str, Any] = {
 
 
 class HiZOOSFTTrainer(HiZOOTrainer):
-    """`HiZOOTrainer` with SFTTrainer's arguments.
+    """`HiZOOTrainer` with the arguments of TRL's `SFTTrainer`.
 
     Args:
+        model: as for `HiZOOTrainer`.
         args: TRL's `SFTConfig`, or any object with some of its attributes.
+        data_collator: as for `HiZOOTrainer`.
+        train_dataset: rows of messages, of prompt and completion, or of text.
+        eval_dataset: likewise.
+        processing_class: as for `HiZOOTrainer`.
+        compute_metrics: as for `HiZOOTrainer`.
+        callbacks: as for `HiZOOTrainer`.
         peft_config: PEFT's `LoraConfig`, in place of `space`.
         formatting_func: from a row to its text, of which every token is learnt.
-        others: as for `HiZOOTrainer`.
+        options: as for `HiZOOTrainer`.
 
-    Raises UserError for bad input.
+    Raises:
+        UserError: for bad input.
     """
 
     def __init__(

@@ -53,22 +53,34 @@ _UNREAD = ("position_ids", "inputs_embeds", "completion_mask", "assistant_masks"
 
 
 class HiZOOTrainer:
-    """`train`, `evaluate`, `predict`, `save_model`; `state` is transformers', `run` ours once it is trained.
+    """A trainer in the shape of transformers' `Trainer`, whose steps are forward passes alone.
+
+    `state` is transformers' `TrainerState`; `run` is the `Run`, once it is trained.
 
     Args:
         model: a model of transformers, a folder or hub id, or a `Model` of `hizoo_lite.load`.
         args: transformers' arguments; what cannot be honoured is refused, see `arguments.py`.
-        train_dataset, eval_dataset: tokenized rows, which may go through `data_collator`; or rows that a task
-            recognises as they are.
         data_collator: is called with each row alone, once.
-        compute_metrics: of a classifier's `EvalPrediction`.
+        train_dataset: tokenized rows, which may go through `data_collator`; or rows that a task recognises as
+            they are.
+        eval_dataset: likewise; None: a tenth of the training rows is held out.
         callbacks: transformers' callbacks, or their classes.
         processing_class: the tokenizer, saved with a model of transformers.
+        compute_metrics: of a classifier's `EvalPrediction`.
         task: of rows that are not tokenized, as for `fit`; None: the form that they have.
         read: arguments beside transformers' that a class of this one reads.
         options: fields of `TrainConfig`, and what else `fit` takes; they count more than `args`.
 
-    Raises UserError for bad input.
+    Raises:
+        UserError: for bad input, and for arguments that cannot be honoured.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(9)]
+        >>> args = TrainingArguments("runs/trainer", max_steps=2, use_cpu=True, disable_tqdm=True)
+        >>> trainer = HiZOOTrainer("embedded", args, train_dataset=rows, rank=4)
+        >>> trainer.options["steps"], trainer.options["rank"]  # trainer.train() runs it
+        (2, 4)
     """
 
     def __init__(
@@ -105,13 +117,19 @@ class HiZOOTrainer:
     control = property(lambda self: self._told.control)
 
     def add_callback(self, callback: Any) -> None:
-        """Another one, or its class."""
+        """Add another `callback`, or its class."""
         self.callback_handler.add_callback(*_checked([callback]))
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
-        """To the end, or from where the run in the output folder, or in the one that is named, stands.
+        """Train to the end.
 
-        What was given is compared with what the run was begun with; a resumed run equals an undisturbed one.
+        Args:
+            resume_from_checkpoint: go on with the run in the output folder (True), or in the one that is
+                named. What was given is compared with what that run was begun with; a resumed run equals an
+                undisturbed one.
+
+        Raises:
+            UserError: for bad input; see also `fit`.
         """
         if self.train_dataset is None:
             raise UserError("train_dataset: missing, it is what is trained on")
@@ -144,7 +162,15 @@ class HiZOOTrainer:
         return TrainOutput(self.state.global_step, loss, metrics)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and metrics of the model as it is, trained or not; they are logged, and callbacks are told."""
+        """Loss and metrics of the model as it is, trained or not; they are logged, and callbacks are told.
+
+        Args:
+            eval_dataset: rows as for the constructor; None: those that were given there.
+            metric_key_prefix: put before the names of the metrics.
+
+        Raises:
+            UserError: if there are no rows.
+        """
         rows = self.eval_dataset if eval_dataset is None else self._rows("eval_dataset", eval_dataset)
         metrics = self._scores(self._evaluated("eval_dataset", rows), metric_key_prefix)
         self._told.log(self.state, metrics)
@@ -152,7 +178,12 @@ class HiZOOTrainer:
         return metrics
 
     def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
-        """A classifier's outputs for each row, else answers, and the scores."""
+        """A classifier's outputs for each row, else answers, and the scores.
+
+        Args:
+            test_dataset: rows as for the constructor.
+            metric_key_prefix: put before the names of the metrics.
+        """
         found = self._evaluated("test_dataset", self._rows("test_dataset", test_dataset))
         metrics = self._scores(found, metric_key_prefix)
         self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -160,7 +191,14 @@ class HiZOOTrainer:
         return PredictionOutput(predictions, np.array(found.gold) if found.gold else None, metrics)
 
     def save_model(self, output_dir: str | None = None) -> Path:
-        """The adapter as a folder of PEFT; the whole model, merged, where weights were trained."""
+        """Write the adapter as a folder of PEFT; if weights were trained, the whole model, merged.
+
+        Args:
+            output_dir: a new or empty folder; None: "model" in the run folder.
+
+        Raises:
+            UserError: if nothing is trained yet.
+        """
         if self.run is None:
             raise UserError("save_model: nothing is trained yet; allowed: after train()")
         out = output_dir or str(self.run.folder / "model")

@@ -16,7 +16,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, memory, system, and the GPU where the run is on one."""
+    """Processor, memory, system, and the GPU if the run is on one."""
     import torch
 
     from hizoo_lite.device import gpu_of, is_gpu

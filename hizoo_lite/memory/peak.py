@@ -63,7 +63,7 @@ class PeakMeter:
     def host_lap_bytes(self) -> int | None:
         """On a GPU: the peak of the host's anonymous memory since the last call, page-locked blocks included.
 
-        What is held now where the kernel does not permit the reset; None on a CPU, whose peak `lap_bytes` is.
+        What is held now if the kernel does not permit the reset; None on a CPU, whose peak `lap_bytes` is.
         """
         if self._gpu is None:
             return None
@@ -73,7 +73,7 @@ class PeakMeter:
         return (now.total_bytes if peak_bytes is None else peak_bytes) - (now.file_bytes or 0)
 
     def phase_bytes(self) -> int:
-        """The peak since `restart`; an upper bound of it where the kernel does not permit the reset."""
+        """The peak since `restart`; an upper bound of it if the kernel does not permit the reset."""
         return max(self._phase_bytes, self._read())
 
     def _reset(self) -> None:

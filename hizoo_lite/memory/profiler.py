@@ -13,7 +13,7 @@ memory.json has
                           "update" (of a step), "end" (of another phase), null (before the first)
     phases                {evaluate, inference, train, save: {peak_bytes, seconds, sampling_seconds}}
     step_peaks            [[step, peak_bytes]]: of the steps since the entry before
-    owners                [{owner, predicted_bytes, measured_bytes}], null where not known
+    owners                [{owner, predicted_bytes, measured_bytes}], null if not known
     sampling_share        time spent on sampling / time of the steps; sampled_steps, every_steps (on average)
     inference_peak_bytes  of one evaluation forward of the first training batch
     training_peak_bytes   of the steps; training_over_inference is their ratio

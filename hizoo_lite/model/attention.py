@@ -58,7 +58,7 @@ def attend(
 
 
 def repeat_groups(module: nn.Module) -> None:
-    """Give a model of torch's scaled_dot_product_attention this one, where its layers have groups."""
+    """Give a model of torch's scaled_dot_product_attention this one, if its layers have groups."""
     grouped = any(getattr(layer, "num_key_value_groups", 1) > 1 for layer in module.modules())
     if grouped and module.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
         AttentionInterface.register(NAME, attend)

@@ -85,7 +85,7 @@ def build(config: Any, kind: ModelKind) -> nn.Module:
     """The module with parameters on meta, in eval mode. Raises `UserError` if there is none of `kind`.
 
     Attention is torch's scaled_dot_product_attention, which keeps no (length x length) matrix; eager
-    where an architecture has none, or caps its attention logits (Gemma2): it cannot do that, and
+    if an architecture has none, or caps its attention logits (Gemma2): it cannot do that, and
     transformers 5.17 would leave the cap out without a word (5.23 refuses).
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -182,7 +182,7 @@ def choose_bits(wanted: Bits | None, stored: Bits | None) -> Bits:
 
 
 def choose_compute(wanted: ComputeDtype, device: torch.device) -> torch.dtype:
-    """The dtype of products. `auto`: bf16 where the device multiplies it natively.
+    """The dtype of products. `auto`: bf16 if the device multiplies it natively.
 
     A GPU otherwise fp16; CPU otherwise float32 (fp16 products are about 15 times slower there).
     Raises `UserError` for an unknown name.

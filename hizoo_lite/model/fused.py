@@ -2,7 +2,7 @@
 
 As torch operations one after the other they read and write every element several times, which on a GPU takes
 as long as the products. There each is an operator of torch, `hizoo_lite::split` and `hizoo_lite::rebuild`:
-a kernel of Triton where that can be used, with the same bits, else `basis.py` itself. Triton comes with
+a kernel of Triton if that can be used, with the same bits, else `basis.py` itself. Triton comes with
 torch for CUDA on Linux, and is imported for such a device only. On a CPU `basis.py` is called directly.
 """
 

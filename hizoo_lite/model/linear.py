@@ -117,7 +117,7 @@ class BranchLinear(nn.Module):
     def _of_all_rows(self, x: Tensor) -> Tensor:
         """x: (1, ..., in_features), the same for all rows, such as codes of relative positions.
 
-        Gives (1, ..., out_features); where the branches differ, one for every folded row (see `EveryRow`).
+        Gives (1, ..., out_features); if the branches differ, one for every folded row (see `EveryRow`).
         Raises `UserError` for inputs whose rows are elsewhere.
         """
         rows = self.state.rows

@@ -24,42 +24,79 @@ from hizoo_lite.model.scratch import Scratch
 @final
 @dataclass(eq=False, repr=False)
 class Model:
-    """Made by `load`. The module is in eval mode and nothing in it requires a gradient."""
+    """A loaded model, made by `load`: in eval mode, and nothing in it requires a gradient.
 
-    module: nn.Module  # the Hugging Face model; its linears are `BranchLinear`s
-    tokenizer: Any | None  # None if the folder has none
+    Attributes:
+        module: the Hugging Face model; its linear layers are `BranchLinear`s.
+        tokenizer: Hugging Face's; None if the folder has none.
+        kind: "causal", "masked" or "classifier".
+        config: transformers' `PretrainedConfig`.
+        bits: of the linear layers inside the blocks.
+        compute: dtype of products with shared weights.
+        device: that it computes on.
+        state: the branches that are in flight, which all its linear layers share.
+        scratch: memory for intermediate results, used again and again.
+        linears: the linear layers, by name in the module tree.
+        blocks: the transformer layers.
+        block_prefix: block i is f"{block_prefix}.{i}" in the module tree.
+        source: what was given to `load`.
+        folder: where the checkpoint's files are.
+        checkpoint: those files.
+        stored_names: of the blocks' linear layers, by name in the module tree: the name in the checkpoint.
+        row_positions: of position codes that depend on a row's length.
+        residency: where the blocks are while they do not run.
+        offloaded: stored names of matrices that are read when they are needed.
+        new_parameters: those that the checkpoint lacks, which were initialized here.
+        originals: values of parameters that an adapter has replaced, by name.
+        limits: the residency and budgets that `load` was told.
+        chat_template: by name, in place of the tokenizer's own.
+        pending: updates that wait for their block, of a space that trains the blocks' own weights.
+        observer: is told when a block or the head has run.
+        branch_chunk: rows that go through a block together.
+        overwrites: whether blocks that are cut into chunks write over their input, in a pass.
+        reads_again: whether a block's input is read after the block, so that it cannot be overwritten.
+        folds_first: whether all branches must go through every block, since the model's own code needs them.
+        blocks_alike: how many of the first blocks one branch goes through for all, in a pass.
+        chunk_halvings: how often chunks and logits were halved because memory ran out.
+        reads_below: whether the outputs of lower blocks are read again, so that none can be left out.
+        part: the blocks that a pass runs; None: all.
+        boundaries: what a pass keeps for exact gradients inside the blocks.
+    """
+
+    module: nn.Module
+    tokenizer: Any | None
     kind: ModelKind
-    config: Any  # transformers' PretrainedConfig
-    bits: Bits  # of the linears inside the blocks
-    compute: torch.dtype  # of products with shared weights
+    config: Any
+    bits: Bits
+    compute: torch.dtype
     device: torch.device
     state: BranchState
     scratch: Scratch
-    linears: dict[str, BranchLinear]  # by name in the module tree
+    linears: dict[str, BranchLinear]
     blocks: list[nn.Module]
-    block_prefix: str  # block i is f"{block_prefix}.{i}" in the module tree
-    source: str  # what was given to `load`
-    folder: Path  # where the checkpoint's files are
+    block_prefix: str
+    source: str
+    folder: Path
     checkpoint: Checkpoint
-    stored_names: dict[str, str]  # of the blocks' linears: name in the module tree -> in the checkpoint
-    row_positions: RowPositions  # of codes that depend on a row's length
-    residency: Residency  # where the blocks are while they do not run
-    offloaded: set[str] = field(default_factory=set)  # stored names of matrices that are read when needed
-    new_parameters: list[str] = field(default_factory=list)  # initialized here, not in the checkpoint
-    originals: dict[str, Tensor] = field(default_factory=dict)  # of parameters that an adapter has replaced
-    limits: Limits = field(default_factory=Limits)  # what `load` was told
-    chat_template: str | None = None  # by name, in place of the tokenizer's own
-    pending: PendingUpdates | None = None  # of a space that trains the blocks' own weights
-    observer: Observer | None = None  # is told when a block or the head has run
-    branch_chunk: int | Literal["auto"] = "auto"  # rows that go through a block together
-    overwrites: bool = False  # whether blocks cut into chunks write over their input: in a traversal
-    reads_again: bool = False  # inputs of blocks, after the block, so that they cannot be overwritten
-    folds_first: bool = False  # all branches go through every block, since the model's own code needs them
-    blocks_alike: int = 0  # the first ones, which one branch goes through for all: in a traversal
-    chunk_halvings: int = 0  # of chunks and logits, because memory ran out
-    reads_below: bool = False  # what lower blocks give, so that none can be left out
-    part: Part | None = None  # the blocks that a pass runs; None: all
-    boundaries: Boundaries | None = None  # what a pass keeps for exact gradients inside the blocks
+    stored_names: dict[str, str]
+    row_positions: RowPositions
+    residency: Residency
+    offloaded: set[str] = field(default_factory=set)
+    new_parameters: list[str] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    chat_template: str | None = None
+    pending: PendingUpdates | None = None
+    observer: Observer | None = None
+    branch_chunk: int | Literal["auto"] = "auto"
+    overwrites: bool = False
+    reads_again: bool = False
+    folds_first: bool = False
+    blocks_alike: int = 0
+    chunk_halvings: int = 0
+    reads_below: bool = False
+    part: Part | None = None
+    boundaries: Boundaries | None = None
 
     def __str__(self) -> str:
         """What it is and where, in one line."""
@@ -100,7 +137,7 @@ class Model:
         return bool(getattr(self.module, "_supports_sdpa", False)) and not mixing
 
     def block_of(self, linear: str) -> int | None:
-        """The index of the block that a linear layer is in; None outside of the blocks."""
+        """The index of the block that the layer called `linear` is in; None outside of the blocks."""
         inside = linear.removeprefix(self.block_prefix + ".")
         return None if inside == linear else int(inside.split(".", 1)[0])
 

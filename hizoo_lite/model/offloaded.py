@@ -79,7 +79,7 @@ def from_host(matrix: Tensor) -> OffloadedWeight:
 def embed_from_offloaded(layer: nn.Embedding, weight: OffloadedWeight, state: BranchState) -> None:
     """Let an embedding have, while it runs, just the rows that its tokens need.
 
-    Which those are is asked of the host, where it knows: a device would first have to finish what it has.
+    Which those are is asked of the host, if it knows: a device would first have to finish what it has.
     """
     layer.padding_idx = None  # only of use to gradients, and not a row of the gathered table
     nothing = layer.weight

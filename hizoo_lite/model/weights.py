@@ -1,8 +1,8 @@
 """Give every parameter of an empty module its tensor, reading and quantizing one tensor at a time.
 
 Linears inside the blocks are packed, a few rows at a time, and replaced by `BranchLinear` (only described,
-where the blocks are streamed from disk); linears outside of them (heads, poolers) become `BranchLinear`
-over the stored 16/32-bit matrix, shared with the embedding where the two are tied. Embeddings stay as
+if the blocks are streamed from disk); linears outside of them (heads, poolers) become `BranchLinear`
+over the stored 16/32-bit matrix, shared with the embedding if the two are tied. Embeddings stay as
 stored and give float32; everything else becomes float32.
 """
 
@@ -210,7 +210,7 @@ class WeightLoader:
         )
 
     def _is_offloaded(self, name: str, stored: str) -> bool:
-        """Large matrices outside of the blocks, where the blocks stream."""
+        """Large matrices outside of the blocks, if the blocks stream."""
         outside = self.where != "device" and not self._in_block(name)
         is_float = self.checkpoint.dtype(stored) in (torch.bfloat16, torch.float16, torch.float32)
         return outside and is_float and math.prod(self.checkpoint.shape(stored)) > SMALL_ELEMENTS

@@ -1,7 +1,7 @@
-"""Objectives: what the points of a step are compared by, where that is not the loss.
+"""Objectives: what the points of a step are compared by, if that is not the loss.
 
 Estimators that need forwards alone need no gradient of it (MeZO 2305.17333, section 3.3). Accuracy and F1 are
-flat but for jumps: where no answer of a batch changes between the points, the slope is 0 and nothing moves. A
+flat but for jumps: if no answer of a batch changes between the points, the slope is 0 and nothing moves. A
 larger mu sees more of them.
 """
 

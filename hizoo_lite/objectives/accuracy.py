@@ -9,7 +9,13 @@ from hizoo_lite.batch import Example
 
 
 class Accuracy(Objective):
-    """1 if the candidate or class with the highest score is the gold one, else 0. Of equal ones the first."""
+    """1 if the candidate or class with the highest score is the gold one, else 0. Of equal ones the first.
+
+    Example:
+        >>> from hizoo_lite.batch import Example
+        >>> Accuracy().value(Example({}, ("no", "yes"), gold=1), [-2.5, -0.5], {})
+        1.0
+    """
 
     name = "accuracy"
     reads = ("scores",)

@@ -10,7 +10,13 @@ from hizoo_lite.tasks.metrics import squad_f1
 
 
 class F1(Objective):
-    """The task's own F1 of the greedy completion (DROP's counts spans); SQuAD's, if it has none."""
+    """The task's own F1 of the greedy completion (DROP's counts spans); SQuAD's, if it has none.
+
+    Example:
+        >>> from hizoo_lite.batch import Example
+        >>> F1().value(Example({}, (" a red car",), 0, references=("a red car",)), "red bus", {})
+        0.5
+    """
 
     name = "f1"
     reads = ("text",)

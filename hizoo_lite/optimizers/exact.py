@@ -72,7 +72,7 @@ class ExactAdam:
                 parameter -= rate * first / ((second / correction[1]) ** 0.5 + _EPSILON * max(reach, 1.0))
 
     def state_dict(self) -> dict[str, Array]:
-        """Both moments by parameter, and the steps taken; nothing where there are no parameters."""
+        """Both moments by parameter, and the steps taken; nothing if there are no parameters."""
         if not self._parameters:
             return {}
         found: dict[str, Array] = {"steps": np.array([self._steps], np.int64)}
@@ -82,7 +82,7 @@ class ExactAdam:
         return found
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`. `UserError` where it is another head's."""
+        """The inverse of `state_dict`. `UserError` if it is another head's."""
         if set(state) != set(self.state_dict()):
             known = ", ".join(self._parameters) or "none"
             raise UserError(f"head: the saved state is of other parameters than this run's, {known}")

@@ -11,7 +11,18 @@ from hizoo_lite.optimizers.decay import apply_decay
 
 
 class SGD:
-    """Moves along each piece of the gradient in turn; nothing is kept from one step to the next."""
+    """theta <- (1 - decay) theta - lr g, as in MeZO and HiZOO; nothing is kept from one step to the next.
+
+    Example:
+        >>> import numpy as np
+        >>> from hizoo_lite.arrays import NumpyArrays
+        >>> from hizoo_lite.base import Piece
+        >>> optimizer, theta = SGD(), {"w": np.ones(2, "float32")}
+        >>> optimizer.start({"w": (2,)}, NumpyArrays())
+        >>> optimizer.update(theta, [Piece({"w": np.array([1.0, -1.0], "float32")}, 0.5)], lr=0.5, decay=0.0)
+        >>> theta["w"]
+        array([0.75, 1.25], dtype=float32)
+    """
 
     name = "sgd"
     streams = True
@@ -34,6 +45,6 @@ class SGD:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """`UserError` if the saved run's optimizer had a state."""
+        """See `Optimizer.load_state_dict`. UserError if the saved run's optimizer had a state."""
         if state:
             raise UserError(f"optimizer sgd: keeps nothing, the saved state has {', '.join(sorted(state))}")

@@ -286,7 +286,7 @@ class DryRun:
         return until_suited(self.model, begun)
 
     def run(self, wanted: Pass) -> Activations:
-        """One traversal, with the branches' directions if it has some and an update where one may wait."""
+        """One traversal, with the branches' directions if it has some and an update if one may wait."""
         with meta_as(self.device):
             return self._anew(lambda: self._run(wanted))
 

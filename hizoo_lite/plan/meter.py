@@ -118,7 +118,7 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _form(value: Any) -> Hashable:
-    """What a result's form depends on; None where that is not known."""
+    """What a result's form depends on; None if that is not known."""
     if isinstance(value, Tensor):
         is_plain = value.is_meta and type(value) in (Tensor, nn.Parameter)  # subclasses make their own
         return (value.shape, value.stride(), value.dtype) if is_plain else None
@@ -161,10 +161,10 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class KernelMemory(TorchFunctionMode):
-    """What kernels take inside of an operation, where that is much.
+    """What kernels take inside of an operation, if that is much.
 
     scaled_dot_product_attention as the fused kernels do it: no (length x length) matrix for each head. They
-    make the result, a number for each query and head, and a float mask where a boolean one is given.
+    make the result, a number for each query and head, and a float mask if a boolean one is given.
     logsumexp makes the exponentials.
     """
 

@@ -4,7 +4,7 @@
 
 What is held (weights, adapters, Sigma, noise) is added up from shapes; what a pass makes is found by
 running it on the meta device (`dry_run.py`). The framework is this process's own anonymous memory
-after the imports where a run is planned for this machine, a constant for another one.
+after the imports if a run is planned for this machine, a constant for another one.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _unaccounted(subject: Subject) -> tuple[str, ...]:
 
 
 def _assumed(subject: Subject, option: Option) -> tuple[str, ...]:
-    """Of hidden states that are kept, where no example was seen."""
+    """Of hidden states that are kept, if no example was seen."""
     if not subject.features(option) or subject.workload.tokens is not None:
         return ()
     longest = f"each as long as the longest, {option.length} tokens"

@@ -173,7 +173,7 @@ class Subject:
 
     @property
     def examples(self) -> int:
-        """To train on; the most that there may be where they are not known."""
+        """To train on; the most that there may be if they are not known."""
         known = self.workload.examples
         most = self.config.train_examples
         return known if known is not None else PUBLISHED.train if most == "auto" else int(most)
@@ -277,7 +277,7 @@ class Subject:
         return every if set(self.config.tasks) & {"lm", "chat"} else min(every, batch * demand.sites)
 
     def eval_batch(self, batch: int) -> int:
-        """Examples of an evaluation: what was asked for, less where the batch had to become smaller."""
+        """Examples of an evaluation: what was asked for, less if the batch had to become smaller."""
         asked = self.config.eval_batch_size
         return asked if batch >= self.config.batch_size else min(asked, 2 * batch)
 

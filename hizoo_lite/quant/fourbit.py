@@ -35,7 +35,7 @@ _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 class FourBitWeight(Opaque, PackedWeight):
     """NF4 or FP4 codes of a (out_features, in_features) matrix, flat in row-major order.
 
-    codes: (ceil(out * in / 2),) uint8. absmax: (blocks,) float32, or uint8 where double-quantized; then
+    codes: (ceil(out * in / 2),) uint8. absmax: (blocks,) float32, or uint8 if double-quantized; then
     also nested_absmax (ceil(blocks / 256),), nested_table (256,) and offset (), float32.
     """
 
@@ -155,7 +155,7 @@ class FourBitWeight(Opaque, PackedWeight):
     def unpack(self, out: Tensor, first_row: int = 0) -> Tensor:
         """Decode rows `first_row` .. into `out` (rows, in_features), contiguous bf16, fp16 or float32.
 
-        Bit-equal to `bitsandbytes.functional.dequantize_4bit` to the same dtype where that is right.
+        Bit-equal to `bitsandbytes.functional.dequantize_4bit` to the same dtype if that is right.
         Raises ValueError if `out` does not fit.
         """
         check_out(out, self.shape, first_row)
@@ -192,7 +192,7 @@ class FourBitWeight(Opaque, PackedWeight):
         return self.blocksize // math.gcd(self.blocksize, self.shape[1])
 
     def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
-        """See `PackedWeight.store`. A block's absmax grows where a value exceeds it (see `rounding.grow`).
+        """See `PackedWeight.store`. A block's absmax grows if a value exceeds it (see `rounding.grow`).
 
         Needs absmax in float32: see `undo_double_quant`.
         """

@@ -90,7 +90,7 @@ class Int8Weight(Opaque, PackedWeight):
         return out.copy_(codes).mul_(1 / 128)  # on a CPU that takes a fifth of the time
 
     def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:
-        """See `PackedWeight.store`. A row's absmax grows where a value exceeds it (see `rounding.grow`)."""
+        """See `PackedWeight.store`. A row's absmax grows if a value exceeds it (see `rounding.grow`)."""
         rows = slice(first_row, first_row + values.shape[0])
         step = self.row_scale[rows, None] / 128  # as `values` decodes
         inside, top = grow(values, step * 127, rounding)

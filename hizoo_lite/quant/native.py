@@ -7,7 +7,7 @@ On CPU the decoders of bitsandbytes' shared library are called through pointers,
 the caller's buffer: 4 to 6 times faster than `bitsandbytes.functional.dequantize_4bit`, which allocates
 its result, and bit-equal to it. Codes are stored flat in row-major order and blocks run over row ends,
 so a matrix is decoded as (blocks, block size) whatever its own shape is; this avoids the library's
-AVX512 kernel being wrong where in_features is not a multiple of the block size, and failing for odd ones.
+AVX512 kernel being wrong if in_features is not a multiple of the block size, and failing for odd ones.
 A kernel is used only after it decoded a probe exactly as the code table says; what it cannot do (the
 ends of a range that are not whole blocks, machines without the shared library) is done in torch.
 

@@ -35,7 +35,7 @@ class PlainWeight(Opaque, PackedWeight):
         return out.copy_(self.weight[first_row : first_row + out.shape[0]])
 
     def ready(self, dtype: torch.dtype) -> Tensor | None:
-        """The stored matrix where its dtype is `dtype`."""
+        """The stored matrix if its dtype is `dtype`."""
         return self.weight if self.weight.dtype == dtype else None
 
     def store(self, values: Tensor, first_row: int, rounding: Uniform) -> None:

@@ -32,7 +32,7 @@ def grow(values: Tensor, top: Tensor, rounding: Uniform) -> tuple[Tensor, Tensor
 
     values: (groups, size) float32. top: (groups, 1) float32 >= 0, the largest size each group's grid holds.
 
-    With e the largest excess |v| - A of a group, A' = A (1 + GROWTH), or A + e where that is more. With
+    With e the largest excess |v| - A of a group, A' = A (1 + GROWTH), or A + e if that is more. With
     probability p = e / (A' - A) the group's top becomes A' and every exceeding v is put at
     A + (|v| - A) / p <= A'; otherwise the top stays A and every exceeding v is put at A. So
     E = p (A + (|v| - A) / p) + (1 - p) A = |v|. Values that do not exceed A are inside either range and are

@@ -57,7 +57,7 @@ def groups(run: RunRecord) -> list[Group]:
 
 
 def confusion(run: RunRecord) -> Confusion | None:
-    """Of the answers after the run; None where there are no classes, or too many."""
+    """Of the answers after the run; None if there are no classes, or too many."""
     after = [line for line in run.predictions if line.get("when") == "after" and "right" in line]
     pairs = Counter((_text(line.get("gold")), _text(line.get("answer"))) for line in after)
     classes = sorted({name for pair in pairs for name in pair})

@@ -101,7 +101,7 @@ def show(value: Any, unit: Unit) -> str:
 
 
 def difference(first: float | None, second: float | None, unit: Unit) -> str:
-    """Second minus first, signed, with the change in percent where that says something."""
+    """Second minus first, signed, with the change in percent if that says something."""
     if first is None or second is None:
         return DASH
     change = second - first
@@ -221,7 +221,7 @@ def categories(run: RunRecord) -> list[Category]:
 
 
 class Table(NamedTuple):
-    """A titled table; the last column is marked where its row's values differ."""
+    """A titled table; the last column is marked if its row's values differ."""
 
     title: str
     columns: list[str]
@@ -277,7 +277,7 @@ def _side_by_side(title: str, runs: Sequence[RunRecord], found: Sequence[Mapping
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """What the runs are called: their folders' names, lettered where these are the same."""
+    """What the runs are called: their folders' names, lettered if these are the same."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names

@@ -67,7 +67,7 @@ def standard_error(
 ) -> float:
     """Of the change of a share of examples, of the same ones before and after.
 
-    From the examples that changed sides where each is known; else as if they were two samples, which is more.
+    From the examples that changed sides if each is known; else as if they were two samples, which is more.
     """
     sides: dict[Any, list[bool]] = {}
     for line in predictions:

@@ -43,7 +43,7 @@ get = SPACES.make
 
 
 def of_peft(config: Any) -> LoRA:
-    """The space of a `peft.LoraConfig`. UserError for settings that ours has not."""
+    """The space of a `peft.LoraConfig`; see `LoRA.of_config`."""
     return LoRA.of_config(config)
 
 
@@ -58,9 +58,15 @@ def of_folder(folder: Path) -> type[Space]:
 
 
 def saved_in(folder: Path, model: Model, **options: Any) -> Space:
-    """A space that can load what is saved in an adapter folder, not yet attached; `options` are LoRA's own.
+    """A space that can load what is saved in an adapter folder, not yet attached.
 
-    UserError where what was saved does not fit the model, or is of a form that is not supported.
+    Args:
+        folder: written by a space's `save`, or PEFT's.
+        model: that it is to be attached to.
+        options: further arguments of LoRA.
+
+    Raises:
+        UserError: if what was saved does not fit the model, or is of a form that is not supported.
     """
     name = of_folder(folder).name
     if name == LoRA.name:
@@ -73,7 +79,7 @@ def saved_in(folder: Path, model: Model, **options: Any) -> Space:
 
 
 def read_changes(folder: Path) -> Changes:
-    """What was tuned, to be merged into weights. UserError, naming the file, where it cannot be."""
+    """What was tuned, to be merged into weights. UserError, naming the file, if it cannot be."""
     member = of_folder(folder)
     if member.changes is None:
         raise UserError(f"{folder}: what --space {member.name} trains cannot be exported")

@@ -52,7 +52,7 @@ class LoRAChanges:
     space = "lora"
 
     def __init__(self, folder: Path) -> None:
-        """Raises `UserError` for adapters of other forms, and where A and B do not fit together."""
+        """Raises `UserError` for adapters of other forms, and if A and B do not fit together."""
         self._scaling = scaling(read_peft_config(folder))
         self._file = _open(folder / PEFT_WEIGHTS)
         self.files = [folder / PEFT_FILE, folder / PEFT_WEIGHTS]

@@ -86,10 +86,14 @@ class DensePart(Part):
 
 
 class Dense(InPlaceSpace):
-    """The dequantized weights of chosen linear layers of the blocks.
+    """The dequantized weights of chosen linear layers: full tuning of a quantized model.
 
-    update: "residual" adds a bf16 matrix to each; "requantize" changes the stored codes and scales, which in
-    4 bits adds more noise than a long run can bear (tools/LOG.md).
+    Updates are smaller than a step of the grid of the codes, so they go into a bf16 matrix beside them, 2
+    bytes a weight, or are rounded to the grid at random and without bias (after QuZO, arXiv 2502.12346).
+
+    Example:
+        >>> Dense(targets=["q_proj"], update="requantize").update
+        'requantize'
     """
 
     name = "dense"
@@ -101,6 +105,18 @@ class Dense(InPlaceSpace):
         head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
+        """Nothing is changed before `attach`.
+
+        Args:
+            targets: as of `LoRA`; by default all linear layers.
+            update: "residual" adds a bf16 matrix to each weight; "requantize" changes the stored codes and
+                scales, which in 4 bits adds more noise than a long run can bear (tools/LOG.md).
+            head: as of `LoRA`, without rows for label words.
+            blocks: how many blocks are trained, from the top, or "all".
+
+        Raises:
+            UserError: if update or head is not one of these.
+        """
         super().__init__(targets, head, blocks)
         if update not in ("requantize", "residual"):
             raise UserError(f"--dense-update: got {update!r}, allowed are requantize, residual")

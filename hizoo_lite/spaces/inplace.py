@@ -1,6 +1,6 @@
 """What the spaces share that train a model's own weights: attaching, and saving what has changed.
 
-A folder holds `hizoo_space.json` (what it is and what it was made for), `head.safetensors` where a
+A folder holds `hizoo_space.json` (what it is and what it was made for), `head.safetensors` if a
 classification head was trained, and `block-00000.safetensors` ... with the changed buffers of every trained
 layer as they are stored, under "layer.buffer". One block is in memory at a time.
 """
@@ -34,10 +34,7 @@ _HEAD = "head.safetensors"
 
 
 class InPlaceSpace(Space):
-    """Trains parts of the chosen linear layers' weights, and classification heads in memory.
-
-    targets, blocks, head: as for LoRA, "all-linear" of all blocks by default; no rows for labels.
-    """
+    """Trains parts of the chosen linear layers' weights, and classification heads in memory."""
 
     weights: Weights | None = None
     needs_own_scales = True
@@ -49,6 +46,13 @@ class InPlaceSpace(Space):
         head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
+        """Nothing is changed before `attach`.
+
+        Args:
+            targets: as of `LoRA`; by default all linear layers.
+            head: as of `LoRA`, without rows for label words.
+            blocks: how many blocks are trained, from the top, or "all".
+        """
         self.targets, self.head = targets, check_mode(head)
         self.blocks: Blocks = "all" if blocks == "auto" else blocks
         self.parameters: dict[str, Tensor] = {}  # of heads
@@ -57,10 +61,14 @@ class InPlaceSpace(Space):
 
     @abstractmethod
     def part(self, model: Model, linear: BranchLinear) -> Part:
-        """Prepare one layer's weight and say what is trained of it. `UserError` if it cannot be."""
+        """Prepare the weight of a layer, `linear` of `model`, and say what is trained of it.
+
+        Raises:
+            UserError: if it cannot be trained.
+        """
 
     def noise(self, model: Model) -> TileNoise:
-        """Where z comes from."""
+        """What draws z for `model`."""
         return TileNoise()
 
     def options(self) -> dict[str, Any]:

@@ -108,20 +108,17 @@ def _values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
 
 
 class LoRA(Space):
-    """Low-rank adapters on chosen linear layers of the blocks.
+    """Low-rank adapters on chosen linear layers of the blocks (LoRA, arXiv 2106.09685), as PEFT has them.
 
-    rank: r. alpha: the adapter is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
-    targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
-    or names of linear layers (full, or the last part, such as "q_proj").
-    head: how a classifier's head is trained, and whether there are rows for labels (see `heads.py`); None: as
-    the run's settings say, estimated without any. Those of a language model have exact gradients or are not
-    there. Beside blocks with exact gradients they are not: those move the logits as well, and rows then fit
-    the training examples sooner (tools/LOG.md).
-    train_a: train A as well as B; of those with exact gradients both are trained.
-    blocks: how many blocks have adapters, from the top, or "all"; "auto" is a third (`resolve_targets`), or
-    `exact_blocks`.
-    exact_blocks: in how many blocks, from the top, the adapters have exact gradients, or "all" (see
-    engine/backward.py).
+    y = W x + scaling B A x with A (rank, in_features) and B (out_features, rank), float32; B begins at zero.
+    Only B is trained unless `train_a` (as LoRA-FA, arXiv 2308.03303): trained together, both grow and the
+    curvature with them.
+
+    Example:
+        >>> LoRA(rank=8, alpha=32).scaling
+        4.0
+        >>> LoRA(rank=4, targets=["q_proj", "v_proj"], blocks="all").targets
+        ['q_proj', 'v_proj']
     """
 
     name = "lora"
@@ -139,6 +136,25 @@ class LoRA(Space):
         blocks: Blocks = "auto",
         exact_blocks: int | Literal["all"] = 0,
     ) -> None:
+        """Nothing is made before `attach`.
+
+        Args:
+            rank: of the adapters, 1 or more.
+            alpha: scaling is alpha / rank; None: 2 * rank.
+            targets: "attention" (PEFT's default layers for the architecture: query and value), "all-linear",
+                or names of linear layers (full, or the last part, such as "q_proj").
+            rslora: scaling is alpha / sqrt(rank).
+            head: "exact", "estimated" or "none": how a classifier's head is trained; "exact" also adds rows
+                to a language model's head for the tokens of label words, except beside `exact_blocks`. None:
+                as the run's settings say, "estimated" without any.
+            train_a: train A as well as B; with exact gradients both always are.
+            blocks: how many blocks have adapters, from the top, or "all"; "auto": as many as `exact_blocks`,
+                a third without those.
+            exact_blocks: in how many blocks, from the top, the adapters have exact gradients, or "all".
+
+        Raises:
+            UserError: if rank or head is not one of these.
+        """
         if rank < 1:
             raise UserError(f"--rank: got {rank}, allowed is a whole number of 1 or more")
         self.rank, self.rslora, self.head, self.train_a = rank, rslora, check_mode(head), train_a
@@ -152,7 +168,16 @@ class LoRA(Space):
 
     @classmethod
     def of_adapter(cls, folder: Path, model: Model, train_a: bool = False) -> LoRA:
-        """One that an adapter of PEFT fits, not yet attached. UserError where the model lacks its layers."""
+        """The space that an adapter of PEFT fits, not yet attached.
+
+        Args:
+            folder: with PEFT's two files.
+            model: that it is to be attached to.
+            train_a: train A as well as B.
+
+        Raises:
+            UserError: if the model lacks the adapter's layers, or its form is not supported.
+        """
         config, path = read_peft_config(folder), peft_weights(folder)
         # The file says which layers, not `target_modules`: a pattern may have exceptions (`exclude_modules`).
         names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
@@ -180,10 +205,20 @@ class LoRA(Space):
 
     @classmethod
     def of_config(cls, config: LoraConfig) -> LoRA:
-        """The adapters that a configuration of PEFT describes, in the blocks that "auto" means.
+        """The adapters that a `peft.LoraConfig` describes, in the blocks that "auto" means.
 
-        Dropout is left out, which is said: the points of a step would see other masks. UserError for what
-        ours do not reproduce.
+        Dropout is left out, with a warning: the points of a step would see other masks.
+
+        Args:
+            config: PEFT's.
+
+        Raises:
+            UserError: if it has settings that ours do not reproduce.
+
+        Example:
+            >>> from peft import LoraConfig
+            >>> LoRA.of_config(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])).rank
+            4
         """
         said, where = config.to_dict(), "LoraConfig"
         check_supported(where, said)
@@ -210,8 +245,15 @@ class LoRA(Space):
     def attach(self, model: Model, seed: int, labels: Sequence[int] | None = None) -> None:
         """Create A (uniform, as PEFT) and B (zero), and hang a delta on each target, in place of others.
 
-        labels: tokens that have a row of the head, at most `rank`; none without any, or if the head cannot
-            take an adapter. An empty sequence makes as many rows as an adapter may have, to be loaded.
+        Args:
+            model: that is adapted.
+            seed: of A.
+            labels: tokens that get a row of the head, at most `rank`; none are added for None, or if the head
+                cannot take an adapter. An empty sequence makes as many rows as an adapter may have, to be
+                loaded.
+
+        Raises:
+            UserError: if the model lacks the targets, or has fewer blocks than `exact_blocks`.
         """
         if self.exact_blocks != "all" and self.exact_blocks > len(model.blocks):
             raise UserError(
@@ -270,7 +312,7 @@ class LoRA(Space):
         return [*self.target_names, *([] if self.label_layer is None else [self.label_layer])]
 
     def peft_config(self) -> LoraConfig:
-        """The adapter as PEFT describes it."""
+        """The attached adapter as PEFT describes it."""
         unsaved = set(beside_heads(self.model, self.head_names)) - set(self.frozen)
         heads = saved_modules(self.head_names, self.model.trunk_name, unsaved)
         return LoraConfig(
@@ -288,7 +330,7 @@ class LoRA(Space):
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does.
+        """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, as PEFT does.
 
         PEFT has a set of layers, whose order is another one in every process; ours is that of their names.
         """
@@ -302,9 +344,10 @@ class LoRA(Space):
         save_tensors(tensors, folder / PEFT_WEIGHTS, PEFT_METADATA)
 
     def load(self, folder: Path | str) -> None:
-        """Read `adapter_model.safetensors` into the attached parameters.
+        """Read `adapter_model.safetensors` of `folder` into the attached parameters.
 
-        Raises `UserError`, before any is changed, if the file is damaged or does not fit.
+        Raises:
+            UserError: before any is changed, if the file is damaged or does not fit.
         """
         path = peft_weights(folder)
         tensors = _read(path)
@@ -313,10 +356,12 @@ class LoRA(Space):
         self._take(path, tensors, own)
 
     def begin_from(self, folder: Path | str) -> None:
-        """Take over the values of an adapter: of the same layers, or of some of them; the others begin new.
+        """Take over the values of the adapter in `folder`, of the same layers or some; the others begin new.
 
-        Rows for labels, where both have them, must be of the same tokens. Raises `UserError`, before any is
-        changed, if the file is damaged or does not fit.
+        Rows for labels, if both have them, must be of the same tokens.
+
+        Raises:
+            UserError: before any is changed, if the file is damaged or does not fit.
         """
         path = peft_weights(folder)
         tensors = _read(path)
@@ -325,7 +370,7 @@ class LoRA(Space):
             raise UserError(
                 f"--init-adapter: {path} has {unknown[0]!r}, which this run does not train; allowed: an "
                 "adapter of layers that it trains (--blocks all for those of all blocks), and with rows for "
-                "labels (of its head) only where the run has them"
+                "labels (of its head) only if the run has them"
             )
         own = {name: value for name, value in own.items() if name in tensors}
         check_fits(path, _shapes(tensors), _shapes(own))

@@ -121,9 +121,15 @@ class LowRankNoise(TileNoise):
 
 
 class LowRank(Dense):
-    """The dequantized weights, along directions of low rank.
+    """The dequantized weights, along directions of low rank (LOZO, arXiv 2410.07698, algorithms 1 and 2).
 
-    dense: what `Dense` takes. noise_rank: r. noise_every: nu. momentum: b, 0 for LOZO.
+    A direction of a weight (m, n) is D = U V' / sqrt(r), U (m, r) drawn at every step and V (n, r) every nu
+    steps. With g the slope along D and b the momentum:
+
+        W <- W - lr g D                                                  LOZO
+        N <- b N + (1 - b) g U,    W <- W - lr N V' / sqrt(r)            LOZO-M
+
+    The paper's direction is U V', divided by r in the move; its mu is ours over sqrt(r).
     """
 
     name = "lowrank"
@@ -131,6 +137,17 @@ class LowRank(Dense):
     def __init__(
         self, *, noise_rank: int = 2, noise_every: int = 50, momentum: float = 0.0, **dense: Any
     ) -> None:
+        """Nothing is changed before `attach`.
+
+        Args:
+            noise_rank: r, 1 or more.
+            noise_every: nu, the steps after which V is drawn anew, 1 or more.
+            momentum: b, from 0 (LOZO) to below 1 (LOZO-M, which keeps 4 r bytes a row).
+            dense: arguments of `Dense`.
+
+        Raises:
+            UserError: if an argument is out of range.
+        """
         super().__init__(**dense)
         check_noise(noise_rank, noise_every)
         if not 0.0 <= momentum < 1.0:

@@ -62,11 +62,14 @@ class MaZOChanges(SparseChanges):
 
 
 class MaZO(Sparse):
-    """The weights of each row that matter most to all tasks.
+    """The weights of each row that matter most to all tasks of a run (MaZO, arXiv 2502.11513).
 
-    share: of each row, above 0 and up to 1; at least one weight. greedy, size: what the greedy score and the
-    weights' own sizes count, in units of the global score; 0 or more.
-    targets, blocks, head: as for `Sparse`.
+    With g the gradient of task t's loss and h a diagonal Hessian, row(x) being x over its sum over the row,
+    those with the largest sum over the tasks of
+
+        S_t = row(g^2 / 2h) + greedy row(g^2) + size row(|W|)
+
+    Deviations: h is diagonal, and row() is of each term, in place of S_t. Trained like those of `Sparse`.
     """
 
     name = "mazo"
@@ -81,6 +84,19 @@ class MaZO(Sparse):
         head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
+        """Nothing is chosen before `calibrate`.
+
+        Args:
+            share: of each row, above 0 and up to 1; at least one weight.
+            greedy: what the decrease of one step counts beside the first score, 0 or more.
+            size: what the size of a weight counts beside it, 0 or more.
+            targets: as of `LoRA`; by default all linear layers.
+            head: as of `LoRA`, without rows for label words.
+            blocks: how many blocks are trained, from the top, or "all".
+
+        Raises:
+            UserError: if an argument is out of range.
+        """
         super().__init__(share, targets=targets, head=head, blocks=blocks)
         for flag, value in (("--mazo-greedy", greedy), ("--mazo-size", size)):
             if not 0 <= value < float("inf"):
@@ -93,20 +109,21 @@ class MaZO(Sparse):
         return {**super().options(), "greedy": self.greedy, "size": self.size}
 
     def count(self, linear: BranchLinear) -> int:
-        """As many of each row."""
+        """How many weights of the layer `linear` are trained: as many of each row."""
         return linear.out_features * max(1, round(self.share * linear.in_features))
 
     def calibrate(self, traversal: Traversal, batch: Batch) -> None:
-        """Choose the places, by gradients of the examples of each task.
+        """Choose the places, by gradients of the examples of each task. See `Space.calibrate`.
 
-        Raises UserError for a model that refuses the reverse pass, and for gradients that are not finite.
+        Raises:
+            UserError: if the model allows no reverse pass, or gradients are not finite.
         """
         index = {target: self.frozen[target + INDEX] for target in self.target_names}
         found = Importance(self.model, index, tasks_of_rows(batch), self.greedy, self.size)
         self.reverse(traversal, batch, found, 1)
 
     def refusal(self, why: str, also: str = "") -> UserError:
-        """What is said where there are no gradients to choose places by."""
+        """What is said if there are no gradients to choose places by."""
         return UserError(
             f"--space: got {self.name!r}, which needs gradients, but {why}; allowed: another{also}"
         )

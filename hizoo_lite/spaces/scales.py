@@ -66,13 +66,18 @@ class ScalesPart(Part):
 
 
 class Scales(InPlaceSpace):
-    """The scales of the quantized weights of chosen linear layers of the blocks."""
+    """The scales of the quantized weights of chosen linear layers (QZO, arXiv 2505.13430); codes stay.
+
+    They are absmax: one a block of 4-bit weights, one a row of 8-bit weights. They stay at 1e-7 or above, and
+    the projected gradient is clipped to 100, as in the paper; double quantization is undone, which the paper
+    leaves out.
+    """
 
     name = "scales"
     clip = 100.0  # as QZO has it
 
     def part(self, model: Model, linear: BranchLinear) -> ScalesPart:
-        """The weight's scales, in float32. `UserError` if it has none."""
+        """The scales of a layer's weight, in float32. UserError if it has none."""
         if not isinstance(linear.weight, FourBitWeight | Int8Weight):
             raise UserError(
                 f"--space scales: {linear.name} has no scales to train; allowed: --bits nf4, fp4 or int8"

@@ -82,14 +82,25 @@ class SmallNoise(TileNoise):
 
 
 class Small(Dense):
-    """The dequantized weights that are small.
+    """The dequantized weights that are small (Sparse-MeZO, arXiv 2402.15751, algorithm 1 and section 3.3).
 
-    dense: what `Dense` takes. share: of each layer's weights, above 0 and up to 1.
+    Directions are m * z with m = [|w| <= h], made anew of the weights whenever z is drawn. The limit h is
+    fixed for each layer so that a share of its weights is that small at the start; it is found to a 4096th of
+    the layer's largest weight, which is our deviation. The paper's sparsity is one minus the share.
     """
 
     name = "small"
 
     def __init__(self, *, share: float = 0.25, **dense: Any) -> None:
+        """Nothing is changed before `attach`.
+
+        Args:
+            share: of each layer's weights, above 0 and up to 1.
+            dense: arguments of `Dense`.
+
+        Raises:
+            UserError: if an argument is out of range.
+        """
         super().__init__(**dense)
         if not 0.0 < share <= 1.0:
             raise UserError(f"--small-share: got {share!r}, allowed: a number above 0 and up to 1")

@@ -127,12 +127,11 @@ class SparseChanges:
 
 
 class Sparse(Space):
-    """A share of the weights of every target, at places that are chosen once.
+    """A few sensitive weights of every target, at places that are chosen once (SensZOQ, arXiv 2406.02913).
 
-    share: of a layer's weights, above 0 and up to 1; at least one weight.
-    by: "gradients" are squared gradients on examples; "magnitude" the weights' own sizes, for models that
-        have no exact gradients inside their blocks.
-    targets, blocks, head: as for LoRA, "all-linear" of all blocks by default; no rows for labels.
+    y = W x + S x with W as it is stored and S a sparse float32 matrix of differences, zero at the start.
+    Sensitive weights have the largest squared gradients on the first training examples, of each layer; the
+    paper takes those of the whole model on pre-training text, and keeps the weights themselves in 16 bits.
     """
 
     name = "sparse"
@@ -148,6 +147,19 @@ class Sparse(Space):
         head: HeadMode | None = None,
         blocks: Blocks = "all",
     ) -> None:
+        """Nothing is chosen before `calibrate`.
+
+        Args:
+            share: of a layer's weights, above 0 and up to 1; at least one weight.
+            by: "gradients", squared, from one reverse pass; or "magnitude", the weights' own sizes, for
+                models that allow no reverse pass.
+            targets: as of `LoRA`; by default all linear layers.
+            head: as of `LoRA`, without rows for label words.
+            blocks: how many blocks are trained, from the top, or "all".
+
+        Raises:
+            UserError: if share, by or head is not one of these.
+        """
         if not 0 < share <= 1:
             raise UserError(f"--sparse-share: got {share!r}, allowed: a number above 0 and up to 1")
         if by not in ("gradients", "magnitude"):
@@ -183,7 +195,7 @@ class Sparse(Space):
         self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
 
     def count(self, linear: BranchLinear) -> int:
-        """How many weights of a layer are trained."""
+        """How many weights of the layer `linear` are trained."""
         return max(1, round(self.share * linear.out_features * linear.in_features))
 
     def detach(self) -> None:
@@ -193,9 +205,10 @@ class Sparse(Space):
     # -------------------------------------------------------------------------------------- places
 
     def calibrate(self, traversal: Traversal, batch: Batch) -> None:
-        """Choose the places, of parameters that are still zero.
+        """Choose the places, of parameters that are still zero. See `Space.calibrate`.
 
-        Raises UserError for a model that refuses the reverse pass, and for gradients that are not finite.
+        Raises:
+            UserError: if the model allows no reverse pass, or gradients are not finite.
         """
         index = {target: self.frozen[target + INDEX] for target in self.target_names}
         if self.by == "gradients":
@@ -205,13 +218,24 @@ class Sparse(Space):
             self._by_magnitude(index)
 
     def refusal(self, why: str, also: str = "") -> UserError:
-        """What is said where there are no gradients to choose places by. also: what else is allowed."""
+        """The error to raise if there are no gradients to choose places by.
+
+        Args:
+            why: there are none.
+            also: what else is allowed, for the message.
+        """
         return UserError(f"--sparse-by: got 'gradients', but {why}; allowed: magnitude{also}")
 
     def reverse(self, traversal: Traversal, batch: Batch, sensitivity: Sensitivity, rows: int) -> None:
-        """A reverse pass that `sensitivity` looks at, `rows` of the batch at a time.
+        """A reverse pass over the batch.
 
         In chunks that are the same whatever the device and its budget: squares are of their sums.
+
+        Args:
+            traversal: what takes the batch through the model.
+            batch: the examples.
+            sensitivity: looks at the gradients and chooses the places.
+            rows: of the batch, that are taken together.
         """
         model, made = self.model, batch_tensors(batch)
         index = sensitivity.index
@@ -245,14 +269,18 @@ class Sparse(Space):
     # ---------------------------------------------------------------------------------------- files
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder: `hizoo_space.json` and `sparse.safetensors`."""
+        """Write `hizoo_space.json` and `sparse.safetensors` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self._tensors(), folder / FILE, PEFT_METADATA)
         save_record(self, folder)
 
     def load(self, folder: Path | str) -> None:
-        """Read what `save` wrote; `UserError`, naming the file, if it does not fit, before any is changed."""
+        """Read the `folder` that `save` wrote.
+
+        Raises:
+            UserError: naming the file, before anything is changed, if it does not fit.
+        """
         folder = Path(folder)
         check_record(self, folder)
         path, own = folder / FILE, self._tensors()
@@ -300,7 +328,7 @@ class Sensitivity:
 
     @torch.no_grad()
     def run(self, traversal: Traversal, batch: Batch) -> None:
-        """The pass; begun anew where it is repeated."""
+        """The pass; begun anew if it is repeated."""
         self.begin()
         traversal.outcome(batch, EVALUATION, 0.0, {}, self.probes)
         self.finish()

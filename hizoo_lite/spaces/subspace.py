@@ -80,14 +80,26 @@ def orthonormal(size: int, rank: int, seed: int, *words: int | str) -> np.ndarra
 
 
 class Subspace(Dense):
-    """The dequantized weights, within a subspace of low rank.
+    """The dequantized weights, within a subspace of low rank (SubZero, arXiv 2410.08989, algorithm 1).
 
-    dense: what `Dense` takes. noise_rank: r. noise_every: nu.
+    A direction of a weight (m, n) is D = s U Z V', Z (r, r) standard normal and drawn at every step, U (m, r)
+    and V (n, r) with orthonormal columns, drawn every nu steps, and s = sqrt(m n) / r. The factor s is ours:
+    with it mu and the learning rate are in the units of the other spaces.
     """
 
     name = "subspace"
 
     def __init__(self, *, noise_rank: int = 24, noise_every: int = 1000, **dense: Any) -> None:
+        """Nothing is changed before `attach`.
+
+        Args:
+            noise_rank: r, 1 or more.
+            noise_every: nu, the steps after which U and V are drawn anew, 1 or more.
+            dense: arguments of `Dense`.
+
+        Raises:
+            UserError: if an argument is out of range.
+        """
         super().__init__(**dense)
         check_noise(noise_rank, noise_every)
         self.noise_rank, self.noise_every = noise_rank, noise_every

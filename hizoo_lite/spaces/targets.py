@@ -11,7 +11,7 @@ from hizoo_lite.engine.block import each_block
 from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 
-#: Query and value, or the fused layer that holds them, where PEFT has no default.
+#: Query and value, or the fused layer that holds them, if PEFT has no default.
 _ATTENTION_FAMILIES = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -48,7 +48,7 @@ def restore(model: Model) -> None:
 def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks = "all") -> list[str]:
     """Full names of the linear layers of the top `blocks` that `targets` chooses, in model order.
 
-    "auto" is the top third, all where a name says which block it is of. Directions in the lowest third
+    "auto" is the top third, all if a name says which block it is of. Directions in the lowest third
     of SmolLM2-135M hold most of the curvature and a fifth of the progress a step: with one direction for all,
     they set the rate of the others (tools/LOG.md). Raises UserError if `targets` chooses nothing.
     """

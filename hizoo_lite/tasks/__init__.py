@@ -58,13 +58,23 @@ TaskLike = str | Path | Mapping[str, Any] | Callable[..., Any] | Task
 
 
 def get(task: TaskLike) -> Task:
-    """A task by its name, as a user's own file or keys, by a function, or as it is.
+    """A task by its name, from a user's own file or keys, from a function, or as it is.
 
     Args:
         task: a built-in task's name; the path of a `.toml` file, or the keys of one; a function from a row of
             the data to (prompt, completion); or a task.
 
-    Raises UserError for an unknown name (it lists the known ones) and for what is not a valid task.
+    Raises:
+        UserError: if the name is unknown, or this is not a valid task.
+
+    Example:
+        >>> from hizoo_lite import tasks
+        >>> tasks.get("sst2").labels
+        ('negative', 'positive')
+        >>> task = tasks.get(lambda row: (f"{row['question']} Answer:", f" {row['answer']}"))
+        >>> [example] = task.load(tasks.Records([{"question": "1 + 1?", "answer": "2"}]), "train")
+        >>> example.answers
+        (' 2',)
     """
     if isinstance(task, Task):
         return task

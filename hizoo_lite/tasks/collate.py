@@ -13,14 +13,24 @@ Loss = Literal["answer", "choice", "class"]
 
 
 class Encoded(NamedTuple):
-    """One example as tokens; row, site and slot numbers are its own, from 0."""
+    """One example as tokens; the words are those of `Batch`, the numbers its own, from 0.
 
-    rows: list[list[int]]  # token ids
-    types: list[list[int]] | None  # token type ids, one list a row, or None
-    sites: list[tuple[int, int]]  # (row, position whose logits are read)
-    tokens: list[tuple[int, int, int]]  # (site, vocabulary index, slot)
-    slots: int  # candidate answers; 0 for a classifier
-    gold: int  # slot of the gold answer; the class for a classifier
+    Attributes:
+        rows: token ids of each row.
+        types: token type ids of each row; None if the model has none.
+        sites: (row, position whose logits are read).
+        tokens: (site, vocabulary index, slot).
+        slots: how many candidate answers; 0 for a classifier.
+        gold: slot of the gold answer; of a classifier the class.
+        loss: as of `Batch`.
+    """
+
+    rows: list[list[int]]
+    types: list[list[int]] | None
+    sites: list[tuple[int, int]]
+    tokens: list[tuple[int, int, int]]
+    slots: int
+    gold: int
     loss: Loss
 
 

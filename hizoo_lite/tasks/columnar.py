@@ -1,4 +1,4 @@
-"""Parquet and arrow files as rows, through pyarrow where it is installed."""
+"""Parquet and arrow files as rows, through pyarrow if it is installed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Message(NamedTuple):
     more: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
-        """Without `more` where there is none: runs are known by it."""
+        """Without `more` if there is none: runs are known by it."""
         more = f", more={dict(self.more)!r}" if self.more else ""
         return f"Message(role={self.role!r}, content={self.content!r}{more})"
 
@@ -116,7 +116,7 @@ class Conversations:
 
 
 def _pair(row: Row, keys: Mapping[str, str]) -> tuple[Message, ...]:
-    """alpaca's: the input, where there is one, is behind the instruction."""
+    """alpaca's: the input, if there is one, is behind the instruction."""
     asked = [row.text(keys["instruction_field"])] if row.values.get(keys["instruction_field"]) else []
     if "input_field" in keys and row.values.get(keys["input_field"]):
         asked.append(row.text(keys["input_field"]))

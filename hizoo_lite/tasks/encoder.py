@@ -58,7 +58,18 @@ class Encoder:
         vocabulary: how many tokens the model has embeddings for; None checks no token.
         on_cut: told of an example of which a part is left out, because the whole is too long.
 
-    Raises UserError if task, model kind, tokenizer and loss do not go together.
+    Raises:
+        UserError: if task, model kind, tokenizer and loss do not go together.
+
+    Example:
+        >>> import hizoo_lite as hz
+        >>> from hizoo_lite.batch import Example
+        >>> tokenizer = hz.load("embedded", device="cpu").tokenizer
+        >>> encoder = hz.tasks.Encoder(tokenizer, "causal", hz.tasks.get("sst2"), max_length=64)
+        >>> example = Example({"text": "a joy"}, (" terrible", " great"), gold=1)
+        >>> batch = encoder.collate([encoder.encode(example, training=True)])
+        >>> batch.examples, batch.loss, batch.gold, batch.slot_example
+        (1, 'choice', array([1]), array([0, 0]))
     """
 
     def __init__(
@@ -115,7 +126,7 @@ class Encoder:
         return (self,)
 
     def of(self, example: Example) -> Encoder:
-        """The one of the example's task."""
+        """The encoder of the task that `example` is of: itself, see `mixture.MixedEncoder`."""
         return self
 
     @property
@@ -129,9 +140,14 @@ class Encoder:
         return self.task.stop
 
     def encode(self, example: Example, *, training: bool) -> Encoded:
-        """The example as tokens. All answers are scored, except in training on the gold answer only.
+        """The example as tokens.
 
-        Raises UserError, naming the example, if it cannot be, and for tokens that the model does not have.
+        Args:
+            example: of the encoder's task.
+            training: whether it is trained on; with the loss "answer" the gold answer alone is then scored.
+
+        Raises:
+            UserError: naming the example, if it cannot be encoded, or the model lacks one of its tokens.
         """
         encoded = self._encode(example, training)
         self._check_known(example, chain(*encoded.rows, (token for _, token, _ in encoded.tokens)))
@@ -153,9 +169,16 @@ class Encoder:
     def label_tokens(self, examples: Sequence[Example], most: int) -> list[int] | None:
         """The tokens that the answers are made of, if the loss is "choice" and all have the same answers.
 
-        If they are more than `most`, those that the answers begin with: what follows is mostly certain once
-        a name has begun. None otherwise. Of many examples some are looked at: the tokens of an answer may
-        depend on the text before it, but hardly do.
+        Of many examples some are looked at: the tokens of an answer may depend on the text before it, but
+        hardly do.
+
+        Args:
+            examples: one or more.
+            most: of more tokens than these, only those that the answers begin with are returned: what
+                follows is mostly certain once a name has begun.
+
+        Returns:
+            Indices into the vocabulary, rising; None if the answers are not the same in all examples.
         """
         if self.loss != "choice" or len({tuple(example.answers) for example in examples}) != 1:
             return None
@@ -167,14 +190,14 @@ class Encoder:
         return sorted({token for tokens in first for token in tokens.values()})
 
     def teaches(self, example: Example) -> bool:
-        """Whether there is a token to predict: a text of one token alone has none."""
+        """Whether `example` has a token to predict: a text of one token alone has none."""
         if self.model_kind != "causal" or self.task.kind != "lm" or self.task.chat or self.task.tokenized:
             return True
         text = render(self.task.causal, example.fields)
         return len(text) > _MOST_TOKEN_CHARACTERS or len(open_ids(self.tokenizer, text)) > 1
 
     def fits(self, example: Example) -> bool:
-        """Whether it is sure that the whole can be encoded: of a conversation, in a third of that time."""
+        """Whether the whole `example` can surely be encoded: of a conversation, in a third of the time."""
         if self.model_kind != "causal" or not self.task.chat:
             return False
         if example.fields["messages"][0].role == "assistant":
@@ -185,7 +208,7 @@ class Encoder:
         return len(ids) <= self.max_length
 
     def divided(self, example: Example) -> list[Example]:
-        """The example; a text that is too long and of which every token is learnt, as several."""
+        """The `example`; a text that is too long and of which every token is learnt, as several."""
         field = self.task.cut
         if self.model_kind != "causal" or self.task.chat or self.task.causal != f"{{{field}}}":
             return [example]
@@ -210,11 +233,15 @@ class Encoder:
         return found
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        """The batch of some encoded examples, padded on the right."""
+        """The batch of `encoded` examples, one or more, padded on the right."""
         return collate.collate(encoded, self.pad_id)
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """The prompt alone, for generation; it leaves room for `max_new_tokens` within `max_length`."""
+        """The prompt of `example`, for generation; it leaves room for `max_new_tokens` within `max_length`.
+
+        Raises:
+            UserError: if the model is not causal, or the example has tokens that it lacks.
+        """
         if self.model_kind != "causal":
             raise UserError(f"model_kind: a {self.model_kind} model does not generate")
         limit = self.max_length - self.max_new_tokens
@@ -360,5 +387,5 @@ class Encoder:
         return Encoded([list(encoding["input_ids"])], kinds, [], [], 0, gold, "class")
 
     def class_of(self, output: int) -> int:
-        """The task's class that an output of a classifier stands for."""
+        """The task's class that the classifier's output number `output` stands for."""
         return output if self.order is None else self.order.index(output)

@@ -84,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write down examples. keys: of a task's file, None where the sample is something else."""
+    """One way to write down examples. keys: of a task's file, None if the sample is something else."""
 
     wanted: str
     says: str
@@ -157,7 +157,7 @@ def _classification(sample: Sample) -> Keys | None:
 
 
 def _label_column(sample: Sample) -> str | None:
-    """By its name; where the form is named or there are two columns, by few values that come again."""
+    """By its name; if the form is named or there are two columns, by few values that come again."""
     scalar = (str, int, float)
     named = sample.find([name for name in own.LABEL if name != (sample.text_field or "").lower()], scalar)
     if named is not None and (sample.forced or _repeat(sample, named)):
@@ -272,7 +272,7 @@ def recognise(
     Args:
         data: as for `Task.load`.
         form: one of `FORMS`, or `AUTO`.
-        text_field, label_field: the columns of a classification, where their names do not say it.
+        text_field, label_field: the columns of a classification, if their names do not say it.
 
     Raises UserError, with the columns that there are, if it is nothing that is known.
     """
@@ -327,7 +327,7 @@ def _says(name: str, keys: Keys) -> str:
 def _source(
     data: Path | str | Records, wants_text: bool
 ) -> tuple[Callable[[], Iterator[Row]], tuple[str, ...]]:
-    """The rows of the train part or, where there is none, of another; what is not usual about its files."""
+    """The rows of the train part or, if there is none, of another; what is not usual about its files."""
     splits: tuple[Split, ...] = ("train", "dev", "test")
     if isinstance(data, Records):
         return partial(data.rows, next(filter(data.has, splits), splits[0])), ()

@@ -25,7 +25,7 @@ class HubSource(NamedTuple):
 
 
 def no_library(task: str) -> UserError:
-    """The error of a published task without data where `datasets` is missing."""
+    """The error of a published task without data if `datasets` is missing."""
     return _no_library(f"task {task}: no data folder was given and the `datasets` library is not installed")
 
 
@@ -34,7 +34,7 @@ def _no_library(missing: str) -> UserError:
 
 
 def rows(source: HubSource, split: Split, task: str, *, named: bool = False) -> Iterator[Row]:
-    """The rows of a split. named: labels are their names, where the data set has names for its numbers.
+    """The rows of a split. named: labels are their names, if the data set has names for its numbers.
 
     Raises UserError if `datasets` is missing, the hub is out of reach, or it has no such split.
     """

@@ -43,7 +43,7 @@ def class_losses(arrays: Arrays, logits: Array, gold: Array, compared: Array) ->
 def slot_losses(arrays: Arrays, scored: Array, between: Array, batch: Batch, compared: Array) -> Losses:
     """Of a batch with slots, whose loss is "answer" or "choice".
 
-    scored: log-probabilities, (branches, scored tokens) float64. between: where the loss is "answer", the
+    scored: log-probabilities, (branches, scored tokens) float64. between: if the loss is "answer", the
     divergences over the vocabulary, (directions, sites) float64. compared: see `Branches.compared`.
     """
     slots = batch.slot_example.shape[0]

@@ -88,7 +88,15 @@ class Mixture(Task):
 
 
 def of_tasks(tasks: Sequence[Task], weights: Sequence[float] | None = None) -> Task:
-    """The tasks as one; a single one is itself. UserError for two of one name."""
+    """Several tasks as one, of which every batch has examples; a single one is itself.
+
+    Args:
+        tasks: of different names.
+        weights: their shares of the examples of every batch, above 0; None: all count the same.
+
+    Raises:
+        UserError: if two have the same name.
+    """
     if len(tasks) == 1:
         return tasks[0]
     names = [task.name for task in tasks]

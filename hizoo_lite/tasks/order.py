@@ -2,7 +2,7 @@
 
 A published classifier may have another order than the data: roberta-large-mnli has contradiction, neutral,
 entailment, the GLUE data entailment, neutral, contradiction. config.json says which is which (`id2label`); as
-in transformers' run_glue.py the names count where they are the same.
+in transformers' run_glue.py the names count if they are the same.
 """
 
 from __future__ import annotations

@@ -15,12 +15,23 @@ _ALLOWED = "rows (dicts of column name -> value), or rows by the name of their p
 
 
 class Records:
-    """The rows of each part, as they would be read from a JSONL file: what is written is what was used."""
+    """Rows in memory, by part, as they would be read from a JSONL file: what is written is what was used.
+
+    Example:
+        >>> data = Records([{"text": "good", "label": 1}])
+        >>> data.has("train"), data.has("test")
+        (True, False)
+    """
 
     def __init__(self, data: Any) -> None:
-        """`data`: rows, which are the train part, or a mapping of parts (`datasets.DatasetDict`) to rows.
+        """Read the rows.
 
-        UserError naming the row for what is no row and for what JSON cannot hold.
+        Args:
+            data: rows (dicts, a `datasets.Dataset`, a DataFrame), which are the train part; or a mapping of
+                parts (a `datasets.DatasetDict`) to rows.
+
+        Raises:
+            UserError: naming the row, for what is no row or what JSON cannot hold.
         """
         parts = data if isinstance(data, Mapping) else {"train": data}
         self._rows: dict[Split, list[dict[str, Any]]] = {}
@@ -31,17 +42,17 @@ class Records:
             self._rows[split] = list(_read(rows, str(name)))
 
     def has(self, split: Split) -> bool:
-        """Whether there is such a part."""
+        """Whether there is the part `split`."""
         return split in self._rows
 
     def rows(self, split: Split) -> Iterator[Row]:
-        """The rows of a part, in order. UserError if there is none."""
+        """The rows of the part `split`, in order. UserError if there is no such part."""
         if split not in self._rows:
             raise UserError(f"data: has no {split} part; the parts here are: {', '.join(self._rows)}")
         return (Row(f"data, {split} row {number}", row) for number, row in enumerate(self._rows[split]))
 
     def write(self, folder: Path) -> None:
-        """A JSONL file for each part."""
+        """Write a JSONL file for each part into `folder`."""
         folder.mkdir(exist_ok=True)
         for split, rows in self._rows.items():
             write_text(folder / f"{split}.jsonl", "".join(_line(row) + "\n" for row in rows))
@@ -62,7 +73,7 @@ def _read(rows: Any, part: str) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """As JSON; with escapes where a text has half of a surrogate pair, which UTF-8 has not."""
+    """As JSON; with escapes if a text has half of a surrogate pair, which UTF-8 has not."""
     text = json.dumps(row, ensure_ascii=False)
     return text if is_unicode(text) else json.dumps(row)
 

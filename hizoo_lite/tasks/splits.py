@@ -2,13 +2,13 @@
 
 MeZO's rule (2305.17333, section 3): train and dev come from the official train file, the official validation
 file is the test set, because the official test sets have no public labels. SST-5 and TREC, whose test sets
-are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their own dev and test files where
-they have them. What has no file is carved out of the train file. Counts are upper limits: where the train
+are public, use them (as LM-BFF does). Custom tasks, `lm` and `chat` use their own dev and test files if
+they have them. What has no file is carved out of the train file. Counts are upper limits: if the train
 file is too small for the parts taken from it, they share it in proportion (CB: 250 examples, 1 000 + 500
 wanted, so 167 + 83). An example that is there twice is in one part, both times.
 
 A user's own data is used as a whole, unless limits are given: a tenth of the train file, 200 at most, is held
-out where test has no file, and again for dev where that is needed; the rest is train. Given numbers of dev
+out if test has no file, and again for dev if that is needed; the rest is train. Given numbers of dev
 and test are exact.
 """
 
@@ -36,17 +36,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a run; the three parts share no example."""
+    """The examples of a run; the three parts share no example.
+
+    Attributes:
+        train: to train on.
+        dev: evaluated during the run.
+        test: evaluated before and after it.
+        unused: how many examples of the files are in no part.
+        shared: whether the train file was too small for what was to be taken from it.
+        carved: the parts that were taken out of the train file.
+        dev_size: how many are held out for dev, of a user's own train file.
+        left_out: what is no example, or too long.
+        notes: what else was done to examples, in lines.
+    """
 
     train: list[Example]
     dev: list[Example]
     test: list[Example]
-    unused: int = 0  # examples of the files that were read and are in no part
-    shared: bool = False  # the train file was too small for what was to be taken from it
-    carved: tuple[str, ...] = ()  # parts that were taken out of the train file
-    dev_size: int | None = None  # how many are held out for dev, of a user's own train file
-    left_out: tuple[LeftOut, ...] = ()  # what is no example, or too long
-    notes: tuple[str, ...] = ()  # what else was done to examples
+    unused: int = 0
+    shared: bool = False
+    carved: tuple[str, ...] = ()
+    dev_size: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -57,7 +69,7 @@ class Splits:
         return f"Splits({self})"
 
     def lines(self, name: str) -> list[str]:
-        """What is told of them: their division, and what was done to them. name: the task's."""
+        """What the user is told of the examples of the task called `name`, in lines."""
         return [f"{name}, {self}", *self.notes]
 
     def __str__(self) -> str:
@@ -126,10 +138,15 @@ def make_splits(
 ) -> Splits:
     """Train, dev and test examples, a function of the data and the seed only.
 
+    An example whose fields equal those of a train example is never taken into a dev or test part that is
+    carved out of the train file.
+
     Args:
+        task: reads the data.
         data: as in `Task.load`.
-        train_examples, dev_examples, test_examples: upper limits; None takes all there are (of a part that is
-            carved out of the train file: train gets what dev and test leave, which get a fifth each).
+        train_examples: upper limit; None takes all there are, less what is carved out of the train file.
+        dev_examples: likewise; None takes a fifth of the train file if there is no dev file.
+        test_examples: likewise, of test.
         k_shot: that many examples of each class for train, and again for dev as far as there are, instead of
             the first two limits. Needs a task with fixed classes.
         seed: not negative.
@@ -138,7 +155,14 @@ def make_splits(
         needs_dev: dev examples are held out for "auto".
         left_out: gets what is no example, see `Task.load`.
 
-    An example whose fields equal those of a train example is never taken into a carved dev or test part.
+    Raises:
+        UserError: naming file, line and field, if the data is not as the task expects.
+
+    Example:
+        >>> from hizoo_lite import tasks
+        >>> rows = tasks.Records([{"text": f"text {n}"} for n in range(10)])
+        >>> tasks.make_splits(tasks.get("lm"), rows, dev_examples=2, test_examples=3, exact=True)
+        Splits(10 examples: 5 train, 2 dev, 3 test; dev and test held out of train)
     """
     asked = (train_examples, dev_examples, test_examples)
     _check(asked, k_shot, seed)
@@ -343,12 +367,25 @@ def batch_indices(
     epoch); step s takes positions s * batch_size onwards. The last, incomplete batch of an epoch goes on into
     the next epoch's permutation, so that every batch is full and no example is left out.
 
-    labels: the class of each example, (count,), to balance the batches: the same number of each class where
-        classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
-    length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a quarter
-        of an epoch where that is less, change places (see `_alike`) if at least `LEAST_PADDING` of them is
-        padding.
-    stream: what is at some places of the stream, in place of those permutations.
+    Args:
+        count: how many examples there are.
+        batch_size: of every step.
+        seed: of the permutations.
+        step: counted from 0.
+        labels: the class of each example, (count,), to balance the batches: the same number of each class if
+            classes are about equally frequent (see `_in_turn`), their proportions otherwise (see `_spread`).
+        length: tokens of an example, to have batches of like length: those of `WINDOW` batches, or of a
+            quarter of an epoch if that is less, change places (see `_alike`) if at least `LEAST_PADDING` of
+            them is padding.
+        stream: what is at some places of the stream, in place of those permutations.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> first, second = (batch_indices(4, 2, seed=0, step=step) for step in range(2))
+        >>> sorted(first + second)  # an epoch
+        [0, 1, 2, 3]
     """
     if count < 1 or batch_size < 1 or seed < 0 or step < 0:
         raise ValueError(f"batch: got {count} examples, batch size {batch_size}, seed {seed}, step {step}")
@@ -457,9 +494,15 @@ def _spread(order: np.ndarray, labels: np.ndarray, draw: np.random.Generator) ->
 def batches(
     encoded: Sequence[object], batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[list[int]]:
-    """The indices of every step's batch from `start_step` on, without end; see `batch_indices`.
+    """The indices of every step's batch, without end; see `batch_indices`.
 
     A resumed run that starts at its step sees the same data as one that was never interrupted.
+
+    Args:
+        encoded: the examples; their number alone counts.
+        batch_size: of every step.
+        seed: of their order.
+        start_step: the first step, counted from 0.
     """
     step = start_step
     while True:

@@ -1,7 +1,7 @@
 """Tables as people have them: which encoding, which delimiter, whether there is a line of headings.
 
 The first lines decide, but for the encoding, which a single byte at the end may tell. Rules, not
-`csv.Sniffer`: that takes letters for delimiters where cells are sentences.
+`csv.Sniffer`: that takes letters for delimiters if cells are sentences.
 """
 
 from __future__ import annotations

@@ -57,7 +57,10 @@ def check_mostly_good(name: str, bad: Sequence[LeftOut], count: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. Templates are those of `templates.render` over `Example.fields`.
+    """A task: how data becomes examples, how they are put to a model, and how its answers are scored.
+
+    A user's own task is mostly a `.toml` file or a function, see `get`. Templates are texts with a field of
+    `Example.fields` in braces, such as "{question} Answer:".
 
     Attributes:
         name: as given to `tasks.get`.
@@ -69,10 +72,11 @@ class Task:
             space; a prompt therefore never ends in a space.
         masked: the prompt of a masked model, with one `{mask}`; None if the task has none. The words at
             the mask are the answers without their outer white space.
-        text, text_pair: a classifier's input; `text` None if the task does not fit a classifier.
+        text: a classifier's input; None if the task does not fit a classifier.
+        text_pair: its second part, if it has two.
         num_labels: how many classes; None if every example has its own answers.
         labels: their names in the data, in the order of `Example.gold`; none if they have none.
-        cut: the field that is shortened where a prompt is longer than the limit; "" for none.
+        cut: the field that is shortened if a prompt is longer than the limit; "" for none.
         cut_side: which end of that field goes.
         stop: a completion ends before this text; None: at the end-of-sequence token.
         max_new_tokens: how many tokens a completion may have.
@@ -80,7 +84,9 @@ class Task:
         chat: the fields hold `messages`, put into text by the tokenizer's chat template.
         headerless: the columns of a table without a header line.
         text_reader: how to read `.txt` and `.label` files, if they are not tables.
-        dev_from, test_from: the official file that `make_splits` takes each split from.
+        hub: the data set on the hub that is the task's own; None if it has none.
+        dev_from: the official file that `make_splits` takes dev examples from.
+        test_from: likewise for test.
         columns: those that are read, of a user's own task.
     """
 
@@ -128,15 +134,26 @@ class Task:
         return (self,)
 
     def classes(self, examples: Sequence[Example], balanced: bool) -> list[int] | None:
-        """What every batch has its number of, for each example; None for nothing: see `batch_indices`."""
+        """The class of each of the examples, for batches with as many of each; None: batches as they come.
+
+        Args:
+            examples: to train on.
+            balanced: whether batches are to be balanced.
+        """
         return [example.gold for example in examples] if balanced and self.kind == "choice" else None
 
     def stream(self, examples: Sequence[Example], seed: int, classes: Sequence[int] | None) -> Stream | None:
-        """The order in which training sees the examples; None: as `batch_indices` has it by itself."""
+        """The order in which training sees the examples; None: as `batch_indices` has it by itself.
+
+        Args:
+            examples: to train on.
+            seed: of the order.
+            classes: of `classes`.
+        """
         return None
 
     def has(self, data: Path | str | Records | None, split: Split) -> bool:
-        """Whether `load` would find a file (or a hub split) for this split. A single file is train only."""
+        """Whether `load` would find examples of `split` in `data`. A single file is train only."""
         if isinstance(data, Records):
             return data.has(split)
         if data is None:
@@ -154,7 +171,8 @@ class Task:
             split: which file of the folder; nothing is carved out here (see `splits.make_splits`).
             left_out: gets the rows that are no example, as long as most are; None: none may be.
 
-        Raises UserError naming file, line and field for anything that is not as the task expects.
+        Raises:
+            UserError: naming file, line and field, for anything that is not as the task expects.
         """
         rows, source = self._rows(data, split)
         examples: list[Example] = []
@@ -183,7 +201,7 @@ class Task:
         return examples
 
     def peek(self, data: Path | str | Records | None) -> None:
-        """Raises UserError if the training data is not there, or none of its first rows is an example."""
+        """UserError if there is no training data in `data`, or none of its first rows is an example."""
         if data is None and self.hub is not None:
             if importlib.util.find_spec("datasets") is None:
                 raise hub.no_library(self.name)
@@ -225,11 +243,31 @@ class Task:
         return own.rows(path, self.columns)
 
     def score(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> Metric:
-        """The main metric. `predictions` are indices into the answers (choice) or texts (completion)."""
+        """The main metric; arguments as for `scores`.
+
+        Args:
+            examples: one or more.
+            predictions: of each.
+        """
         return self.scores(examples, predictions)[0]
 
     def scores(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[Metric]:
-        """Every metric of the task, the main one first. A completion counts up to the task's stop text."""
+        """Every metric of the task, the main one first. A completion counts up to the task's stop text.
+
+        Args:
+            examples: one or more.
+            predictions: of each, an index into its answers ("choice") or a text ("completion").
+
+        Raises:
+            UserError: if the task has only a loss.
+
+        Example:
+            >>> from hizoo_lite import tasks
+            >>> from hizoo_lite.batch import Example
+            >>> examples = [Example({}, ("no", "yes"), gold) for gold in (0, 1)]
+            >>> tasks.get("sst2").scores(examples, [0, 0])
+            [Metric(name='accuracy', value=0.5)]
+        """
         if not self.scorers:
             raise UserError(f"task {self.name}: it has no predictions to score; read its loss")
         if len(examples) != len(predictions) or not examples:
@@ -239,5 +277,5 @@ class Task:
         return [Metric(name, scorer(examples, predictions)) for name, scorer in self.scorers.items()]
 
     def completed(self, text: str) -> str:
-        """What counts of a text that was written: up to the task's stop text, if it has one."""
+        """What counts of a `text` that was written: up to the task's stop text, if it has one."""
         return text if self.stop is None else text.strip("\n").split(self.stop)[0].strip()

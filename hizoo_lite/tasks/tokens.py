@@ -125,7 +125,7 @@ def word_id(tokenizer: Tokenizer, word: str) -> int:
 
 
 def spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
-    """(first, last + 1) character of every token, or of every word where the tokenizer has no offsets."""
+    """(first, last + 1) character of every token, or of every word if the tokenizer has no offsets."""
     if not tokenizer.is_fast:
         return [match.span() for match in re.finditer(r"\S+", text)]
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -142,7 +142,7 @@ def fit(
 ) -> Fields:
     """The example's fields with the field `cut` shortened until `length(fields)` is at most `limit`.
 
-    As many tokens go as are too many, from the given end of the field (words in proportion, where the
+    As many tokens go as are too many, from the given end of the field (words in proportion, if the
     tokenizer has no offsets); since tokens can join differently around the cut, this is repeated until the
     whole fits. Nothing but that field changes. UserError naming
     the example if even the empty field does not fit, or if there is no such field.

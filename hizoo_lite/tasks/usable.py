@@ -16,15 +16,22 @@ _ENCODED = 1000
 
 
 class Usable(NamedTuple):
-    """Examples that can be encoded, and what was done to have them."""
+    """Examples that can be encoded, and what was done to have them.
+
+    Attributes:
+        examples: those that can be used.
+        left_out: those that cannot, and why.
+        cut: how many examples are seen in part.
+        divided: how many texts became several examples each.
+    """
 
     examples: list[Example]
     left_out: list[LeftOut]
-    cut: int = 0  # examples of which a part is not seen
-    divided: int = 0  # texts that are several examples each
+    cut: int = 0
+    divided: int = 0
 
     def lines(self, encoder: Encoder) -> list[str]:
-        """What is to be told. encoder: the one they are for."""
+        """What the user is to be told of the examples that `encoder` was to encode."""
         found, task, count = [], encoder.task, len(self.examples)
         longer = f"longer than --max-length {encoder.max_length}"
         if self.cut:
@@ -40,10 +47,19 @@ class Usable(NamedTuple):
 
 
 def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, strict: bool) -> Usable:
-    """The examples that can be encoded; strict: UserError for the first that cannot. Published ones all can.
+    """The examples that can be encoded.
 
     Every one is encoded, about half a millisecond each, and not kept; of conversations, which take three
-    times as long, those behind the first `_ENCODED` are only measured.
+    times as long, those behind the first thousand are only measured. Published data sets are taken as usable.
+
+    Args:
+        encoder: that they are to be encoded by.
+        examples: as they were read.
+        training: whether they are to be trained on.
+        strict: refuse an example that cannot be encoded, in place of leaving it out.
+
+    Raises:
+        UserError: if strict, for the first example that cannot be encoded.
     """
     cut: set[str] = set()
     watched = {part: copy.copy(part) for part in encoder.parts}

@@ -1,6 +1,6 @@
 """How long work is watched: a bar with loss, forwards a second and time left, or plain lines.
 
-Lines are used where stderr is no terminal, and with --quiet. In a notebook rich draws the bar in the cell.
+Lines are used if stderr is no terminal, and with --quiet. In a notebook rich draws the bar in the cell.
 """
 
 from __future__ import annotations

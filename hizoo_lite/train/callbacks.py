@@ -38,7 +38,23 @@ _PREFIXES = {"dev": "eval", "before": "test", "after": "test"}
 
 @dataclass(frozen=True)
 class Arguments:
-    """The settings of a run by the names of transformers' `TrainingArguments`."""
+    """The settings of a run by the names of transformers' `TrainingArguments`, for its callbacks.
+
+    Attributes:
+        output_dir: the run folder.
+        max_steps, num_train_epochs: of the whole run.
+        per_device_train_batch_size, per_device_eval_batch_size: examples of a step, and of an evaluation.
+        gradient_accumulation_steps: parts in which a batch goes through.
+        learning_rate, lr_scheduler_type, warmup_steps, weight_decay, seed: as of `TrainConfig`; the rate may
+            be "auto".
+        eval_strategy, eval_steps: "steps" or "no", and between evaluations on dev.
+        save_strategy, save_steps, save_total_limit: likewise of checkpoints.
+        load_best_model_at_end: whether the adapter is the best step's in the end.
+        metric_for_best_model, greater_is_better: the task's main metric.
+        objective: what the points of a step are compared by; transformers has no such argument.
+        logging_strategy, logging_steps, logging_first_step, eval_delay, disable_tqdm: constant; every step is
+            logged.
+    """
 
     output_dir: str
     max_steps: int
@@ -68,7 +84,14 @@ class Arguments:
 
     @classmethod
     def of(cls, config: TrainConfig, folder: RunFolder, metric: str, examples: int) -> Arguments:
-        """Those of a run with so many training examples, scored by `metric`."""
+        """Those of a run.
+
+        Args:
+            config: its settings.
+            folder: its folder.
+            metric: the task's main metric.
+            examples: to train on.
+        """
         return cls(
             output_dir=str(folder.path),
             max_steps=config.steps,
@@ -103,7 +126,25 @@ class Arguments:
 
 @dataclass
 class State:
-    """Where the run stands, as transformers' `TrainerState`."""
+    """Where the run stands, as transformers' `TrainerState`.
+
+    Attributes:
+        max_steps: of the whole run.
+        num_train_epochs: of the whole run.
+        train_batch_size: examples of a step.
+        eval_steps: between evaluations on dev; None without any.
+        save_steps: between checkpoints.
+        read_history: reads what was logged before.
+        logging_steps: 1.
+        global_step: steps taken.
+        epoch: epochs that are over, with a fraction.
+        best_metric: of the evaluations on dev before the one that is being told; None before the first.
+        best_global_step: the step it is of.
+        best_model_checkpoint: folder of that step's checkpoint, if it was saved.
+        is_local_process_zero: True: callbacks are called in the main process alone.
+        is_world_process_zero: likewise.
+        is_hyper_param_search: False.
+    """
 
     max_steps: int
     num_train_epochs: float
@@ -112,11 +153,11 @@ class State:
     save_steps: int
     read_history: Callable[[], list[dict[str, Any]]]
     logging_steps: int = 1
-    global_step: int = 0  # steps taken
+    global_step: int = 0
     epoch: float = 0.0
-    best_metric: float | None = None  # of the evaluations on dev before the one that is being told
+    best_metric: float | None = None
     best_global_step: int | None = None
-    best_model_checkpoint: str | None = None  # if that step's state was saved
+    best_model_checkpoint: str | None = None
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
     is_hyper_param_search: bool = False
@@ -131,8 +172,21 @@ class State:
 class Control:
     """What callbacks ask for, looked at once a step is over; as transformers' `TrainerControl`.
 
-    A run that is asked to stop ends as if it had no more steps. Every step is logged and there are no epochs:
-    should_log and should_epoch_stop change nothing.
+    Attributes:
+        should_training_stop: end the run as if it had no more steps.
+        should_epoch_stop: changes nothing: batches go on from one epoch to the next.
+        should_save: write a checkpoint.
+        should_evaluate: evaluate on dev.
+        should_log: changes nothing: every step is logged.
+
+    Example:
+        >>> class StopsEarly:
+        ...     def on_step_end(self, args, state, control, **kwargs):
+        ...         control.should_training_stop = state.global_step >= 100
+        >>> control = Control()  # fit(..., callbacks=[StopsEarly()]) makes one
+        >>> StopsEarly().on_step_end(None, State(500, 1.0, 16, None, 500, list, global_step=100), control)
+        >>> control.should_training_stop
+        True
     """
 
     should_training_stop: bool = False
@@ -143,7 +197,7 @@ class Control:
 
 
 def checked(callbacks: Sequence[object]) -> tuple[object, ...]:
-    """UserError for what is no callback."""
+    """The `callbacks`; UserError if one of them has no method of a callback."""
     for callback in callbacks:
         if isinstance(callback, type) or not any(callable(getattr(callback, name, None)) for name in EVENTS):
             raise UserError(

@@ -131,7 +131,7 @@ def data_path(data: str | None) -> Path | None:
 
 
 def run_splits(config: TrainConfig, task: Task, data: Records | None = None) -> Splits:
-    """`make_splits`, with what a run needs: test examples, and dev ones where they are asked for."""
+    """`make_splits`, with what a run needs: test examples, and dev ones if they are asked for."""
     splits = make_splits(config, task, data)
     if config.eval_every and not splits.dev:
         raise UserError("--eval-every: there are no dev examples; allowed: 0, or --dev-examples above 0")

@@ -150,7 +150,7 @@ def configured(
 
 
 def _device_name(device: torch.device) -> str:
-    """As a setting: without its index where that is the one that is chosen without."""
+    """As a setting: without its index if that is the one that is chosen without."""
     return device.type if choose_device(device.type) == device else str(device)
 
 

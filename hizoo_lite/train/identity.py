@@ -54,7 +54,7 @@ _MODEL_CONFIG = "config.json"
 def of_run(splits: Splits, task: Task, model: str, folder: Path, library: str) -> dict[str, str]:
     """The entries of run.json.
 
-    model: a hash of what is computed. folder: with the tokenizer's files, and with the model's where they
+    model: a hash of what is computed. folder: with the tokenizer's files, and with the model's if they
     are there. library: `Stepper.library`.
     """
     return {

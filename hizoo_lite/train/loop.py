@@ -338,7 +338,7 @@ class Loop:
         """This rank's share of a step's examples, in the parts that are asked for; none that is empty.
 
         As many parts for each of the estimator's groups.
-        More parts where a step has more examples than the settings say: no part is larger for it.
+        More parts if a step has more examples than the settings say: no part is larger for it.
         """
         config, mine = self.setup.config, self.ranks.share(self._chosen(number))
         most = -(-config.batch_size // (config.accumulate * self.ranks.count))

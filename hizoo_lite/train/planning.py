@@ -113,7 +113,7 @@ class _Asked(NamedTuple):
 def _asked(encoder: Encoder, examples: Sequence[Example], *, training: bool) -> _Asked:
     """Of more than `MOST_ENCODED` examples the first ones are encoded.
 
-    Of the others only the answers are counted, where they are other answers, as if each took a row of its
+    Of the others only the answers are counted, if they are other answers, as if each took a row of its
     own.
     """
     rows = sites = longest = 1

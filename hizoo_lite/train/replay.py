@@ -83,7 +83,7 @@ class StoredSpace(AttachedSpace):
 
 
 def _tensors_in(folder: Path) -> Path:
-    """The one file with tensors. UserError where there is none, or another."""
+    """The one file with tensors. UserError if there is none, or another."""
     found = list(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise UserError(f"{folder}: holds {len(found)} files of tensors, a space in memory saves one")

@@ -147,7 +147,7 @@ def write_parameters(writer: Any, config: Any, architecture: Architecture) -> No
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
-    """By what llama.cpp divides each frequency, float32 (head_dim / 2,); None where it divides by 1.
+    """By what llama.cpp divides each frequency, float32 (head_dim / 2,); None if it divides by 1.
 
     Those of Llama 3.1 (rope type llama3), from the frequencies that transformers computes.
     """

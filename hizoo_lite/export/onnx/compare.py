@@ -92,7 +92,7 @@ def _logits(session: Session, case: Case, adapter: str | None) -> np.ndarray:
 
 
 def decode(session: Session, tokens: Tokens, prefill: int, adapter: str | None) -> np.ndarray:
-    """Logits of every position where all behind the first `prefill` tokens are given one by one."""
+    """Logits of every position if all behind the first `prefill` tokens are given one by one."""
     cache = session.empty_cache(len(tokens.ids))
     logits = []
     for first, last in [(0, prefill), *((n, n + 1) for n in range(prefill, tokens.ids.shape[1]))]:

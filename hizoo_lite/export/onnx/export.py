@@ -90,7 +90,7 @@ def export_onnx(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Export:
-    """Export a run's (or PEFT adapter's) base and adapter; where `out` has the base, add the adapter alone.
+    """Export a run's (or PEFT adapter's) base and adapter; if `out` has the base, add the adapter alone.
 
     name: of the adapter; the run folder's own by default. format: how quantized weights are multiplied,
     "exact" by default; "fast" is measured and recorded, not held to the model. merge: fold the adapter into
@@ -363,7 +363,7 @@ def _add(
     progress: Progress,
     overwrite: bool,
 ) -> Export:
-    """One more adapter; compared with the model where that is at hand, which export.json says."""
+    """One more adapter; compared with the model if that is at hand, which export.json says."""
     before = add_adapter(export, run, name, overwrite=overwrite)
     about = export.record["adapters"][name]
     runs: list[dict[str, Any]] = []

@@ -64,7 +64,7 @@ def train_interface(
 ) -> TrainInterface:
     """That of a model with `space` attached: the batch's arrays, then the parameters by PEFT name.
 
-    token_types: whether the tokenizer makes them; they are an input where the model has several, too.
+    token_types: whether the tokenizer makes them; they are an input if the model has several, too.
     """
     values = InputValues()
     tokens = [name for name in encoder_inputs(model) if token_types or name != "token_type_ids"]
