@@ -61,8 +61,8 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 _log = logging.getLogger(__name__)
 
 #: How far B's product may move in a step, where a logit may move by one nat (see `optimizers/exact.py`), and
-#: that of A by one, too. Of 0.01 to 0.3 the best on SmolLM2 (tools/LOG.md).
-STEP = 0.03
+#: that of A by one, too. Of 0.003 to 0.3 the best over SmolLM2, MiniLM and the demo (tools/LOG.md).
+STEP = 0.01
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
