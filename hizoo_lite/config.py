@@ -37,6 +37,8 @@ TrackerName = Literal[
 AUTO = "auto"
 #: What `--model`, `--task` and `--data` call the tiny model and the task inside the package.
 EMBEDDED = "embedded"
+#: Of a run folder: the task that was made of the data.
+TASK_FILE = "task.toml"
 #: The folder of all three.
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -342,8 +344,11 @@ class TrainConfig:
 
     @property
     def task_name(self) -> str:
-        """The task or tasks, in words."""
-        return ", ".join(self.tasks)
+        """The task or tasks, in words; of one that a run has made of its data, the data as it was given."""
+        path = Path(self.tasks[0])
+        if self.data is None or path.name != TASK_FILE or not (path.parent / "config.toml").is_file():
+            return ", ".join(self.tasks)
+        return "rows in memory" if Path(str(self.data)).parent == path.parent else str(self.data)
 
     @property
     def estimates(self) -> bool:
