@@ -344,11 +344,13 @@ class TrainConfig:
 
     @property
     def task_name(self) -> str:
-        """The task or tasks, in words; of one that a run has made of its data, the data as it was given."""
+        """The task or tasks, in words; of one that is made of the data, the data as it was given."""
         path = Path(self.tasks[0])
-        if self.data is None or path.name != TASK_FILE or not (path.parent / "config.toml").is_file():
+        is_runs = path.name == TASK_FILE and (path.parent / "config.toml").is_file()
+        if self.data is None or not (is_runs or self.task == AUTO):
             return ", ".join(self.tasks)
-        return "rows in memory" if Path(str(self.data)).parent == path.parent else str(self.data)
+        in_memory = is_runs and Path(str(self.data)).parent == path.parent
+        return "rows in memory" if in_memory else str(self.data)
 
     @property
     def estimates(self) -> bool:

@@ -241,7 +241,8 @@ def test_a_file_of_ones_own_is_evaluated_as_a_whole(
         done = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags, *more, "--json"])
         assert json.loads(done.stdout)["examples"] == count, done.stderr
         assert main(["eval", str(exported), *flags, *more]) == 0
-        assert json.loads(capsys.readouterr().out)["examples"] == count
+        found = json.loads(capsys.readouterr().out)
+        assert (found["examples"], found["task"]) == (count, flags[1])
     folder = ["--task", "sst2", "--data", str(tmp_path), "--split", "all"]
     refused = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *folder])
     assert (refused.exit_code, "--split: got 'all', allowed with one file" in refused.stderr) == (2, True)

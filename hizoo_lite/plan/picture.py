@@ -49,7 +49,8 @@ def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
     for row, name in enumerate(names):
         size = bars[name].peak_bytes / divisor
         said = f"{size:.2f} {unit}" + ("" if budget is None else f", {_verdict(bars[name])}")
-        axes.text(size + right * 0.008, row, said, va="center", fontsize=9)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the budget's line may cross it
+        axes.text(size + right * 0.008, row, said, va="center", fontsize=9, bbox=behind)
     if near and budget is not None:
         axes.axvline(budget / divisor, color=_BUDGET_COLOUR, linewidth=1.5, linestyle="--", label="budget")
     axes.set_xlim(0, right)

@@ -171,7 +171,8 @@ def cards(run: RunRecord) -> list[Card]:
         Card(
             "Forward passes",
             show(found["forward_passes"], "count"),
-            f"{show(found['steps'], 'count')} steps, {skipped} skipped, {clipped} clipped",
+            f"{show(found['steps'], 'count')} step{'s' * (found['steps'] != 1)}, {skipped} skipped, "
+            f"{clipped} clipped",
         ),
     ]
     if name == "loss":
