@@ -37,6 +37,8 @@ TrackerName = Literal[
 AUTO = "auto"
 #: What `--model`, `--task` and `--data` call the tiny model and the task inside the package.
 EMBEDDED = "embedded"
+#: Of a run folder: the task that was made of the data.
+TASK_FILE = "task.toml"
 #: The folder of all three.
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -351,8 +353,13 @@ class TrainConfig:
 
     @property
     def task_name(self) -> str:
-        """The task or tasks, in words."""
-        return ", ".join(self.tasks)
+        """The task or tasks, in words; of one that is made of the data, the data as it was given."""
+        path = Path(self.tasks[0])
+        is_runs = path.name == TASK_FILE and (path.parent / "config.toml").is_file()
+        if self.data is None or not (is_runs or self.task == AUTO):
+            return ", ".join(self.tasks)
+        in_memory = is_runs and Path(str(self.data)).parent == path.parent
+        return "rows in memory" if in_memory else str(self.data)
 
     @property
     def estimates(self) -> bool:

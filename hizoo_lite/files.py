@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.units import format_bytes
@@ -97,14 +98,32 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """`yaml.safe_load` of what others may have written: ValueError for what is no mapping of names.
+    """The YAML of what others may have written: ValueError for what is no mapping of names.
 
-    Numbers such as 1e-3 are texts to it, and `off` is false (YAML 1.1).
+    Numbers, dates and such are texts as they are written: YAML 1.1 takes 010 for 8, 1:30 for 90, on for true.
+    Values are texts, true, false, null, lists and mappings.
     """
     import yaml  # on its own it is a tenth of a second, and few have YAML
 
+    tags = "tag:yaml.org,2002:"
+
     class Loader(yaml.SafeLoader):
         """Without aliases, which can make a small text a huge value, and with every key once."""
+
+        yaml_constructors: ClassVar[dict[Any, Any]] = {
+            tag: make
+            for tag, make in yaml.SafeLoader.yaml_constructors.items()
+            if tag in (None, *(f"{tags}{name}" for name in ("str", "bool", "null", "seq", "map")))
+        }
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+            sign: [(f"{tags}{tag}", re.compile(rf"(?:{pattern})\Z"))]
+            for signs, tag, pattern in (
+                ("tTfF", "bool", "true|True|TRUE|false|False|FALSE"),
+                ("~nN", "null", "~|null|Null|NULL"),
+                (("",), "null", ""),
+            )
+            for sign in signs
+        }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):

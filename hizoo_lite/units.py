@@ -1,4 +1,7 @@
-"""Sizes as users write them ("24GiB", "500 MB") and back. Inside the code a size is an int of bytes."""
+"""Sizes as users write them ("24GiB", "500 MB") and back, and counts of things, for display.
+
+Inside the code a size is an int of bytes.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,8 @@ def format_bytes(size_bytes: int | None) -> str:
         if abs(size_bytes) >= _UNITS[unit.upper()]:
             return f"{size_bytes / _UNITS[unit.upper()]:.2f} {unit}"
     return f"{size_bytes} B"
+
+
+def counted(number: int, noun: str) -> str:
+    """For display only: "1 example", "2,000 examples"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -250,7 +250,7 @@ def test_eval_of_a_run_gives_the_loss_of_its_summary(tuned: Path) -> None:
     assert base.exit_code == 0, base.stderr
     assert f"{summary['loss_before']:.4f}" in base.stdout
     assert re.search(r"^embedded: causal, nf4, .*; nf4: the default of --bits; with --bits none", base.stderr)
-    assert re.search(r"nf4: as --bits or the run says$", done.stderr, re.MULTILINE)
+    assert "; quantized to nf4 on loading (--bits, or the run's setting)\n" in done.stderr
 
 
 def test_eval_of_an_adapter_without_a_run_uses_the_model_it_names(tuned: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_inspect_prints_for_people_and_needs_no_torch(tmp_path):
     assert "division: 40 examples: 36 train, 0 dev, 4 test; test held out of train; 1 left out" in done.stdout
 
 
+def test_texts_with_different_labels_are_listed_with_what_to_do(tmp_path):
+    path = reviews(tmp_path)
+    assert json.loads(call("data", "inspect", str(path), "--json").stdout)["contradictions"] == []
+    path.write_text(path.read_text() + f"{REVIEWS[0][0]} 0;bad\n")
+    shown = call("data", "inspect", str(path)).stdout
+    assert "there twice or more: 1, with different labels: 1\n" in shown
+    listed = next(line for line in shown.splitlines() if line.startswith(f"  {path}:"))
+    assert set(listed.strip().split(", ")) == {f"{path}:2 good", f"{path}:43 bad"}
+    assert "advice: 1 text with different labels, listed above: give the rows of each the label" in shown
+
+
 def test_inspect_writes_the_task_file_and_does_not_write_over_one(tmp_path):
     data, path = reviews(tmp_path), tmp_path / "task.toml"
     assert call("data", "inspect", str(data), "--write-task", str(path)).exit_code == 0
@@ -123,6 +135,12 @@ def test_a_run_of_recognised_data_has_its_task_and_what_was_left_out(tmp_path, m
     done = call("train", "--data", str(reviews(tmp_path)), "--epochs", "0.5", "--out", str(out), *flags)
     assert done.exit_code == 0, done.stderr
     assert "classification: 41 examples, text in 'review'" in done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'reviews.csv'}, 4 test examples\n")
+    assert done.stderr.endswith(
+        f"  evaluate: hizoo-lite eval --adapter {out}\n"
+        f'  ask: hizoo-lite generate --adapter {out} --prompt "..."\n'
+        f"  export: hizoo-lite export {out} --to peft --out {out}-peft\n"
+    )
     assert "40 examples: 36 train, 0 dev, 4 test; test held out of train; 1 left out" in done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["test_examples"]) == (5, 4)  # ceil(0.5 * 36 / 4)
@@ -134,8 +152,19 @@ def test_a_run_of_recognised_data_has_its_task_and_what_was_left_out(tmp_path, m
     again = json.loads(call("eval", "--adapter", str(out), "--json").stdout)
     assert again["examples"] == 4
     assert again["scores"]["loss"] == pytest.approx(summary["loss_after"], rel=1e-5)
+    assert again["task"] == summary["task"] == str(tmp_path / "reviews.csv")
+    moved = shutil.copytree(out, tmp_path / "moved")
+    shown = call("eval", "--adapter", str(moved), "--examples", "1").stdout
+    assert shown.startswith(f"embedded on {tmp_path / 'reviews.csv'}, 1 test example\n")
     resumed = call("train", "--resume", "--out", str(out))
     assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_rows_in_memory_are_called_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
+    rows = [{"review": f"{text} {n}", "verdict": label} for n in range(5) for text, label in REVIEWS]
+    run = hz.fit(**RUN, data=rows, steps=1, out=str(tmp_path / "run"))
+    assert run.summary["task"] == "rows in memory"
 
 
 def test_dev_examples_stay_those_the_run_was_begun_with(tmp_path, monkeypatch):

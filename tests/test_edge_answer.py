@@ -231,6 +231,23 @@ def test_both_commands_evaluate_alike(
     assert f"{100 * shown['scores']['accuracy']:.1f} %" in table.stdout
 
 
+def test_a_file_of_ones_own_is_evaluated_as_a_whole(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"the number {n} came,{'odd' if n % 2 else 'even'}\n" for n in range(20))
+    (tmp_path / "mine.csv").write_text("text,label\n" + rows)
+    flags = ["--data", str(tmp_path / "mine.csv")]
+    for more, count in (([], 20), (["--split", "all"], 20), (["--split", "test"], 2)):
+        done = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags, *more, "--json"])
+        assert json.loads(done.stdout)["examples"] == count, done.stderr
+        assert main(["eval", str(exported), *flags, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["examples"], found["task"]) == (count, flags[1])
+    folder = ["--task", "sst2", "--data", str(tmp_path), "--split", "all"]
+    refused = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *folder])
+    assert (refused.exit_code, "--split: got 'all', allowed with one file" in refused.stderr) == (2, True)
+
+
 def test_both_commands_generate_alike(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--prompt", "The soup was", "--max-new-tokens", "8"]
     done = CliRunner().invoke(app, ["generate", "--onnx", str(exported), *flags])

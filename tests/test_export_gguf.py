@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.engine.load import load
 from hizoo_lite.errors import UserError
-from hizoo_lite.export.gguf import architectures, vocabulary
+from hizoo_lite.export.gguf import architectures, export, vocabulary
 from hizoo_lite.export.gguf.export import ADAPTER, MODEL, MODELFILE, export_gguf
 from hizoo_lite.model import build
 from hizoo_lite.model.kinds import model_path
@@ -235,6 +235,22 @@ def test_an_end_that_the_tokenizer_has_no_token_for_stops_nothing(tmp_path: Path
     assert stops == ['stop "</s>"\n']
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("<|im_end|>", 'PARAMETER stop "<|im_end|>"'),
+        ("a\\n", 'PARAMETER stop "a\\n"'),  # a backslash is one
+        ('"', 'PARAMETER stop """""""'),
+        ('say "a"\nb', 'PARAMETER stop """say "a"\nb"""'),
+        ("\n\n", 'PARAMETER stop "\n\n"'),
+        ('"""', '# not said here, a Modelfile cannot hold it: stop \'"""\''),
+        ("\x00\u200b", "# not said here, a Modelfile cannot hold it: stop '\\x00\\u200b'"),
+    ],
+)
+def test_stops_are_quoted_as_ollama_s_parser_reads_them(text: str, line: str) -> None:
+    assert export._stop(text) == f"{line}\n"
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
 
 
@@ -425,6 +441,36 @@ def test_a_run_that_tuned_rows_of_a_tied_head_has_a_head_of_its_own_in_the_merge
     saved.attach_adapter(model, run.folder)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "model", gguf_file=MODEL, dtype=torch.float32)
     torch.testing.assert_close(logits(module.eval()), logits(model.module), **FLOAT32)
+
+
+def test_a_classifier_is_refused(tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "model", kind="classifier")
+    model = load(tmp_path / "model", kind="classifier", compute_dtype="float32", device="cpu")
+    adapter = write_adapter(model, tmp_path / "adapter", rank=2, seed=1)
+    forms: list[dict[str, Any]] = [{}, {"merge": True, "base_bits": "nf4"}]
+    for options in forms:
+        with pytest.raises(UserError, match="for a classifier model; allowed: causal ones, or --to onnx"):
+            export_gguf(adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = tuned(tmp_path, "llama", "none")
+
+    def interrupted(*_: Any) -> None:
+        assert (tmp_path / ".out.work" / "export" / MODEL).is_file()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export._Model, "array", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf(adapter, tmp_path / "out", merge=True, base_bits="none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+    half = tmp_path / ".out.work" / "export"  # of one that was killed
+    half.mkdir(parents=True)
+    (half / MODEL).write_bytes(b"GGUF")
+    export_gguf(adapter, tmp_path / "out", merge=True, base_bits="none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model", "out"]
 
 
 def test_without_the_library_one_line_says_what_to_install(

@@ -121,6 +121,21 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
     assert "NAME: got 'nope', allowed: chat" in run(app, ["recipes", "nope"]).stderr
 
 
+def test_numbers_in_yaml_are_what_is_seen_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: embedded\ntask: embedded\nout: 2024-01-02\nsteps: 010\nlr: 1_0.5\nrslora: true\n")
+    found = config_file.resolve(str(file))
+    assert (found.out, found.steps, found.lr, found.rslora) == ("2024-01-02", 10, 10.5, True)
+    for text in ("steps: 1:30", "steps: 0x10", "steps: 0o10", "rslora: on", "rslora: yes", "lr: .nan"):
+        key, _, value = text.partition(": ")
+        file.write_text(f"model: embedded\ntask: embedded\n{text}\n")
+        with pytest.raises(UserError, match=rf"mine\.yaml: {key}: got '{value}', allowed: "):
+            config_file.resolve(str(file))
+    file.write_text("model: embedded\ntask: embedded\nsteps: !!int 010\n")
+    with pytest.raises(UserError, match="not valid YAML: could not determine a constructor"):
+        config_file.resolve(str(file))
+
+
 def test_settings_in_yaml_lists(tmp_path: Path) -> None:
     file = tmp_path / "both.yaml"
     file.write_text("model: embedded\ntask: [sst2, rte]\ndata: [a, b]\ntask_weight: [1e-1, 2]\n")

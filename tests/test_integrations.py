@@ -401,6 +401,17 @@ def test_arguments_are_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "these have no meaning here: dataloader_num_workers" in caplog.text
 
 
+def test_which_rate_is_taken_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    usual = args_of(tmp_path / "run", learning_rate=5e-5)
+    HiZOOTrainer("embedded", usual)
+    assert "5e-05 is TrainingArguments's default and counts as not given: lr is auto" in caplog.text
+    assert "HiZOOTrainer(..., lr=5e-05) takes it" in caplog.text
+    caplog.clear()
+    assert HiZOOTrainer("embedded", usual, lr=5e-5).options["lr"] == 5e-5
+    assert HiZOOTrainer("embedded", args_of(tmp_path / "run", learning_rate=1e-4)).options["lr"] == 1e-4
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -519,6 +520,12 @@ def test_the_command_prints_owners_choice_and_what_is_missing(streamable: Path, 
     ):
         assert text in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = picture.with_suffix(".svg")
+    for budget, said in (("2GiB", "fits"), ("64MiB", "does not fit")):
+        call("--model", str(streamable), "--device-budget", budget, "--out", str(drawn))
+        texts = re.findall(r"<!-- (.*?) -->", drawn.read_text())  # matplotlib draws letters as paths
+        assert any(text.startswith(f"model {said}: ") for text in texts), texts
+        assert any(text.endswith(f"MiB, {said}") for text in texts), texts
 
 
 def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> None:

@@ -92,6 +92,8 @@ def test_the_figures_are_those_of_the_summary(run: Run) -> None:
     text = text_of(page.read_text())
     for key in ("loss_before", "loss_after"):
         assert f"{run.summary[key]:.4f}" in text
+    assert f", tuned on {run.summary['task']}, " in text
+    assert f"evaluate: hizoo-lite eval --adapter {run.folder} ask: hizoo-lite generate --adapter" in text
     assert "2 GiB" in text
     assert f"{run.summary['training_over_inference']:.3f} x" in text
     assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")

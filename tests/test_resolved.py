@@ -58,7 +58,8 @@ def test_why_the_blocks_have_their_stored_form_is_said(tmp_path: Path) -> None:
     config = TrainConfig(**short_run(tmp_path))
     task = get(config.task)
     assert Resolved(config, task).why_bits.startswith("nf4: the default of --bits; with --bits none ")
-    assert Resolved(replace(config, bits="none"), task).why_bits == "none: as --bits or the run says"
+    said = Resolved(replace(config, bits="none"), task).why_bits
+    assert said == "not quantized (--bits, or the run's setting)"
     save_tiny("llama", tmp_path / "source")
     Quantization(tmp_path / "source", tmp_path / "model", kind="causal", bits="int8").run()
     stored = Resolved(replace(config, model=str(tmp_path / "model")), task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,22 @@ def test_a_change_beyond_chance_is_learnt() -> None:
 def test_few_examples_are_answered_with_how_many_it_takes() -> None:
     said = verdict.of_run(record(0.0, 1.0, 3))
     assert said is not None
+    assert " of 3 examples, " in said.says
+    assert " of 1 example, " in str(verdict.of_run(record(0.0, 1.0, 1)))
     assert said.says.startswith("Too few held-out examples to say")
     assert said.next.startswith(f"Next: hold out {verdict.LEAST_EXAMPLES} or more")
+
+
+def test_the_commands_after_a_run_are_of_its_folder_and_model(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    given = record(0.0, 1.0, 3)
+    assert verdict.commands(given) == {}  # nothing is saved
+    (folder / "adapter").mkdir(parents=True)
+    summary = {**given.summary, "kind": "classifier", "space": "dense"}
+    assert verdict.commands(replace(given, path=folder, summary=summary)) == {
+        "evaluate": f"hizoo-lite eval --adapter '{folder}'",
+        "export": f"hizoo-lite export '{folder}' --to merged --out '{folder}-merged'",
+    }
 
 
 def test_the_command_to_look_at_the_data_has_the_runs_own() -> None:

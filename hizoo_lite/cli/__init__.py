@@ -55,6 +55,9 @@ class _Group(TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(codes.get(type(error), BAD_INPUT)) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise
         except OSError as error:
             if error.errno not in _STORAGE:
                 raise

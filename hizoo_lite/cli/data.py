@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hizoo_lite.tasks import Encoder, Task
 
 _MOST_CHARACTERS = 800  # of an example that is printed
+_MOST_LISTED = 10  # texts with different labels
 
 app = typer.Typer(help="Look at data before it is trained on.", no_args_is_help=True)
 
@@ -115,6 +116,8 @@ def _write(path: Path, keys: dict[str, Any] | None) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
+    from hizoo_lite.units import counted
+
     for line in found["lines"]:
         typer.echo(line)
     if found["columns"]:
@@ -125,10 +128,14 @@ def _print(found: dict[str, Any]) -> None:
     lengths = found["lengths"]
     words = {"min": "min", "median": "median", "p95": "95 %", "p99": "99 %", "max": "max"}
     listed = ", ".join(f"{word} {lengths[name]:,}" for name, word in words.items())
-    typer.echo(f"{lengths['unit']} of {lengths['examples']:,} examples: {listed}")
+    typer.echo(f"{lengths['unit']} of {counted(lengths['examples'], 'example')}: {listed}")
     if found["labels"]:
         typer.echo("labels: " + ", ".join(f"{name} {count:,}" for name, count in found["labels"].items()))
-    typer.echo(f"there twice or more: {found['duplicates']:,}")
+    contradictions = found["contradictions"]
+    differ = f", with different labels: {len(contradictions):,}" if contradictions else ""
+    typer.echo(f"there twice or more: {found['duplicates']:,}{differ}")
+    for group in contradictions[:_MOST_LISTED]:
+        typer.echo("  " + ", ".join(f"{one['where']} {one['label']}" for one in group))
     left_out = found["left_out"]
     typer.echo(f"left out: {left_out['count']:,}")
     for one in left_out["first"]:

@@ -91,7 +91,9 @@ def command(
     }
     from hizoo_lite.cli import output, progress
     from hizoo_lite.config import refuse
+    from hizoo_lite.train import components
     from hizoo_lite.train.evaluate import check_result
+    from hizoo_lite.units import counted
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     if lm_eval is not None:
@@ -104,28 +106,25 @@ def command(
 
         refuse_with_onnx(given if profile is None else {**given, "profile": profile})
         config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
-        split = split or "test"
-        result = evaluate_export(folder, adapter, config, split, examples, progress.display(quiet))
+        part = components.which_part(split, config, components.task_of(config), names_data=bool(data))
+        result = evaluate_export(folder, adapter, config, part, examples, progress.display(quiet))
     else:
-        from hizoo_lite.train import components, preflight, provenance
+        from hizoo_lite.train import preflight, provenance
 
         config = provenance.eval_config(adapter, of_profile(profile, given) | given)
         preflight.check_adapter(adapter)
         with _paths_of_a_run(None if data else adapter):
             task_found = preflight.check_inputs(config)
-        whole = components.is_whole(config, task_found)
-        if split is None:
-            split = "all" if data and whole else "test"
-        elif split == "all" and not whole:
-            refuse(["--split: got 'all', allowed with one file of your own data: train, dev, test elsewhere"])
+        part = components.which_part(split, config, task_found, names_data=bool(data))
         from hizoo_lite.train import saved
 
-        result = saved.evaluated(config, adapter, split, examples, progress.display(quiet))
+        result = saved.evaluated(config, adapter, part, examples, progress.display(quiet))
     if json:
         output.print_json(result)
     else:
         rows = [[name, output.score(name, float(value))] for name, value in result["scores"].items()]
-        title = f"{result['model']} on {result['task']}, {result['examples']} {split} examples"
+        examples_of = counted(result["examples"], "example" if part == "all" else f"{part} example")
+        title = f"{result['model']} on {result['task']}, {examples_of}"
         output.print_table(title, ["score", "value"], rows)
     check_result(result)
 

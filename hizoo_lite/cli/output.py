@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hizoo_lite.config import default
-from hizoo_lite.units import format_bytes
+from hizoo_lite.units import counted, format_bytes
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -42,15 +42,14 @@ def print_run(summary: Mapping[str, Any]) -> None:
     rows = _scores(summary, "")
     for task, found in summary.get("tasks", {}).items():
         rows += _scores(found, f"{task}: ")
-    print_table(
-        f"{summary['task']}, {summary['test_examples']} test examples", ["score", "before", "after"], rows
-    )
+    title = f"{summary['task']}, {counted(summary['test_examples'] or 0, 'test example')}"
+    print_table(title, ["score", "before", "after"], rows)
     speed = summary["seconds_per_step"]
     typer.echo(
-        f"{summary['steps']} steps ({summary['estimator']}, {summary['curvature']}"
+        f"{counted(summary['steps'], 'step')} ({summary['estimator']}, {summary['curvature']}"
         + ("" if summary["objective"] == default("objective") else f", objective {summary['objective']}")
         + "), "
-        f"{summary['forward_passes']} forward passes"
+        f"{summary['forward_passes']:,} forward passes"
         + ("" if speed is None else f", {1000 * speed:.0f} ms a step")
         + f", peak memory {format_bytes(summary['measured_peak_bytes'])}"
         + f" (inference {format_bytes(summary['inference_peak_bytes'])})"
@@ -75,6 +74,15 @@ def print_verdict(folder: Path) -> None:
     for line in () if said is None else (said.says, said.next):
         if line:
             typer.echo(line)
+
+
+def print_commands(folder: Path) -> None:
+    """What to do with what a run has trained, beside the results."""
+    from hizoo_lite.report import verdict
+    from hizoo_lite.report.record import read_run
+
+    for what, command in verdict.commands(read_run(folder)).items():
+        typer.echo(f"  {what}: {command}", err=True)
 
 
 def score(name: str, value: float) -> str:

@@ -17,6 +17,7 @@ from hizoo_lite.config import choices, help_of, kinds, members, settings
 from hizoo_lite.edge import answer, train
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
+from hizoo_lite.train import components
 from hizoo_lite.train.config_file import flag, parsed
 from hizoo_lite.train.evaluate import check_result
 from hizoo_lite.train.folder import plain
@@ -49,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="loss and metric of an exported model on a task, as JSON")
     command.add_argument("folder", metavar="DIR", type=Path, help="from hizoo-lite export --to onnx")
     command.add_argument("--adapter", help="its name in DIR, a run folder, or a PEFT adapter's")
-    command.add_argument("--split", choices=("train", "dev", "test"), default="test")
+    text = "default: test; all rows of a single file that --data names"
+    command.add_argument("--split", choices=("train", "dev", "test", "all"), help=text)
     command.add_argument("--examples", type=int, help="evaluate this many at most")
     for name in _EVAL_SETTINGS:
         _add_setting(command, name)
@@ -94,7 +96,9 @@ def _train(given: argparse.Namespace) -> int:
 def _eval(given: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(given).items() if name in _EVAL_SETTINGS}
     config = answer.eval_config(given.folder, given.adapter, parsed(flags))
-    result = answer.evaluate_export(given.folder, given.adapter, config, given.split, given.examples, Lines())
+    task = components.task_of(config)
+    part = components.which_part(given.split, config, task, names_data="data" in flags)
+    result = answer.evaluate_export(given.folder, given.adapter, config, part, given.examples, Lines())
     print(json.dumps(plain(result), indent=2))
     check_result(result)
     return 0

@@ -28,6 +28,7 @@ from hizoo_lite.engine.chunks import has_cache, may_overwrite
 from hizoo_lite.engine.overwritten import Overwritten, Unreadable, Unsuited, readable
 from hizoo_lite.errors import StorageError, UserError
 from hizoo_lite.files import check_space, read_json, storage_errors, sync_file, write_text
+from hizoo_lite.units import counted
 
 if TYPE_CHECKING:
     from hizoo_lite.base import Space
@@ -219,8 +220,8 @@ class HiddenStates:
         if writes and not self._is_whole(first):
             self._check_room(first)
             tell(
-                f"computing the hidden states below block {self.first} once, for {len(self._places)} "
-                f"examples ({first / 2**20:.0f} MiB in {self._data.name})"
+                f"computing the hidden states below block {self.first} once, for "
+                f"{counted(len(self._places), 'example')} ({first / 2**20:.0f} MiB in {self._data.name})"
             )
             begins(len(self._places))
             self._make(groups, collate, first, check, advanced)

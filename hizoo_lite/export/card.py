@@ -44,7 +44,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 #: Entries of summary.json that the card shows, by what they are called there.
 _FIGURES = {
-    "task": "task",
+    "tuned on": "task",
     "loss before": "loss_before",
     "loss after": "loss_after",
     "test examples": "test_examples",

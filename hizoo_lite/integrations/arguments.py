@@ -1,7 +1,7 @@
 """transformers' `TrainingArguments` as settings of a run; what cannot be honoured is refused, all at once.
 
-An argument counts as given if it is not its class's default, so that `learning_rate=5e-5`, which is, leaves
-`lr` to be derived from the measured curvature.
+An argument counts as given if it is not its class's default: the object does not say which were. So
+`learning_rate=5e-5`, which is, leaves `lr` to be derived from the measured curvature, and that is told.
 """
 
 from __future__ import annotations

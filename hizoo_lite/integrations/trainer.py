@@ -11,6 +11,7 @@ out; the output folder is a run folder, with the model that was given beside it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -44,6 +45,8 @@ from hizoo_lite.tasks.tokenized import COLUMNS
 from hizoo_lite.train.evaluate import Evaluation
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.progress import Lines
+
+_log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 #: What else the labels are called in rows for a Trainer.
@@ -102,6 +105,12 @@ class HiZOOTrainer:
         self.data_collator, self.compute_metrics = data_collator, compute_metrics
         self.processing_class = processing_class or getattr(data_collator, "tokenizer", None)
         self.options = {**arguments.of(self.args, read), **options}
+        if args is not None and "lr" not in self.options:
+            _log.warning(
+                "learning_rate: %g is %s's default and counts as not given: lr is auto; "
+                "%s(..., lr=%g) takes it",
+                *(args.learning_rate, type(args).__name__, type(self).__name__, args.learning_rate),
+            )
         if "steps" in options:
             self.options.pop("epochs", None)
         self.task, self.state = task, TrainerState()

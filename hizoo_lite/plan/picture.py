@@ -45,21 +45,28 @@ def draw(path: Path, model: str, plan: Plan, bars: Mapping[str, Plan]) -> None:
     widest = max(one.peak_bytes for one in bars.values()) / divisor
     budget = plan.device_budget_bytes
     near = budget is not None and budget / divisor < 2.5 * widest
-    right = max(widest, budget / divisor if near and budget else 0) * 1.16
+    right = max(widest, budget / divisor if near and budget else 0) * 1.3
     for row, name in enumerate(names):
         size = bars[name].peak_bytes / divisor
-        axes.text(size + right * 0.008, row, f"{size:.2f} {unit}", va="center", fontsize=9)
+        said = f"{size:.2f} {unit}" + ("" if budget is None else f", {_verdict(bars[name])}")
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the budget's line may cross it
+        axes.text(size + right * 0.008, row, said, va="center", fontsize=9, bbox=behind)
     if near and budget is not None:
         axes.axvline(budget / divisor, color=_BUDGET_COLOUR, linewidth=1.5, linestyle="--", label="budget")
     axes.set_xlim(0, right)
     axes.invert_yaxis()
     axes.set_xlabel(f"peak memory of the device, {unit}")
     beyond = "" if near or budget is None else f"; budget {format_bytes(budget)}, outside of the picture"
-    axes.set_title(f"{Path(model).name}: {plan.settings()}{beyond}", fontsize=10, loc="left")
+    title = f"{Path(model).name} {_verdict(plan)}: {plan.settings()}{beyond}"
+    axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _verdict(plan: Plan) -> str:
+    return "fits" if plan.fits else "does not fit"
 
 
 def _below(plan: Plan, label: str) -> int:

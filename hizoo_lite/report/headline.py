@@ -130,7 +130,7 @@ def about(run: RunRecord) -> str:
     ended = "; interrupted" if run.summary.get("interrupted") else ""
     method = f"{space}, {estimator}, curvature {curvature}"
     method += "" if (objective := objective_of(run)) is None else f", objective {objective}"
-    return f"Model {model} in {bits}, task {task}, {method}, on {device}{ended}"
+    return f"Model {model} in {bits}, tuned on {task}, {method}, on {device}{ended}"
 
 
 def _short(value: float | None) -> str:
@@ -171,7 +171,8 @@ def cards(run: RunRecord) -> list[Card]:
         Card(
             "Forward passes",
             show(found["forward_passes"], "count"),
-            f"{show(found['steps'], 'count')} steps, {skipped} skipped, {clipped} clipped",
+            f"{show(found['steps'], 'count')} step{'s' * (found['steps'] != 1)}, {skipped} skipped, "
+            f"{clipped} clipped",
         ),
     ]
     if name == "loss":

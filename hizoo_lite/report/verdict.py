@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hizoo_lite.config import default
 from hizoo_lite.registry import ESTIMATORS, SPACES
 from hizoo_lite.report.record import RunRecord, number
+from hizoo_lite.units import counted
 
 #: A change of so many standard errors is no chance.
 CERTAIN = 2.0
@@ -42,11 +43,11 @@ def of_run(run: RunRecord) -> Verdict | None:
     if metric == "loss" or first is None or last is None or not count:
         says = f"{losses}, on held-out examples: " + ("it fell" if fell else "it did not fall")
         return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
+    examples = counted(int(count), "example")
+    figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {examples}, {losses}"
     if metric not in _SHARES:
-        figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
         says = f"{figures}; an error bar is known of {' and '.join(_SHARES)} alone."
         return Verdict(None, says, "" if last > first and fell else _next(run, fell=fell))
-    figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {count:.0f} examples, {losses}"
     if count < LEAST_EXAMPLES:
         says = f"Too few held-out examples to say: {figures}."
         more = f"Next: hold out {LEAST_EXAMPLES} or more, --test-examples or a file of their own."
@@ -60,6 +61,19 @@ def of_run(run: RunRecord) -> Verdict | None:
         return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run, fell=fell))
     says = "Not learnt yet" if fell else "Not learnt"
     return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
+
+
+def commands(run: RunRecord) -> dict[str, str]:
+    """What to do with what was trained: a command by what it does; none if nothing is saved."""
+    folder = shlex.quote(str(run.path))
+    if not (run.path / "adapter").is_dir():
+        return {}
+    form = "peft" if run.summary.get("space") in SPACES.having("rank") else "merged"
+    found = {"evaluate": f"hizoo-lite eval --adapter {folder}"}
+    if run.summary.get("kind") == "causal":
+        found["ask"] = f'hizoo-lite generate --adapter {folder} --prompt "..."'
+    out = shlex.quote(f"{run.path}-{form}")
+    return {**found, "export": f"hizoo-lite export {folder} --to {form} --out {out}"}
 
 
 def standard_error(

@@ -23,6 +23,7 @@ from hizoo_lite.tasks.conversations import FIELDS
 from hizoo_lite.tasks.custom import LOSS
 from hizoo_lite.tasks.files import Row, Split
 from hizoo_lite.tasks.records import Records
+from hizoo_lite.units import counted
 
 #: What stands for: recognise it.
 AUTO = "auto"
@@ -49,7 +50,7 @@ class Understood(NamedTuple):
 
     def lines(self, count: int) -> list[str]:
         """What is told of it; count: how many examples there are."""
-        found = [f"{self.form}: {count:,} examples, {self.says}", *self.how_read]
+        found = [f"{self.form}: {counted(count, 'example')}, {self.says}", *self.how_read]
         return found + [f"columns that are not used: {', '.join(self.unused)}"] * bool(self.unused)
 
 

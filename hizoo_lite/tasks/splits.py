@@ -30,6 +30,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.records import Records
 from hizoo_lite.tasks.task import WHERE, LeftOut, Stream, Task
+from hizoo_lite.units import counted
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Splits:
     def __str__(self) -> str:
         """How the examples were divided, in one line."""
         words = (
-            f"{self.total:,} examples: {len(self.train)} train, {len(self.dev)} dev, {len(self.test)} test"
+            f"{counted(self.total, 'example')}: {len(self.train)} train, {len(self.dev)} dev, "
+            f"{len(self.test)} test"
         )
         if self.unused:
             words += f", {self.unused:,} not used (beyond the limits, or equal to one of another part)"

@@ -25,6 +25,7 @@ from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.task import LeftOut, check_mostly_good, part_of, where
 from hizoo_lite.tasks.tokens import Tokenizer
 from hizoo_lite.train.step import Stepper
+from hizoo_lite.units import counted
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ def steps_of(config: TrainConfig, splits: Splits) -> TrainConfig:
 def length_line(config: TrainConfig, examples: int) -> str:
     """What a run's steps are of its training examples: a default of many steps is many epochs of a few."""
     epochs = config.steps * config.batch_size / examples
-    return f"{config.steps:,} steps of {config.batch_size} examples: {epochs:.1f} epochs of {examples:,}"
+    batch, steps = counted(config.batch_size, "example"), counted(config.steps, "step")
+    return f"{steps} of {batch}: {epochs:.1f} epochs of {examples:,}"
 
 
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
@@ -158,7 +160,14 @@ def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
-    """The first `limit` examples, of each task, of a part of the data. UserError if it is empty."""
+    """The first `limit` examples, of each task, of a part of the data. UserError if it is empty.
+
+    split "all": every example of a file that `is_whole`.
+    """
+    if split == "all":
+        [path] = sources(config, task)
+        left_out: list[LeftOut] | None = [] if leaves_out(config, task) and not config.strict else None
+        return task.load(path, "train", left_out)[:limit]
     settled = config.dev_examples != "auto" or len(task.parts) == 1  # else a run may have held out none
     splits = make_splits(replace(config, eval_every=1) if split == "dev" and settled else config, task)
     every: list[Example] = getattr(splits, split)
@@ -169,16 +178,21 @@ def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -
     return part
 
 
+def which_part(given: str | None, config: TrainConfig, task: Task, *, names_data: bool) -> str:
+    """The part that is evaluated: as given, else test; of a file that `is_whole`, all if it is named anew.
+
+    UserError for "all" of other data.
+    """
+    whole = is_whole(config, task)
+    if given == "all" and not whole:
+        refuse(["--split: got 'all', allowed with one file of your own data: train, dev, test elsewhere"])
+    return given or ("all" if names_data and whole else "test")
+
+
 def is_whole(config: TrainConfig, task: Task) -> bool:
     """Whether the data is a single file of the user's own, which nothing says how to divide."""
     found = sources(config, task)
     return len(found) == 1 and not task.is_published and found[0] is not None and found[0].is_file()
-
-
-def every_row(config: TrainConfig, task: Task) -> list[Example]:
-    """Every example of such a file."""
-    [path] = sources(config, task)
-    return task.load(path, "train", [] if leaves_out(config, task) and not config.strict else None)
 
 
 def learnable(encoder: Encoder, examples: list[Example]) -> list[Example]:

@@ -18,6 +18,7 @@ from hizoo_lite import synonyms
 from hizoo_lite.config import (
     LARGEST,
     MAY_CHANGE_ON_RESUME,
+    TASK_FILE,
     TrainConfig,
     as_one_or_several,
     choices,
@@ -51,7 +52,7 @@ OLDER: dict[str, Any] = {
 Flag = str | bool | list[str]
 
 #: Files of a run folder that have what was given in memory, by the setting that names them.
-OWN = {"data": "data", "task": "task.toml"}
+OWN = {"data": "data", "task": TASK_FILE}
 
 
 def flag(name: str) -> str:
@@ -180,14 +181,10 @@ def _read(path: Path, found: list[str], origin: dict[str, str]) -> dict[str, Any
 
 
 def _of_yaml(name: str, value: Any) -> Any:
-    """YAML takes 1e-3 for a text, and off for false."""
+    """Its texts, which numbers are too, as those of flags."""
     if isinstance(value, list):
         return [_of_yaml(name, item) for item in value]
-    if isinstance(value, str):
-        return _parsed(name, value)
-    if value is False and "off" in choices(kinds()[name]):
-        return "off"
-    return value
+    return _parsed(name, value) if isinstance(value, str) else value
 
 
 def _typed(name: str, value: Any) -> Any:

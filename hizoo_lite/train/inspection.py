@@ -20,6 +20,7 @@ from hizoo_lite.tasks.splits import key
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.templates import render
 from hizoo_lite.train import components
+from hizoo_lite.units import counted
 
 #: Around what is scored.
 MARKS = ("»", "«")
@@ -61,6 +62,7 @@ def inspect(
         "lengths": {"unit": counted.unit, "examples": len(lengths), **_quantiles(lengths)},
         "labels": _labels(task, every),
         "duplicates": len(every) - len(set(map(key, every))),
+        "contradictions": (contradictions := _contradictions(task, every)),
         "left_out": {
             "count": len(splits.left_out),
             "first": [one._asdict() for one in splits.left_out[:_MOST_LEFT_OUT]],
@@ -69,7 +71,10 @@ def inspect(
             {"where": where(example), "length": counted.length(example), "text": counted.shown(example)}
             for example in (splits.train or every)[:_SHOWN]
         ],
-        "advice": _advice(config, task, splits, lengths, encoder is not None),
+        "advice": [
+            *_advice(config, task, splits, lengths, encoder is not None),
+            *_decide(len(contradictions)),
+        ],
     }
     return found, form
 
@@ -152,6 +157,31 @@ def _labels(task: Task, examples: Sequence[Example]) -> dict[str, int] | None:
     counts = Counter(example.gold for example in examples)
     names = task.labels or tuple(map(str, range(task.num_labels)))
     return {name: counts[number] for number, name in enumerate(names)}
+
+
+def _contradictions(task: Task, examples: Sequence[Example]) -> list[list[dict[str, str]]]:
+    """The examples that ask the same and have different labels, together, each with its place and label."""
+    if task.num_labels is None:
+        return []
+    alike: dict[Any, list[Example]] = {}
+    for example in examples:
+        alike.setdefault(key(example), []).append(example)
+    names = task.labels or tuple(map(str, range(task.num_labels)))
+    return [
+        [{"where": where(example), "label": names[example.gold]} for example in group]
+        for group in alike.values()
+        if len({example.gold for example in group}) > 1
+    ]
+
+
+def _decide(count: int) -> list[str]:
+    """What to do about so many contradictions."""
+    if not count:
+        return []
+    return [
+        f"{counted(count, 'text')} with different labels, listed above: give the rows of each the label that "
+        "is right, or delete them; a model can learn no more than the most frequent one"
+    ]
 
 
 def _advice(

@@ -34,6 +34,7 @@ from hizoo_lite.train.folder import RunFolder
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.journal import Journal, Record
 from hizoo_lite.train.step import Stepper, StepRecord
+from hizoo_lite.units import counted
 
 if TYPE_CHECKING:
     from hizoo_lite.engine.hidden import HiddenStates
@@ -433,7 +434,8 @@ class Loop:
             self.folder.write_predictions(when, step, _lines(setup.encoder.task, examples, result))
         self.callbacks.evaluated(line, result)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
-        self.callbacks.message(f"{when}, after {step} steps: {shown} ({result.examples} examples)")
+        steps, count = counted(step, "step"), counted(result.examples, "example")
+        self.callbacks.message(f"{when}, after {steps}: {shown} ({count})")
         return result
 
     def _recorded(self, when: str, step: int) -> bool:

@@ -70,7 +70,8 @@ class Resolved:
         if self.checkpoint.quantized_bits is not None:
             return f"{self.bits}: the checkpoint is stored so"
         if self.config.bits is not None:
-            return f"{self.bits}: as --bits or the run says"
+            form = "not quantized" if self.bits == "none" else f"quantized to {self.bits} on loading"
+            return f"{form} (--bits, or the run's setting)"
         return f"{self.bits}: the default of --bits; with --bits none weights stay as the checkpoint has them"
 
     @cached_property

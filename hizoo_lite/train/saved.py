@@ -125,10 +125,7 @@ def evaluated(
 ) -> dict[str, Any]:
     """The result as it is printed: scores by name, the loss first. split "all": every row of a file."""
     task = components.task_of(config)
-    if split == "all":
-        part = components.every_row(config, task)[:limit]
-    else:
-        part = components.split_part(config, task, split, limit)
+    part = components.split_part(config, task, split, limit)
     found, model = measured(config, task, part, adapter, progress)
     about = {"bits": model.bits, "device": str(model.device), "residency": model.residency.name}
     return report(found, config, adapter, split) | about

@@ -104,7 +104,7 @@ class _Work:
 
     def __init__(self, base: Path, config: Any, kind: str) -> None:
         if kind != "causal":
-            raise UserError(f"--to: got gguf for a {kind} model; allowed: causal ones")
+            raise UserError(f"--to: got gguf for a {kind} model; allowed: causal ones, or --to onnx, merged")
         gguf = need("gguf", "gguf", "--to gguf")
         self.base, self.config, self.base_name = base, config, ""
         self.architecture = architectures.find(config)
@@ -140,7 +140,7 @@ class _Work:
             ends += found if isinstance(found, list) else [found]
         texts = dict.fromkeys(tokenizer.convert_ids_to_tokens(end) for end in ends if end is not None)
         known = [text for text in texts if text is not None]  # the model may have more ids than the tokenizer
-        return "".join(f'PARAMETER stop "{text}"\n' for text in known)
+        return "".join(map(_stop, known))
 
 
 class _Adapter(_Work):
@@ -255,6 +255,19 @@ class _Model(_Work):
 
     def modelfile(self) -> str:
         return f"FROM ./{MODEL}\n{self._stops()}"
+
+
+def _stop(text: str) -> str:
+    """A stop text as Ollama reads it (its parser/parser.go), or a note that there is one.
+
+    It knows no escapes: it takes the outer quotes off, one or three of them, and drops what is not printable.
+    A text in one quote ends at a quote before a line's end.
+    """
+    odd = [sign for sign in text if not sign.isprintable() and sign not in "\t\n\r"]
+    if odd or '"""' in text:
+        return f"# not said here, a Modelfile cannot hold it: stop {text!a}\n"
+    quote = '"""' if '"' in text else '"'
+    return f"PARAMETER stop {quote}{text}{quote}\n"
 
 
 def _card(run: Path | str, work: _Work) -> str:
