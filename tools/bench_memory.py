@@ -44,7 +44,7 @@ class Case(NamedTuple):
     """One run."""
 
     bits: str
-    space: str  # lora, or dense with a residual
+    space: str  # lora, scales, or one of weights with a residual
     residency: str
     rows: int
     length: int
@@ -70,6 +70,7 @@ CASES = [
     Case("int8", "dense", "disk", 2, 64),
     Case("nf4", "lora", "resident", 1, 512),
     Case("nf4", "lora", "disk", 16, 128),
+    *(Case("nf4", space, "disk", 2, 64) for space in ("lowrank", "subspace", "small", "scales")),
 ]
 QUICK = [CASES[1], CASES[3]]
 

@@ -155,8 +155,8 @@ METHODS = {
 #: KerZOO and FZOO the example that comes with the code. For GRZO and DP-ZO, whose we did not find, MeZO's.
 _FAMILY: dict[str, tuple[dict[str, Any], float, float]] = {
     "kerzoo": ({"estimator": "kerzoo"}, 1.0, 1e-6),
-    "fzoo": ({"estimator": "fzoo"}, 3.0, 5e-5),
-    "grzo": ({"estimator": "grzo"}, 0.3, 1e-4),
+    "fzoo": ({"estimator": "fzoo"}, 10.0, 5e-5),
+    "grzo": ({"estimator": "grzo"}, 3.0, 1e-4),
     "dp": ({"estimator": "dp", "dp_noise": 0.5}, 1.0, 1e-4),
     "dense": ({"space": "dense"}, 0.3, 1e-6),
     "lowrank": ({"space": "lowrank"}, 0.3, 1e-6),
@@ -250,13 +250,15 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     summary = run.summary
     taken = [line for line in lines if line["kind"] == "step"]
-    seconds = list(accumulate((line["seconds"] for line in taken), initial=kept.seconds))
+    seconds: Sequence[float | None] = [None] * (len(taken) + 1)  # a private run tells none, and no losses
+    if all(line["seconds"] is not None for line in taken):
+        seconds = list(accumulate((line["seconds"] for line in taken), initial=kept.seconds))
     return {
         "forwards": branches * steps,
         "seconds": seconds[-1],
         "kept_examples": kept.examples,
-        "peak_bytes": summary["training_peak_bytes"],
-        "inference_peak_bytes": summary["inference_peak_bytes"],
+        "peak_bytes": summary.get("training_peak_bytes"),
+        "inference_peak_bytes": summary.get("inference_peak_bytes"),
         **{name: summary[name] for name in ("loss_before", "loss_after", "metric_before", "metric_after")},
         "seconds_per_step": summary["seconds_per_step"],
         "curve": [
@@ -267,7 +269,9 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
             ),
             *([*point, seconds[-1]] for point in last),
         ],
-        "train_curve": _smoothed([[branches * (r["step"] + 1), sum(r["losses"]) / branches] for r in taken]),
+        "train_curve": _smoothed(
+            [[branches * (r["step"] + 1), sum(r["losses"]) / branches] for r in taken if r["losses"]]
+        ),
         "skipped_steps": summary["skipped_steps"],
         "slowed_steps": _slowed(taken) if lr is None else 0,
     }
@@ -500,20 +504,14 @@ def _standing(group: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
     return -len(group), statistics.median(map(judged, group))
 
 
+#: Of a line of the table, medians over the seeds.
+_MIDDLE = ("forwards", "seconds_per_step", "loss_before", "loss_after", "metric_before", "metric_after")
+
+
 def summarized(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A line a cell, method and budget: medians over the seeds, and the worst seed."""
     for (cell, method, _), group in by_setting(rows).items():
-        middle = {
-            name: statistics.median(row[name] for row in group)
-            for name in (
-                "forwards",
-                "seconds_per_step",
-                "loss_before",
-                "loss_after",
-                "metric_before",
-                "metric_after",
-            )
-        }
+        middle = {name: median(row[name] for row in group) for name in _MIDDLE}
         worst = {
             "loss_worst": max(row["loss_after"] for row in group),
             "metric_worst": min(row["metric_after"] for row in group),
