@@ -47,8 +47,8 @@ class Estimate(NamedTuple):
     """What an estimator makes of the losses of one step.
 
     Attributes:
-        coefficients: one a direction d; the gradient is estimated as the sum of coefficient * d. HiZOO's and
-            MeZO's coefficient is the slope of the loss along d, (l+ - l-) / (2 mu).
+        coefficients: one a direction d; the gradient is estimated as the sum of coefficient * d. Along one
+            direction HiZOO's and MeZO's is the slope of the loss, (l+ - l-) / (2 mu).
         curvatures: d' G d (Gauss-Newton) or d' H d (Hessian) along each direction, see `HiZOO`; None if no
             curvature was measured.
     """

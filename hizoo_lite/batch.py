@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         token_id: (scored,) int64, index into the vocabulary.
         token_slot: (scored,) int64, index into the slots.
         slot_example: (slots,) int64, index of the example; slots of one example are adjacent.
-        gold: (examples,) int64, index into the slots; of a classifier, of the class.
+        gold: (examples,) int64, index into the slots; of a classifier the class.
         loss: "answer" is the mean negative log-likelihood of the gold slot's tokens; "choice" cross-entropy
             over the example's slots, each scored by its mean token log-probability (as MeZO, 2305.17333,
             trains its classification tasks); "class" cross-entropy over the classifier's logits.
@@ -64,15 +64,17 @@ class Losses(NamedTuple):
 
     Attributes:
         per_example: the loss of each branch and example, (branches, examples) float64.
-        scores: mean log-probabilities, (branches, slots); of a classifier its logits.
+        scores: mean log-probabilities, (branches, slots); of a classifier its logits, (branches, examples,
+            classes).
         divergences: (directions, examples) float64: KL(p || q) + KL(q || p) of the two branches that are
             compared along each direction, of the distribution that the loss is of: "choice" over the
             example's slots, "class" over the classes, "answer" over the vocabulary, there the mean over the
             gold slot's tokens.
         exact: (n,) float64: for each parameter with an exact gradient, in the order of names, the gradient of
-            the losses' sum at theta, flat, then its reach, how far an output moves at most if every value
-            moves by one: sum |x| over the inputs x that the losses depend on, and their number. None if no
-            parameter has one.
+            the losses' sum at theta, flat, then its reach as two values: sum |x| over the inputs x that the
+            losses depend on, and their number. Their ratio is how far an output moves at most if every value
+            moves by one, times what the space makes x larger by (see `LoRADelta`). None if no parameter has
+            one.
     """
 
     per_example: Array

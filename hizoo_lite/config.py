@@ -354,12 +354,8 @@ class TrainConfig:
     @property
     def task_name(self) -> str:
         """The task or tasks, in words; of one that is made of the data, the data as it was given."""
-        path = Path(self.tasks[0])
-        is_runs = path.name == TASK_FILE and (path.parent / "config.toml").is_file()
-        if self.data is None or not (is_runs or self.task == AUTO):
-            return ", ".join(self.tasks)
-        in_memory = is_runs and Path(str(self.data)).parent == path.parent
-        return "rows in memory" if in_memory else str(self.data)
+        data = one_or_several(self.data) or (None,) * len(self.tasks)
+        return ", ".join(map(_task_name, self.tasks, data))
 
     @property
     def estimates(self) -> bool:
@@ -379,6 +375,14 @@ class TrainConfig:
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         refuse(problems({f.name: getattr(self, f.name) for f in fields(self)}))
+
+
+def _task_name(task: str, data: str | None) -> str:
+    path = Path(task)
+    is_runs = path.name == TASK_FILE and (path.parent / "config.toml").is_file()
+    if data is None or not (is_runs or task == AUTO):
+        return task
+    return "rows in memory" if is_runs and Path(data).parent == path.parent else data
 
 
 def one_or_several(value: Any) -> tuple[Any, ...]:

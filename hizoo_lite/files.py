@@ -143,7 +143,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     except (LookupError, AttributeError, TypeError) as error:  # what PyYAML's own conversions raise
-        raise ValueError(f"a value is not what its tag, such as !!int, says: {error}") from error
+        raise ValueError(f"a value is not what its tag, such as !!bool, says: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"got {found!r:.80}, wanted are lines such as `steps: 500`")
     return found

@@ -246,7 +246,7 @@ def fit(
     progress: bool = True,
     **options: Any,
 ) -> Run:
-    """Tune a model with forward passes, and write the run folder.
+    """Tune a model and write the run folder.
 
     Args:
         model: a whole configuration, a loaded model (with the residency it has, and the budgets it was loaded

@@ -220,3 +220,13 @@ def test_curvature_settings_reach_the_curvature() -> None:
     assert grouped.per == "row"
     with pytest.raises(UserError, match=r"curvature_mode: got 'published'.*allowed: paper, reference"):
         TrainConfig(**common, curvature_mode="published")
+
+
+def test_each_task_is_called_by_its_own_data(tmp_path: Path) -> None:
+    run = tmp_path / "runs"
+    run.mkdir()
+    (run / "config.toml").touch()
+    settings: dict[str, Any] = {"model": "embedded", "task": (str(run / "task.toml"), "sst2")}
+    assert TrainConfig(**settings, data=("mine.csv", "sst2/")).task_name == "mine.csv, sst2"
+    assert TrainConfig(**settings, data=(str(run / "data"), "sst2/")).task_name == "rows in memory, sst2"
+    assert TrainConfig(model="embedded", data="mine.csv").task_name == "mine.csv"

@@ -98,6 +98,10 @@ def test_texts_with_different_labels_are_listed_with_what_to_do(tmp_path):
     listed = next(line for line in shown.splitlines() if line.startswith(f"  {path}:"))
     assert set(listed.strip().split(", ")) == {f"{path}:2 good", f"{path}:43 bad"}
     assert "advice: 1 text with different labels, listed above: give the rows of each the label" in shown
+    path.write_text(path.read_text() + "".join(f"{REVIEWS[0][0]} {n};bad\n" for n in range(2, 24, 2)))
+    shown = call("data", "inspect", str(path)).stdout
+    assert "with different labels: 12\n" in shown
+    assert "\n  and 2 texts more; --json lists all\n" in shown
 
 
 def test_inspect_writes_the_task_file_and_does_not_write_over_one(tmp_path):

@@ -136,6 +136,8 @@ def _print(found: dict[str, Any]) -> None:
     typer.echo(f"there twice or more: {found['duplicates']:,}{differ}")
     for group in contradictions[:_MOST_LISTED]:
         typer.echo("  " + ", ".join(f"{one['where']} {one['label']}" for one in group))
+    if (more := len(contradictions) - _MOST_LISTED) > 0:
+        typer.echo(f"  and {counted(more, 'text')} more; --json lists all")
     left_out = found["left_out"]
     typer.echo(f"left out: {left_out['count']:,}")
     for one in left_out["first"]:

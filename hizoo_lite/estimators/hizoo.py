@@ -56,7 +56,8 @@ class HiZOO(Estimator):
         curvature = d' H d = (l+ + l- - 2 l0) / mu^2                           "losses", as published
 
     with l0 the loss at theta, p+ and p- the predicted distributions, G the Gauss-Newton matrix and H the
-    Hessian. Along n > 1 directions all points are one-sided and share theta: coefficient_k = (l_k - l0) / mu.
+    Hessian. Along n > 1 directions all points are one-sided and share theta: coefficient_k = (l_k - l0) / mu,
+    and curvature_k has the predictions at theta for p- and mu^2 for 4 mu^2.
     Curvature from predictions is our deviation; with LoRA the published second difference is mostly noise.
 
     Example:

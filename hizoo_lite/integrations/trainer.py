@@ -56,7 +56,7 @@ _UNREAD = ("position_ids", "inputs_embeds", "completion_mask", "assistant_masks"
 
 
 class HiZOOTrainer:
-    """A trainer in the shape of transformers' `Trainer`, whose steps are forward passes alone.
+    """transformers' `Trainer` with the steps of `fit`: forward passes alone unless `exact_blocks` is given.
 
     `state` is transformers' `TrainerState`; `run` is the `Run`, once it is trained.
 
