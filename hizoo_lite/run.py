@@ -67,6 +67,7 @@ from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.setup import Setup, build, calibrate, keeps_hidden_states
 from hizoo_lite.train.summary import summarize
+from hizoo_lite.units import counted
 
 if TYPE_CHECKING:
     from hizoo_lite.edge.folder import Export
@@ -99,7 +100,7 @@ class Run:
 
     def __repr__(self) -> str:
         """The folder, the steps, and what they came to, in one line."""
-        parts, found = [f"{self.folder}: {self.summary['steps']} steps"], self.summary
+        parts, found = [f"{self.folder}: {counted(self.summary['steps'], 'step')}"], self.summary
         for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
             scores = [found[f"{key}_{when}"] for when in ("before", "after")]
             if any(score is not None for score in scores):
@@ -109,7 +110,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """The same as a small table, for a notebook."""
-        found, steps = self.summary, f"{self.summary['steps']} steps"
+        found, steps = self.summary, counted(self.summary["steps"], "step")
         title = escape(f"{self.folder}: {steps}{', interrupted' * self.interrupted}")
         lines = []
         for name, key in {"loss": "loss", found["metric"]: "metric"}.items():

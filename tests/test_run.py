@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -499,3 +500,9 @@ def test_the_tracker_gets_losses_and_evaluations(tmp_path: Path) -> None:
     assert len(events.Scalars("train/loss")) == 6
     after = events.Scalars("after/loss")[0].value
     assert after == pytest.approx(run.summary["loss_after"], rel=1e-6)  # stored as float32
+
+
+def test_one_step_is_one_in_a_runs_line() -> None:
+    scores = {"metric": "loss", "metric_before": 2.0, "metric_after": 1.0}
+    run = SimpleNamespace(folder="runs/a", summary={"steps": 1, **scores}, interrupted=False)
+    assert Run.__repr__(run) == "Run(runs/a: 1 step, loss 2.0000 -> 1.0000)"  # type: ignore[arg-type]

@@ -435,7 +435,7 @@ class Loop:
         self.callbacks.evaluated(line, result)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores(line).items())
         steps, count = counted(step, "step"), counted(result.examples, "example")
-        self.callbacks.message(f"{when}, after {steps}: {shown} ({count})")
+        self.callbacks.message(f"{when} ({steps}): {shown} ({count})")
         return result
 
     def _recorded(self, when: str, step: int) -> bool:
