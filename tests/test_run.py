@@ -503,6 +503,6 @@ def test_the_tracker_gets_losses_and_evaluations(tmp_path: Path) -> None:
 
 
 def test_one_step_is_one_in_a_runs_line() -> None:
-    scores = {"metric": "loss", "loss_before": 2.0, "loss_after": 1.0}
+    scores = {"metric": "loss", "metric_before": 2.0, "metric_after": 1.0}
     run = SimpleNamespace(folder="runs/a", summary={"steps": 1, **scores}, interrupted=False)
     assert Run.__repr__(run) == "Run(runs/a: 1 step, loss 2.0000 -> 1.0000)"  # type: ignore[arg-type]
