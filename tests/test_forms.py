@@ -169,6 +169,13 @@ def test_columns_that_nothing_reads_are_told():
     assert found.lines(8)[-1] == "columns that are not used: id, source"
 
 
+def test_columns_beside_plain_text_may_hold_labels():
+    row = {"note": "A cold room.", "desk": "front", "day": "Monday"}
+    found = forms.recognise(Records([row] * 4), text_field="note")
+    assert found.form == "text"
+    assert found.lines(4)[-1].endswith("desk, day (--label-field names one that holds labels)")
+
+
 @pytest.mark.parametrize(
     ("rows", "form", "fields", "message"),
     [

@@ -255,7 +255,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
 ) -> None:
-    """Export a run: its adapter for PEFT, base and adapter for onnxruntime, or one merged model.
+    """Export a run: for PEFT, onnxruntime (to answer or to train on), llama.cpp, or as one merged model.
 
     onnx: the base keeps its quantized weights and is compared with the model before it is left behind; if
     DIR has the same base already, the adapter alone is added. onnx-train: a graph of the run's losses, from

@@ -51,7 +51,8 @@ class Understood(NamedTuple):
     def lines(self, count: int) -> list[str]:
         """What is told of it; count: how many examples there are."""
         found = [f"{self.form}: {counted(count, 'example')}, {self.says}", *self.how_read]
-        return found + [f"columns that are not used: {', '.join(self.unused)}"] * bool(self.unused)
+        hint = " (--label-field names one that holds labels)" if self.keys.get("kind") == "lm" else ""
+        return found + [f"columns that are not used: {', '.join(self.unused)}{hint}"] * bool(self.unused)
 
 
 @dataclass
