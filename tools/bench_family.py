@@ -7,7 +7,8 @@ reference written from the paper (`tests/family.py`), relative to a step's large
 noise's or product's as well. `resumed`: a run that is killed between two checkpoints and goes on has the same
 bytes as one that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`:
 its journal alone makes the same bytes. `planned`: the peak that was planned over the one measured, in a
-process of its own; with --quick in a fork of one. Losses are of the test examples, before and after.
+process of its own. Losses are of the test examples, before and after. With --quick runs are shorter and forks
+of one process, and a method has one stored form.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import forked  # first: it sets the number of threads before torch is imported
 
 # isort: split
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -45,7 +47,9 @@ SHARED: dict[str, Any] = {
     "hidden_states": "off",
 }
 #: Of a run: forwards, and examples that it is evaluated on.
-FULL, QUICK = (240, 300), (48, 60)
+FULL, QUICK = (240, 300), (24, 40)
+#: Stored forms; with --quick each method has one of them, in turns.
+BITS = ("nf4", "int8")
 #: Bytes in front of a journal's records.
 HEADER = 32
 
@@ -163,10 +167,11 @@ def main() -> None:
     names = arguments.only.split(",") if arguments.only else list(METHODS)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for bits in ("nf4", "int8"):
+        os.environ["HIZOO_LITE_REPORT"] = "0"  # each run would have its page drawn
+        for number, bits in enumerate(BITS):
             stored = Path(scratch) / bits
             Quantization(DEMO, stored, kind="causal", bits=bits, double_quant=False).run()
-            for name in names:
+            for name in names[number :: len(BITS)] if arguments.quick and names[1:] else names:
                 folder = Path(scratch) / f"{name} {bits}"
                 folder.mkdir()
                 rows.append(row(name, bits, stored, folder, arguments.quick))
