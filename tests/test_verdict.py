@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +68,10 @@ def test_few_examples_are_answered_with_how_many_it_takes() -> None:
 def test_the_commands_after_a_run_are_of_its_folder_and_model(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     given = record(0.0, 1.0, 3)
-    assert verdict.commands(given) == {}  # nothing is saved
+    assert verdict.commands(given.path, given.summary) == {}  # nothing is saved
     (folder / "adapter").mkdir(parents=True)
     summary = {**given.summary, "kind": "classifier", "space": "dense"}
-    assert verdict.commands(replace(given, path=folder, summary=summary)) == {
+    assert verdict.commands(folder, summary) == {
         "evaluate": f"hizoo-lite eval --adapter '{folder}'",
         "export": f"hizoo-lite export '{folder}' --to merged --out '{folder}-merged'",
     }

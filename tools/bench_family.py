@@ -171,7 +171,7 @@ def main() -> None:
         for number, bits in enumerate(BITS):
             stored = Path(scratch) / bits
             Quantization(DEMO, stored, kind="causal", bits=bits, double_quant=False).run()
-            for name in names[number :: len(BITS)] if arguments.quick and names[1:] else names:
+            for name in names[number :: len(BITS)] if arguments.quick else names:
                 folder = Path(scratch) / f"{name} {bits}"
                 folder.mkdir()
                 rows.append(row(name, bits, stored, folder, arguments.quick))

@@ -49,7 +49,7 @@ def command(
     if run.interrupted:
         typer.echo(f"interrupted; go on with: {resume_line(str(run.folder))}", err=True)
         raise typer.Exit(INTERRUPTED)
-    output.print_commands(run.folder)
+    output.print_commands(run.folder, run.summary)
 
 
 def _print_samples(run: Run) -> None:

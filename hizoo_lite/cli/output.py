@@ -76,12 +76,11 @@ def print_verdict(folder: Path) -> None:
             typer.echo(line)
 
 
-def print_commands(folder: Path) -> None:
+def print_commands(folder: Path, summary: Mapping[str, Any]) -> None:
     """What to do with what a run has trained, beside the results."""
     from hizoo_lite.report import verdict
-    from hizoo_lite.report.record import read_run
 
-    for what, command in verdict.commands(read_run(folder)).items():
+    for what, command in verdict.commands(folder, summary).items():
         typer.echo(f"  {what}: {command}", err=True)
 
 

@@ -60,7 +60,7 @@ def train(
         typer.echo(f"interrupted; saved in {place}; go on with: {resume_line(str(run.folder))}", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"saved in {place}", err=True)
-    output.print_commands(run.folder)
+    output.print_commands(run.folder, run.summary)
 
 
 def resume_line(folder: str) -> str:

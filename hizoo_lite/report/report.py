@@ -130,7 +130,7 @@ def render(records: Sequence[RunRecord], charts: Sequence[Chart]) -> str:
         verdicts=[
             (name, said) for name, run in zip(names, records, strict=True) if (said := verdict.of_run(run))
         ],
-        commands=verdict.commands(records[0]) if len(records) == 1 else {},
+        commands=verdict.commands(records[0].path, records[0].summary) if len(records) == 1 else {},
         groups=examples.groups(records[0]) if len(records) == 1 else [],
         confusion=examples.confusion(records[0]) if len(records) == 1 else None,
         notes=_notes(records),

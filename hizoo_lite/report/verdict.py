@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hizoo_lite.config import default
@@ -63,16 +64,16 @@ def of_run(run: RunRecord) -> Verdict | None:
     return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
 
 
-def commands(run: RunRecord) -> dict[str, str]:
-    """What to do with what was trained: a command by what it does; none if nothing is saved."""
-    folder = shlex.quote(str(run.path))
-    if not (run.path / "adapter").is_dir():
+def commands(path: Path, summary: Mapping[str, Any]) -> dict[str, str]:
+    """Commands for what the run in `path` has trained, by what they do; none if nothing is saved."""
+    folder = shlex.quote(str(path))
+    if not (path / "adapter").is_dir():
         return {}
-    form = "peft" if run.summary.get("space") in SPACES.having("rank") else "merged"
+    form = "peft" if summary.get("space") in SPACES.having("rank") else "merged"
     found = {"evaluate": f"hizoo-lite eval --adapter {folder}"}
-    if run.summary.get("kind") == "causal":
+    if summary.get("kind") == "causal":
         found["ask"] = f'hizoo-lite generate --adapter {folder} --prompt "..."'
-    out = shlex.quote(f"{run.path}-{form}")
+    out = shlex.quote(f"{path}-{form}")
     return {**found, "export": f"hizoo-lite export {folder} --to {form} --out {out}"}
 
 
