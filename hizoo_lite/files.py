@@ -131,7 +131,8 @@ def parse_yaml(text: str) -> dict[str, Any]:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            counts = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
             if twice := next((key for key, count in counts.items() if count > 1), None):
                 raise ValueError(f"the key {twice!r} is there twice")
             return super().construct_mapping(node, deep)

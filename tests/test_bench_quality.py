@@ -11,9 +11,10 @@ from typing import Any
 import bench_quality
 import pytest
 import tickets
-from bench_quality import CELLS, MOST, headline, to_mezo
+from bench_quality import CELLS, MOST, Rows, headline, run_cell, to_mezo
 
 from hizoo_lite import tasks
+from hizoo_lite.errors import TooManyBadSteps
 
 
 def row(cell: str, method: str, seed: int = 0, budget: int = 450, **more: Any) -> dict[str, Any]:
@@ -150,3 +151,23 @@ def test_what_a_run_computes_beforehand_counts() -> None:
         kept.on_prediction_step(None, None, None, examples=examples)
     assert kept.examples == 5
     assert kept.seconds > 0
+
+
+def test_a_rate_at_which_a_run_breaks_does_not_end_the_bench(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried = []
+
+    def run(arguments: Any, work: Any, config: Any, method: Any, budget: int, lr: float) -> dict[str, Any]:
+        tried.append((config.seed, lr))
+        if lr == max(CELLS["demo"].mezo):
+            raise TooManyBadSteps("10 losses were not finite")
+        return {"forwards": budget, "curve": [], "loss_after": lr, "metric_after": 0.5}
+
+    monkeypatch.setattr(bench_quality, "alone", run)
+    arguments = SimpleNamespace(seeds=[0, 1], models=tmp_path, threads=1, device="cpu", quick=False)
+    for _ in range(2):  # the second time everything is there, however it ended
+        run_cell("demo", ["mezo"], 300, Rows(tmp_path), arguments)
+    rates = CELLS["demo"].mezo
+    assert tried == [*((0, lr) for lr in rates), (1, min(rates))]
+    assert max(rates) not in [row["lr"] for row in Rows(tmp_path).all()]

@@ -210,6 +210,19 @@ def test_plan_counts_the_examples_of_data_for_epochs(tmp_path):
     assert "--epochs: no examples to count" in alone.stderr
 
 
+def test_a_plan_for_data_is_the_one_that_its_run_makes(tmp_path: Path) -> None:
+    data = str(reviews(tmp_path))
+    same = ["--model", "embedded", "--data", data, "--batch-size", "4", "--device", "cpu", "--steps", "1"]
+    planned = call("plan", *same, "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert call("train", *same, "--out", str(tmp_path / "run"), "--json").exit_code == 0
+    alone, of_run = json.loads(planned.stdout), json.loads((tmp_path / "run" / "plan.json").read_text())
+    owners = [dict(found["ledger"]["device"]) for found in (alone, of_run)]
+    for found in owners:  # libraries by what is loaded; a plan has a budget, so its heap gives back
+        found.pop("framework"), found.pop("heap", None)
+    assert owners[0] == owners[1]
+
+
 def test_a_file_of_ones_own_is_evaluated_as_a_whole(tmp_path: Path) -> None:
     rows = "".join(f"the number {n} came,{'odd' if n % 2 else 'even'}\n" for n in range(20))
     (tmp_path / "mine.csv").write_text("text,label\n" + rows)

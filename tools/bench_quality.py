@@ -48,6 +48,7 @@ from torch import Tensor
 from hizoo_lite import estimators
 from hizoo_lite.batch import Batch
 from hizoo_lite.config import TrainConfig
+from hizoo_lite.errors import TooManyBadSteps
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.run import Run, fit
 from hizoo_lite.tasks import Encoder, batch_indices
@@ -270,7 +271,7 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
             *([*point, seconds[-1]] for point in last),
         ],
         "train_curve": _smoothed(
-            [[branches * (r["step"] + 1), sum(r["losses"]) / branches] for r in taken if r["losses"]]
+            [[branches * (r["step"] + 1), statistics.fmean(r["losses"])] for r in taken if r["losses"]]
         ),
         "skipped_steps": summary["skipped_steps"],
         "slowed_steps": _slowed(taken) if lr is None else 0,
@@ -410,7 +411,10 @@ def evaluated(model: torch.nn.Module, encoder: Encoder, examples: Sequence[Any])
 
 
 class Rows:
-    """rows.jsonl: what was run. A row is known by cell, method, rate, seed and the forwards asked for."""
+    """rows.jsonl: what was run. A row is known by cell, method, rate, seed and the forwards asked for.
+
+    Of a run whose steps were no longer finite it says so, as `ended`, and holds no figures.
+    """
 
     KEY = ("cell", "method", "lr", "seed", "budget")
 
@@ -419,13 +423,16 @@ class Rows:
         self.path = folder / "rows.jsonl"
 
     def all(self) -> list[dict[str, Any]]:
-        """Every row, in the order in which they were made."""
-        text = self.path.read_text() if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
+        """Every row of a run that came to its end, in the order in which they were made."""
+        return [row for row in self._read() if "ended" not in row]
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """The row with this key."""
-        return next((row for row in self.all() if all(row[name] == key[name] for name in self.KEY)), None)
+        """The row with this key, however it ended."""
+        return next((row for row in self._read() if all(row[name] == key[name] for name in self.KEY)), None)
+
+    def _read(self) -> list[dict[str, Any]]:
+        text = self.path.read_text() if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row, in one write."""
@@ -443,16 +450,21 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
         rates: Sequence[float | None] = method.rates(cell)
         for number, seed in enumerate(arguments.seeds):
             if number == 1 and len(rates) > 1:
-                rates = [best_rate(rows, name, method_name, budget, arguments.seeds[0])]
+                rates = best_rate(rows, name, method_name, budget, arguments.seeds[0])
             for lr in rates:
                 key = {"cell": name, "method": method_name, "lr": lr, "seed": seed, "budget": budget}
                 if rows.find(**key):
                     continue
                 config = configuration(cell, arguments.models, seed, arguments)
-                if method_name == "backpropagation":
-                    found = alone(arguments, backpropagation, config, cell.targets, budget, lr)
-                else:
-                    found = alone(arguments, zeroth_order, config, method, budget, lr)
+                try:
+                    if method_name == "backpropagation":
+                        found = alone(arguments, backpropagation, config, cell.targets, budget, lr)
+                    else:
+                        found = alone(arguments, zeroth_order, config, method, budget, lr)
+                except TooManyBadSteps as error:
+                    rows.add({**key, "ended": str(error)})
+                    print(name, method_name, lr or "", seed, error, flush=True)
+                    continue
                 more = {"batch_size": config.batch_size, "threads": arguments.threads}
                 rows.add({**key, **found, **more})
                 print(
@@ -481,11 +493,11 @@ def points(row: Mapping[str, Any]) -> list[list[Any]]:
     return row["curve"] or [last]
 
 
-def best_rate(rows: Rows, cell: str, method: str, budget: int, seed: int) -> float:
-    """Of the grid, by the rows of one seed."""
+def best_rate(rows: Rows, cell: str, method: str, budget: int, seed: int) -> list[float]:
+    """Of the grid, by the rows of one seed; none if no run came to its end."""
     key = {"cell": cell, "method": method, "budget": budget, "seed": seed}
     found = [row for row in rows.all() if all(row[name] == value for name, value in key.items())]
-    return min(found, key=judged)["lr"]
+    return [min(found, key=judged)["lr"]] if found else []
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], list[Mapping[str, Any]]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hizoo_lite.config import default
+from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.units import counted, format_bytes
 
 
@@ -46,7 +47,7 @@ def print_run(summary: Mapping[str, Any]) -> None:
     print_table(title, ["score", "before", "after"], rows)
     speed = summary["seconds_per_step"]
     typer.echo(
-        f"{counted(summary['steps'], 'step')} ({summary['estimator']}, {summary['curvature']}"
+        f"{counted(summary['steps'], 'step')} ({_method(summary)}"
         + ("" if summary["objective"] == default("objective") else f", objective {summary['objective']}")
         + "), "
         f"{summary['forward_passes']:,} forward passes"
@@ -54,6 +55,12 @@ def print_run(summary: Mapping[str, Any]) -> None:
         + f", peak memory {format_bytes(summary['measured_peak_bytes'])}"
         + f" (inference {format_bytes(summary['inference_peak_bytes'])})"
     )
+
+
+def _method(summary: Mapping[str, Any]) -> str:
+    """Estimator and curvature; of exact gradients, which no member estimates, the name alone."""
+    name = summary["estimator"]
+    return f"{name}, {summary['curvature']} curvature" if name in ESTIMATORS else f"{name} gradients"
 
 
 def _scores(found: Mapping[str, Any], of: str) -> list[list[str]]:

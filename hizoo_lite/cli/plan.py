@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Settings of a run that its plan depends on.
 SHARED = (
-    *("model", "revision", "kind", "task", "data", "text_field", "label_field"),
+    *("model", "revision", "kind", "task", "data", "text_field", "label_field", "chat_template"),
     *("bits", "double_quant", "compute_dtype", "device", "space"),
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
     *("estimator", "objective", "curvature", "curvature_from"),
@@ -36,7 +36,7 @@ SHARED = (
 _HELP = {
     "model": "folder or hub id of a Hugging Face model, of which only config.json and index are read",
     "task": "lm and chat read logits at every token, others at labels (default: sst2, with --data its form)",
-    "data": "file or folder whose examples are counted, for --epochs",
+    "data": "file or folder whose examples are counted and, with the tokenizer of a model's folder, encoded",
     "batch_size": "examples of a step; without it the largest that fits, up to 16",
     "profile": "machine, by the name of a hardware profile or its file; without it this one",
     "device_budget": "memory of the device that the run may take, e.g. 24GiB; without it what is free",
@@ -78,15 +78,12 @@ def plan(
     from hizoo_lite.cli import output
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
-    from hizoo_lite.plan.workload import Demand, Workload
     from hizoo_lite.spaces.targets import AUTO_SHARE
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
-    config, examples = _with_data(config)
     inventory, kind = find_inventory(config)
-    each = Demand(rows_per_example, rows_per_example)
-    workload = Workload(each, each, examples=examples)
+    config, workload = _with_data(config, inventory.folder, kind, rows_per_example)
     found = planner.plan_run(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
@@ -125,21 +122,35 @@ def _suggested(exact: tuple[int, Plan] | None) -> dict[str, Any]:
     return {"exact": {"blocks": count, "fits": plan.fits, "peak_bytes": plan.peak_bytes}}
 
 
-def _with_data(config: TrainConfig) -> tuple[TrainConfig, int | None]:
-    """The configuration with what its data says: steps and kind of task; how many examples train."""
-    from hizoo_lite.errors import UserError
-    from hizoo_lite.train import components
+def _with_data(config: TrainConfig, folder: Path, kind: ModelKind, rows: int) -> tuple[TrainConfig, Workload]:
+    """The configuration with what its data says, steps and kind of task, and what its examples make.
 
+    They are encoded as a run would, if the model's folder has a tokenizer; else, and without data, an example
+    has so many `rows`, as long as the limit allows.
+    """
+    from hizoo_lite.errors import UserError
+    from hizoo_lite.plan.workload import Demand, Workload
+    from hizoo_lite.train import components, planning
+    from hizoo_lite.train.tokenizing import encoder_of
+
+    each = Demand(rows, rows)
     if config.data is None:
         if config.epochs is not None:
             raise UserError("--epochs: no examples to count; allowed: beside --data, or --steps")
-        return config, None
+        return config, Workload(each, each)
     task = components.task_of(config)
     splits = components.run_splits(config, task)
-    name = config.task if task.kind != "lm" else "chat" if task.chat else "lm"
-    config = replace(components.steps_of(config, splits), task=name, text_field=None, label_field=None)
+    encoder = encoder_of(folder, kind, task, config)
+    if encoder is not None:
+        splits = components.usable_splits(encoder, splits, config)
+    config = components.steps_of(config, splits)
     typer.echo(f"{task.name}, {splits}; {config.steps} steps", err=True)
-    return config, len(splits.train)
+    if encoder is None:
+        workload = Workload(each, each, examples=len(splits.train))
+    else:
+        workload = planning.workload(encoder, splits, config)
+    name = config.task if task.kind != "lm" else "chat" if task.chat else "lm"
+    return replace(config, task=name, text_field=None, label_field=None), workload
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
