@@ -34,7 +34,7 @@ CODE = """
 import resource, sys
 import onnxscript, torch.onnx
 import hizoo_lite.export.onnx.export as exporting
-from hizoo_lite.memory.peak import private_bytes
+from hizoo_lite.process import private_bytes
 exporting._references = lambda *_: []
 exporting._check = lambda *_: None
 limit = private_bytes() + int(sys.argv[3])

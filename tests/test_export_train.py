@@ -128,7 +128,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
             # of size mu^2 c: relative to their own size, and to float32 logits that differ by mu
             np.testing.assert_allclose(between, want.divergences, rtol=1e-3, atol=1e-7)
             if branches.pairs:
-                assert want.divergences.max() > 1e-5
+                assert want.divergences.max() > 1e-6  # ten times what they may differ by
                 assert np.abs(losses[-1] - losses[-2]).max() > 100 * ROUNDING
 
 
