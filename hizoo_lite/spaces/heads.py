@@ -50,13 +50,16 @@ def branch_values(value: Tensor, name: str | None, state: BranchState) -> Tensor
 class HeadDelta(LinearDelta):
     """A layer trained in full: every branch has its own weight (out, in) and bias, float32.
 
-    exact: they are the same in all branches, and have gradients.
+    exact: they are the same in all branches, and have gradients; `step` is how many nats an output may then
+    move by.
     """
 
     replaces_base = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, names: tuple[str, str], exact: bool) -> None:
-        self.weight, self.bias, self.names, self.exact = weight, bias, names, exact
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, names: tuple[str, str], exact: bool, step: float = 1.0
+    ) -> None:
+        self.weight, self.bias, self.names, self.exact, self.step = weight, bias, names, exact, step
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         weight_name, bias_name = (None, None) if self.exact else self.names
@@ -67,8 +70,11 @@ class HeadDelta(LinearDelta):
             bias = branch_values(self.bias, bias_name, state)
             out = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
         if self.weight.requires_grad:
-            out.register_hook(partial(state.reached, self.names[0], x.detach()))
-            out.register_hook(partial(state.reached, self.names[1], torch.ones_like(x[..., :1])))
+            reach = x.detach() / self.step
+            out.register_hook(partial(state.reached, self.names[0], reach))
+            out.register_hook(
+                partial(state.reached, self.names[1], torch.full_like(x[..., :1], 1 / self.step))
+            )
         return out
 
 
@@ -78,10 +84,12 @@ def attach_head(
     parameters: dict[str, Tensor],
     exact: dict[str, Tensor],
     frozen: dict[str, Tensor],
+    step: float = 1.0,
 ) -> list[str]:
     """Make the classification head trainable; the names of its linear layers. Nothing for another model.
 
     Adds its weights to `parameters`; with "exact" the last layer's to `exact` and the others' to `frozen`.
+    step: see `HeadDelta`.
     """
     if mode == "none":
         return []
@@ -96,7 +104,7 @@ def attach_head(
         bias = None if linear.bias is None else linear.bias.clone()
         if bias is not None:
             into[names[1]] = bias
-        linear.delta = HeadDelta(weight, bias, names, mode == "exact")
+        linear.delta = HeadDelta(weight, bias, names, mode == "exact", step)
     return found
 
 

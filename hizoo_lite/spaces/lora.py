@@ -60,9 +60,13 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 
 _log = logging.getLogger(__name__)
 
-#: How far B's product may move in a step, where a logit may move by one nat (see `optimizers/exact.py`), and
-#: that of A by one, too. Of 0.003 to 0.3 the best over SmolLM2, MiniLM and the demo (tools/LOG.md).
-STEP = 0.01
+#: How far the products of all exact blocks together may move in a step, where a logit may move by one nat
+#: (`optimizers/exact.py`): each B's product by its block's share, that of A by one nat. With the share that
+#: six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
+STEP = 0.06
+#: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
+#: head so sure of its examples that the loss on others is twice as high (tools/LOG.md).
+HEAD_STEP = 0.1
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
 
@@ -70,7 +74,7 @@ class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
     names: of A and of B, None if it is the same in all branches. exact: their names if they have exact
-    gradients.
+    gradients, and step how far B's product may then move, in nats of a logit.
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class LoRADelta(LinearDelta):
         names: tuple[str | None, str | None],
         scaling: float,
         exact: tuple[str, str] = ("", ""),
+        step: float = 1.0,
     ) -> None:
-        self.a, self.b, self.names, self.scaling, self.exact = a, b, names, scaling, exact
+        self.a, self.b, self.names, self.scaling = a, b, names, scaling
+        self.exact, self.step = exact, step
 
     def apply(self, x: Tensor, y: Tensor | None, state: BranchState) -> Tensor:
         assert y is not None
@@ -95,7 +101,7 @@ class LoRADelta(LinearDelta):
         b = _values(self.b, self.names[1], state)
         out = y.baddbmm_(inner, b.transpose(1, 2), alpha=self.scaling)
         if self.exact[1] and out.requires_grad:
-            reach = inner.detach() * (self.scaling / STEP)
+            reach = inner.detach() * (self.scaling / self.step)
             out.register_hook(partial(state.reached, self.exact[1], reach))
         return out
 
@@ -263,6 +269,8 @@ class LoRA(Space):
         release(model)
         self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
+        exact_blocks = len(model.blocks) if self.exact_blocks == "all" else self.exact_blocks
+        step = STEP / max(exact_blocks, 1)
         for target in self.target_names:
             linear = model.linears[target]
             names = (f"{target}.lora_A.weight", f"{target}.lora_B.weight")
@@ -273,12 +281,14 @@ class LoRA(Space):
             b = torch.zeros(linear.out_features, self.rank, device=model.device)
             if in_top(model, target, self.exact_blocks):
                 self.exact |= {names[0]: a, names[1]: b}
-                linear.delta = LoRADelta(a, b, (None, None), self.scaling, exact=names)
+                linear.delta = LoRADelta(a, b, (None, None), self.scaling, exact=names, step=step)
             else:
                 (self.parameters if self.train_a else self.frozen)[names[0]] = a
                 self.parameters[names[1]] = b
                 linear.delta = LoRADelta(a, b, names if self.train_a else (None, names[1]), self.scaling)
-        self.head_names = attach_head(model, self.head, self.parameters, self.exact, self.frozen)
+        head_step = HEAD_STEP if exact_blocks else 1.0
+        into = self.parameters, self.exact, self.frozen
+        self.head_names = attach_head(model, self.head, *into, head_step)
         self.label_layer = None
         wanted = self.head == "exact" and not self.exact_blocks
         if labels is not None and wanted and len(labels) <= self.rank:
