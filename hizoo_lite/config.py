@@ -108,10 +108,16 @@ class TrainConfig:
         several=True,
     )
     text_field: str | None = _setting(
-        None, "column of the texts, of a form; without it by its name", group="What"
+        None,
+        "column of the texts, of a form (of completion the prompts, of alpaca the instructions); without it "
+        "by its name",
+        group="What",
     )
     label_field: str | None = _setting(
-        None, "column of the labels, of a classification; without it by its name", group="What"
+        None,
+        "column of the labels, of a classification (of completion the completions, of alpaca the outputs); "
+        "without it by its name",
+        group="What",
     )
     task_weight: float | tuple[float, ...] | None = _setting(
         None,

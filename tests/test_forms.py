@@ -189,7 +189,7 @@ def test_columns_beside_plain_text_may_hold_labels():
             [{"a": 1, "b": 2}],
             "alpaca",
             {},
-            "allowed: alpaca: instruction, input .optional. and output; or --task",
+            "allowed: alpaca: instruction, input .optional. and output .--text-field, --label-field.; or",
         ),
         (REVIEWS, "auto", {"label_field": "x"}, "no column 'x'; the columns are: Review Text, verdict"),
         ([{"text": "a", "label": "x"}] * 4, "classification", {}, "column 'label' has 1 different labels"),
@@ -586,14 +586,47 @@ def test_labels_that_are_no_text_or_number_are_none() -> None:
 def test_a_text_field_is_read_or_refused() -> None:
     data = rows_of(prompt=["a"] * 8, completion=["b"] * 8, body=["some text"] * 8)
     assert forms.recognise(data, "auto", text_field="body").form == "text"
-    with pytest.raises(
-        UserError, match=r"--text-field: got 'body', allowed with --task auto, classification"
-    ):
-        forms.recognise(data, "completion", text_field="body")
-    with pytest.raises(
-        UserError, match=r"--label-field: got 'body', allowed with --task auto, classification"
-    ):
+    assert forms.recognise(data, "completion", text_field="body").keys["prompt_field"] == "body"
+    with pytest.raises(UserError, match=r"--text-field: got 'body', allowed with --task auto, completion"):
+        forms.recognise(data, "messages", text_field="body")
+    with pytest.raises(UserError, match=r"--label-field: got 'body', allowed with --task auto, completion"):
         forms.recognise(data, "text", label_field="body")
+
+
+def test_questions_and_answers_under_any_headings_are_named_by_two_flags() -> None:
+    data = rows_of(
+        frage=[f"Frage {n}?" for n in range(8)], antwort=[f"Antwort {n}, so ist es" for n in range(8)]
+    )
+    with pytest.raises(UserError, match=r"Perhaps: --task alpaca --text-field frage --label-field antwort$"):
+        forms.recognise(data)
+    found, examples = load(data, "alpaca", text_field="frage", label_field="antwort")
+    assert found.unused == ()
+    assert examples[0].fields["messages"] == (
+        Message("user", "Frage 0?"),
+        Message("assistant", "Antwort 0, so ist es"),
+    )
+    found, _ = load(data, "completion", text_field="frage", label_field="antwort")
+    assert (found.keys["prompt_field"], found.keys["completion_field"]) == ("frage", "antwort")
+
+
+def test_whole_sentences_that_all_differ_are_no_labels() -> None:
+    answers = [f"it is a sentence of more than thirty characters, {n}" for n in range(5)]
+    data = rows_of(frage=["a", "b", "c", "d", "e"], antwort=answers)
+    with pytest.raises(UserError, match=r"are no classes; answers .*: --task alpaca --label-field antwort"):
+        forms.recognise(data, text_field="frage", label_field="antwort")
+
+
+def test_a_table_of_unknown_headings_is_told_with_its_labels() -> None:
+    data = rows_of(
+        Vorgang=[str(n) for n in range(8)],
+        Nachricht=[f"Nachricht {n}" for n in range(8)],
+        **{"Zuständige Abteilung": ["Lieferung, Versand", "Rechnung"] * 4},
+    )
+    with pytest.raises(UserError, match=r"Perhaps: --label-field 'Zuständige Abteilung'$"):
+        forms.recognise(data)
+    found = forms.recognise(data, label_field="Zuständige Abteilung")
+    assert found.says.endswith("(Lieferung, Versand; Rechnung)")
+    assert found.keys["prompt"] == "{text}\nZuständige Abteilung:"
 
 
 def test_targets_that_repeat_are_labels() -> None:

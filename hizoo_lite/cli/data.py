@@ -31,8 +31,8 @@ def inspect(
     task: Annotated[
         str, typer.Option(help="a built-in task, a task's .toml, or a form of data; auto: as it looks")
     ] = "auto",
-    text_field: Annotated[str | None, typer.Option(help="column of the texts")] = None,
-    label_field: Annotated[str | None, typer.Option(help="column of the labels")] = None,
+    text_field: Annotated[str | None, typer.Option(help="column of the texts, or of the questions")] = None,
+    label_field: Annotated[str | None, typer.Option(help="column of the labels, or of the answers")] = None,
     max_length: Annotated[
         str | None, typer.Option(metavar="INT", help="tokens a prompt and its answer may have")
     ] = None,

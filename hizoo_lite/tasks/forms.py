@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,8 @@ def _conversation(entry: str) -> Callable[[Sample], Keys | None]:
 
 
 def _completion(sample: Sample) -> Keys | None:
-    prompt, completion = (sample.find((name,), (str, list)) for name in ("prompt", "completion"))
+    prompt = sample.text_field or sample.find(("prompt",), (str, list))
+    completion = sample.label_field or sample.find(("completion",), (str, list))
     if prompt is None or completion is None:
         return None
     fields = {"prompt_field": prompt, "completion_field": completion}
@@ -125,8 +127,9 @@ def _completion(sample: Sample) -> Keys | None:
 
 
 def _alpaca(sample: Sample) -> Keys | None:
-    output = sample.find(own.OUTPUT)
-    instruction = sample.find([name for name in own.INSTRUCTION if name != (output or "").lower()])
+    output = sample.label_field or sample.find(own.OUTPUT)
+    others = [name for name in own.INSTRUCTION if name != (output or "").lower()]
+    instruction = sample.text_field or sample.find(others)
     if output is None or instruction is None:
         return None
     if not sample.forced and output.lower() in own.LABEL and _repeat(sample, output):
@@ -145,7 +148,8 @@ def _classification(sample: Sample) -> Keys | None:
     if column is None:
         return None
     labels = _labels(sample, label)
-    cue = label.replace("_", " ").strip().capitalize()
+    cue = label.replace("_", " ").strip()
+    cue = cue.capitalize() if cue.isupper() else cue[:1].upper() + cue[1:]
     is_cue = label.lower() not in _NO_CUE and re.fullmatch(r"[^\W\d_][\w -]*", label)
     cue = cue if is_cue and not tables.COLUMN.fullmatch(label) else "Label"
     return {
@@ -213,11 +217,12 @@ def _labels(sample: Sample, column: str) -> list[str]:
     for name, _ in counts.most_common():
         spelled.setdefault(name.lower(), name)
     labels = list(spelled.values())
-    if len(labels) > _FEW_LABELS and 2 * len(labels) > counts.total():
+    are_sentences = len(labels) == counts.total() and max(map(len, labels), default=0) > _MOST_CHARACTERS / 2
+    if are_sentences or (len(labels) > _FEW_LABELS and 2 * len(labels) > counts.total()):
         raise UserError(
             f"data: column {column!r} has {len(labels)} different values in {counts.total()} rows, which are "
-            "no classes; answers that are texts need a task's file with kind = 'chat', instruction_field and "
-            "output_field"
+            f"no classes; answers that are texts: --task alpaca --label-field {shlex.quote(column)}, and "
+            "--text-field for the questions"
         )
     if not 2 <= len(labels) <= _MOST_LABELS:
         several = f"more than {_MOST_LABELS}" if labels[2:] else str(len(labels))
@@ -251,11 +256,21 @@ FORMS: dict[str, Form] = {
     "sharegpt": Form(
         "conversations, a list of from and value", f"{_CHAT}the assistant's turns", _conversation("from")
     ),
-    "completion": Form("prompt and completion", "texts as they are, loss on completions", _completion),
-    "alpaca": Form("instruction, input (optional) and output", f"{_CHAT}outputs", _alpaca),
+    "completion": Form(
+        "prompt and completion (--text-field, --label-field)",
+        "texts as they are, loss on completions",
+        _completion,
+    ),
+    "alpaca": Form(
+        "instruction, input (optional) and output (--text-field, --label-field)", f"{_CHAT}outputs", _alpaca
+    ),
     "classification": Form("a text and a label (--text-field, --label-field)", "", _classification),
     "text": Form("text", "loss on every token", _text),
 }
+
+
+#: The forms whose columns may be named.
+WITH_FIELDS = ("completion", "alpaca", "classification", "text")
 
 
 def is_form(name: str) -> bool:
@@ -274,7 +289,8 @@ def recognise(
     Args:
         data: as for `Task.load`.
         form: one of `FORMS`, or `AUTO`.
-        text_field, label_field: the columns of a classification, if their names do not say it.
+        text_field, label_field: the columns of a classification, of prompts and completions or of
+            instructions and outputs, if their names do not say it.
 
     Raises UserError, with the columns that there are, if it is nothing that is known.
     """
@@ -301,15 +317,29 @@ def recognise(
     wanted = "; ".join(f"{name}: {FORMS[name].wanted}" for name in names)
     raise UserError(
         f"data: {_called(data)}: the columns {', '.join(sample.columns)} are not recognised; allowed: "
-        f"{wanted}; or --task FILE.toml, which says what they are"
+        f"{wanted}; or --task FILE.toml, which says what they are{_guess(sample)}"
     )
+
+
+def _guess(sample: Sample) -> str:
+    """The flags that may say what unknown columns are: those of labels, or of two columns of texts."""
+    texts = [column for column in sample.columns if sample.is_of(column, str)]
+    labels = [column for column in texts if len(set(sample.values(column))) > 1 and _repeat(sample, column)]
+    if sample.forced or sample.text_field or sample.label_field or len(texts) < 2:
+        return ""
+    if len(labels) == 1:
+        return f". Perhaps: --label-field {shlex.quote(labels[0])}"
+    if len(texts) == 2 and not labels:
+        first, second = map(shlex.quote, texts)
+        return f". Perhaps: --task alpaca --text-field {first} --label-field {second}"
+    return ""
 
 
 def _check_read(form: str, text_field: str | None, label_field: str | None) -> None:
     """UserError for a column that is named to a form that does not read it."""
     readers = {
-        "--text-field": (text_field, ("classification", "text")),
-        "--label-field": (label_field, ("classification",)),
+        "--text-field": (text_field, WITH_FIELDS),
+        "--label-field": (label_field, WITH_FIELDS[:-1]),
     }
     for flag, (column, forms) in readers.items():
         if column is not None and form not in (AUTO, *forms):
@@ -321,8 +351,9 @@ def _says(name: str, keys: Keys) -> str:
         return f"{_CHAT}completions"
     if name != "classification":
         return FORMS[name].says
-    count = len(keys["answers"])
-    listed = ", ".join(keys["answers"]) if count <= 12 else f"{', '.join(list(keys['answers'])[:12])}, ..."
+    names, count = list(keys["answers"]), len(keys["answers"])
+    between = "; " if any("," in name for name in names) else ", "
+    listed = between.join([*names[:12], *["..."] * (count > 12)])
     return f"text in {keys['text_field']!r}, {count} labels in {keys['label_field']!r} ({listed})"
 
 

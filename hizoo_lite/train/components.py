@@ -78,7 +78,7 @@ def understood(config: TrainConfig, data: Records | None = None) -> Understood |
         refuse(
             [
                 f"{name}: got {value!r}, but --task {config.task_name} says the columns; allowed with --task "
-                f"{', '.join((forms.AUTO, *forms.FORMS))}"
+                f"{', '.join((forms.AUTO, *forms.WITH_FIELDS))}"
                 for name, value in given.items()
                 if value is not None
             ]
