@@ -66,7 +66,7 @@ from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.setup import Setup, build, calibrate, keeps_hidden_states
-from hizoo_lite.train.summary import summarize
+from hizoo_lite.train.summary import peaks_of_run, summarize
 from hizoo_lite.units import counted
 
 if TYPE_CHECKING:
@@ -513,7 +513,7 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             summary["trained_blocks"] = _trained_blocks(setup)
             summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
             adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            figures = {} if setup.stepper.estimator.secret else profiler.figures()
+            figures = {} if setup.stepper.estimator.secret else peaks_of_run(earlier, profiler.figures())
             summary |= {**figures, "adapter_step": adapter_step, "ranks": ranks.count, **loop.account()}
             folder.write_summary(summary)
             _report(folder, callbacks.message)
@@ -622,7 +622,8 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
     if setup.config.resume:
         start = resume.resume(folder, setup.stepper, setup.config.steps, tell)
         setup.model.chunk_halvings = max(setup.model.chunk_halvings, start.chunk_halvings)
-        tell(f"resuming after {start.position.step} of {setup.config.steps} steps")
+        step, total = start.position.step, setup.config.steps
+        tell(f"resuming after {step} of {total} steps" + ": it is only evaluated again" * (step == total))
     folder.create(replace(setup.resolved.settings, resume=False, out=str(folder.path)))
     if folder.writes:
         given.write(folder)

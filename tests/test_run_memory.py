@@ -422,3 +422,12 @@ def test_on_cuda_the_hosts_peak_is_held_against_its_budget(
     monkeypatch.setattr(PeakMeter, "host_lap_bytes", lambda self: 33 * GIB)
     run: Run = fit(replace(TrainConfig(**short_run(tmp_path)), device="cuda", host_budget="32GiB"))
     assert run.summary["memory_retries"] > 0
+
+
+def test_a_finished_run_that_is_resumed_keeps_the_peaks_of_its_steps(tmp_path: Path) -> None:
+    settings = TrainConfig(**short_run(tmp_path, steps=2))
+    first = fit(settings).summary
+    names = ("inference_peak_bytes", "training_peak_bytes", "training_over_inference")
+    assert all(first[name] for name in names)
+    again = fit(replace(settings, resume=True)).summary
+    assert [again[name] for name in names] == [first[name] for name in names]

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 _PACKAGES = ("hizoo-lite", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 
 
+def peaks_of_run(earlier: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Peaks of inference and of steps over all parts of a run, and their ratio.
+
+    earlier: the summary before this part. figures: the profiler's of this part, which may have had no step.
+    """
+    names = ("inference_peak_bytes", "training_peak_bytes")
+    parts = [figures, earlier if earlier.get(names[1]) else {}]  # else inference's is of the first evaluation
+    inference, training = (max(part.get(name) or 0 for part in parts) for name in names)
+    if not (inference and training):
+        return dict(figures)
+    return {
+        **dict(zip(names, (inference, training), strict=True)),
+        "training_over_inference": training / inference,
+    }
+
+
 def summarize(
     setup: Setup, metrics: Sequence[Mapping[str, Any]], measured_peak_bytes: int, interrupted: bool
 ) -> dict[str, Any]:
