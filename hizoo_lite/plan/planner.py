@@ -431,7 +431,10 @@ def _refusal(subject: Subject, plan: Plan, nearest: Plan | None) -> str:
         parts.append(f"{nearest.settings()} fits, with {format_bytes(nearest.peak_bytes)}")
     else:
         parts.append("not even one short row fits")
-    if not subject.can_stream:
+    libraries = plan.ledger.device.get("framework", 0)
+    if libraries > (plan.device_budget_bytes or libraries):
+        parts.append(f"interpreter and libraries alone take {format_bytes(libraries)}")
+    elif not subject.can_stream:
         parts.append(_remedy(subject))
     parts.append(f"as it is, a budget of {format_bytes(plan.peak_bytes)} is needed")
     return "; ".join(parts)
