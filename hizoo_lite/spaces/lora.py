@@ -65,7 +65,7 @@ _log = logging.getLogger(__name__)
 #: six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
 STEP = 0.06
 #: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
-#: head so sure of its examples that the loss on others is twice as high (tools/LOG.md).
+#: head so sure of its examples that the loss on others is a third higher (tools/LOG.md).
 HEAD_STEP = 0.1
 _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 
