@@ -285,16 +285,17 @@ class BranchState:
         """Forget what was learnt since `mark`."""
         self._first_input = mark
 
-    def reached(self, name: str, x: Tensor, gradient: Tensor) -> None:
+    def reached(self, name: str, x: Tensor, gradient: Tensor, *, step: float = 1.0) -> None:
         """Add to the `Losses.exact` reach of a parameter; called as a hook on the product with `x`.
 
         Args:
             name: of the parameter.
             x: what it is multiplied with, (..., in_features).
             gradient: of the loss by the product, (..., out_features); inputs without one do not count.
+            step: how far the product may move in a step, in nats.
         """
         counts = (gradient != 0).any(-1)
-        total, inputs = (x.abs().sum(-1) * counts).double().sum(), counts.double().sum()
+        total, inputs = (x.abs().sum(-1) * counts).double().sum() / step, counts.double().sum()
         if name in self.reaches:  # of another chunk, or another point that stands for theta
             total, inputs = total + self.reaches[name][0], inputs + self.reaches[name][1]
         self.reaches[name] = total, inputs

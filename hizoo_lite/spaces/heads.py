@@ -70,11 +70,9 @@ class HeadDelta(LinearDelta):
             bias = branch_values(self.bias, bias_name, state)
             out = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
         if self.weight.requires_grad:
-            reach = x.detach() / self.step
-            out.register_hook(partial(state.reached, self.names[0], reach))
-            out.register_hook(
-                partial(state.reached, self.names[1], torch.full_like(x[..., :1], 1 / self.step))
-            )
+            out.register_hook(partial(state.reached, self.names[0], x.detach(), step=self.step))
+            ones = torch.ones_like(x[..., :1])
+            out.register_hook(partial(state.reached, self.names[1], ones, step=self.step))
         return out
 
 

@@ -61,9 +61,10 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 _log = logging.getLogger(__name__)
 
 #: How far the products of all exact blocks together may move in a step, where a logit may move by one nat
-#: (`optimizers/exact.py`): each B's product by its block's share, that of A by one nat. With the share that
-#: six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
+#: (`optimizers/exact.py`): each B's product by its block's share, that of A by `A_TO_B` times as much, but by a
+#: nat at most. With the shares that six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
 STEP = 0.06
+A_TO_B = 100.0
 #: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
 #: head so sure of its examples that the loss on others is a third higher (tools/LOG.md).
 HEAD_STEP = 0.1
@@ -94,7 +95,8 @@ class LoRADelta(LinearDelta):
         if self.names[0] is None:
             inner = x @ self.a.t()
             if self.exact[0] and inner.requires_grad:
-                inner.register_hook(partial(state.reached, self.exact[0], x.detach()))
+                step = min(1.0, A_TO_B * self.step)
+                inner.register_hook(partial(state.reached, self.exact[0], x.detach(), step=step))
         else:
             a = _values(self.a, self.names[0], state)
             inner = torch.bmm(x, a.transpose(1, 2))
