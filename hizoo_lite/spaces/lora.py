@@ -61,8 +61,8 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 _log = logging.getLogger(__name__)
 
 #: How far the products of all exact blocks together may move in a step, where a logit may move by one nat
-#: (`optimizers/exact.py`): each B's product by its block's share, that of A by `A_TO_B` times as much, but by a
-#: nat at most. With the shares that six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
+#: (`optimizers/exact.py`): each B's product by its block's share, A's by `A_TO_B` times that, a nat
+#: at most. With the shares that six blocks have, all thirty of SmolLM2 learnt nothing (tools/LOG.md).
 STEP = 0.06
 A_TO_B = 100.0
 #: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
