@@ -223,6 +223,16 @@ def test_a_plan_for_data_is_the_one_that_its_run_makes(tmp_path: Path) -> None:
     assert owners[0] == owners[1]
 
 
+def test_a_bare_trunk_is_planned_as_the_classifier_that_a_run_makes_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "trunk"
+    folder.mkdir()
+    config = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}
+    sizes = {"num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    done = call("plan", "--model", str(folder), "--data", str(reviews(tmp_path)), "--json")
+    assert done.exit_code == 0, done.stderr
+
+
 def test_a_budget_below_the_libraries_is_not_met_by_streaming(tmp_path: Path) -> None:
     done = call("plan", "--model", "embedded", "--data", str(reviews(tmp_path)), "--device-budget", "50MiB")
     assert done.exit_code == 3

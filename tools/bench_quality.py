@@ -413,7 +413,7 @@ def evaluated(model: torch.nn.Module, encoder: Encoder, examples: Sequence[Any])
 class Rows:
     """rows.jsonl: what was run. A row is known by cell, method, rate, seed and the forwards asked for.
 
-    Of a run whose steps were no longer finite it says so, as `ended`, and holds no figures.
+    Of a rate that was tried and broke it says so, as `ended`, and holds no figures.
     """
 
     KEY = ("cell", "method", "lr", "seed", "budget")
@@ -462,6 +462,8 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
                     else:
                         found = alone(arguments, zeroth_order, config, method, budget, lr)
                 except TooManyBadSteps as error:
+                    if len(rates) == 1:  # of a method, not of a rate that is tried
+                        raise
                     rows.add({**key, "ended": str(error)})
                     print(name, method_name, lr or "", seed, error, flush=True)
                     continue
@@ -786,7 +788,7 @@ def main() -> None:
         print(f"{name}: {value}")
     for name, value in timed.items():
         print(f"{name}, dev loss in equal seconds: {value}")
-    if arguments.picture:
+    if arguments.picture and found:
         draw(found, arguments.picture)
 
 

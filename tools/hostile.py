@@ -19,8 +19,6 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from hizoo_lite.train import journal
-
 Form = Literal["json", "jsonl", "toml", "table", "journal", "safetensors"]
 
 _NUMBERS = (0, 1, -1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**30, 10**400, 10**4200)
@@ -210,11 +208,10 @@ def _signed(data: bytes) -> bytes:
     """A journal with every checksum as it should be."""
     if len(data) < 32:
         return data
-    branches = int.from_bytes(data[10:12], "little")
+    size = int.from_bytes(data[12:16], "little")
     head = data[:28]
-    if branches > 64:  # its own size is damaged: the records are left as they are
+    if not 8 < size < len(data):  # its own size is damaged: the records are left as they are
         return head + struct.pack("<I", zlib.crc32(head)) + data[32:]
-    size = journal.record_bytes(branches)
     signed = head + struct.pack("<I", zlib.crc32(head))
     checksum, rest = zlib.crc32(signed), data[32:]
     for start in range(0, len(rest) - size + 1, size):

@@ -60,7 +60,7 @@ def print_run(summary: Mapping[str, Any]) -> None:
 def _method(summary: Mapping[str, Any]) -> str:
     """Estimator and curvature; of exact gradients, which no member estimates, the name alone."""
     name = summary["estimator"]
-    return f"{name}, {summary['curvature']} curvature" if name in ESTIMATORS else f"{name} gradients"
+    return f"{name}, curvature {summary['curvature']}" if name in ESTIMATORS else f"{name} gradients"
 
 
 def _scores(found: Mapping[str, Any], of: str) -> list[list[str]]:

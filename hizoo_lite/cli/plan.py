@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hizoo_lite.plan.inventory import Inventory
     from hizoo_lite.plan.plan import Plan
     from hizoo_lite.plan.workload import Workload
+    from hizoo_lite.tasks import Task
 
 
 #: Settings of a run that its plan depends on.
@@ -82,8 +83,9 @@ def plan(
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
-    inventory, kind = find_inventory(config)
-    config, workload = _with_data(config, inventory.folder, kind, rows_per_example)
+    task = _task_of(config)
+    inventory, kind = find_inventory(config, task)
+    config, workload = _with_data(config, task, inventory.folder, kind, rows_per_example)
     found = planner.plan_run(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
@@ -122,35 +124,46 @@ def _suggested(exact: tuple[int, Plan] | None) -> dict[str, Any]:
     return {"exact": {"blocks": count, "fits": plan.fits, "peak_bytes": plan.peak_bytes}}
 
 
-def _with_data(config: TrainConfig, folder: Path, kind: ModelKind, rows: int) -> tuple[TrainConfig, Workload]:
+def _task_of(config: TrainConfig) -> Task | None:
+    """The task of the data, if there is any. UserError for data that is none."""
+    from hizoo_lite.errors import UserError
+    from hizoo_lite.train import components
+
+    if config.data is not None:
+        return components.task_of(config)
+    if config.epochs is not None:
+        raise UserError("--epochs: no examples to count; allowed: beside --data, or --steps")
+    return None
+
+
+def _with_data(
+    config: TrainConfig, task: Task | None, folder: Path, kind: ModelKind, rows: int
+) -> tuple[TrainConfig, Workload]:
     """The configuration with what its data says, steps and kind of task, and what its examples make.
 
     They are encoded as a run would, if the model's folder has a tokenizer; else, and without data, an example
     has so many `rows`, as long as the limit allows.
     """
-    from hizoo_lite.errors import UserError
     from hizoo_lite.plan.workload import Demand, Workload
+    from hizoo_lite.tasks import forms
     from hizoo_lite.train import components, planning
     from hizoo_lite.train.tokenizing import encoder_of
 
     each = Demand(rows, rows)
-    if config.data is None:
-        if config.epochs is not None:
-            raise UserError("--epochs: no examples to count; allowed: beside --data, or --steps")
+    if task is None:
         return config, Workload(each, each)
-    task = components.task_of(config)
     splits = components.run_splits(config, task)
     encoder = encoder_of(folder, kind, task, config)
     if encoder is not None:
         splits = components.usable_splits(encoder, splits, config)
     config = components.steps_of(config, splits)
     typer.echo(f"{task.name}, {splits}; {config.steps} steps", err=True)
-    if encoder is None:
-        workload = Workload(each, each, examples=len(splits.train))
-    else:
-        workload = planning.workload(encoder, splits, config)
+    config_of_task = replace(config, text_field=None, label_field=None)
+    if encoder is not None:
+        name = task.name if forms.is_form(config.tasks[0]) else config.task
+        return replace(config_of_task, task=name), planning.workload(encoder, splits, config)
     name = config.task if task.kind != "lm" else "chat" if task.chat else "lm"
-    return replace(config, task=name, text_field=None, label_field=None), workload
+    return replace(config_of_task, task=name), Workload(each, each, examples=len(splits.train))
 
 
 def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
@@ -173,7 +186,7 @@ def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainC
     return replace(config, device_budget=f"{free}B"), "this machine's free memory"
 
 
-def find_inventory(config: TrainConfig) -> tuple[Inventory, ModelKind]:
+def find_inventory(config: TrainConfig, task: Task | None) -> tuple[Inventory, ModelKind]:
     """What can be known without reading a weight: the headers of a folder, else config.json alone."""
     from hizoo_lite.checkpoints import hub
     from hizoo_lite.checkpoints.checkpoint import Checkpoint
@@ -189,9 +202,9 @@ def find_inventory(config: TrainConfig) -> tuple[Inventory, ModelKind]:
     has_weights = (folder / hub.INDEX_FILE).is_file() or (folder / hub.SINGLE_FILE).is_file()
     if has_weights and Path(source).expanduser().exists():
         checkpoint = Checkpoint.open(folder)
-        return Inventory.of(checkpoint), _kind(config, checkpoint.config)
+        return Inventory.of(checkpoint), _kind(config, checkpoint.config, task)
     content = read_json(folder / "config.json", "a JSON object, in the folder of a Hugging Face model")
-    kind = _kind(config, content)
+    kind = _kind(config, content, task)
     try:
         module = build.build(build.read_config(folder, kind, 2), kind)
     except UserError:  # the planner says what it does not know
@@ -199,10 +212,10 @@ def find_inventory(config: TrainConfig) -> tuple[Inventory, ModelKind]:
     return Inventory.of_shapes(folder, content, module), kind
 
 
-def _kind(config: TrainConfig, content: Any) -> ModelKind:
+def _kind(config: TrainConfig, content: Any, task: Task | None) -> ModelKind:
     from hizoo_lite.model.kinds import kind_of
 
-    return kind_of(content, config.model) if config.kind == "auto" else config.kind
+    return kind_of(content, config.model, task) if config.kind == "auto" else config.kind
 
 
 def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
