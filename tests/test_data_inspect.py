@@ -233,13 +233,6 @@ def test_a_bare_trunk_is_planned_as_the_classifier_that_a_run_makes_of_it(tmp_pa
     assert done.exit_code == 0, done.stderr
 
 
-def test_a_budget_below_the_libraries_is_not_met_by_streaming(tmp_path: Path) -> None:
-    done = call("plan", "--model", "embedded", "--data", str(reviews(tmp_path)), "--device-budget", "50MiB")
-    assert done.exit_code == 3
-    assert "interpreter and libraries alone take" in done.stderr
-    assert "quantize it once" not in done.stderr
-
-
 def test_a_file_of_ones_own_is_evaluated_as_a_whole(tmp_path: Path) -> None:
     rows = "".join(f"the number {n} came,{'odd' if n % 2 else 'even'}\n" for n in range(20))
     (tmp_path / "mine.csv").write_text("text,label\n" + rows)

@@ -397,11 +397,15 @@ def test_blocks_stream_from_disk_where_they_do_not_fit_and_stay_where_they_do(st
 
 def test_nothing_fits_into_nothing_and_quantizing_is_proposed(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, dtype=torch.bfloat16)
-    plan = planned(tmp_path, device_budget="1MiB")
+    libraries = planned(tmp_path).ledger.device["framework"]
+    plan = planned(tmp_path, device_budget=f"{libraries + 1024}B")
     assert not plan.fits
     assert plan.nearest is None
     assert "hizoo-lite quantize --model" in plan.why
     assert "a budget of" in plan.why
+    less = planned(tmp_path, device_budget="1MiB")  # where streaming does not help
+    assert "interpreter and libraries alone take" in less.why
+    assert "hizoo-lite quantize" not in less.why
 
 
 def test_a_batch_that_is_left_open_is_the_largest_that_fits(streamable: Path) -> None:
