@@ -301,3 +301,17 @@ def test_a_frozen_a_is_saved_and_loaded_and_has_no_noise(tmp_path: Path) -> None
     other.load(tmp_path / "adapter")
     assert all(torch.equal(other.parameters[name], value) for name, value in kept.items())
     assert all(torch.equal(other.parameters[name], value) for name, value in space.parameters.items())
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_refused_before_one_is_made(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    model = load(tmp_path / "model", device="cpu")
+    space = LoRA(rank=2)
+    space.attach(model, seed=0)
+    space.save(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 2**31}))
+    with pytest.raises(
+        UserError, match=r"lora_A\.weight has shape \(2, \d+\), but r of the config is 2147483648"
+    ):
+        attach_adapter(model, tmp_path / "adapter")

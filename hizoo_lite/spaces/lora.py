@@ -188,7 +188,8 @@ class LoRA(Space):
         """
         config, path = read_peft_config(folder), peft_weights(folder)
         # The file says which layers, not `target_modules`: a pattern may have exceptions (`exclude_modules`).
-        names = [name.removeprefix(PEFT_PREFIX) for name in TensorFile(path).entries]
+        entries = {name.removeprefix(PEFT_PREFIX): entry for name, entry in TensorFile(path).entries.items()}
+        names = list(entries)
         layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name))
         heads = [name for name in names if ".lora_" not in name]
         check_heads(path, heads, model.kind, model.trunk_name)
@@ -201,8 +202,11 @@ class LoRA(Space):
                 f"first of {len(unknown)} that its blocks lack: {unknown[0]!r}" if unknown else "it has none"
             )
             raise UserError(f"{path}: its linear layers are not those of {model.source}; {first}")
+        name, rank = f"{layers[0]}.lora_A.weight", int(config["r"])
+        if name in entries and entries[name].shape[:1] != (rank,):  # before tensors of such a rank are made
+            raise UserError(f"{path}: {name} has shape {entries[name].shape}, but r of the config is {rank}")
         return cls(
-            int(config["r"]),
+            rank,
             float(config["lora_alpha"]),
             layers,
             bool(config.get("use_rslora")),
