@@ -104,7 +104,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
     operators = {"nf4": "MatMulBnb4", "fp4": "MatMulBnb4", "int8": "MatMulNBits", "none": "FusedMatMul"}
     assert operators[bits] in {node.op_type for node in graph.graph}
 
-    mu, traversal = 0.05, Traversal(model)
+    mu, traversal = 0.1, Traversal(model)
     tensors = space.parameters.items()
     directions = {path: torch.from_numpy(drawn_along(2, 0, path, value.shape, 2)) for path, value in tensors}
     for rows, length in ((3, 12), (4, 20)):
@@ -128,7 +128,7 @@ def test_losses_equal_the_traversals(name: str, bits: Bits, loss: Any, tmp_path:
             # of size mu^2 c: relative to their own size, and to float32 logits that differ by mu
             np.testing.assert_allclose(between, want.divergences, rtol=1e-3, atol=1e-7)
             if branches.pairs:
-                assert want.divergences.max() > 1e-6  # ten times what they may differ by
+                assert want.divergences.max() > 1e-5
                 assert np.abs(losses[-1] - losses[-2]).max() > 100 * ROUNDING
 
 

@@ -65,3 +65,4 @@ def test_the_journal_costs_little(figures: dict[str, Any]) -> None:
     journal = figures["journal"]
     assert journal["record_bytes"] - journal["exact_bytes"] < 128
     assert 0 < journal["exact_bytes"] <= 4 * (2 * 128 + 2)  # a row of the head for each label, and its reach
+    assert journal["share_of_a_step"] < 0.01
