@@ -10,17 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.report import headline
+from hizoo_lite.report import draw, headline
 from hizoo_lite.report.charts import make_charts, running_mean, thin
 from hizoo_lite.report.record import read_run
 from hizoo_lite.report.report import as_json, default_page, render, write_report
@@ -301,6 +303,18 @@ def test_thinned_points_keep_spikes() -> None:
 
 def test_a_running_mean_of_equal_values_is_that_value() -> None:
     assert all(y == pytest.approx(3.0) for _, y in running_mean([(float(i), 3.0) for i in range(500)]))
+
+
+@pytest.mark.parametrize("sizes", [(3e8, *(2.0**n for n in range(14, -1, -1))), (3e8, 3e8)], ids=len)
+def test_the_texts_beside_bars_do_not_overlap(sizes: tuple[float, ...]) -> None:
+    bars = [headline.Category(f"category {n}", size, size, 1.0, 1.0) for n, size in enumerate(sizes)]
+    figure = draw.picture([], {"run": bars}, "run")
+    figure.draw_without_rendering()
+    shown = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = {f"{n} {text.get_text()}": text.get_window_extent() for n, text in enumerate(shown)}
+    assert len(boxes) >= 3 * len(bars)
+    crossing = [pair for pair in combinations(boxes, 2) if boxes[pair[0]].overlaps(boxes[pair[1]])]
+    assert crossing == []
 
 
 # ------------------------------------------------------------------------------------- errors

@@ -53,6 +53,8 @@ _SETTINGS = {
 _LONGEST = 32  # letters of a label
 _INCH = 72  # pixels: what matplotlib calls a point
 _LETTER, _SAMPLE, _ROW = 7, 44, 18  # pixels of a legend: a letter's width, a line's sample, a row's height
+_WIDTH, _HEIGHT = 600, 400  # pixels of a chart in the PNG
+_CATEGORY, _AROUND = 32, 100  # of the bars: a category's two labels, and title, legend and axis together
 
 
 def svg(chart: Chart, size: tuple[int, int]) -> str:
@@ -71,19 +73,24 @@ def svg(chart: Chart, size: tuple[int, int]) -> str:
 
 def png(charts: Sequence[Chart], categories: Mapping[str, Sequence[Category]], title: str, out: Path) -> None:
     """Write every chart, and the categories of memory of every run by its name, in two columns."""
-    bars = {name: found for name, found in categories.items() if found}
-    lines = max(1, -(-(len(charts) + len(bars)) // 2))
-    width, height = 600, 400
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(2 * width / _INCH, (lines * height + 40) / _INCH))
-        figure.suptitle(title, fontsize=15)
-        parts = figure.subfigures(lines, 2, squeeze=False).ravel().tolist()
-        for chart in charts:
-            _draw(part := parts.pop(0), chart, width)
-            part.axes[0].set_title(chart.title)
-        for name, found in bars.items():
-            _bars(parts.pop(0), found, "Memory by category" + f", {name}" * (len(categories) > 1))
-        figure.savefig(out, dpi=1.5 * _INCH, format="png")
+        picture(charts, categories, title).savefig(out, dpi=1.5 * _INCH, format="png")
+
+
+def picture(charts: Sequence[Chart], categories: Mapping[str, Sequence[Category]], title: str) -> Figure:
+    """What `png` writes. A line with many categories is higher, so that their labels have room."""
+    bars = {name: found for name, found in categories.items() if found}
+    wanted = [_HEIGHT] * len(charts) + [_AROUND + _CATEGORY * len(found) for found in bars.values()]
+    heights = [max(_HEIGHT, *wanted[first : first + 2]) for first in range(0, len(wanted), 2)] or [_HEIGHT]
+    figure = Figure(figsize=(2 * _WIDTH / _INCH, (sum(heights) + 40) / _INCH))
+    figure.suptitle(title, fontsize=15)
+    parts = figure.subfigures(len(heights), 2, squeeze=False, height_ratios=heights).ravel().tolist()
+    for chart in charts:
+        _draw(part := parts.pop(0), chart, _WIDTH)
+        part.axes[0].set_title(chart.title)
+    for name, found in bars.items():
+        _bars(parts.pop(0), found, "Memory by category" + f", {name}" * (len(categories) > 1))
+    return figure
 
 
 def _legend(chart: Chart, width: int) -> tuple[list[str], int]:
@@ -137,10 +144,11 @@ def _bars(figure: Any, categories: Sequence[Category], title: str) -> None:
         drawn = axes.barh(
             places, [(size or 0) / 2**20 for size in sizes], 0.38, color=_PALETTE[1 - side], label=name
         )
-        axes.bar_label(drawn, ["" if size is None else format_bytes(int(size)) for size in sizes], padding=2)
+        labels = ["" if size is None else format_bytes(int(size)) for size in sizes]
+        axes.bar_label(drawn, labels, padding=2, fontsize=10)
     axes.set_yticks([row + 0.2 for row in range(len(categories))], [_cut(found.name) for found in categories])
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.grid(visible=False, axis="y")
     axes.set(title=title, xlabel="MiB")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=2)
