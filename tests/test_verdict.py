@@ -62,7 +62,20 @@ def test_few_examples_are_answered_with_how_many_it_takes() -> None:
     assert " of 3 examples, " in said.says
     assert " of 1 example, " in str(verdict.of_run(record(0.0, 1.0, 1)))
     assert said.says.startswith("Too few held-out examples to say")
-    assert said.next.startswith(f"Next: hold out {verdict.LEAST_EXAMPLES} or more")
+    assert said.next == (
+        f"Next: hold out {verdict.LEAST_EXAMPLES} or more, --test-examples or a file of their own."
+    )
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+@pytest.mark.parametrize("loss", [0.5, 1.0, 2.0])
+def test_the_advice_on_few_examples_is_one_whatever_they_came_to(metric: str, loss: float) -> None:
+    run = record(0.25, 0.5, verdict.LEAST_EXAMPLES - 1, loss_after=loss)
+    run.summary["metric"] = metric
+    assert (said := verdict.of_run(run)) is not None
+    assert said.says.startswith("Too few held-out examples to say")
+    assert said.next.startswith("Next: hold out")
+    assert "--exact-blocks" not in said.next
 
 
 def test_the_commands_after_a_run_are_of_its_folder_and_model(tmp_path: Path) -> None:

@@ -46,13 +46,12 @@ def of_run(run: RunRecord) -> Verdict | None:
         return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
     examples = counted(int(count), "example")
     figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {examples}, {losses}"
+    if count < LEAST_EXAMPLES:  # what their loss does is chance as well
+        says = f"Too few held-out examples to say: {figures}."
+        return Verdict(None, says, f"Next: {_hold_out(['test'])}.")
     if metric not in _SHARES:
         says = f"{figures}; an error bar is known of {' and '.join(_SHARES)} alone."
         return Verdict(None, says, "" if last > first and fell else _next(run, fell=fell))
-    if count < LEAST_EXAMPLES:
-        says = f"Too few held-out examples to say: {figures}."
-        more = f"Next: hold out {LEAST_EXAMPLES} or more, --test-examples or a file of their own."
-        return Verdict(None, says, more if fell else _next(run, fell=fell))
     error = standard_error(run.predictions, first, last, int(count))
     change, bar = last - first, CERTAIN * error
     bars = f"{100 * bar:.1f} points"
@@ -62,6 +61,12 @@ def of_run(run: RunRecord) -> Verdict | None:
         return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run, fell=fell))
     says = "Not learnt yet" if fell else "Not learnt"
     return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
+
+
+def _hold_out(parts: Sequence[str]) -> str:
+    """How a run has enough examples in these parts."""
+    flags = " and ".join(f"--{part}-examples" for part in parts)
+    return f"hold out {LEAST_EXAMPLES} or more, {flags} or a file of their own"
 
 
 def commands(path: Path, summary: Mapping[str, Any]) -> dict[str, str]:
