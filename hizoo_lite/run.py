@@ -434,6 +434,8 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
         tell(line)
     for line in setup.splits.lines(setup.task.name):
         tell(line)
+    if few := components.few_held_out(setup.config, setup.splits, setup.task.metric):
+        tell(few)
     tell(components.length_line(setup.config, len(setup.splits.train)))
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
         tell(line)

@@ -47,10 +47,29 @@ def test_inspect_says_what_a_run_would_do(tmp_path):
     assert found["columns"] == ["review", "verdict"]
     assert found["left_out"]["count"] == 1
     assert found["left_out"]["first"][0]["where"].endswith("reviews.csv:42")
+    assert found["advice"][-1].startswith(
+        "4 test examples: an accuracy of so few is uncertain by ± 50 points"
+    )
     assert len(found["examples"]) == 5
     assert found["lengths"]["unit"] == "characters"
     word = "good" if "fine" in found["examples"][0]["text"] else "bad"
     assert found["examples"][0]["text"].endswith(f"\nVerdict:» {word}«")
+
+
+@pytest.mark.parametrize(("count", "said"), [(40, True), (200, False)])
+def test_a_run_and_a_plan_begin_with_how_little_few_examples_say(
+    tmp_path: Path, count: int, said: bool
+) -> None:
+    told: list[str] = []
+
+    class Told:
+        def on_message(self, args: Any, state: Any, control: Any, *, text: str, **more: Any) -> None:
+            told.append(text)
+
+    data, short = str(reviews(tmp_path, count)), "4 test examples: an accuracy of so few is uncertain by"
+    hz.fit(**RUN, data=data, steps=1, out=str(tmp_path / "run"), callbacks=[Told()])
+    assert any(line.startswith(short) for line in told) is said
+    assert (short in call("plan", "--model", "embedded", "--data", data).stderr) is said
 
 
 def test_inspect_with_a_model_shows_tokens_what_is_learnt_and_a_length_that_fits(tmp_path):

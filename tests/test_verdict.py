@@ -63,7 +63,8 @@ def test_few_examples_are_answered_with_how_many_it_takes() -> None:
     assert " of 1 example, " in str(verdict.of_run(record(0.0, 1.0, 1)))
     assert said.says.startswith("Too few held-out examples to say")
     assert said.next == (
-        f"Next: hold out {verdict.LEAST_EXAMPLES} or more, --test-examples or a file of their own."
+        f"Next: hold out {verdict.LEAST_EXAMPLES} or more with --test-examples, "
+        "or give them a file of their own."
     )
 
 
@@ -76,6 +77,19 @@ def test_the_advice_on_few_examples_is_one_whatever_they_came_to(metric: str, lo
     assert said.says.startswith("Too few held-out examples to say")
     assert said.next.startswith("Next: hold out")
     assert "--exact-blocks" not in said.next
+
+
+def test_before_a_run_too_few_examples_are_told_with_their_error_bar() -> None:
+    assert verdict.too_few({"test": 4, "dev": 20}, "accuracy") == (
+        "4 test examples: an accuracy of so few is uncertain by ± 50 points; "
+        "hold out 20 or more with --test-examples, or give them a file of their own"
+    )
+    both = verdict.too_few({"test": 4, "dev": 1}, "accuracy")
+    assert both.startswith("4 test examples and 1 dev example: ")
+    assert "± 100 points; hold out 20 or more with --test-examples and --dev-examples" in both
+    assert "points" not in verdict.too_few({"test": 4}, "f1")
+    assert verdict.too_few({"test": verdict.LEAST_EXAMPLES, "dev": 0}, "accuracy") == ""
+    assert verdict.too_few({"test": 4}, "loss") == ""
 
 
 def test_the_commands_after_a_run_are_of_its_folder_and_model(tmp_path: Path) -> None:

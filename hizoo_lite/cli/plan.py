@@ -158,6 +158,8 @@ def _with_data(
         splits = components.usable_splits(encoder, splits, config)
     config = components.steps_of(config, splits)
     typer.echo(f"{task.name}, {splits}; {config.steps} steps", err=True)
+    if few := components.few_held_out(config, splits, task.metric):
+        typer.echo(few, err=True)
     config_of_task = replace(config, text_field=None, label_field=None)
     if encoder is not None:
         name = task.name if forms.is_form(config.tasks[0]) else config.task

@@ -63,10 +63,25 @@ def of_run(run: RunRecord) -> Verdict | None:
     return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
 
 
+def too_few(counts: Mapping[str, int], metric: str) -> str:
+    """What can be told before a run of examples whose metric says nothing after it; "" if they are enough.
+
+    counts: examples by their part, test or dev.
+    """
+    few = {part: count for part, count in counts.items() if 0 < count < LEAST_EXAMPLES}
+    if metric == "loss" or not few:
+        return ""
+    examples = " and ".join(counted(count, f"{part} example") for part, count in few.items())
+    bar = 100 * CERTAIN * math.sqrt(0.25 / min(few.values()))  # of a half, where it is widest
+    said = f"an {metric} of so few is uncertain by ± {bar:.0f} points"
+    said = said if metric in _SHARES else "too few to tell chance"
+    return f"{examples}: {said}; {_hold_out([*few])}"
+
+
 def _hold_out(parts: Sequence[str]) -> str:
     """How a run has enough examples in these parts."""
     flags = " and ".join(f"--{part}-examples" for part in parts)
-    return f"hold out {LEAST_EXAMPLES} or more, {flags} or a file of their own"
+    return f"hold out {LEAST_EXAMPLES} or more with {flags}, or give them a file of their own"
 
 
 def commands(path: Path, summary: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from hizoo_lite.curvature import for_estimator
 from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
 from hizoo_lite.registry import ESTIMATORS
+from hizoo_lite.report import verdict
 from hizoo_lite.tasks import Encoder, Records, Splits, Task, forms
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
@@ -117,6 +118,12 @@ def length_line(config: TrainConfig, examples: int) -> str:
     epochs = config.steps * config.batch_size / examples
     batch, steps = counted(config.batch_size, "example"), counted(config.steps, "step")
     return f"{steps} of {batch}: {epochs:.1f} epochs of {examples:,}"
+
+
+def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
+    """What is to be told if the test examples, or dev ones that are evaluated, are too few; else ""."""
+    counts = {"test": len(splits.test), "dev": len(splits.dev) if config.eval_every else 0}
+    return verdict.too_few(counts, metric)
 
 
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:

@@ -74,6 +74,7 @@ def inspect(
         "advice": [
             *_advice(config, task, splits, lengths, encoder is not None),
             *_decide(len(contradictions)),
+            *filter(None, [components.few_held_out(config, splits, task.metric)]),
         ],
     }
     return found, form
