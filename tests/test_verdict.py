@@ -79,6 +79,14 @@ def test_the_advice_on_few_examples_is_one_whatever_they_came_to(metric: str, lo
     assert "--exact-blocks" not in said.next
 
 
+def test_what_a_wide_bar_may_hide_is_answered_with_more_examples() -> None:
+    few, many = (verdict.of_run(record(0.5, 0.5, count)) for count in (verdict.LEAST_EXAMPLES, 400))
+    assert few is not None
+    assert many is not None
+    assert "more held-out examples with --test-examples" in few.next
+    assert "--test-examples" not in many.next
+
+
 def test_before_a_run_too_few_examples_are_told_with_their_error_bar() -> None:
     assert verdict.too_few({"test": 4, "dev": 20}, "accuracy") == (
         "4 test examples: an accuracy of so few is uncertain by ± 50 points; "

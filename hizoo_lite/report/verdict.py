@@ -17,6 +17,8 @@ from hizoo_lite.units import counted
 CERTAIN = 2.0
 #: Of fewer a share says nothing.
 LEAST_EXAMPLES = 20
+#: A bar that hides most of what a run may have learnt.
+WIDE_BAR = 0.2
 #: By which a loss must have fallen for it to count, of itself.
 LEAST_FALL = 0.02
 #: Metrics that are shares of examples which are right.
@@ -60,7 +62,9 @@ def of_run(run: RunRecord) -> Verdict | None:
     if change < -bar:
         return Verdict(False, f"Worse than before: {figures} (± {bars}).", _next(run, fell=fell))
     says = "Not learnt yet" if fell else "Not learnt"
-    return Verdict(False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell))
+    return Verdict(
+        False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell, is_wide=bar > WIDE_BAR)
+    )
 
 
 def too_few(counts: Mapping[str, int], metric: str) -> str:
@@ -117,7 +121,7 @@ def standard_error(
     return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
 
 
-def _next(run: RunRecord, *, fell: bool) -> str:
+def _next(run: RunRecord, *, fell: bool, is_wide: bool = False) -> str:
     """What to try, the most useful first."""
     config, blocks = run.config, number(run.summary.get("trained_blocks")) or 6
     known = {n: config.get(n, default(n)) for n in ("exact_blocks", "objective", "space", "estimator")}
@@ -133,6 +137,8 @@ def _next(run: RunRecord, *, fell: bool) -> str:
         found.append(f"--exact-blocks {blocks:.0f}, which learns in a fraction of the steps")
     if fell:
         found.append("more steps: the loss fell, which comes before the answers change")
+    if is_wide:
+        found.append("more held-out examples with --test-examples, whose error bar is smaller")
     data, model = (shlex.quote(str(config.get(name) or name.upper())) for name in ("data", "model"))
     found.append(f"hizoo-lite data inspect {data} --model {model}, to see what the model is asked")
     return "Next: " + "; or ".join(found) + "."
