@@ -24,6 +24,7 @@ import hizoo_lite
 from hizoo_lite import base
 from hizoo_lite.cli import app
 from hizoo_lite.edge.__main__ import main as edge
+from hizoo_lite.spaces.targets import settled
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((Path(hizoo_lite.__file__).parent / "docs").glob("*.md"))
@@ -81,6 +82,12 @@ def test_readme_is_short_and_names_every_guide() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 160
     assert all(f"docs/{guide.name}" in text for guide in GUIDES)
+
+
+def test_readme_says_how_many_exact_blocks_the_console_proposes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [(blocks, proposed)] = re.findall(r"of (\d+); the console proposes (\d+)", text)
+    assert settled("auto", "auto", int(blocks)) == int(proposed)
 
 
 def write_files(page: Path) -> None:

@@ -36,6 +36,7 @@ from hizoo_lite.plan.meter import KernelMemory, MemoryMeter
 from hizoo_lite.plan.plan import Plan
 from hizoo_lite.plan.planner import CannotPlan
 from hizoo_lite.plan.workload import ONE_ROW, Workload
+from hizoo_lite.run import fit
 from hizoo_lite.spaces import SPACES
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import components, planning
@@ -548,6 +549,21 @@ def test_json_has_stable_keys_and_a_profile_gives_times(streamable: Path) -> Non
     assert found["ledger"]["disk"]["hidden_states"] == 1000 * found["max_length"] * 128 * 4
     assert found["bounds"]["products"] < 0.8 * whole["bounds"]["products"]
     assert found["bounds"]["unpacking"] < 0.5 * whole["bounds"]["unpacking"]
+
+
+@pytest.mark.parametrize("blocks", ["auto", "3", "all"])
+def test_a_plan_proposes_as_many_exact_blocks_as_the_run(tmp_path: Path, blocks: str) -> None:
+    told: list[str] = []
+
+    class Told:
+        def on_message(self, args: Any, state: Any, control: Any, *, text: str, **more: Any) -> None:
+            told.append(text)
+
+    given = {"task": "embedded", "data": "embedded", "train_examples": 4, "test_examples": 1, "batch_size": 2}
+    amount: Any = int(blocks) if blocks.isdecimal() else blocks
+    fit("embedded", **given, blocks=amount, steps=1, out=str(tmp_path / "run"), callbacks=[Told()])
+    planned = json.loads(call("--model", "embedded", "--blocks", blocks, "--json").stdout)["exact"]["blocks"]
+    assert [line for line in told if f"; --exact-blocks {planned} has them exact" in line]
 
 
 def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(streamable: Path) -> None:

@@ -79,7 +79,7 @@ def plan(
     from hizoo_lite.cli import output
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
-    from hizoo_lite.spaces.targets import AUTO_SHARE
+    from hizoo_lite.spaces.targets import settled
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
@@ -92,7 +92,8 @@ def plan(
     exact: tuple[int, Plan] | None = None
     may = config.exact_blocks == 0 and config.is_of_loss
     if found.fits and may and config.space in SPACES.having("exact_blocks"):
-        count = -(-found.blocks // AUTO_SHARE)
+        blocks = settled(config.blocks, config.targets, found.blocks)  # as many as have adapters
+        count = found.blocks if blocks == "all" else blocks
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
         with suppress(UserError):  # a model whose blocks cannot have them
             exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)

@@ -55,9 +55,7 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
     inside = [name for name in model.linears if name.startswith(model.block_prefix + ".")]
     chosen = _chosen(model, targets, inside)
     count = 1 + max((_block(model, name) for name in inside), default=0)
-    if blocks == "auto":
-        numbered = any(part.isdigit() for name in _names(targets) for part in name.split("."))
-        blocks = "all" if numbered else -(-count // AUTO_SHARE)
+    blocks = settled(blocks, targets, count)
     if blocks == "all":
         return chosen
     if type(blocks) is not int or not 1 <= blocks <= count:
@@ -69,6 +67,14 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
                 f"--targets: {wanted!r} is not in the top {blocks} of {count} blocks; allowed: --blocks all"
             )
     return kept
+
+
+def settled(blocks: Blocks, targets: str | Sequence[str], count: int) -> int | Literal["all"]:
+    """`blocks` of a model of so many, with what "auto" is for these `targets`."""
+    if blocks != "auto":
+        return blocks
+    numbered = any(part.isdigit() for name in _names(targets) for part in name.split("."))
+    return "all" if numbered else -(-count // AUTO_SHARE)
 
 
 def in_top(model: Model, name: str, blocks: int | Literal["all"]) -> bool:
