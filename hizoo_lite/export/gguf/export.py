@@ -9,6 +9,7 @@ Tensors are made when they are written, one at a time. A `Modelfile` beside it t
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def export_gguf(
             raise UserError(f"{flag}: got {value!r}, which an adapter has not; allowed with --merge")
     if dtype is not None and dtype not in _TYPES:
         raise UserError(f"--dtype: got {dtype!r}, allowed: {', '.join(_TYPES)}")
-    work = _Model(run, model, base_bits, dtype or "bf16") if merge else _Adapter(run, model)
+    work = _Model(run, model, base_bits, dtype or "bf16") if merge else _Adapter(run, model, out)
     check_space(place, sum(_nbytes(entry, work.dtype) for entry in work.entries))
     with workplace(place) as beside:
         folder = beside / "export"
@@ -148,13 +149,16 @@ class _Adapter(_Work):
 
     file = ADAPTER
 
-    def __init__(self, run: Path | str, model: str | None) -> None:
-        adapter = open_adapter(run, model, "gguf", "--merge")
+    def __init__(self, run: Path | str, model: str | None, out: Path | str) -> None:
+        """`out`: for the command that is proposed where an adapter cannot be written."""
+        merging = ["hizoo-lite", "export", str(run), "--to", "gguf", "--merge", "--out", str(out)]
+        instead = f"--merge, as in: {shlex.join(merging + ([] if model is None else ['--model', model]))}"
+        adapter = open_adapter(run, model, "gguf", instead)
         super().__init__(adapter.base, adapter.module.config, adapter.kind)
         if has_tied_head(adapter):
             raise UserError(
                 "--to: got gguf, but the adapter has rows of the output matrix, which this model shares with "
-                "its embeddings; llama.cpp has no adapter of that; allowed: --merge"
+                f"its embeddings; llama.cpp has no adapter of that; allowed: {instead}"
             )
         keys, config = need("gguf", "gguf", "--to gguf").Keys, adapter.config
         self._changes = adapter.changes
