@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import hizoo_lite as hz
 from hizoo_lite.cli import app
+from hizoo_lite.config import DEMO
 from hizoo_lite.errors import UserError
+from hizoo_lite.train.resolved import Resolved
 
 REVIEWS = [("The day was fine.", "good"), ("The soup was cold.", "bad")]
 RUN: dict[str, Any] = {"model": "embedded", "batch_size": 4, "max_length": 32, "device": "cpu", "rank": 2}
@@ -89,6 +91,23 @@ def test_inspect_with_a_model_shows_tokens_what_is_learnt_and_a_length_that_fits
     assert found["examples"][0]["text"].count("»") == 1
     assert "--max-length 48; --max-length " in found["advice"][0]
     assert "fits 99 %" in found["advice"][0]
+
+
+def test_a_model_of_few_positions_is_known_for_it_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    data = str(alpaca(tmp_path))
+    done = call("data", "inspect", data, "--model", str(model), "--json")
+    assert "longer than --max-length 12; " in json.loads(done.stdout)["advice"][0]
+    monkeypatch.setattr(Resolved, "model", lambda *_: pytest.fail("it is loaded"))
+    refused = call("train", "--model", str(model), "--data", data, "--out", str(tmp_path / "run"))
+    assert refused.exit_code == 2
+    assert "examples cannot be used" in refused.stderr
+    assert "allowed are 12" in refused.stderr
 
 
 def test_inspect_prints_for_people_and_needs_no_torch(tmp_path):

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 import hizoo_lite
 from hizoo_lite import tasks
 from hizoo_lite.batch import Example
+from hizoo_lite.checkpoints.declared import positions_of
 from hizoo_lite.cli import app
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.__main__ import main
 from hizoo_lite.edge.answer import continue_text, eval_config, evaluate_export, sampler
-from hizoo_lite.edge.model import OnnxModel, positions_of
+from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.edge.onnx_adapter import save_adapter
 from hizoo_lite.edge.session import Graph
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -420,7 +421,7 @@ def test_an_adapter_of_another_model_is_refused(exported: Path, tmp_path: Path) 
         OnnxModel(exported, str(adapter))
 
 
-@pytest.mark.parametrize("name", ["roberta", "bert", "opt", "llama"])
+@pytest.mark.parametrize("name", ["roberta", "bert", "opt", "llama", "gpt2"])
 def test_positions_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path)
     model = load(tmp_path, kind=TINY_CONFIGS[name].kind, bits="none", device="cpu")

@@ -44,6 +44,10 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
         ),
         (f"train {EMBEDDED} --out FOLDER", "is not empty"),
         (f"train {EMBEDDED} --tracker clearml", "clearml is not installed"),
+        (
+            "train --model SHORT --task embedded --data embedded --max-length 64",
+            "max_length: got 1, what the model has positions for; allowed: 2 or more",
+        ),
         ("train --config nope", "a recipe (chat"),
         ("eval --adapter nowhere", "--adapter: got 'nowhere'"),
         ("generate --adapter nowhere --prompt a", "--adapter: got 'nowhere'"),
@@ -60,7 +64,10 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
 def test_refused_before_torch_is_imported(command: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"other": "a row"}\n')
-    arguments = command.replace("FOLDER", str(tmp_path / "data")).split()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "config.json").write_text('{"max_position_embeddings": 1}')
+    places = {"FOLDER": tmp_path / "data", "SHORT": tmp_path / "short"}
+    arguments = [str(places.get(word, word)) for word in command.split()]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path
     )

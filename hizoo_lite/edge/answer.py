@@ -14,7 +14,7 @@ from hizoo_lite.edge.model import OnnxModel, Pick, greedy
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
 from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
-from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids
+from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids, usable_length
 from hizoo_lite.train import components, provenance
 from hizoo_lite.train.evaluate import evaluate, report
 from hizoo_lite.train.folder import RunFolder
@@ -45,7 +45,7 @@ def evaluate_export(
     task = components.task_of(config)
     examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
-    most = min(config.max_length, model.positions or config.max_length)
+    most = usable_length(config.max_length, model.positions)
     encoder = components.task_encoder(
         model.tokenizer,
         model.kind,

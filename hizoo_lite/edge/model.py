@@ -18,6 +18,7 @@ from hizoo_lite.arrays import NumpyArrays
 from hizoo_lite.base import ModelKind
 from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
+from hizoo_lite.checkpoints.declared import model_config, positions_of, vocabulary_of
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.edge.session import Session
 from hizoo_lite.edge.tokenizer import EdgeTokenizer
@@ -26,8 +27,6 @@ from hizoo_lite.files import read_json
 from hizoo_lite.tasks.losses import class_losses, slot_losses
 
 _SETTINGS = "genai_config.json"
-#: Architectures that count positions from behind the padding token's id.
-_BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "esm")
 #: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
 LOGITS_BYTES = 256 << 20
 _ARRAYS = NumpyArrays()
@@ -56,7 +55,7 @@ class OnnxModel:
         settings = read_json(path, "settings of onnxruntime-genai").get("model", {}) if path.is_file() else {}
         self.positions: int | None = settings.get("context_length", positions_of(folder))
         self.vocabulary = vocabulary_of(folder)
-        self.id2label: Any = _model_config(folder).get("id2label")
+        self.id2label: Any = model_config(folder).get("id2label")
         ends = settings.get("eos_token_id", self.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         self._vocabulary = 1  # of a row of logits; known after the first forward
@@ -159,27 +158,6 @@ class OnnxModel:
         found["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         found |= self.session.empty_cache(len(ids))
         return {name: found[name] for name in self.inputs}
-
-
-def positions_of(folder: Path) -> int | None:
-    """Tokens that the position codes of the folder's config.json reach; None if it does not say."""
-    config = _model_config(folder)
-    most, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
-    if type(most) is not int or most < 1:
-        return None
-    unused = padding + 1 if type(padding) is int and config.get("model_type") in _BEHIND_PADDING else 0
-    return most - unused
-
-
-def vocabulary_of(folder: Path) -> int | None:
-    """How many tokens the model has, by the folder's config.json; None if it does not say."""
-    count = _model_config(folder).get("vocab_size")
-    return count if type(count) is int and count > 0 else None
-
-
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json(path, "settings of a model") if path.is_file() else {}
 
 
 def greedy(logits: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.process import resident
 from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks.tokens import usable_length
 from hizoo_lite.train import checkpoint, components, config_file, identity, resume
 from hizoo_lite.train.callbacks import Callbacks, checked
 from hizoo_lite.train.checkpoint import Position
@@ -116,7 +117,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
     splits = components.run_splits(config, task)
     graph = TrainGraph(folder, config.threads)
     tokenizer = EdgeTokenizer(folder, token_types=graph.token_types)
-    most = min(config.max_length, graph.record.positions or config.max_length)
+    most = usable_length(config.max_length, graph.record.positions)
     record = graph.record
     encoder = components.task_encoder(
         *(tokenizer, record.kind, task, most, config.loss),

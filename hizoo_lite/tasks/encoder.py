@@ -34,6 +34,7 @@ from hizoo_lite.tasks.tokens import (
     pad_id,
     spans,
     token_ids,
+    usable_length,
     word_id,
 )
 
@@ -108,8 +109,7 @@ class Encoder:
         task = self.task
         if self.model_kind not in get_args(ModelKind):
             raise UserError(f"model_kind: got {self.model_kind!r}; allowed: {', '.join(get_args(ModelKind))}")
-        if self.max_length < 2:
-            raise UserError(f"max_length: got {self.max_length}; allowed: 2 or more")
+        usable_length(self.max_length)
         if self.model_kind == "masked" and task.masked is None:
             raise UserError(f"task {task.name}: it has no prompt for a masked model; use a causal model")
         if self.model_kind == "masked" and self.tokenizer.mask_token_id is None:

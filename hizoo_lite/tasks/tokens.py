@@ -124,6 +124,15 @@ def word_id(tokenizer: Tokenizer, word: str) -> int:
     )
 
 
+def usable_length(max_length: int, positions: int | None = None) -> int:
+    """Tokens that a sequence may have, of a model with so many positions; UserError if they are under 2."""
+    limit = min(max_length, positions or max_length)
+    if limit < 2:
+        whose = ", what the model has positions for" if limit < max_length else ""
+        raise UserError(f"max_length: got {limit}{whose}; allowed: 2 or more")
+    return limit
+
+
 def spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     """(first, last + 1) character of every token, or of every word if the tokenizer has no offsets."""
     if not tokenizer.is_fast:

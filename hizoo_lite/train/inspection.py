@@ -72,7 +72,7 @@ def inspect(
             for example in (splits.train or every)[:_SHOWN]
         ],
         "advice": [
-            *_advice(config, task, splits, lengths, encoder is not None),
+            *_advice(task, splits, lengths, None if encoder is None else encoder.max_length),
             *_decide(len(contradictions)),
             *filter(None, [components.few_held_out(config, splits, task.metric)]),
         ],
@@ -185,22 +185,20 @@ def _decide(count: int) -> list[str]:
     ]
 
 
-def _advice(
-    config: TrainConfig, task: Task, splits: Splits, lengths: Sequence[int], of_model: bool
-) -> list[str]:
-    """What to do about it, the most useful first."""
+def _advice(task: Task, splits: Splits, lengths: Sequence[int], limit: int | None) -> list[str]:
+    """What to do about it, the most useful first. limit: tokens of the model's sequences; None: no model."""
     found = []
-    if of_model:
-        longer = sum(length > config.max_length for length in lengths)
+    if limit is not None:
+        longer = sum(length > limit for length in lengths)
         p99 = -(-max(8, _quantiles(lengths)["p99"]) // 8) * 8
         if longer:
             share = 100 * longer / len(lengths)
             found.append(
-                f"{share:.1f} % of the examples are longer than --max-length {config.max_length}; "
+                f"{share:.1f} % of the examples are longer than --max-length {limit}; "
                 f"--max-length {p99} fits 99 %"
             )
         else:
-            found.append(f"all examples fit --max-length {config.max_length}; --max-length {p99} fits 99 %")
+            found.append(f"all examples fit --max-length {limit}; --max-length {p99} fits 99 %")
     if task.num_labels and all(name.replace(".", "").lstrip("-").isdigit() for name in task.labels):
         found.append(
             "labels are numbers: a causal model does better with words, in a task's file (--write-task)"
@@ -209,7 +207,7 @@ def _advice(
         found.append(
             "prompts run into their completions without white space; end prompts with it, or --task chat"
         )
-    if not of_model:
+    if limit is None:
         found.append("with --model tokens are counted, and examples are shown as the model sees them")
     return found
 

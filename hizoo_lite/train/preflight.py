@@ -6,13 +6,15 @@ Everything here is asked again where it is used; this only asks early.
 from __future__ import annotations
 
 import importlib.util
-import os
+from pathlib import Path
 
 from hizoo_lite import synonyms
 from hizoo_lite.checkpoints.adapter import find_adapter
+from hizoo_lite.checkpoints.declared import positions_of
 from hizoo_lite.config import EMBEDDED, TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Task
+from hizoo_lite.tasks.tokens import usable_length
 from hizoo_lite.train import components, provenance
 from hizoo_lite.train.folder import RunFolder
 
@@ -33,7 +35,9 @@ def check_inputs(config: TrainConfig) -> Task:
         part.peek(source)
     if config.strict:
         components.make_splits(config, task)  # every row is read
-    check_model(config.model, config.revision)
+    folder = check_model(config.model, config.revision)
+    if folder is not None:
+        usable_length(config.max_length, positions_of(folder))
     return task
 
 
@@ -52,14 +56,19 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--tracker: {name} is not installed here; install it, or use none")
 
 
-def check_model(source: str | None, revision: str | None = None) -> None:
-    """Raises UserError if a model is given and is neither a folder nor, as far as the hub says, an id."""
-    if source in (None, EMBEDDED):
-        return
+def check_model(source: str | None, revision: str | None = None) -> Path | None:
+    """The folder with a model's config.json; None if no model is given, and for the embedded one.
+
+    Raises UserError if it is neither a folder nor, as far as the hub says, an id.
+    """
+    if source is None or source == EMBEDDED:
+        return None
     from hizoo_lite.checkpoints import hub  # it takes half a second
 
-    if not os.path.isdir(os.path.expanduser(source)):
-        hub.check_source(source)
-        if synonyms.meant(source, [EMBEDDED]):
-            raise UserError(f"model: there is no folder {source}{synonyms.hint(source, [EMBEDDED])}")
-        hub.resolve_small(source, revision)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    hub.check_source(source)
+    if synonyms.meant(source, [EMBEDDED]):
+        raise UserError(f"model: there is no folder {source}{synonyms.hint(source, [EMBEDDED])}")
+    return hub.resolve_small(source, revision)

@@ -33,6 +33,7 @@ from hizoo_lite.plan.workload import ONE_ROW, Workload, cache_bytes
 from hizoo_lite.registry import SPACES
 from hizoo_lite.tasks import Encoder, Records, Splits, Task
 from hizoo_lite.tasks.task import part_of
+from hizoo_lite.tasks.tokens import usable_length
 from hizoo_lite.tensors import TorchArrays
 from hizoo_lite.train import checkpoint, planning
 from hizoo_lite.train.compared import Compared, given_by
@@ -261,7 +262,7 @@ def make_encoder(model: Model, task: Task, max_length: int, loss: str = "auto") 
     """The task's encoder for the model's tokenizer. UserError if the model has none."""
     if model.tokenizer is None:
         raise UserError(f"--model: {model.source} has no tokenizer files; a run needs text in and out")
-    limit = min(max_length, model.positions or max_length)
+    limit = usable_length(max_length, model.positions)
     classes = model.config.id2label if model.kind == "classifier" else None
     encoder = task_encoder(
         model.tokenizer, model.kind, task, limit, loss, classes=classes, vocabulary=model.vocabulary
