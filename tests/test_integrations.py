@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -591,3 +592,29 @@ def test_the_harness_gets_what_its_own_model_gives() -> None:
 def test_an_unknown_task_of_the_harness_is_refused() -> None:
     done = CliRunner().invoke(app, ["eval", "--model", "embedded", "--lm-eval", "nosuchtask"])
     assert (done.exit_code, "got nosuchtask" in done.output) == (2, True)
+
+
+@harness
+@pytest.mark.filterwarnings("default")
+def test_a_task_of_the_harness_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    rows = [{"text": "A fine day.", "label": 0}, {"text": "A bad one.", "label": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "days",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "rows.jsonl")}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}} It was",
+        "doc_to_target": "label",
+        "doc_to_choice": [" good", " bad"],
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "days.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "none.yaml").write_text("just: this\n")
+    asked = ["eval", "--model", "embedded", "--json", "--lm-eval"]
+    done = CliRunner().invoke(app, [*asked, str(tmp_path / "days.yaml")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["days"]["acc,none"] in (0.0, 0.5, 1.0)
+    done = CliRunner().invoke(app, [*asked, str(tmp_path / "none.yaml")])
+    assert (done.exit_code, "none.yaml" in done.output) == (2, True)

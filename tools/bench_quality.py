@@ -150,6 +150,7 @@ METHODS = {
     "mezo, A trained": Method({**_MEZO, "train_a": True}, "mezo"),
     "mezo, top third": Method({**_MEZO, "blocks": "auto"}, "mezo"),
     "backpropagation": Method({}, "backprop"),
+    "backpropagation, 6 blocks": Method({"exact_blocks": 6}, "backprop"),
 }
 #: Methods of other papers: settings, the scale of their rates beside mezo's, and a rate that was published:
 #: of KerZOO and FZOO that of the example with their code; of the others HiZOO's (1e-4 for adapters, 1e-6 for
@@ -216,21 +217,38 @@ def configuration(cell: Cell, models: Path, seed: int, arguments: Any) -> TrainC
     return replace(config, **shared)
 
 
-class Kept:
-    """The examples whose hidden states a run computes beforehand, and the seconds of that."""
+class Clock:
+    """The examples whose hidden states a run computes beforehand, seconds of that, the processor's of all.
+
+    `processor` is of the threads of this process, in these hidden states and in steps: other work is
+    not in it.
+    """
 
     def __init__(self) -> None:
-        self.examples, self.seconds = 0, 0.0
-        self._began: float | None = None
+        self.examples, self.seconds, self.processor = 0, 0.0, 0.0
+        self._began: tuple[float, float] | None = None
 
     def on_evaluate_begin(self, args: Any, state: Any, control: Any, *, when: str, **more: Any) -> None:
-        """An evaluation, or this."""
-        self._began = time.perf_counter() if when == HIDDEN else None
+        """An evaluation, or those hidden states."""
+        self._began = (time.perf_counter(), time.process_time()) if when == HIDDEN else None
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, *, examples: int, **more: Any) -> None:
         """So many more are done."""
         if self._began is not None:
-            self.examples, self.seconds = self.examples + examples, time.perf_counter() - self._began
+            wall, processor = time.perf_counter(), time.process_time()
+            self.examples += examples
+            self.seconds += wall - self._began[0]
+            self.processor += processor - self._began[1]
+            self._began = wall, processor
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """A step."""
+        self._began = None
+        self.processor -= time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Its end."""
+        self.processor += time.process_time()
 
 
 def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float | None) -> dict[str, Any]:
@@ -240,10 +258,10 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
     method_config = replace(config, **settings)
     branches = len(estimators.configured(method_config).points(0)) if method_config.estimates else BACKWARD
     steps = forwards // branches
-    every, kept = between(steps, forwards) if config.dev_examples else 0, Kept()
+    every, clock = between(steps, forwards) if config.dev_examples else 0, Clock()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
-        run = fit(replace(config, **settings, out=out, steps=steps, eval_every=every), callbacks=[kept])
+        run = fit(replace(config, **settings, out=out, steps=steps, eval_every=every), callbacks=[clock])
         if run.interrupted:  # it would look like a finished row
             raise KeyboardInterrupt
         dev = run.setup.splits.dev
@@ -253,11 +271,12 @@ def zeroth_order(config: TrainConfig, method: Method, forwards: int, lr: float |
     taken = [line for line in lines if line["kind"] == "step"]
     seconds: Sequence[float | None] = [None] * (len(taken) + 1)  # a private run tells none, and no losses
     if all(line["seconds"] is not None for line in taken):
-        seconds = list(accumulate((line["seconds"] for line in taken), initial=kept.seconds))
+        seconds = list(accumulate((line["seconds"] for line in taken), initial=clock.seconds))
     return {
         "forwards": branches * steps,
         "seconds": seconds[-1],
-        "kept_examples": kept.examples,
+        "processor_seconds": clock.processor,
+        "kept_examples": clock.examples,
         "peak_bytes": summary.get("training_peak_bytes"),
         "inference_peak_bytes": summary.get("inference_peak_bytes"),
         **{name: summary[name] for name in ("loss_before", "loss_after", "metric_before", "metric_after")},
@@ -301,11 +320,13 @@ def _slowed(steps: Sequence[Mapping[str, Any]]) -> int:
     return sum(after["lr"] < before["lr"] / 2 for before, after in pairwise(steps))
 
 
-def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, lr: float) -> dict[str, Any]:
+def backpropagation(
+    config: TrainConfig, targets: Sequence[str], method: Method, forwards: int, lr: float
+) -> dict[str, Any]:
     """PEFT LoRA over bitsandbytes NF4 weights with AdamW, on the same examples in the same order."""
     task = find_task(config.task)
     splits = make_splits(config, task)
-    model = tunable(config, targets)
+    model = tunable(config, targets, method.settings.get("exact_blocks"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     encoder = Encoder(tokenizer, config.kind, task, config.max_length)
     encoded = [encoder.encode(example, training=True) for example in splits.train]
@@ -319,9 +340,9 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     before = evaluated(model, encoder, splits.test)
     inference_peak_bytes = meter.phase_bytes()
     meter.restart()
-    curve, seconds = [], 0.0
+    curve, seconds, processor = [], 0.0, 0.0
     for step in range(steps):
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         picked = batch_indices(
             len(encoded), config.batch_size, config.seed, step, labels, lengths.__getitem__
         )
@@ -331,6 +352,7 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
         optimizer.zero_grad()
         decay.step()
         seconds += time.perf_counter() - began
+        processor += time.process_time() - busy
         if (step + 1) % between(steps, forwards) == 0:
             curve.append([BACKWARD * (step + 1), *evaluated(model, encoder, splits.dev), seconds])
     peak_bytes = meter.phase_bytes()
@@ -338,6 +360,7 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     return {
         "forwards": BACKWARD * steps,
         "seconds": seconds,
+        "processor_seconds": processor,
         "kept_examples": 0,
         "peak_bytes": peak_bytes,
         "inference_peak_bytes": inference_peak_bytes,
@@ -350,8 +373,11 @@ def backpropagation(config: TrainConfig, targets: Sequence[str], forwards: int, 
     }
 
 
-def tunable(config: TrainConfig, targets: Sequence[str]) -> torch.nn.Module:
-    """The model in bitsandbytes NF4 with a PEFT adapter; a classifier's new head is drawn from the seed."""
+def tunable(config: TrainConfig, targets: Sequence[str], top: int | None = None) -> torch.nn.Module:
+    """The model in bitsandbytes NF4 with a PEFT adapter, in the top blocks if `top` says how many.
+
+    A classifier's new head is drawn from the seed.
+    """
     classifier = config.kind == "classifier"
     name = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     quantization = transformers.BitsAndBytesConfig(
@@ -370,7 +396,11 @@ def tunable(config: TrainConfig, targets: Sequence[str]) -> torch.nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # eval() would repack the weights in place
     task_type = peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM
-    adapter = peft.LoraConfig(task_type=task_type, r=8, lora_alpha=16, target_modules=list(targets))
+    layers = model.config.num_hidden_layers
+    adapter = peft.LoraConfig(
+        task_type=task_type, r=8, lora_alpha=16, target_modules=list(targets),
+        layers_to_transform=list(range(layers - top, layers)) if top else None,
+    )  # fmt: skip
     return peft.get_peft_model(model, adapter).eval()  # no dropout, as in a zeroth-order step
 
 
@@ -445,7 +475,8 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
     cell = CELLS[name]
     for method_name in wanted:
         method = METHODS[method_name]
-        if method_name == "backpropagation" and not cell.model:
+        is_backward = method_name.startswith("backpropagation")
+        if is_backward and not cell.model:
             continue
         rates: Sequence[float | None] = method.rates(cell)
         for number, seed in enumerate(arguments.seeds):
@@ -457,8 +488,8 @@ def run_cell(name: str, wanted: Sequence[str], budget: int, rows: Rows, argument
                     continue
                 config = configuration(cell, arguments.models, seed, arguments)
                 try:
-                    if method_name == "backpropagation":
-                        found = alone(arguments, backpropagation, config, cell.targets, budget, lr)
+                    if is_backward:
+                        found = alone(arguments, backpropagation, config, cell.targets, method, budget, lr)
                     else:
                         found = alone(arguments, zeroth_order, config, method, budget, lr)
                 except TooManyBadSteps as error:

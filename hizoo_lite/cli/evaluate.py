@@ -55,7 +55,10 @@ def command(
     seed: Annotated[int | None, typer.Option(help="of the splits")] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option(metavar="TASKS", help="tasks of lm-evaluation-harness, with commas, in place of --task"),
+        typer.Option(
+            metavar="TASKS",
+            help="tasks of lm-evaluation-harness, with commas, or its YAML files, in place of --task",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,

@@ -10,6 +10,7 @@ and streamed as everywhere else. Importing this file needs the extra `lm-eval`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,18 +205,21 @@ def evaluated(model: HiZOOLM, tasks: Sequence[str], limit: int | None = None) ->
 
     Args:
         model: that is asked.
-        tasks: the harness's names.
+        tasks: the harness's names, or YAML files of one's own as the harness has them.
         limit: examples of each task; None: all.
 
     Raises:
-        UserError: if the harness does not know a task.
+        UserError: if the harness does not know a task, or a file has none.
     """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"--lm-eval: got {', '.join(unknown)}; allowed: tasks of `lm-eval ls tasks`")
-    found = simple_evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+    files = {task: Path(task).resolve() for task in tasks if Path(task).suffix == ".yaml"}
+    manager = TaskManager(include_path=sorted({str(file.parent) for file in files.values()}) or None)
+    own = {entry.yaml_path: name for name, entry in manager.task_index.items() if entry.yaml_path}
+    names = [own.get(files[task], task) if task in files else task for task in tasks]
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        allowed = "tasks of `lm-eval ls tasks`, or YAML files that the harness takes for a task"
+        raise UserError(f"--lm-eval: got {', '.join(unknown)}; allowed: {allowed}")
+    found = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False)
     results: dict[str, dict[str, Any]] = found["results"]
     return results
