@@ -64,8 +64,10 @@ from hizoo_lite.train.given import Given, check_device, configured, in_memory, o
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.setup import Setup, build, calibrate, keeps_hidden_states
+from hizoo_lite.train.step import Stepper
 from hizoo_lite.train.summary import peaks_of_run, summarize
 from hizoo_lite.units import counted
 
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+#: What ends a run early, with everything saved that could be.
+_Failure = Interrupted | TooManyBadSteps | StorageError | BudgetError
 #: The entry of run.json of a run that keeps hidden states: resumed, it does, and none that did not does.
 _HIDDEN = "hidden_states"
 
@@ -300,54 +304,35 @@ def fit(
     """
     told = checked(callbacks)
     compare = None if objective is None or isinstance(objective, str) else Function.of(objective)
-    if compare is not None:
-        objective = compare.name
-    members = {"space": space, "estimator": estimator, "curvature": curvature, "objective": objective}
-    options |= {key: member for key, member in members.items() if isinstance(member, str)}
-    space, estimator = object_of("space", space), object_of("estimator", estimator)
-    curvature = object_of("curvature", curvature)
+    members = {"space": space, "estimator": estimator, "curvature": curvature}
+    names = {**members, "objective": objective if compare is None else compare.name}
+    options |= {axis: name for axis, name in names.items() if isinstance(name, str)}
+    objects: dict[str, Any] = {axis: object_of(axis, member) for axis, member in members.items()}
     found, records = in_memory(task, data, options)
-    config, loaded = configured(model, space, estimator, curvature, options)
-    config = config if space is not None else provenance.begun_from(config)
-    wanted = config.device if loaded is None else loaded.device.type
-    ranks = distributed.join(choose_type(wanted)[0])
-    if loaded is not None:
-        check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
-    path = str(config.out if config.out is not None else next_free("hizoo-run"))
-    folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+    config, loaded = configured(model, **objects, options=options)
+    config = config if objects["space"] is not None else provenance.begun_from(config)
+    ranks = _join(config, loaded)
+    named = config.out is not None
+    folder = _folder(config, ranks)
     form = components.understood(config, records) if found is None else None
-    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
     if form is not None:
         found = tasks.get(form.keys)
-        config = replace(config, text_field=None, label_field=None)  # which the task's file has
-    if records is not None:
-        config = replace(config, data=str(folder.data))
-    if keys is not None:
-        config = replace(config, task=str(folder.task))
-    named = config.out is not None
-    config = replace(_checked(config, folder), out=str(folder.path))
+    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
+    config = _checked(_with_files(config, folder, form, Given(keys, records)), folder)
+    config = replace(config, out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(
-        config, components.find_task(config.task, config.task_weight) if found is None else found, loaded
-    )
+    resolved = Resolved(config, found or components.find_task(config.task, config.task_weight), loaded)
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
     with threads(config.threads), enforced(limits.device_bytes, resolved.device) as cap:
         with loading():
-            objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
             setup = build(resolved, **objects, objective=compare, data=records)
         setup.stepper.ranks = ranks
-        if ranks.count > 1 and setup.stepper.estimator.groups > 1:
-            raise UserError(
-                f"--estimator: {setup.stepper.estimator.name} divides a batch by itself; allowed in "
-                f"{ranks.count} processes: those that do not"
-            )
+        _check_groups(setup.stepper)
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
-        if progress and not any(isinstance(each, Progress) for each in told):
-            told = (*told, bars.of_python())
-        calls = _callbacks(setup, folder, told if ranks.is_main else ())
+        calls = _callbacks(setup, folder, told, progress)
         _announce(setup, calls.message, form)
         budget = Budget(limits, setup.model, calls.message, cap)
         try:
@@ -414,6 +399,30 @@ def _checked_split(split: str) -> str:
     return split
 
 
+def _join(config: TrainConfig, loaded: Model | None) -> Ranks:
+    """The processes of the run. UserError if a loaded model is not on this one's device."""
+    wanted = config.device if loaded is None else loaded.device.type
+    ranks = distributed.join(choose_type(wanted)[0])
+    if loaded is not None:
+        check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
+    return ranks
+
+
+def _folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """The run folder, which the main rank chooses if none was given, and which it alone writes."""
+    path = str(config.out if config.out is not None else next_free("hizoo-run"))
+    return RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+
+
+def _with_files(config: TrainConfig, folder: RunFolder, form: Understood | None, given: Given) -> TrainConfig:
+    """The configuration with the names of the files that will be in the run folder."""
+    if form is not None:
+        config = replace(config, text_field=None, label_field=None)  # which the task's file has
+    if given.data is not None:
+        config = replace(config, data=str(folder.data))
+    return config if given.task is None else replace(config, task=str(folder.task))
+
+
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Refuse an impossible folder, tracker or launch; a resumed run keeps what it left open (kind, bits)."""
     preflight.check_tracker(config.tracker)
@@ -424,6 +433,16 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     config = config_file.as_begun(old, config)
     config_file.check_same_run(old, config)
     return config
+
+
+def _check_groups(stepper: Stepper) -> None:
+    """UserError if both the estimator and the processes divide a batch."""
+    count = stepper.ranks.count
+    if count > 1 and stepper.estimator.groups > 1:
+        raise UserError(
+            f"--estimator: {stepper.estimator.name} divides a batch by itself; allowed in "
+            f"{count} processes: those that do not"
+        )
 
 
 def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None) -> None:
@@ -451,15 +470,22 @@ def _trained_blocks(setup: Setup) -> int:
     return len({setup.model.block_of(name) for name in setup.space.target_names})
 
 
-def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:
-    """Those that were given, and what transformers gives every one of them."""
+def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object], progress: bool) -> Callbacks:
+    """Those that were given, on the main rank alone, and what transformers gives every one of them.
+
+    progress: add a bar if none of them has a display of its own.
+    """
+    if progress and not any(isinstance(each, Progress) for each in told):
+        told = (*told, bars.of_python())
     absent = ("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
     about = {"model": setup.model.module, "processing_class": setup.model.tokenizer, **dict.fromkeys(absent)}
     metric, examples = setup.task.metric, len(setup.splits.train)
+    told = told if setup.stepper.ranks.is_main else ()
     return Callbacks(told, setup.config, folder, metric=metric, examples=examples, about=about)
 
 
 def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, given: Given) -> Run:
+    """The steps, from where the run begins; what ended it early is raised once everything is saved."""
     setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
     if setup.config.tracker != "none":
@@ -490,31 +516,15 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             memory=lambda: profiler.record(categories(setup)),
             hidden=hidden,
         )
-        failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
-        try:
-            loop.run()
-        except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
-            failure = error
-        except (RuntimeError, MemoryError) as error:
-            failure = _refused(error)
+        failure = _looped(loop)
         if hidden is not None and ranks.is_main:
             hidden.close(finished=failure is None)
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
         summary: dict[str, Any] = {}
         try:
-            if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
-                setup.model.chunk_halvings = loop.chunk_halvings
-            if loop.is_whole:
-                loop.save()
-                checkpoint.save_adapter(setup.stepper.space, folder.adapter)
-            peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-            summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
-            summary["trained_blocks"] = _trained_blocks(setup)
-            summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
-            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            figures = {} if setup.stepper.estimator.secret else peaks_of_run(earlier, profiler.figures())
-            summary |= {**figures, "adapter_step": adapter_step, "ranks": ranks.count, **loop.account()}
+            _save(setup, loop, failure)
+            summary = _summary(setup, loop, profiler, budget, earlier, isinstance(failure, Interrupted))
             folder.write_summary(summary)
             _report(folder, callbacks.message)
         except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
@@ -523,13 +533,60 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
         if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
             ranks.wait()
         accelerator.end_training()
+    _raise(failure, loop)
+    return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _looped(loop: Loop) -> _Failure | None:
+    """Run it to its end; what ended it before."""
+    try:
+        loop.run()
+    except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
+        return error
+    except (RuntimeError, MemoryError) as error:
+        return _refused(error)
+    return None
+
+
+def _save(setup: Setup, loop: Loop, failure: _Failure | None) -> None:
+    """The last checkpoint and the adapter, if the state in memory is that of a step."""
+    if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
+        setup.model.chunk_halvings = loop.chunk_halvings
+    if loop.is_whole:
+        loop.save()
+        checkpoint.save_adapter(setup.stepper.space, loop.folder.adapter)
+
+
+def _summary(
+    setup: Setup,
+    loop: Loop,
+    profiler: Profiler,
+    budget: Budget,
+    earlier: Mapping[str, Any],
+    interrupted: bool,
+) -> dict[str, Any]:
+    """summary.json; `earlier` is that of the run that this one continues."""
+    peak = max(loop.meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+    figures = {} if setup.stepper.estimator.secret else peaks_of_run(earlier, profiler.figures())
+    return {
+        **summarize(setup, loop.folder.read_metrics(), peak, interrupted),
+        "trained_blocks": _trained_blocks(setup),
+        "memory_retries": budget.retries + (earlier.get("memory_retries") or 0),
+        **figures,
+        "adapter_step": loop.adapter_step if loop.is_whole else earlier.get("adapter_step"),
+        "ranks": loop.ranks.count,
+        **loop.account(),
+    }
+
+
+def _raise(failure: _Failure | None, loop: Loop) -> None:
+    """What ended the run, unless that was a signal alone; of a failure with how to go on."""
     if isinstance(failure, StorageError | BudgetError):
-        raise type(failure)(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
+        raise type(failure)(f"{failure}; {resume.where_it_stands(loop.folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
-    if callbacks.failure is not None:
-        raise callbacks.failure
-    return Run(folder.path, summary, setup, loop.before, loop.after)
+    if loop.callbacks.failure is not None:
+        raise loop.callbacks.failure
 
 
 def _refused(error: RuntimeError | MemoryError) -> BudgetError:
@@ -540,7 +597,7 @@ def _refused(error: RuntimeError | MemoryError) -> BudgetError:
     return BudgetError(f"memory ran out: {said}" if said else "memory ran out")
 
 
-def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
+def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: _Failure | None) -> Run:
     """The end of a rank that writes nothing: the result is the main one's."""
     if isinstance(failure, StorageError | BudgetError):
         raise failure
@@ -596,9 +653,8 @@ def _hidden_states(setup: Setup, folder: RunFolder) -> HiddenStates | None:
     return HiddenStates(setup.traversal, folder.path, of)
 
 
-def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
-    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
-    start = resume.Start(Position())
+def _identity(setup: Setup, folder: RunFolder) -> dict[str, str]:
+    """What the run is made of: the entries of run.json."""
     model = setup.model
     made_of = identity.of_run(
         setup.splits, setup.task, of_model(model.folder), model.folder, setup.stepper.library
@@ -611,6 +667,13 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
         made_of |= {name: value for name, value in before.items() if name == _HIDDEN}
     elif keeps_hidden_states(setup.config, setup.splits, setup.space, model):
         made_of[_HIDDEN] = "kept"
+    return made_of
+
+
+def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
+    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
+    start = resume.Start(Position())
+    made_of = _identity(setup, folder)
     if setup.config.resume:
         identity.check(folder.identity, made_of)
         for words in identity.changes(folder.identity, made_of):
