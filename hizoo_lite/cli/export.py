@@ -9,6 +9,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -285,9 +286,6 @@ def command(
 
     hizoo-lite export runs/sst2 --to gguf --out gguf/sst2-model --merge
     """
-    from hizoo_lite.cli import output
-    from hizoo_lite.config import refuse
-
     options = {
         "name": name,
         "format": format,
@@ -302,25 +300,28 @@ def command(
         "overwrite": overwrite,
     }
     given = {option: value for option, value in options.items() if value is not None}
-    _check(to, given)
-    if push is not None and to not in _PUSHED:
-        refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
+    _check(to, given, push)
     from hizoo_lite.train import preflight
 
     preflight.check_adapter(run, "RUN")
     preflight.check_model(model)
     exported = TARGETS[to](run, out, quiet, **given)
     if push is not None:
-        from pathlib import Path
-
-        from hizoo_lite.checkpoints import hub
-
-        typer.echo(f"uploaded: {hub.push(Path(out), push, private=True)}", err=True)
+        _upload(out, push)
     if json:
+        from hizoo_lite.cli import output
+
         output.print_json({"out": out, "to": to, **exported.figures})
     else:
         typer.echo(exported.line)
         _say_how_to_prompt(run)
+
+
+def _upload(out: str, name: str) -> None:
+    """Put what was written on the Hub."""
+    from hizoo_lite.checkpoints import hub
+
+    typer.echo(f"uploaded: {hub.push(Path(out), name, private=True)}", err=True)
 
 
 def _say_how_to_prompt(run: str) -> None:
@@ -338,8 +339,8 @@ def _say_how_to_prompt(run: str) -> None:
         typer.echo(line, err=True)
 
 
-def _check(to: str, given: dict[str, Any]) -> None:
-    """UserError for an unknown target, and for options of others."""
+def _check(to: str, given: dict[str, Any], push: str | None) -> None:
+    """UserError for an unknown target, for options of others, and for what the Hub does not take."""
     from hizoo_lite.config import refuse
     from hizoo_lite.train.config_file import flag
 
@@ -351,6 +352,8 @@ def _check(to: str, given: dict[str, Any]) -> None:
         if to not in takers:
             problems.append(f"{flag(option)}: got {value!r}, allowed only with --to {' or '.join(takers)}")
     refuse(problems)
+    if push is not None and to not in _PUSHED:
+        refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
 
 
 def _options(target: str) -> list[str]:
