@@ -45,9 +45,8 @@ class Run:
 
     def __repr__(self) -> str:
         """The folder, the steps, and what they came to, in one line."""
-        parts, found = [f"{self.folder}: {counted(self.summary['steps'], 'step')}"], self.summary
-        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
-            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
+        parts = [f"{self.folder}: {counted(self.summary['steps'], 'step')}"]
+        for name, scores in self._scores().items():
             if any(score is not None for score in scores):
                 words = ["not measured" if score is None else f"{score:.4f}" for score in scores]
                 parts.append(f"{name} {' -> '.join(words)}")
@@ -55,15 +54,20 @@ class Run:
 
     def _repr_html_(self) -> str:
         """The same as a small table, for a notebook."""
-        found, steps = self.summary, counted(self.summary["steps"], "step")
+        steps = counted(self.summary["steps"], "step")
         title = escape(f"{self.folder}: {steps}{', interrupted' * self.interrupted}")
         lines = []
-        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
-            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
+        for name, scores in self._scores().items():
             cells = ("–" if score is None else f"{score:.4f}" for score in scores)
             lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         head = "<tr><th></th><th>before</th><th>after</th></tr>"
         return f"<table><caption>{title}</caption>{head}{''.join(lines)}</table>"
+
+    def _scores(self) -> dict[str, list[float | None]]:
+        """Before and after, of the loss and of the metric; None if not measured."""
+        found = self.summary
+        keys = {"loss": "loss", found["metric"]: "metric"}
+        return {name: [found[f"{key}_{when}"] for when in ("before", "after")] for name, key in keys.items()}
 
     @property
     def interrupted(self) -> bool:
