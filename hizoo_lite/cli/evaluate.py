@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.config import refuse
 from hizoo_lite.errors import UserError
 from hizoo_lite.extras import need
+from hizoo_lite.units import counted
 
 if TYPE_CHECKING:
     from hizoo_lite.train.progress import Progress
@@ -147,7 +149,6 @@ def _of_model(
 def _print(result: dict[str, Any], part: str, json: bool) -> None:
     """The scores."""
     from hizoo_lite.cli import output
-    from hizoo_lite.units import counted
 
     if json:
         output.print_json(result)
@@ -159,8 +160,6 @@ def _print(result: dict[str, Any], part: str, json: bool) -> None:
 
 def _refuse_with_harness(given: dict[str, Any]) -> None:
     """UserError for flags of our own tasks, and of other kinds of models, beside --lm-eval."""
-    from hizoo_lite.config import refuse
-
     odd = {name: given.get(name) for name in _NOT_OF_THE_HARNESS}
     refuse([f"--{n}: got {v!r}, not allowed with --lm-eval" for n, v in odd.items() if v is not None])
 

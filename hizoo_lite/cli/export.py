@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from hizoo_lite.config import refuse
+from hizoo_lite.train.config_file import flag
+from hizoo_lite.units import format_bytes
+
 if TYPE_CHECKING:
     from hizoo_lite.base import Bits
     from hizoo_lite.export.merged import Dtype
@@ -61,7 +65,6 @@ def _onnx(
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.onnx.export import export_onnx
-    from hizoo_lite.units import format_bytes
 
     shown = progress.display(quiet)
     export = export_onnx(
@@ -104,7 +107,6 @@ def _merged(
     """A plain Hugging Face folder."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export import merged
-    from hizoo_lite.units import format_bytes
 
     began = time.perf_counter()
     work = merged.prepare(
@@ -167,7 +169,6 @@ def _gguf(
     """An adapter, or the merged model, for llama.cpp and Ollama."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.gguf.export import export_gguf
-    from hizoo_lite.units import format_bytes
 
     written = export_gguf(
         run,
@@ -341,9 +342,6 @@ def _say_how_to_prompt(run: str) -> None:
 
 def _check(to: str, given: dict[str, Any], push: str | None) -> None:
     """UserError for an unknown target, for options of others, and for what the Hub does not take."""
-    from hizoo_lite.config import refuse
-    from hizoo_lite.train.config_file import flag
-
     if to not in TARGETS:
         refuse([f"--to: got {to!r}, allowed: {', '.join(TARGETS)}"])
     problems = []

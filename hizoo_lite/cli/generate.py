@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.config import refuse
+from hizoo_lite.errors import UserError
 
 if TYPE_CHECKING:
     from hizoo_lite.tasks.chat import Prompt
@@ -153,8 +155,6 @@ def _model(
 
 def converse(write: Write, turns: list[dict[str, str]]) -> None:
     """Read a turn, write one, until nothing more is read; the oldest turns go if there is no room."""
-    from hizoo_lite.errors import UserError
-
     head = len(turns)
     while text := _read_turn():
         turns.append({"role": "user", "content": text})
@@ -184,8 +184,6 @@ def _tell(text: str) -> None:
 
 def _text(prompt: str | None) -> str:
     """The prompt, or standard input without the line end behind it."""
-    from hizoo_lite.config import refuse
-
     if prompt is None and sys.stdin.isatty():
         refuse(["--prompt: missing; allowed: a text, standard input (generate < FILE), or --chat"])
     return _read(sys.stdin.read).removesuffix("\n") if prompt is None else prompt
@@ -193,8 +191,6 @@ def _text(prompt: str | None) -> str:
 
 def _read(source: Callable[[], str]) -> str:
     """What standard input has. UserError if that is no text."""
-    from hizoo_lite.errors import UserError
-
     try:
         return source()
     except UnicodeDecodeError as error:
@@ -203,8 +199,6 @@ def _read(source: Callable[[], str]) -> str:
 
 def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt: str | None) -> None:
     """UserError for flags that exclude each other."""
-    from hizoo_lite.config import refuse
-
     problems = []
     if raw and system is not None:
         problems.append("--system: got a text, but --raw has no turns; allowed: without --raw")
@@ -216,7 +210,6 @@ def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt:
 
 def _is_raw(tokenizer: Tokenizer | None, adapter: str | None) -> bool:
     """Whether the prompt is continued as it is: with an adapter of a run as its task was put to the model."""
-    from hizoo_lite.errors import UserError
     from hizoo_lite.train import components
     from hizoo_lite.train.provenance import saved_config
 

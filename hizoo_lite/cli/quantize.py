@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hizoo_lite.units import format_bytes
+
 
 def command(
     model: Annotated[str, typer.Option(help="folder or hub id, in 16 or 32 bits")],
@@ -36,7 +38,6 @@ def command(
     from hizoo_lite.cli import output, progress
     from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.model import kinds
-    from hizoo_lite.units import format_bytes
 
     source = kinds.model_path(model)
     found = kinds.find_kind(source, revision, None) if kind == "auto" else kind
