@@ -33,7 +33,7 @@ from hizoo_lite.cli import (
 from hizoo_lite.errors import BudgetError, ExportError, StorageError, TooManyBadSteps, UserError
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
-#: What the system says where something cannot be stored.
+#: What the system says if something cannot be stored.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 

@@ -28,7 +28,7 @@ from hizoo_lite.tasks.losses import class_losses, slot_losses
 _SETTINGS = "genai_config.json"
 #: Architectures that count positions from behind the padding token's id.
 _BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "esm")
-#: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
+#: Bytes of float32 logits that one forward of an evaluation makes at most, if one row has fewer.
 LOGITS_BYTES = 256 << 20
 _ARRAYS = NumpyArrays()
 

@@ -36,15 +36,15 @@ from hizoo_lite.units import format_bytes
 CUDA_HOST_BYTES = 1200 << 20
 #: The two buffers of `Checkpoint.verify`, on the host.
 LOADING_BYTES = 16_000_000
-#: Share of what a pass makes that glibc holds beside it where it keeps freed memory; measured: 0.2 to 0.6.
+#: Share of what a pass makes that glibc holds beside it if it keeps freed memory; measured: 0.2 to 0.6.
 HEAP_SHARE = 0.5
 #: Largest batch that is chosen if none is asked for.
 LARGEST_BATCH = 16
-#: What is tried where a batch is chosen.
+#: What is tried if a batch is chosen.
 _BATCHES = (16, 8, 4, 2, 1)
 
 
-#: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
+#: What a Hugging Face model may raise on tensors without memory, if its forward looks at values.
 _DRY_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
