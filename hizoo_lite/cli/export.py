@@ -119,24 +119,10 @@ def _merged(
         bits=bits,
         double_quant=double_quant,
     )
-    was_complete, files = work.complete, len(work.layout.shards)
-    if not was_complete:
-        progress.write_checkpoint(work, "merge", quiet)
-    figures = {
-        "kind": work.kind,
-        "dtype": dtype,
-        "bits": bits,
-        "double_quant": work.double_quant,
-        "files": files,
-        "bytes": work.total_bytes,
-        "was_complete": was_complete,
-        "seconds": time.perf_counter() - began,
-    }
     form = dtype if bits == "none" else f"{bits} ({dtype} beside it)"
-    if was_complete:
-        return Exported(figures, f"{out} is complete already: {form}, {files} files")
-    size = format_bytes(work.total_bytes)
-    return Exported(figures, f"{out}: {form}, {files} files, {size}, {figures['seconds']:.0f} s")
+    figures, line = progress.write_checkpoint(work, out, form, "merge", began, quiet)
+    about = {"kind": work.kind, "dtype": dtype, "bits": bits, "double_quant": work.double_quant}
+    return Exported({**about, **figures}, line)
 
 
 def _onnx_train(

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hizoo_lite.units import format_bytes
-
 
 def command(
     model: Annotated[str, typer.Option(help="folder or hub id, in 16 or 32 bits")],
@@ -44,26 +42,9 @@ def command(
     began = time.perf_counter()
     chosen: Any = bits  # checked there
     work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)
-    was_complete = work.complete
-    if not was_complete:
-        progress.write_checkpoint(work, "quantize", quiet)
+    figures, line = progress.write_checkpoint(work, out, bits, "quantize", began, quiet)
     if json:
-        result = {
-            "model": model,
-            "out": out,
-            "bits": bits,
-            "double_quant": work.double_quant,
-            "kind": found,
-            "files": len(work.layout.shards),
-            "bytes": work.total_bytes,
-            "was_complete": was_complete,
-            "seconds": time.perf_counter() - began,
-        }
-        output.print_json(result)
-    elif was_complete:
-        typer.echo(f"{out} is complete already: {bits}, {len(work.layout.shards)} files")
+        about = {"model": model, "out": out, "bits": bits, "double_quant": work.double_quant, "kind": found}
+        output.print_json({**about, **figures})
     else:
-        typer.echo(
-            f"{out}: {bits}, {len(work.layout.shards)} files, {format_bytes(work.total_bytes)}, "
-            f"{time.perf_counter() - began:.0f} s"
-        )
+        typer.echo(line)
