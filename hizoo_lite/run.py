@@ -156,7 +156,8 @@ def fit(
     if form is not None:
         found = tasks.get(form.keys)
     keys = task if isinstance(task, Mapping) else None if form is None else form.keys
-    config = _checked(_with_files(config, folder, form, Given(keys, records)), folder)
+    given = Given(keys, records)
+    config = _checked(_with_files(config, folder, form, given), folder)
     config = replace(config, out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
     resolved = Resolved(config, found or components.find_task(config.task, config.task_weight), loaded)
@@ -174,7 +175,7 @@ def fit(
         _announce(setup, calls.message, form)
         budget = Budget(limits, setup.model, calls.message, cap)
         try:
-            return _run(setup, folder, calls, budget, Given(keys, records))
+            return _run(setup, folder, calls, budget, given)
         finally:
             setup.stepper.close()
 
