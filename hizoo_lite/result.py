@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -46,7 +47,7 @@ class Run:
     def __repr__(self) -> str:
         """The folder, the steps, and what they came to, in one line."""
         parts = [f"{self.folder}: {counted(self.summary['steps'], 'step')}"]
-        for name, scores in self._scores().items():
+        for name, scores in _scores(self.summary).items():
             if any(score is not None for score in scores):
                 words = ["not measured" if score is None else f"{score:.4f}" for score in scores]
                 parts.append(f"{name} {' -> '.join(words)}")
@@ -57,17 +58,11 @@ class Run:
         steps = counted(self.summary["steps"], "step")
         title = escape(f"{self.folder}: {steps}{', interrupted' * self.interrupted}")
         lines = []
-        for name, scores in self._scores().items():
+        for name, scores in _scores(self.summary).items():
             cells = ("–" if score is None else f"{score:.4f}" for score in scores)
             lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         head = "<tr><th></th><th>before</th><th>after</th></tr>"
         return f"<table><caption>{title}</caption>{head}{''.join(lines)}</table>"
-
-    def _scores(self) -> dict[str, list[float | None]]:
-        """Before and after, of the loss and of the metric; None if not measured."""
-        found = self.summary
-        keys = {"loss": "loss", found["metric"]: "metric"}
-        return {name: [found[f"{key}_{when}"] for when in ("before", "after")] for name, key in keys.items()}
 
     @property
     def interrupted(self) -> bool:
@@ -181,6 +176,12 @@ class Run:
 
         merged.prepare(self.folder, out, dtype=dtype, bits=bits, double_quant=double_quant).run()
         return Path(out)
+
+
+def _scores(summary: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Before and after, of the loss and of the metric; None if not measured."""
+    keys = {"loss": "loss", summary["metric"]: "metric"}
+    return {name: [summary[f"{key}_{when}"] for when in ("before", "after")] for name, key in keys.items()}
 
 
 def checked_split(split: str) -> str:
