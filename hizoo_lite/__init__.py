@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from hizoo_lite.engine.load import load
     from hizoo_lite.errors import TooManyBadSteps, UserError
     from hizoo_lite.model.model import Model
-    from hizoo_lite.run import Run, evaluate, fit
+    from hizoo_lite.result import Run
+    from hizoo_lite.run import evaluate, fit
 
 __version__ = "0.1.0"
 
@@ -42,7 +43,7 @@ __all__ = [
 
 _HOMES = {
     "Model": "model.model",
-    "Run": "run",
+    "Run": "result",
     "TooManyBadSteps": "errors",
     "TrainConfig": "config",
     "UserError": "errors",

@@ -611,77 +611,112 @@ def _task_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> l
 
 def _member_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """What the members that are named cannot do together, or with other settings."""
-    found, names = [], {axis.axis: values[axis.axis] for axis in AXES}
-    space, estimator = SPACES.lines[names["space"]], ESTIMATORS[names["estimator"]]
+    of = (_gradient_conflicts, _objective_conflicts, _estimator_conflicts, _space_conflicts)
+    return [problem for conflicts in of for problem in conflicts(values, where)]
+
+
+def _gradient_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """Exact gradients, what they begin from, and the learning rate."""
+    found, space = [], values["space"]
     valid = all(_fits(name, values[name]) for name in ("exact_blocks", "blocks"))
     estimates = not valid or _estimates(values["exact_blocks"], values["blocks"])
     if not estimates and values["lr"] != "auto":
         found.append(
             f"{where('lr')}: got {values['lr']!r}, but {where('exact_blocks')} has its own; allowed: auto"
         )
-    if values["exact_blocks"] != 0 and names["space"] not in SPACES.having("exact_blocks"):
+    if values["exact_blocks"] != 0 and space not in SPACES.having("exact_blocks"):
         found.append(
             f"{where('exact_blocks')}: got {values['exact_blocks']!r}, allowed with {where('space')} "
-            f"{names['space']}: 0"
+            f"{space}: 0"
         )
-    if values["init_adapter"] is not None and names["space"] not in SPACES.having("rank"):
+    if values["init_adapter"] is not None and space not in SPACES.having("rank"):
         allowed = ", ".join(SPACES.having("rank"))
         found.append(
             f"{where('init_adapter')}: got {values['init_adapter']!r}, allowed with --space {allowed}"
         )
-    if values["lr"] == "auto" and estimates and not estimator.measures_curvature:
-        found.append(
-            f"{where('lr')}: got 'auto', but {names['estimator']} measures no curvature; allowed: a number"
-        )
-    if names["objective"] != next(iter(OBJECTIVES)):
-        wrong = {"exact_blocks": values["exact_blocks"] != 0, "head": values["head"] == "exact"}
-        wrong["curvature_from"] = values["curvature_from"] == "losses"
-        instead = {"exact_blocks": "0", "head": "auto, estimated, none", "curvature_from": "predictions"}
-        found += [
-            f"{where(name)}: got {values[name]!r}, which is of the loss, but {where('objective')} is "
-            f"{names['objective']}; allowed: {instead[name]}"
-            for name, is_wrong in wrong.items()
-            if is_wrong
-        ]
-    if estimator.secret:
-        found += _unreleased(values, where)
-    own = ESTIMATORS.arguments(names["estimator"])
+    estimator = values["estimator"]
+    if values["lr"] == "auto" and estimates and not ESTIMATORS[estimator].measures_curvature:
+        found.append(f"{where('lr')}: got 'auto', but {estimator} measures no curvature; allowed: a number")
+    return found
+
+
+def _objective_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """What there is of the loss alone, beside another objective."""
+    if values["objective"] == next(iter(OBJECTIVES)):
+        return []
+    wrong = _exact(values) | {"curvature_from": (values["curvature_from"] == "losses", "predictions")}
+    why = f"which is of the loss, but {where('objective')} is {values['objective']}"
+    return _messages(wrong, why, values, where)
+
+
+def _exact(values: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Of settings that ask for exact gradients: whether they do, and what does not."""
+    return {
+        "exact_blocks": (values["exact_blocks"] != 0, "0"),
+        "head": (values["head"] == "exact", "auto, estimated, none"),
+    }
+
+
+def _messages(
+    wrong: Mapping[str, tuple[bool, str]], why: str, values: Mapping[str, Any], where: Callable[[str], str]
+) -> list[str]:
+    """A message for each setting that is wrong, with what is allowed."""
+    return [
+        f"{where(name)}: got {values[name]!r}, {why}; allowed: {allowed}"
+        for name, (is_wrong, allowed) in wrong.items()
+        if is_wrong
+    ]
+
+
+def _estimator_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """What an estimator cannot do with its own settings, or with what others say."""
+    name = values["estimator"]
+    estimator, space = ESTIMATORS[name], values["space"]
+    found = _unreleased(values, where) if estimator.secret else []
+    own = ESTIMATORS.arguments(name)
     found += estimator.conflicts({k: values[v] for k, v in own.items()}, lambda name: where(own[name]))
-    if space.in_weights and not estimator.for_weights:
+    if SPACES.lines[space].in_weights and not estimator.for_weights:
         allowed = ", ".join(name for name, member in ESTIMATORS.items() if member.for_weights)
         found.append(
-            f"{where('estimator')}: got {names['estimator']!r}, but {where('space')} {names['space']} trains "
-            f"weights inside the blocks, along one direction with a pair of points; allowed: {allowed}"
+            f"{where('estimator')}: got {name!r}, but {where('space')} {space} trains weights inside the "
+            f"blocks, along one direction with a pair of points; allowed: {allowed}"
         )
-    divides = names["estimator"] in ESTIMATORS.having("groups")
+    divides = name in ESTIMATORS.having("groups")
     groups, batch = values["groups"], values["batch_size"]
     if divides and all(_fits(name, values[name]) for name in ("groups", "batch_size")) and groups > batch:
         found.append(
             f"{where('groups')}: got {groups}, but {where('batch_size')} is {batch}; allowed: up to that"
         )
-    found += _unspent(values, names, where)
+    return found if estimator.secret else found + _unspent(values, where)
+
+
+def _space_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
+    """What a space of weights, or of scales, cannot do."""
+    found, name = [], values["space"]
+    space = SPACES.lines[name]
     if values["directions"] not in ("auto", 1):
+        estimator = values["estimator"]
         allowed = f"{where('directions')}: got {values['directions']}, allowed: 1 or auto with"
-        alone = {"estimator": "directions" not in own.values(), "space": space.in_weights}
-        found += [f"{allowed} {where(axis)} {names[axis]}" for axis, is_one in alone.items() if is_one]
-    if space.in_weights and not space.structured and not CURVATURES[names["curvature"]].sees_tiles:
+        if "directions" not in ESTIMATORS.arguments(estimator).values():
+            found.append(f"{allowed} {where('estimator')} {estimator}")
+        if space.in_weights:
+            found.append(f"{allowed} {where('space')} {name}")
+    if space.in_weights and not space.structured and not CURVATURES[values["curvature"]].sees_tiles:
         allowed = ", ".join(name for name, curvature in CURVATURES.items() if curvature.sees_tiles)
         found.append(
-            f"{where('curvature')}: got {names['curvature']!r}, a value for every weight, with "
-            f"{where('space')} {names['space']}; allowed: {allowed}"
+            f"{where('curvature')}: got {values['curvature']!r}, a value for every weight, with "
+            f"{where('space')} {name}; allowed: {allowed}"
         )
     if space.of_scales and values["bits"] == "none":
         found.append(
-            f"{where('bits')}: got 'none', but {where('space')} {names['space']} trains the scales of "
-            "quantized weights; allowed: nf4, fp4, int8"
+            f"{where('bits')}: got 'none', but {where('space')} {name} trains the scales of quantized "
+            "weights; allowed: nf4, fp4, int8"
         )
     return found
 
 
-def _unspent(values: Mapping[str, Any], names: Mapping[str, str], where: Callable[[str], str]) -> list[str]:
+def _unspent(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings of privacy that were given to an estimator without any."""
-    if ESTIMATORS[names["estimator"]].secret:
-        return []
     private = {
         field: (name, setting.default)
         for name, line in ESTIMATORS.lines.items()
@@ -689,7 +724,7 @@ def _unspent(values: Mapping[str, Any], names: Mapping[str, str], where: Callabl
         if ESTIMATORS[name].secret
     }
     return [
-        f"{where(field)}: got {values[field]!r}, but {where('estimator')} is {names['estimator']}; allowed "
+        f"{where(field)}: got {values[field]!r}, but {where('estimator')} is {values['estimator']}; allowed "
         f"with it: {default}, or {where('estimator')} {name}"
         for field, (name, default) in private.items()
         if values[field] != default
@@ -698,21 +733,16 @@ def _unspent(values: Mapping[str, Any], names: Mapping[str, str], where: Callabl
 
 def _unreleased(values: Mapping[str, Any], where: Callable[[str], str]) -> list[str]:
     """Settings that make more of losses than a secret estimator releases."""
-    wrong = {"exact_blocks": values["exact_blocks"] != 0, "head": values["head"] == "exact"}
-    wrong["objective"] = values["objective"] != next(iter(OBJECTIVES))
-    instead = {"exact_blocks": "0", "head": "auto, estimated, none", "objective": next(iter(OBJECTIVES))}
-    found = []
+    found, estimator = [], f"{where('estimator')} {values['estimator']}"
     if values["task_weight"] is not None:
         found.append(
-            f"{where('task_weight')}: got {values['task_weight']!r}, but {where('estimator')} "
-            f"{values['estimator']} draws every example with the same probability; allowed: none"
+            f"{where('task_weight')}: got {values['task_weight']!r}, but {estimator} draws every example "
+            "with the same probability; allowed: none"
         )
-    return found + [
-        f"{where(name)}: got {values[name]!r}, but {where('estimator')} {values['estimator']} releases noisy "
-        f"sums of differences of losses alone; allowed: {instead[name]}"
-        for name, is_wrong in wrong.items()
-        if is_wrong
-    ]
+    loss = next(iter(OBJECTIVES))
+    wrong = _exact(values) | {"objective": (values["objective"] != loss, loss)}
+    why = f"but {estimator} releases noisy sums of differences of losses alone"
+    return found + _messages(wrong, why, values, where)
 
 
 def default(name: str) -> Any:

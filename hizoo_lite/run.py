@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 from accelerate import Accelerator
 
 from hizoo_lite import tasks
-from hizoo_lite.base import Bits, Curvature, Estimator, Space, trained_count
-from hizoo_lite.checkpoints import hub
+from hizoo_lite.base import Curvature, Estimator, Space, trained_count
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.device import choose_device, choose_type, kind_of
 from hizoo_lite.engine.budget import Budget, enforced, is_out_of_memory, loading
-from hizoo_lite.engine.generate import generate
 from hizoo_lite.engine.hidden import HiddenStates
 from hizoo_lite.errors import BudgetError, StorageError, TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
@@ -39,6 +35,7 @@ from hizoo_lite.objectives import Function
 from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
 from hizoo_lite.registry import SPACES
+from hizoo_lite.result import Run, checked_split
 from hizoo_lite.tasks import Records, TaskLike
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tasks.forms import Understood
@@ -55,7 +52,6 @@ from hizoo_lite.train import (
     resume,
     saved,
 )
-from hizoo_lite.train import evaluate as evaluation
 from hizoo_lite.train.callbacks import Callbacks, Tracker, checked
 from hizoo_lite.train.checkpoint import Position
 from hizoo_lite.train.evaluate import Evaluation
@@ -64,174 +60,20 @@ from hizoo_lite.train.given import Given, check_device, configured, in_memory, o
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
 from hizoo_lite.train.loop import Loop
 from hizoo_lite.train.progress import Progress
+from hizoo_lite.train.ranks import Ranks
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.setup import Setup, build, calibrate, keeps_hidden_states
+from hizoo_lite.train.step import Stepper
 from hizoo_lite.train.summary import peaks_of_run, summarize
-from hizoo_lite.units import counted
 
-if TYPE_CHECKING:
-    from hizoo_lite.edge.folder import Export
-    from hizoo_lite.export.merged import Dtype
-    from hizoo_lite.export.onnx.linear import Format
+__all__ = ["Run", "categories", "evaluate", "fit"]
 
 _log = logging.getLogger(__name__)
 
+#: What ends a run early, with everything saved that could be.
+_Failure = Interrupted | TooManyBadSteps | StorageError | BudgetError
 #: The entry of run.json of a run that keeps hidden states: resumed, it does, and none that did not does.
 _HIDDEN = "hidden_states"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Run:
-    """A finished or interrupted run. Its space is still attached to `setup.model`.
-
-    Attributes:
-        folder: of the run.
-        summary: as in summary.json.
-        setup: model, data and method.
-        before: evaluation of the test examples before the first step; None if this process made none.
-        after: likewise after the last step.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    setup: Setup
-    before: Evaluation | None
-    after: Evaluation | None
-
-    def __repr__(self) -> str:
-        """The folder, the steps, and what they came to, in one line."""
-        parts, found = [f"{self.folder}: {counted(self.summary['steps'], 'step')}"], self.summary
-        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
-            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
-            if any(score is not None for score in scores):
-                words = ["not measured" if score is None else f"{score:.4f}" for score in scores]
-                parts.append(f"{name} {' -> '.join(words)}")
-        return f"Run({', '.join(parts + ['interrupted'] * self.interrupted)})"
-
-    def _repr_html_(self) -> str:
-        """The same as a small table, for a notebook."""
-        found, steps = self.summary, counted(self.summary["steps"], "step")
-        title = escape(f"{self.folder}: {steps}{', interrupted' * self.interrupted}")
-        lines = []
-        for name, key in {"loss": "loss", found["metric"]: "metric"}.items():
-            scores = [found[f"{key}_{when}"] for when in ("before", "after")]
-            cells = ("–" if score is None else f"{score:.4f}" for score in scores)
-            lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        head = "<tr><th></th><th>before</th><th>after</th></tr>"
-        return f"<table><caption>{title}</caption>{head}{''.join(lines)}</table>"
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended it before its last step."""
-        return bool(self.summary["interrupted"])
-
-    def evaluate(self, split: Split = "test") -> Evaluation:
-        """Loss, metric and predictions of the tuned model on a part of the run's data.
-
-        Args:
-            split: "train", "dev" or "test".
-
-        Raises:
-            UserError: if that part is empty.
-        """
-        examples = getattr(self.setup.splits, _checked_split(split))
-        if not examples:
-            raise UserError(f"split: the {split} part of the run is empty; allowed: another part")
-        batch_size = self.setup.config.eval_batch_size
-        return evaluation.evaluate(self.setup.traversal, self.setup.encoder, examples, batch_size)
-
-    def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
-        """What the tuned causal model writes after a prompt.
-
-        Args:
-            prompt: as for `hizoo_lite.generate`.
-            max_new_tokens: at most so many.
-            sampling: further arguments of `hizoo_lite.generate`.
-        """
-        return generate(self.setup.model, prompt, max_new_tokens, **sampling)
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl: of steps and of evaluations, in order."""
-        return RunFolder(self.folder).read_metrics()
-
-    def save_pretrained(self, out: Path | str) -> Path:
-        """Write the adapter for PEFT, with tokenizer and model card, into the new folder `out`."""
-        return self.export_peft(out)
-
-    def push_to_hub(self, name: str, *, private: bool = True) -> str:
-        """Upload what `save_pretrained` writes to the Hub.
-
-        Args:
-            name: ORG/NAME; made if it is not there.
-            private: whether one that is made is.
-
-        Returns:
-            Its address.
-
-        Raises:
-            UserError: if the Hub refuses or cannot be reached.
-        """
-        with tempfile.TemporaryDirectory() as place:
-            return hub.push(self.export_peft(Path(place) / "adapter"), name, private=private)
-
-    def report(self, out: Path | str | None = None) -> Path:
-        """Write the HTML report, PNG and JSON beside it, to `out`; None: report.html in the run folder."""
-        from hizoo_lite.report.report import write_report  # it imports matplotlib
-
-        return write_report([self.folder], out).html
-
-    def export_onnx(
-        self, out: Path | str, *, name: str | None = None, format: Format | None = None, merge: bool = False
-    ) -> Export:
-        """Base and adapter for onnxruntime, compared with the model before they are left behind.
-
-        The base is read from its files again, beside the model that is still loaded.
-
-        Args:
-            out: a new or empty folder; or an export of the same base, to which the adapter alone is added.
-            name: of the adapter; None: the run folder's.
-            format: how quantized weights are multiplied: "exact" (None), or "fast", whose difference from the
-                model is recorded and not limited.
-            merge: fold the adapter into the weights.
-
-        Raises:
-            UserError: before anything is written, if something does not fit.
-            ExportError: if onnxruntime computes something else than the model, or cannot run it.
-        """
-        from hizoo_lite.export.onnx.export import export_onnx
-
-        return export_onnx(self.folder, out, name=name, format=format, merge=merge)
-
-    def export_peft(self, out: Path | str) -> Path:
-        """Write the adapter into the new folder `out`, for `peft.PeftModel.from_pretrained`.
-
-        Raises:
-            UserError: if the run trained weights, for which PEFT has no form, or the folder is not empty.
-        """
-        from hizoo_lite.export import peft
-
-        return peft.export(self.folder, out)
-
-    def export_merged(
-        self, out: Path | str, *, dtype: Dtype = "bf16", bits: Bits = "none", double_quant: bool = True
-    ) -> Path:
-        """Write the tuned model as a plain Hugging Face folder.
-
-        Args:
-            out: a new or empty folder, or one in which the same call was interrupted.
-            dtype: of what is written.
-            bits: "nf4", "fp4" or "int8" quantizes the blocks' matrices again; what the grid cannot hold of
-                the change is lost.
-            double_quant: of 4 bits: their scales in 8 bits.
-
-        Raises:
-            UserError: if the folder is not empty.
-        """
-        from hizoo_lite.export import merged
-
-        merged.prepare(self.folder, out, dtype=dtype, bits=bits, double_quant=double_quant).run()
-        return Path(out)
 
 
 def fit(
@@ -300,58 +142,40 @@ def fit(
     """
     told = checked(callbacks)
     compare = None if objective is None or isinstance(objective, str) else Function.of(objective)
-    if compare is not None:
-        objective = compare.name
-    members = {"space": space, "estimator": estimator, "curvature": curvature, "objective": objective}
-    options |= {key: member for key, member in members.items() if isinstance(member, str)}
-    space, estimator = object_of("space", space), object_of("estimator", estimator)
-    curvature = object_of("curvature", curvature)
+    members = {"space": space, "estimator": estimator, "curvature": curvature}
+    names = {**members, "objective": objective if compare is None else compare.name}
+    options |= {axis: name for axis, name in names.items() if isinstance(name, str)}
+    objects: dict[str, Any] = {axis: object_of(axis, member) for axis, member in members.items()}
     found, records = in_memory(task, data, options)
-    config, loaded = configured(model, space, estimator, curvature, options)
-    config = config if space is not None else provenance.begun_from(config)
-    wanted = config.device if loaded is None else loaded.device.type
-    ranks = distributed.join(choose_type(wanted)[0])
-    if loaded is not None:
-        check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
-    path = str(config.out if config.out is not None else next_free("hizoo-run"))
-    folder = RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+    config, loaded = configured(model, **objects, options=options)
+    config = config if objects["space"] is not None else provenance.begun_from(config)
+    ranks = _join(config, loaded)
+    named = config.out is not None
+    folder = _folder(config, ranks)
     form = components.understood(config, records) if found is None else None
-    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
     if form is not None:
         found = tasks.get(form.keys)
-        config = replace(config, text_field=None, label_field=None)  # which the task's file has
-    if records is not None:
-        config = replace(config, data=str(folder.data))
-    if keys is not None:
-        config = replace(config, task=str(folder.task))
-    named = config.out is not None
-    config = replace(_checked(config, folder), out=str(folder.path))
+    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
+    given = Given(keys, records)
+    config = _checked(_with_files(config, folder, form, given), folder)
+    config = replace(config, out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(
-        config, components.find_task(config.task, config.task_weight) if found is None else found, loaded
-    )
+    resolved = Resolved(config, found or components.find_task(config.task, config.task_weight), loaded)
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
     with threads(config.threads), enforced(limits.device_bytes, resolved.device) as cap:
         with loading():
-            objects: dict[str, Any] = {"space": space, "estimator": estimator, "curvature": curvature}
             setup = build(resolved, **objects, objective=compare, data=records)
         setup.stepper.ranks = ranks
-        if ranks.count > 1 and setup.stepper.estimator.groups > 1:
-            raise UserError(
-                f"--estimator: {setup.stepper.estimator.name} divides a batch by itself; allowed in "
-                f"{ranks.count} processes: those that do not"
-            )
+        _check_groups(setup.stepper)
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
-        if progress and not any(isinstance(each, Progress) for each in told):
-            told = (*told, bars.of_python())
-        calls = _callbacks(setup, folder, told if ranks.is_main else ())
+        calls = _callbacks(setup, folder, told, progress)
         _announce(setup, calls.message, form)
         budget = Budget(limits, setup.model, calls.message, cap)
         try:
-            return _run(setup, folder, calls, budget, Given(keys, records))
+            return _run(setup, folder, calls, budget, given)
         finally:
             setup.stepper.close()
 
@@ -381,7 +205,7 @@ def evaluate(
         UserError: for bad input.
         BudgetError: if the memory budget does not suffice.
     """
-    _checked_split(split)
+    checked_split(split)
     if examples is not None and examples < 1:
         raise UserError(f"examples: got {examples}, allowed: a whole number of 1 or more")
     given, records = in_memory(task, data, options)
@@ -408,10 +232,28 @@ def evaluate(
     return saved.measured(config, found, part, adapter, Progress(), model)[0]
 
 
-def _checked_split(split: str) -> str:
-    if split not in get_args(Split):
-        raise UserError(f"split: got {split!r}, allowed: {', '.join(get_args(Split))}")
-    return split
+def _join(config: TrainConfig, loaded: Model | None) -> Ranks:
+    """The processes of the run. UserError if a loaded model is not on this one's device."""
+    wanted = config.device if loaded is None else loaded.device.type
+    ranks = distributed.join(choose_type(wanted)[0])
+    if loaded is not None:
+        check_device(loaded, choose_device(wanted), ranks)  # of this rank, which has its own
+    return ranks
+
+
+def _folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """The run folder, which the main rank chooses if none was given, and which it alone writes."""
+    path = str(config.out if config.out is not None else next_free("hizoo-run"))
+    return RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
+
+
+def _with_files(config: TrainConfig, folder: RunFolder, form: Understood | None, given: Given) -> TrainConfig:
+    """The configuration with the names of the files that will be in the run folder."""
+    if form is not None:
+        config = replace(config, text_field=None, label_field=None)  # which the task's file has
+    if given.data is not None:
+        config = replace(config, data=str(folder.data))
+    return config if given.task is None else replace(config, task=str(folder.task))
 
 
 def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -424,6 +266,16 @@ def _checked(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     config = config_file.as_begun(old, config)
     config_file.check_same_run(old, config)
     return config
+
+
+def _check_groups(stepper: Stepper) -> None:
+    """UserError if both the estimator and the processes divide a batch."""
+    count = stepper.ranks.count
+    if count > 1 and stepper.estimator.groups > 1:
+        raise UserError(
+            f"--estimator: {stepper.estimator.name} divides a batch by itself; allowed in "
+            f"{count} processes: those that do not"
+        )
 
 
 def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None) -> None:
@@ -453,15 +305,22 @@ def _trained_blocks(setup: Setup) -> int:
     return len({setup.model.block_of(name) for name in setup.space.target_names})
 
 
-def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object]) -> Callbacks:
-    """Those that were given, and what transformers gives every one of them."""
+def _callbacks(setup: Setup, folder: RunFolder, told: Sequence[object], progress: bool) -> Callbacks:
+    """Those that were given, on the main rank alone, and what transformers gives every one of them.
+
+    progress: add a bar if none of them has a display of its own.
+    """
+    if progress and not any(isinstance(each, Progress) for each in told):
+        told = (*told, bars.of_python())
     absent = ("optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
     about = {"model": setup.model.module, "processing_class": setup.model.tokenizer, **dict.fromkeys(absent)}
     metric, examples = setup.task.metric, len(setup.splits.train)
+    told = told if setup.stepper.ranks.is_main else ()
     return Callbacks(told, setup.config, folder, metric=metric, examples=examples, about=about)
 
 
 def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, given: Given) -> Run:
+    """The steps, from where the run begins; what ended it early is raised once everything is saved."""
     setup.traversal.guard, ranks = budget.fitting, setup.stepper.ranks
     accelerator = _accelerator(setup, folder)
     if setup.config.tracker != "none":
@@ -492,31 +351,15 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
             memory=lambda: profiler.record(categories(setup)),
             hidden=hidden,
         )
-        failure: Interrupted | TooManyBadSteps | StorageError | BudgetError | None = None
-        try:
-            loop.run()
-        except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
-            failure = error
-        except (RuntimeError, MemoryError) as error:
-            failure = _refused(error)
+        failure = _looped(loop)
         if hidden is not None and ranks.is_main:
             hidden.close(finished=failure is None)
         if not ranks.is_main:
             return _of_other_rank(setup, folder, loop, failure)
         summary: dict[str, Any] = {}
         try:
-            if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
-                setup.model.chunk_halvings = loop.chunk_halvings
-            if loop.is_whole:
-                loop.save()
-                checkpoint.save_adapter(setup.stepper.space, folder.adapter)
-            peak = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-            summary = summarize(setup, folder.read_metrics(), peak, isinstance(failure, Interrupted))
-            summary["trained_blocks"] = _trained_blocks(setup)
-            summary["memory_retries"] = budget.retries + (earlier.get("memory_retries") or 0)
-            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            figures = {} if setup.stepper.estimator.secret else peaks_of_run(earlier, profiler.figures())
-            summary |= {**figures, "adapter_step": adapter_step, "ranks": ranks.count, **loop.account()}
+            _save(setup, loop, failure)
+            summary = _summary(setup, loop, profiler, budget, earlier, isinstance(failure, Interrupted))
             folder.write_summary(summary)
             _report(folder, callbacks.message)
         except (RuntimeError, MemoryError, BudgetError) as error:  # after another one, much may be gone
@@ -525,13 +368,60 @@ def _run(setup: Setup, folder: RunFolder, callbacks: Callbacks, budget: Budget, 
         if not isinstance(failure, StorageError | BudgetError):  # then the others go on, or have ended
             ranks.wait()
         accelerator.end_training()
+    _raise(failure, loop)
+    return Run(folder.path, summary, setup, loop.before, loop.after)
+
+
+def _looped(loop: Loop) -> _Failure | None:
+    """Run it to its end; what ended it before."""
+    try:
+        loop.run()
+    except (Interrupted, TooManyBadSteps, StorageError, BudgetError) as error:
+        return error
+    except (RuntimeError, MemoryError) as error:
+        return _refused(error)
+    return None
+
+
+def _save(setup: Setup, loop: Loop, failure: _Failure | None) -> None:
+    """The last checkpoint and the adapter, if the state in memory is that of a step."""
+    if isinstance(failure, BudgetError):  # smaller chunks did not help, and would round otherwise
+        setup.model.chunk_halvings = loop.chunk_halvings
+    if loop.is_whole:
+        loop.save()
+        checkpoint.save_adapter(setup.stepper.space, loop.folder.adapter)
+
+
+def _summary(
+    setup: Setup,
+    loop: Loop,
+    profiler: Profiler,
+    budget: Budget,
+    earlier: Mapping[str, Any],
+    interrupted: bool,
+) -> dict[str, Any]:
+    """summary.json; `earlier` is that of the run that this one continues."""
+    peak = max(loop.meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
+    figures = {} if setup.stepper.estimator.secret else peaks_of_run(earlier, profiler.figures())
+    return {
+        **summarize(setup, loop.folder.read_metrics(), peak, interrupted),
+        "trained_blocks": _trained_blocks(setup),
+        "memory_retries": budget.retries + (earlier.get("memory_retries") or 0),
+        **figures,
+        "adapter_step": loop.adapter_step if loop.is_whole else earlier.get("adapter_step"),
+        "ranks": loop.ranks.count,
+        **loop.account(),
+    }
+
+
+def _raise(failure: _Failure | None, loop: Loop) -> None:
+    """What ended the run, unless that was a signal alone; of a failure with how to go on."""
     if isinstance(failure, StorageError | BudgetError):
-        raise type(failure)(f"{failure}; {resume.where_it_stands(folder, loop.position)}") from failure
+        raise type(failure)(f"{failure}; {resume.where_it_stands(loop.folder, loop.position)}") from failure
     if isinstance(failure, TooManyBadSteps):
         raise failure
-    if callbacks.failure is not None:
-        raise callbacks.failure
-    return Run(folder.path, summary, setup, loop.before, loop.after)
+    if loop.callbacks.failure is not None:
+        raise loop.callbacks.failure
 
 
 def _refused(error: RuntimeError | MemoryError) -> BudgetError:
@@ -542,7 +432,7 @@ def _refused(error: RuntimeError | MemoryError) -> BudgetError:
     return BudgetError(f"memory ran out: {said}" if said else "memory ran out")
 
 
-def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: Exception | None) -> Run:
+def _of_other_rank(setup: Setup, folder: RunFolder, loop: Loop, failure: _Failure | None) -> Run:
     """The end of a rank that writes nothing: the result is the main one's."""
     if isinstance(failure, StorageError | BudgetError):
         raise failure
@@ -598,9 +488,8 @@ def _hidden_states(setup: Setup, folder: RunFolder) -> HiddenStates | None:
     return HiddenStates(setup.traversal, folder.path, of)
 
 
-def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
-    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
-    start = resume.Start(Position())
+def _identity(setup: Setup, folder: RunFolder) -> dict[str, str]:
+    """What the run is made of: the entries of run.json."""
     model = setup.model
     made_of = identity.of_run(
         setup.splits, setup.task, of_model(model.folder), model.folder, setup.stepper.library
@@ -613,6 +502,13 @@ def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: 
         made_of |= {name: value for name, value in before.items() if name == _HIDDEN}
     elif keeps_hidden_states(setup.config, setup.splits, setup.space, model):
         made_of[_HIDDEN] = "kept"
+    return made_of
+
+
+def _begin(setup: Setup, folder: RunFolder, tell: Callable[[str], None], given: Given) -> Position:
+    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
+    start = resume.Start(Position())
+    made_of = _identity(setup, folder)
     if setup.config.resume:
         identity.check(folder.identity, made_of)
         for words in identity.changes(folder.identity, made_of):

@@ -32,6 +32,7 @@ LAYERS = (
     "train",
     "edge",
     "export",
+    "result",
     "run",
     "integrations",
     "cli __init__",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hizoo_lite import synonyms
 from hizoo_lite.cli import (
     data,
     demo,
@@ -29,9 +30,10 @@ from hizoo_lite.cli import (
     report,
     train,
 )
+from hizoo_lite.errors import BudgetError, ExportError, StorageError, TooManyBadSteps, UserError
 
 FAILED, BAD_INPUT, NO_BUDGET = 1, 2, 3
-#: What the system says where something cannot be stored.
+#: What the system says if something cannot be stored.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
@@ -43,8 +45,6 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, RuntimeError) as error:
-            from hizoo_lite.errors import BudgetError, ExportError, StorageError, TooManyBadSteps, UserError
-
             codes = {
                 BudgetError: NO_BUDGET,
                 StorageError: FAILED,
@@ -72,8 +72,6 @@ class _Group(TyperGroup):
 
 def _suggest(error: Any) -> None:
     """Have the message about an unknown flag name ours if it is what other tools call it."""
-    from hizoo_lite import synonyms
-
     known = [flag for option in error.ctx.command.params for flag in option.opts]
     meant = synonyms.meant(error.option_name, known)
     error.possibilities = None if meant is None else [meant]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hizoo_lite.cli.train import INTERRUPTED, resume_line
+from hizoo_lite.train import config_file
 
 if TYPE_CHECKING:
     from hizoo_lite.run import Run
@@ -35,10 +36,9 @@ def command(
     """
     from hizoo_lite.cli import output, progress
     from hizoo_lite.run import fit
-    from hizoo_lite.train.config_file import resolve
     from hizoo_lite.train.folder import next_free
 
-    config = resolve("demo", {"out": out or str(next_free("hizoo-demo"))})
+    config = config_file.resolve("demo", {"out": out or str(next_free("hizoo-demo"))})
     run = fit(config, callbacks=[progress.display(quiet)])
     if json:
         output.print_json(run.summary)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hizoo_lite.units import format_bytes
+
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 #: Below this much free disk the caches of the hub and the shards of a model do not fit.
 _LITTLE_DISK_BYTES = 5 * 2**30
@@ -198,8 +200,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _shown(name: str, value: Any) -> str:
-    from hizoo_lite.units import format_bytes
-
     if isinstance(value, float):
         return f"{value / 1e9:.3g}e9/s"
     if isinstance(value, dict):

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.config import refuse
 from hizoo_lite.errors import UserError
 from hizoo_lite.extras import need
+from hizoo_lite.units import counted
 
-#: Flags of our own tasks and other kinds of models.
-_NOT_OF_THE_HARNESS = ("task", "data", "kind", "seed")
+if TYPE_CHECKING:
+    from hizoo_lite.train.progress import Progress
+
+#: Flags of our own tasks, and of other kinds of models.
+_NOT_OF_THE_HARNESS = ("onnx", "split", "task", "data", "kind", "seed")
 
 
 def command(
@@ -92,44 +97,74 @@ def command(
         "eval_batch_size": batch_size,
         "seed": seed,
     }
-    from hizoo_lite.cli import output, progress
-    from hizoo_lite.config import refuse
-    from hizoo_lite.train import components
+    from hizoo_lite.cli import progress
     from hizoo_lite.train.evaluate import check_result
-    from hizoo_lite.units import counted
 
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     if lm_eval is not None:
-        odd = {"onnx": onnx, "split": split} | {name: given.get(name) for name in _NOT_OF_THE_HARNESS}
-        refuse([f"--{n}: got {v!r}, not allowed with --lm-eval" for n, v in odd.items() if v is not None])
+        _refuse_with_harness({"onnx": onnx, "split": split, **given})
         _harness(lm_eval.split(","), adapter, of_profile(profile, given) | given, examples, json)
         return
+    shown = progress.display(quiet)
     if onnx is not None:
-        from hizoo_lite.edge.answer import eval_config, evaluate_export
-
         refuse_with_onnx(given if profile is None else {**given, "profile": profile})
-        config, folder = eval_config(Path(onnx), adapter, given), Path(onnx)
-        part = components.which_part(split, config, components.task_of(config), names_data=bool(data))
-        result = evaluate_export(folder, adapter, config, part, examples, progress.display(quiet))
+        part, result = _of_export(Path(onnx), adapter, given, split, examples, shown)
     else:
-        from hizoo_lite.train import preflight, provenance
+        part, result = _of_model(adapter, of_profile(profile, given) | given, split, examples, shown)
+    _print(result, part, json)
+    check_result(result)
 
-        config = provenance.eval_config(adapter, of_profile(profile, given) | given)
-        preflight.check_adapter(adapter)
-        with _paths_of_a_run(None if data else adapter):
-            task_found = preflight.check_inputs(config)
-        part = components.which_part(split, config, task_found, names_data=bool(data))
-        from hizoo_lite.train import saved
 
-        result = saved.evaluated(config, adapter, part, examples, progress.display(quiet))
+def _of_export(
+    folder: Path,
+    adapter: str | None,
+    given: dict[str, Any],
+    split: str | None,
+    examples: int | None,
+    shown: Progress,
+) -> tuple[str, dict[str, Any]]:
+    """Which part of the data it is, and what an exported model comes to there."""
+    from hizoo_lite.edge.answer import eval_config, evaluate_export
+    from hizoo_lite.train import components
+
+    config = eval_config(folder, adapter, given)
+    part = components.which_part(split, config, components.task_of(config), names_data="data" in given)
+    return part, evaluate_export(folder, adapter, config, part, examples, shown)
+
+
+def _of_model(
+    adapter: str | None, given: dict[str, Any], split: str | None, examples: int | None, shown: Progress
+) -> tuple[str, dict[str, Any]]:
+    """Which part of the data it is, and what a model comes to there; what is cheap is checked first."""
+    from hizoo_lite.train import components, preflight, provenance
+
+    config = provenance.eval_config(adapter, given)
+    preflight.check_adapter(adapter)
+    names_data = "data" in given
+    with _paths_of_a_run(None if names_data else adapter):
+        task = preflight.check_inputs(config)
+    part = components.which_part(split, config, task, names_data=names_data)
+    from hizoo_lite.train import saved  # it imports torch
+
+    return part, saved.evaluated(config, adapter, part, examples, shown)
+
+
+def _print(result: dict[str, Any], part: str, json: bool) -> None:
+    """The scores."""
+    from hizoo_lite.cli import output
+
     if json:
         output.print_json(result)
-    else:
-        rows = [[name, output.score(name, float(value))] for name, value in result["scores"].items()]
-        examples_of = counted(result["examples"], "example" if part == "all" else f"{part} example")
-        title = f"{result['model']} on {result['task']}, {examples_of}"
-        output.print_table(title, ["score", "value"], rows)
-    check_result(result)
+        return
+    rows = [[name, output.score(name, float(value))] for name, value in result["scores"].items()]
+    examples = counted(result["examples"], "example" if part == "all" else f"{part} example")
+    output.print_table(f"{result['model']} on {result['task']}, {examples}", ["score", "value"], rows)
+
+
+def _refuse_with_harness(given: dict[str, Any]) -> None:
+    """UserError for flags of our own tasks, and of other kinds of models, beside --lm-eval."""
+    odd = {name: given.get(name) for name in _NOT_OF_THE_HARNESS}
+    refuse([f"--{n}: got {v!r}, not allowed with --lm-eval" for n, v in odd.items() if v is not None])
 
 
 def _harness(

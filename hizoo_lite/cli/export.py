@@ -9,9 +9,14 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+
+from hizoo_lite.config import refuse
+from hizoo_lite.train.config_file import flag
+from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
     from hizoo_lite.base import Bits
@@ -60,7 +65,6 @@ def _onnx(
     """A base for onnxruntime with one more adapter, or a model with what was tuned in its weights."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.onnx.export import export_onnx
-    from hizoo_lite.units import format_bytes
 
     shown = progress.display(quiet)
     export = export_onnx(
@@ -103,7 +107,6 @@ def _merged(
     """A plain Hugging Face folder."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export import merged
-    from hizoo_lite.units import format_bytes
 
     began = time.perf_counter()
     work = merged.prepare(
@@ -116,24 +119,10 @@ def _merged(
         bits=bits,
         double_quant=double_quant,
     )
-    was_complete, files = work.complete, len(work.layout.shards)
-    if not was_complete:
-        progress.write_checkpoint(work, "merge", quiet)
-    figures = {
-        "kind": work.kind,
-        "dtype": dtype,
-        "bits": bits,
-        "double_quant": work.double_quant,
-        "files": files,
-        "bytes": work.total_bytes,
-        "was_complete": was_complete,
-        "seconds": time.perf_counter() - began,
-    }
     form = dtype if bits == "none" else f"{bits} ({dtype} beside it)"
-    if was_complete:
-        return Exported(figures, f"{out} is complete already: {form}, {files} files")
-    size = format_bytes(work.total_bytes)
-    return Exported(figures, f"{out}: {form}, {files} files, {size}, {figures['seconds']:.0f} s")
+    figures, line = progress.write_checkpoint(work, out, form, "merge", began, quiet)
+    about = {"kind": work.kind, "dtype": dtype, "bits": bits, "double_quant": work.double_quant}
+    return Exported({**about, **figures}, line)
 
 
 def _onnx_train(
@@ -166,7 +155,6 @@ def _gguf(
     """An adapter, or the merged model, for llama.cpp and Ollama."""
     from hizoo_lite.cli import progress
     from hizoo_lite.export.gguf.export import export_gguf
-    from hizoo_lite.units import format_bytes
 
     written = export_gguf(
         run,
@@ -285,9 +273,6 @@ def command(
 
     hizoo-lite export runs/sst2 --to gguf --out gguf/sst2-model --merge
     """
-    from hizoo_lite.cli import output
-    from hizoo_lite.config import refuse
-
     options = {
         "name": name,
         "format": format,
@@ -302,25 +287,28 @@ def command(
         "overwrite": overwrite,
     }
     given = {option: value for option, value in options.items() if value is not None}
-    _check(to, given)
-    if push is not None and to not in _PUSHED:
-        refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
+    _check(to, given, push)
     from hizoo_lite.train import preflight
 
     preflight.check_adapter(run, "RUN")
     preflight.check_model(model)
     exported = TARGETS[to](run, out, quiet, **given)
     if push is not None:
-        from pathlib import Path
-
-        from hizoo_lite.checkpoints import hub
-
-        typer.echo(f"uploaded: {hub.push(Path(out), push, private=True)}", err=True)
+        _upload(out, push)
     if json:
+        from hizoo_lite.cli import output
+
         output.print_json({"out": out, "to": to, **exported.figures})
     else:
         typer.echo(exported.line)
         _say_how_to_prompt(run)
+
+
+def _upload(out: str, name: str) -> None:
+    """Put what was written on the Hub."""
+    from hizoo_lite.checkpoints import hub
+
+    typer.echo(f"uploaded: {hub.push(Path(out), name, private=True)}", err=True)
 
 
 def _say_how_to_prompt(run: str) -> None:
@@ -338,11 +326,8 @@ def _say_how_to_prompt(run: str) -> None:
         typer.echo(line, err=True)
 
 
-def _check(to: str, given: dict[str, Any]) -> None:
-    """UserError for an unknown target, and for options of others."""
-    from hizoo_lite.config import refuse
-    from hizoo_lite.train.config_file import flag
-
+def _check(to: str, given: dict[str, Any], push: str | None) -> None:
+    """UserError for an unknown target, for options of others, and for what the Hub does not take."""
     if to not in TARGETS:
         refuse([f"--to: got {to!r}, allowed: {', '.join(TARGETS)}"])
     problems = []
@@ -351,6 +336,8 @@ def _check(to: str, given: dict[str, Any]) -> None:
         if to not in takers:
             problems.append(f"{flag(option)}: got {value!r}, allowed only with --to {' or '.join(takers)}")
     refuse(problems)
+    if push is not None and to not in _PUSHED:
+        refuse([f"--push: got {push!r}, allowed only with --to {' or '.join(_PUSHED)}"])
 
 
 def _options(target: str) -> list[str]:

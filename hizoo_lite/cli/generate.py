@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.config import refuse
+from hizoo_lite.errors import UserError
 
 if TYPE_CHECKING:
     from hizoo_lite.tasks.chat import Prompt
@@ -21,6 +23,18 @@ CONVERSATION = 4096
 
 #: What a model writes after a prompt, with `on_text` in pieces as it is written.
 Write = Callable[..., str]
+
+
+class _Writer(NamedTuple):
+    """A model that is ready to write.
+
+    answer: to a text, as the task of the run asks about one; None if it asks about something else.
+    """
+
+    source: str
+    tokenizer: Tokenizer | None
+    write: Write
+    answer: Callable[[str], str | None]
 
 
 def command(
@@ -85,67 +99,62 @@ def command(
     text = "" if chat else _text(prompt)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"top_p": top_p, "seed": seed}
-    room = CONVERSATION if chat else len(text) + len(system or "") + max_new_tokens
-    write: Write
     if onnx is not None:
-        from hizoo_lite.edge import answer
-        from hizoo_lite.edge.model import OnnxModel
-
-        refused = {"model": model, "profile": profile}
-        refuse_with_onnx({**given, **{name: value for name, value in refused.items() if value is not None}})
-        exported = OnnxModel(Path(onnx), adapter)
-        source, tokenizer = onnx, exported.tokenizer
-        write = partial(answer.continue_text, exported, **sampling)
+        writer = _export(onnx, adapter, {**given, "model": model, "profile": profile}, sampling)
     else:
-        from hizoo_lite.train import preflight
-
-        preflight.check_adapter(adapter)
-        preflight.check_model(model)
-        from hizoo_lite.engine.generate import generate
-        from hizoo_lite.train.saved import answered, load_to_write
-
-        loaded = load_to_write(model, adapter, of_profile(profile, given) | given, room)
-        if raw is None and system is None and not chat:
-            answer_of_task = answered(loaded, adapter, text)
-            if answer_of_task is not None:
-                _print_answer(text, answer_of_task, loaded.source, adapter, json)
-                return
-        source, tokenizer = loaded.source, loaded.tokenizer  # type: ignore[assignment]
-        write = partial(generate, loaded, **sampling)
-
+        room = CONVERSATION if chat else len(text) + len(system or "") + max_new_tokens
+        writer = _model(model, adapter, of_profile(profile, given) | given, room, sampling)
     first = [] if system is None else [{"role": "system", "content": system}]
     if chat:
-        converse(write, first)
+        converse(writer.write, first)
         return
-    is_raw = _is_raw(tokenizer, adapter) if raw is None and system is None else bool(raw)
+    is_open = raw is None and system is None  # how to ask, which the run's task may say
+    answer = writer.answer(text) if is_open else None
+    is_raw = answer is None and (_is_raw(writer.tokenizer, adapter) if is_open else bool(raw))
     asked: Prompt = text if is_raw else [*first, {"role": "user", "content": text}]
     if json:
         from hizoo_lite.cli import output
 
-        found = {"prompt": text, "text": write(asked), "model": source, "adapter": adapter, "raw": is_raw}
+        written = writer.write(asked) if answer is None else answer
+        found = {"prompt": text, "text": written, "model": writer.source, "adapter": adapter, "raw": is_raw}
         output.print_json(found if system is None else {**found, "system": system})
-        return
-    typer.echo(text if is_raw else "", nl=False)
-    write(asked, on_text=_tell)
-    typer.echo()
-
-
-def _print_answer(prompt: str, answer: str, model: str, adapter: str | None, json: bool) -> None:
-    """The answer of a run's task."""
-    if json:
-        from hizoo_lite.cli import output
-
-        output.print_json(
-            {"prompt": prompt, "text": answer, "model": model, "adapter": adapter, "raw": False}
-        )
-    else:
+    elif answer is not None:
         typer.echo(answer)
+    else:
+        typer.echo(text if is_raw else "", nl=False)
+        writer.write(asked, on_text=_tell)
+        typer.echo()
+
+
+def _export(folder: str, adapter: str | None, given: dict[str, Any], sampling: dict[str, Any]) -> _Writer:
+    """An exported model. UserError for settings of one in torch."""
+    from hizoo_lite.edge import answer
+    from hizoo_lite.edge.model import OnnxModel
+
+    refuse_with_onnx({name: value for name, value in given.items() if value is not None})
+    exported = OnnxModel(Path(folder), adapter)
+    write = partial(answer.continue_text, exported, **sampling)
+    return _Writer(folder, exported.tokenizer, write, lambda text: None)
+
+
+def _model(
+    source: str | None, adapter: str | None, given: dict[str, Any], room: int, sampling: dict[str, Any]
+) -> _Writer:
+    """A model in torch. room: tokens of the text with what is written, at most."""
+    from hizoo_lite.train import preflight
+
+    preflight.check_adapter(adapter)
+    preflight.check_model(source)
+    from hizoo_lite.engine.generate import generate  # it imports torch
+    from hizoo_lite.train.saved import answered, load_to_write
+
+    loaded = load_to_write(source, adapter, given, room)
+    write = partial(generate, loaded, **sampling)
+    return _Writer(loaded.source, loaded.tokenizer, write, partial(answered, loaded, adapter))
 
 
 def converse(write: Write, turns: list[dict[str, str]]) -> None:
     """Read a turn, write one, until nothing more is read; the oldest turns go if there is no room."""
-    from hizoo_lite.errors import UserError
-
     head = len(turns)
     while text := _read_turn():
         turns.append({"role": "user", "content": text})
@@ -175,8 +184,6 @@ def _tell(text: str) -> None:
 
 def _text(prompt: str | None) -> str:
     """The prompt, or standard input without the line end behind it."""
-    from hizoo_lite.config import refuse
-
     if prompt is None and sys.stdin.isatty():
         refuse(["--prompt: missing; allowed: a text, standard input (generate < FILE), or --chat"])
     return _read(sys.stdin.read).removesuffix("\n") if prompt is None else prompt
@@ -184,8 +191,6 @@ def _text(prompt: str | None) -> str:
 
 def _read(source: Callable[[], str]) -> str:
     """What standard input has. UserError if that is no text."""
-    from hizoo_lite.errors import UserError
-
     try:
         return source()
     except UnicodeDecodeError as error:
@@ -194,8 +199,6 @@ def _read(source: Callable[[], str]) -> str:
 
 def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt: str | None) -> None:
     """UserError for flags that exclude each other."""
-    from hizoo_lite.config import refuse
-
     problems = []
     if raw and system is not None:
         problems.append("--system: got a text, but --raw has no turns; allowed: without --raw")
@@ -207,7 +210,6 @@ def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt:
 
 def _is_raw(tokenizer: Tokenizer | None, adapter: str | None) -> bool:
     """Whether the prompt is continued as it is: with an adapter of a run as its task was put to the model."""
-    from hizoo_lite.errors import UserError
     from hizoo_lite.train import components
     from hizoo_lite.train.provenance import saved_config
 

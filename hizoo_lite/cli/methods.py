@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hizoo_lite.config import EMBEDDED, TrainConfig
+from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
+
 
 def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False) -> None:
     """List the methods: what a step estimates with, what is trained, how curvature is kept.
@@ -19,7 +22,6 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
     hizoo-lite methods --json
     """
     from hizoo_lite.cli import output
-    from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
 
     axes = (ESTIMATORS, SPACES, CURVATURES)
     found = {axis.axis: [_member(axis, name) for name in axis] for axis in axes}
@@ -40,9 +42,6 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
 
 def _member(axis: Any, name: str) -> dict[str, Any]:
     """What is said of a member, and counted."""
-    from hizoo_lite.config import EMBEDDED, TrainConfig
-    from hizoo_lite.registry import ESTIMATORS
-
     line, settings = axis.lines[name], list(axis.arguments(name).values())
     found: dict[str, Any] = {"name": name, "what it is": line.help, "holds": line.holds}
     if axis is ESTIMATORS:

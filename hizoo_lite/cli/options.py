@@ -14,6 +14,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hizoo_lite.config import choices, help_of, kinds, members, refuse, settings
+from hizoo_lite.plan import hardware
 from hizoo_lite.train.config_file import flag
 
 #: What the commands that only run a model say about where its blocks live.
@@ -29,8 +30,6 @@ def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a profile says about device and memory, but for what is `given`. UserError for no such profile."""
     if profile is None:
         return {}
-    from hizoo_lite.plan import hardware
-
     found = hardware.find(profile).settings(given)
     return {name: value for name, value in found.items() if name != "batch_size"}
 

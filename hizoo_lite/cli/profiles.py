@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hizoo_lite.plan import hardware
+from hizoo_lite.units import format_bytes
+
 
 def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False) -> None:
     """List the machines that --profile of `plan`, `train`, `eval` and `generate` takes.
@@ -20,8 +23,6 @@ def command(json: Annotated[bool, typer.Option("--json", help="print JSON, nothi
     hizoo-lite profiles --json
     """
     from hizoo_lite.cli import output
-    from hizoo_lite.plan import hardware
-    from hizoo_lite.units import format_bytes
 
     found = {name: hardware.find(name) for name in hardware.names()}
     if json:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from hizoo_lite.train.bars import Bars, display
 from hizoo_lite.train.progress import Lines
+from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
     from hizoo_lite.export.quantize import Quantization
@@ -26,11 +28,34 @@ class _Written(Lines):
         self.message(f"{self.label} {self.done}/{self.total}")
 
 
-def write_checkpoint(work: Quantization, verb: str, quiet: bool) -> None:
-    """Do the work, watched in MiB: what `quantize` and `export --to merged` share.
+def write_checkpoint(
+    work: Quantization, out: str, form: str, verb: str, began: float, quiet: bool
+) -> tuple[dict[str, Any], str]:
+    """Do the work, if it is not done already: what `quantize` and `export --to merged` share.
 
-    `verb` says on the bar what it is. An interrupt ends the command with exit code 130.
+    Args:
+        work: what writes the checkpoint.
+        out: its folder, as it was given.
+        form: what the folder holds, in words.
+        verb: what the work is called.
+        began: when the command did, of `time.perf_counter`.
+        quiet: plain lines in place of a bar.
+
+    Returns:
+        Figures of what was written, for JSON; and a line.
     """
+    was_complete = work.complete
+    if not was_complete:
+        _write(work, verb, quiet)
+    files, seconds = len(work.layout.shards), time.perf_counter() - began
+    figures = {"files": files, "bytes": work.total_bytes, "was_complete": was_complete, "seconds": seconds}
+    if was_complete:
+        return figures, f"{out} is complete already: {form}, {files} files"
+    return figures, f"{out}: {form}, {files} files, {format_bytes(work.total_bytes)}, {seconds:.0f} s"
+
+
+def _write(work: Quantization, verb: str, quiet: bool) -> None:
+    """Do the work, watched in MiB. An interrupt ends the command with exit code 130."""
     watching = display(quiet)
     if not isinstance(watching, Bars):
         watching = _Written()

@@ -36,33 +36,15 @@ def command(
     from hizoo_lite.cli import output, progress
     from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.model import kinds
-    from hizoo_lite.units import format_bytes
 
     source = kinds.model_path(model)
     found = kinds.find_kind(source, revision, None) if kind == "auto" else kind
     began = time.perf_counter()
     chosen: Any = bits  # checked there
     work = Quantization(source, out, kind=found, bits=chosen, double_quant=double_quant, revision=revision)
-    was_complete = work.complete
-    if not was_complete:
-        progress.write_checkpoint(work, "quantize", quiet)
+    figures, line = progress.write_checkpoint(work, out, bits, "quantize", began, quiet)
     if json:
-        result = {
-            "model": model,
-            "out": out,
-            "bits": bits,
-            "double_quant": work.double_quant,
-            "kind": found,
-            "files": len(work.layout.shards),
-            "bytes": work.total_bytes,
-            "was_complete": was_complete,
-            "seconds": time.perf_counter() - began,
-        }
-        output.print_json(result)
-    elif was_complete:
-        typer.echo(f"{out} is complete already: {bits}, {len(work.layout.shards)} files")
+        about = {"model": model, "out": out, "bits": bits, "double_quant": work.double_quant, "kind": found}
+        output.print_json({**about, **figures})
     else:
-        typer.echo(
-            f"{out}: {bits}, {len(work.layout.shards)} files, {format_bytes(work.total_bytes)}, "
-            f"{time.perf_counter() - began:.0f} s"
-        )
+        typer.echo(line)

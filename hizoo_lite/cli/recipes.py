@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from hizoo_lite.config import refuse
+from hizoo_lite.files import storage_errors, write_text
+from hizoo_lite.train import config_file
+
 
 def command(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="print this one")] = None,
@@ -28,8 +32,6 @@ def command(
     hizoo-lite train --config exact --model models/opt-125m --task sst2 --data data/sst2
     """
     from hizoo_lite.cli import output
-    from hizoo_lite.config import refuse
-    from hizoo_lite.train import config_file
 
     if name is None:
         if out is not None:
@@ -64,9 +66,6 @@ def purpose(path: Path) -> str:
 
 def copy(path: Path, out: Path) -> None:
     """Raises UserError if there is a file already."""
-    from hizoo_lite.config import refuse
-    from hizoo_lite.files import storage_errors, write_text
-
     if out.exists():
         refuse([f"--out: {out} is there already; allowed: a new file"])
     with storage_errors(out):

@@ -27,7 +27,7 @@ from hizoo_lite.files import read_json
 from hizoo_lite.tasks.losses import class_losses, slot_losses
 
 _SETTINGS = "genai_config.json"
-#: Bytes of float32 logits that one forward of an evaluation makes at most, where one row has fewer.
+#: Bytes of float32 logits that one forward of an evaluation makes at most, if one row has fewer.
 LOGITS_BYTES = 256 << 20
 _ARRAYS = NumpyArrays()
 

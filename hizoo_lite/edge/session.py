@@ -1,6 +1,6 @@
 """onnxruntime on the CPU: a graph, and an export whose adapters are swapped from run to run. Needs no torch.
 
-Where a file cannot be opened or run, the error says in words what is wrong with it.
+If a file cannot be opened or run, the error says in words what is wrong with it.
 """
 
 from __future__ import annotations

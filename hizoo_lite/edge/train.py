@@ -141,6 +141,7 @@ def _build(folder: Path, config: TrainConfig) -> EdgeSetup:
 def _run(
     setup: EdgeSetup, folder: RunFolder, exported: Path, callbacks: Callbacks, start_bytes: int
 ) -> dict[str, Any]:
+    """The steps, from where the run begins; what ended it early is raised once everything is saved."""
     resuming = setup.config.resume
     meter = PeakMeter()
     memory = Memory(meter, start_bytes)
@@ -151,19 +152,7 @@ def _run(
         if not resuming:
             folder.check_new()  # another run may have begun here since
         earlier = folder.read_summary() if resuming else {}
-        position = Position()
-        model = fingerprint.of_files(exported.glob("train*"))
-        made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
-        if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
-            made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
-        if resuming:
-            identity.check(folder.identity, made_of)
-            position, _ = resume.resume(folder, setup.stepper, setup.config.steps, callbacks.message)
-            callbacks.message(f"resuming after {position.step} of {setup.config.steps} steps")
-        folder.create(replace(setup.config, resume=False))
-        folder.write_identity(made_of)
-        if not setup.stepper.estimator.secret:
-            folder.write_left_out(setup.splits.left_out)
+        position = _begin(setup, folder, exported, callbacks)
         journal = enter(resume.open_journal(folder, setup.stepper, position))
         interrupt = enter(Interrupt())
         loop = Loop(
@@ -187,11 +176,7 @@ def _run(
             if loop.is_whole:
                 loop.save()
                 _save_adapter(setup, folder)
-            peak_bytes = max(meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0)
-            summary = _summary(setup, folder, peak_bytes, isinstance(failure, Interrupted))
-            adapter_step = loop.adapter_step if loop.is_whole else earlier.get("adapter_step")
-            figures = {} if setup.stepper.estimator.secret else memory.figures()
-            summary |= {**figures, "adapter_step": adapter_step, "ranks": 1, **loop.account()}
+            summary = _summary(setup, loop, memory, earlier, isinstance(failure, Interrupted))
             folder.write_summary(summary)
         except StorageError as error:
             failure = failure if isinstance(failure, StorageError) else error
@@ -204,6 +189,24 @@ def _run(
     return summary
 
 
+def _begin(setup: EdgeSetup, folder: RunFolder, exported: Path, callbacks: Callbacks) -> Position:
+    """Where the run starts: at zero in a new folder, or after the last step of the run that is there."""
+    position = Position()
+    model = fingerprint.of_files(exported.glob("train*"))
+    made_of = identity.of_run(setup.splits, setup.task, model, exported, setup.stepper.library)
+    if base := setup.traversal.record.base:  # which `--adapter` of an export asks for
+        made_of |= {"base": base.model, "base_fingerprint": base.fingerprint}
+    if setup.config.resume:
+        identity.check(folder.identity, made_of)
+        position, _ = resume.resume(folder, setup.stepper, setup.config.steps, callbacks.message)
+        callbacks.message(f"resuming after {position.step} of {setup.config.steps} steps")
+    folder.create(replace(setup.config, resume=False))
+    folder.write_identity(made_of)
+    if not setup.stepper.estimator.secret:
+        folder.write_left_out(setup.splits.left_out)
+    return position
+
+
 def _save_adapter(setup: EdgeSetup, folder: RunFolder) -> None:
     space = setup.stepper.space
     assert isinstance(space, GraphSpace)
@@ -211,16 +214,18 @@ def _save_adapter(setup: EdgeSetup, folder: RunFolder) -> None:
     space.save_onnx_adapter(folder.path / _ONNX_ADAPTER)
 
 
-def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: bool) -> dict[str, Any]:
-    """The keys of `train.summary` that have a meaning here."""
+def _summary(
+    setup: EdgeSetup, loop: Loop, memory: Memory, earlier: Mapping[str, Any], interrupted: bool
+) -> dict[str, Any]:
+    """The keys of summary.json that have a meaning here; `earlier` is that of the run that is continued."""
     config, graph = setup.config, setup.traversal
     return {
-        **outcome(folder.read_metrics(), setup.task),
+        **outcome(loop.folder.read_metrics(), setup.task),
         "trainable_parameters": _trained(setup),
         "budget_bytes": None,
         "profile": None,
         "predicted_peak_bytes": None,
-        "measured_peak_bytes": peak_bytes,
+        "measured_peak_bytes": max(loop.meter.overall_bytes(), earlier.get("measured_peak_bytes") or 0),
         "model_bytes": graph.session.nbytes(),
         "device": "cpu",
         "bits": graph.record.bits,
@@ -237,4 +242,8 @@ def _summary(setup: EdgeSetup, folder: RunFolder, peak_bytes: int, interrupted: 
         "seed": config.seed,
         "interrupted": interrupted,
         "versions": versions(_PACKAGES),
+        **({} if setup.stepper.estimator.secret else memory.figures()),
+        "adapter_step": loop.adapter_step if loop.is_whole else earlier.get("adapter_step"),
+        "ranks": 1,
+        **loop.account(),
     }

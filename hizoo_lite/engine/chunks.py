@@ -2,7 +2,7 @@
 
 A block's inner activations (the MLP's above all) are several times the size of what it takes in and gives
 out. In chunks a step takes about the memory of one plain forward of the batch. A block sees nothing of other
-rows, so the losses are the same but for the rounding of products with fewer rows. Where a chunk is a single
+rows, so the losses are the same but for the rounding of products with fewer rows. If a chunk is a single
 long row, its MLP, which sees nothing of other tokens either, goes through in slices of tokens.
 """
 
@@ -27,7 +27,7 @@ LEAST_TOKENS = {"cpu": 512, "cuda": 8192}
 #: The same for a space in the weights: a chunk costs one more drawing of the noise of every weight, 2.8 ms
 #: a million on a CPU core, which is a sixth of the products of so many tokens.
 LEAST_TOKENS_REDRAWN = {"cpu": 4096, "cuda": 8192}
-#: Of one long row, folded tokens that go through its MLP together at least; and where noise is redrawn.
+#: Of one long row, folded tokens that go through its MLP together at least; and if noise is redrawn.
 LEAST_SLICE = {"cpu": 512, "cuda": 1024}
 LEAST_SLICE_REDRAWN = {"cpu": 4096, "cuda": 4096}
 

@@ -99,7 +99,7 @@ class GpuFetcher(Fetcher):
         super().__init__(source, layouts, slots)
         self._device, self._gpu = device, gpu_of(device)
         self._copies = self._gpu.stream(device)
-        # These two the reader's thread waits for, where the source is a disk: it leaves its core to the loop.
+        # These two the reader's thread waits for, if the source is a disk: it leaves its core to the loop.
         self._ready = [self._gpu.event(sleeps=True) for _ in slots]  # the slot was filled, or its bytes taken
         self._free = [self._gpu.event() for _ in slots]  # the slot has been computed with
         for event in self._free:  # its memory may have been a tensor's that is still being computed with

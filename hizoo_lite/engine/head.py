@@ -4,7 +4,7 @@ A head is more than `lm_head(hidden)`: Gemma soft-caps, Cohere and Granite scale
 the model's own `forward` is run with a stand-in for its trunk that returns given hidden states. No
 architecture is named here.
 
-Where the matrix of the head is not on the device (model/offloaded.py), each chunk would bring all of it
+If the matrix of the head is not on the device (model/offloaded.py), each chunk would bring all of it
 there. So `forward` is first run to where it asks the matrix for its product, for many chunks; then tiles of
 the matrix are outside and chunks inside, and each tile comes once; then `forward` is run again with those
 products. They are of the same operands in the same shapes, hence the same bits.

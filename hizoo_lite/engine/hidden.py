@@ -7,7 +7,7 @@ are not brought in either.
 
 The values are those of one pass over a fixed group of examples, so that they do not depend on the order of
 the steps; a run that is resumed reads the same file. A model whose own code reads what a lower block gives,
-or whose blocks hand on more than hidden states, runs in full: `NotComputed` raises where that is seen.
+or whose blocks hand on more than hidden states, runs in full: `NotComputed` raises once that is seen.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def first_trained(model: Model) -> int:
 
 
 def worth_keeping(model: Model, space: Space, drawn: int, examples: int) -> bool:
-    """Whether they are kept where they may be: if every example comes twice, and there are any.
+    """Whether they are kept, if they may be: if every example comes twice, and there are any.
 
     drawn: examples of all steps together. examples: to train on.
     """

@@ -1,7 +1,7 @@
 """The model card of an export (README.md as the Hub shows it), and how to prompt what was tuned.
 
 Of a prompt the card has the template of the run's task and an example that is made up here: never one of the
-data, which may be private. Where the task is not to be found any more (a function, a file that is gone),
+data, which may be private. If the task is not to be found any more (a function, a file that is gone),
 nothing is said of it.
 """
 
@@ -66,7 +66,7 @@ class Prompting(NamedTuple):
 
     template: str
     example: str  # the template with a made-up text
-    answers: tuple[str, ...]  # what continues it, or the labels; empty where a text is written
+    answers: tuple[str, ...]  # what continues it, or the labels; empty if a text is written
     note: str  # what a template alone does not say
 
 

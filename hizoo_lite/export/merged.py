@@ -14,7 +14,7 @@ not there, the index comes last, and a killed call goes on where it stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final, get_args
 
@@ -331,6 +331,10 @@ class Merged:
                 self._copied[name] = stored
         if self._untied:  # then nothing is tied: BERT's head has a bias, too
             self._copied |= tied_to
+        self._refuse_unknown(parameters)
+
+    def _refuse_unknown(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """UserError if something was tuned that the model does not have."""
         here = {matrix.linear for matrix in self._matrices.values()}
         unknown = sorted((self._changes.linears - here) | (set(self._changes.heads) - set(parameters)))
         if unknown:

@@ -112,7 +112,7 @@ class _LargeOnMeta(TorchFunctionMode):
     """Has large `torch.empty` tensors, which are parameters, made without memory from the start.
 
     accelerate makes every parameter on CPU first and drops it: 524 MB of address space for one embedding,
-    too much under a hard limit of the process's memory. Where there is no memory no first values are drawn.
+    too much under a hard limit of the process's memory. On meta no first values are drawn.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -160,6 +160,7 @@ class WeightLoader:
         return BranchLinear(weight, bias, self.state, self.compute, self.scratch, name)
 
     def _packed(self, name: str, layer: nn.Linear | Conv1D) -> PackedWeight | None:
+        """The matrix of a layer, (out_features, in_features), as it is stored here; None if it is missing."""
         transposed = isinstance(layer, Conv1D)
         rows, columns = reversed(layer.weight.shape) if transposed else layer.weight.shape
         parameter = f"{name}.weight"
@@ -172,15 +173,8 @@ class WeightLoader:
         inside = self._in_block(name)
         if inside:
             self.stored_names[name] = stored
-        device = self.checkpoint.device if inside and self.where != "device" else self.device
-        quantized = self.names.beside(stored)
-        if quantized:
-            away = _TRAVELLING if inside and self.where == "disk" else frozenset()
-            tensors = {
-                short: self._described(full) if short in away else self._read(full, device)
-                for short, full in {**quantized, "weight": stored}.items()
-            }
-            packed = from_checkpoint(tensors, name=stored)
+        if self.names.beside(stored):
+            packed = self._quantized(stored, inside)
             self._check_shape(stored, packed.shape, (rows, columns))
             return packed
         self._check_shape(stored, self.checkpoint.shape(stored), tuple(layer.weight.shape))
@@ -189,6 +183,20 @@ class WeightLoader:
         shared = self._tied_embedding(parameter, stored)
         if shared is not None:
             return PlainWeight(shared)
+        return self._of_floats(stored, (rows, columns), inside, transposed)
+
+    def _quantized(self, stored: str, inside: bool) -> PackedWeight:
+        """A matrix that the checkpoint has quantized."""
+        away = _TRAVELLING if inside and self.where == "disk" else frozenset()
+        device = self._place(inside)
+        tensors = {
+            short: self._described(full) if short in away else self._read(full, device)
+            for short, full in {**self.names.beside(stored), "weight": stored}.items()
+        }
+        return from_checkpoint(tensors, name=stored)
+
+    def _of_floats(self, stored: str, shape: tuple[int, int], inside: bool, transposed: bool) -> PackedWeight:
+        """A matrix that the checkpoint has in floats, quantized here if it is inside a block."""
         bits: Bits = self.bits if inside and self.checkpoint.quantized_bits is None else "none"
         dtype = self._float_dtype(stored)
         if inside and self.where == "disk":
@@ -201,13 +209,17 @@ class WeightLoader:
 
         return pack_rows(
             read,
-            (rows, columns),
+            shape,
             bits,
             dtype=dtype,
             double_quant=self.double_quant,
-            device=device,
+            device=self._place(inside),
             name=stored,
         )
+
+    def _place(self, inside: bool) -> torch.device:
+        """Where a matrix is brought that is inside a block, or not."""
+        return self.checkpoint.device if inside and self.where != "device" else self.device
 
     def _is_offloaded(self, name: str, stored: str) -> bool:
         """Large matrices outside of the blocks, if the blocks stream."""

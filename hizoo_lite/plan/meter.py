@@ -91,7 +91,7 @@ class _Made(NamedTuple):
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
 
 
-#: What operations made, by themselves and what they were given; None where it has to be asked anew.
+#: What operations made, by themselves and what they were given; None if it has to be asked anew.
 _MADE: dict[Any, _Made | None] = {}
 #: Entries of it: a plan has hundreds, of lengths of its own.
 _MOST = 20_000

@@ -23,6 +23,7 @@ from hizoo_lite.device import CONTEXT_BYTES
 from hizoo_lite.engine.chunks import MOST_SLICES, Chunks, plan_chunks
 from hizoo_lite.errors import UserError
 from hizoo_lite.memory.limits import Place
+from hizoo_lite.plan.dry_run import Activations, Held
 from hizoo_lite.plan.hardware import Hardware
 from hizoo_lite.plan.inventory import Inventory
 from hizoo_lite.plan.ledger import Ledger
@@ -35,15 +36,15 @@ from hizoo_lite.units import format_bytes
 CUDA_HOST_BYTES = 1200 << 20
 #: The two buffers of `Checkpoint.verify`, on the host.
 LOADING_BYTES = 16_000_000
-#: Share of what a pass makes that glibc holds beside it where it keeps freed memory; measured: 0.2 to 0.6.
+#: Share of what a pass makes that glibc holds beside it if it keeps freed memory; measured: 0.2 to 0.6.
 HEAP_SHARE = 0.5
 #: Largest batch that is chosen if none is asked for.
 LARGEST_BATCH = 16
-#: What is tried where a batch is chosen.
+#: What is tried if a batch is chosen.
 _BATCHES = (16, 8, 4, 2, 1)
 
 
-#: What a Hugging Face model may raise on tensors without memory, where its forward looks at values.
+#: What a Hugging Face model may raise on tensors without memory, if its forward looks at values.
 _DRY_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
@@ -93,52 +94,15 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
     """The ledger of one configuration, with as many blocks on the device as fit."""
     training, evaluation = subject.passes(option)
     passes = [training, evaluation, *subject.calibration(option)]
-    worst = max(passes, key=lambda one: one.peak_bytes)
-    scratch = {name: max(one.scratch.get(name, 0) for one in passes) for name in training.scratch}
-    activations = _owned(worst.worst)
-    waiting = activations.pop("boundaries", 0)
-    made = sum(activations.values()) + sum(scratch.values())
-    if subject.device == "cpu" and made < LOADING_BYTES:
-        activations = {"loading": LOADING_BYTES - sum(scratch.values())}
-    streamed = option.place != "resident"
+    device, host = _beside_blocks(subject, option, passes, gives_back)
+    disk = {"hidden_states": subject.hidden_bytes(option)}
     held = subject.held(option.place)
-    sizes, offloaded = held.block_bytes, held.offloaded_bytes
-    noise = subject.trained_bytes() * subject.estimator.directions_of_step
-    device = {
-        "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
-        **{category: size for category, size in held.categories.items() if category != "resident_blocks"},
-        "noise": noise + subject.weight_noise_bytes(),
-        "moments": subject.moments_bytes(),
-        "scratch": sum(scratch.values()),
-        **activations,
-    }
-    copies = 2 if subject.device == "cpu" else 3  # a GPU: and page-locked, times Sigma
-    host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
-    kept_inputs, metered = subject.boundaries(option)
-    if subject.device == "cpu":
-        device["boundaries"] = max(0, kept_inputs - metered) + waiting
+    kept, moved = len(held.block_bytes), 0
+    if option.place == "resident":
+        device["resident_blocks"] = sum(held.block_bytes)
     else:
-        host["boundaries"] = max(kept_inputs, *(one.worst.get("boundaries", 0) for one in passes))
-        host["batch_states"] = subject.batch_bytes(option)
-    if subject.device == "cpu" and not gives_back:
-        device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + sum(scratch.values())))
-    kept, slots, moved, disk = len(sizes), 0, 0, {"hidden_states": subject.hidden_bytes(option)}
-    if streamed:
-        kept, slots = _kept(
-            subject, sizes, sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
-        )
-        offloaded_blocks = sorted(sizes, reverse=True)[: len(sizes) - kept]
-        device["block_slots"] = slots
-        device["resident_blocks"] = sum(sizes) - sum(offloaded_blocks)
-        if option.place == "host":
-            host["pinned_host"] = sum(offloaded_blocks) + offloaded
-        elif subject.device == "cuda":
-            host["prefetch_buffers"] = slots
-        if option.place == "disk" and subject.in_weights:
-            disk["changed_blocks"] = sum(offloaded_blocks)
+        kept = _add_streamed(subject, option.place, held, device, host, disk)
         moved = held.moved_bytes(kept, subject.first if subject.features(option) else 0)
-    else:
-        device["resident_blocks"] = sum(sizes)
     ledger = _ledger(subject, device, host, disk)
     host_budget = subject.budgets.host_bytes if subject.device == "cuda" else None
     on_device = _within(ledger.device_bytes, subject.budgets.device_bytes)
@@ -146,7 +110,7 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         fits=on_device and _within(ledger.host_bytes, host_budget),
         ledger=ledger,
         residency=option.place,
-        blocks=len(sizes),
+        blocks=len(held.block_bytes),
         blocks_on_device=kept,
         batch_size=option.batch,
         eval_batch_size=subject.eval_batch(option.batch),
@@ -163,6 +127,72 @@ def _evaluate(subject: Subject, option: Option, gives_back: bool) -> Plan:
         unaccounted=_unaccounted(subject),
         assumed=_assumed(subject, option),
     )
+
+
+def _beside_blocks(
+    subject: Subject, option: Option, passes: Sequence[Activations], gives_back: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by category, of the device and of the host, of all but the blocks.
+
+    passes: the first is a step's.
+    """
+    activations, waiting, scratch = _made(subject, passes)
+    noise = subject.trained_bytes() * subject.estimator.directions_of_step
+    held = subject.held(option.place).categories
+    device = {
+        "framework": CONTEXT_BYTES if subject.device == "cuda" else subject.framework,
+        **{category: size for category, size in held.items() if category != "resident_blocks"},
+        "noise": noise + subject.weight_noise_bytes(),
+        "moments": subject.moments_bytes(),
+        "scratch": scratch,
+        **activations,
+    }
+    copies = 2 if subject.device == "cpu" else 3  # a GPU: and page-locked, times Sigma
+    host = {"curvature": subject.curvature_bytes(), "noise": copies * noise}
+    kept_inputs, metered = subject.boundaries(option)
+    if subject.device == "cpu":
+        device["boundaries"] = max(0, kept_inputs - metered) + waiting
+        if not gives_back:
+            device["heap"] = int(HEAP_SHARE * (sum(activations.values()) + scratch))
+    else:
+        host["boundaries"] = max(kept_inputs, *(one.worst.get("boundaries", 0) for one in passes))
+        host["batch_states"] = subject.batch_bytes(option)
+    return device, host
+
+
+def _made(subject: Subject, passes: Sequence[Activations]) -> tuple[dict[str, int], int, int]:
+    """Bytes that the largest pass makes by category; of the inputs of its blocks; and of reused buffers."""
+    worst = max(passes, key=lambda one: one.peak_bytes)
+    scratch = sum(max(one.scratch.get(name, 0) for one in passes) for name in passes[0].scratch)
+    activations = _owned(worst.worst)
+    waiting = activations.pop("boundaries", 0)
+    if subject.device == "cpu" and sum(activations.values()) + scratch < LOADING_BYTES:
+        activations = {"loading": LOADING_BYTES - scratch}
+    return activations, waiting, scratch
+
+
+def _add_streamed(
+    subject: Subject,
+    place: Place,
+    held: Held,
+    device: dict[str, int],
+    host: dict[str, int],
+    disk: dict[str, int],
+) -> int:
+    """Add the blocks to what is there, wherever they are kept; how many stay on the device."""
+    sizes = held.block_bytes
+    taken = sum(device.values()) + (sum(host.values()) if subject.device == "cpu" else 0)
+    kept, slots = _kept(subject, sizes, taken)
+    offloaded = sum(sorted(sizes, reverse=True)[: len(sizes) - kept])
+    device["block_slots"] = slots
+    device["resident_blocks"] = sum(sizes) - offloaded
+    if place == "host":
+        host["pinned_host"] = offloaded + held.offloaded_bytes
+    elif subject.device == "cuda":
+        host["prefetch_buffers"] = slots
+    if place == "disk" and subject.in_weights:
+        disk["changed_blocks"] = offloaded
+    return kept
 
 
 def _within(size: int, budget: int | None) -> bool:

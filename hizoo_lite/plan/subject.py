@@ -318,7 +318,7 @@ class Subject:
         return Pass(rows, option.length, branches, sites, chunk, option.chunk_halvings)
 
     def _with_cache(self, passes: Activations, batch: int, option: Option) -> Activations:
-        """Where `batch` rows are written, keys and values are beside what passes make."""
+        """What passes make, and beside it, if `batch` rows are written, their keys and values."""
         length = self.workload.written
         if not length:
             return passes

@@ -97,7 +97,7 @@ MOST_ROWS = 64
 def multiplies_packed(device: torch.device, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> bool:
     """Whether `multiply_packed` takes so many rows, unpacks nothing, and is faster than unpacking.
 
-    bitsandbytes' own table of GPUs says that. shape: (out_features, in_features) of the matrix. Where it
+    bitsandbytes' own table of GPUs says that. shape: (out_features, in_features) of the matrix. If it
     says no the same call would unpack the whole matrix, of which no plan of memory knows.
     """
     if not is_gpu(device) or rows > MOST_ROWS or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):

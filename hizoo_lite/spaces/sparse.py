@@ -57,7 +57,7 @@ PIECE_TOKENS = {"cpu": 64, "cuda": 1024}
 CHUNK_TOKENS = 128
 #: Scores of a weight that are there at once.
 SCORE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-#: Places are 32 bits where a matrix allows that.
+#: Places are 32 bits if a matrix allows that.
 _NARROW = 1 << 31
 
 

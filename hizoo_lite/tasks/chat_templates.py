@@ -1,6 +1,6 @@
 """Chat templates by name, for models whose tokenizer has none: how a conversation is written down as text.
 
-Where the end of a turn is no end-of-sequence token of the model, the assistant's turns end with that as well:
+If the end of a turn is no end-of-sequence token of the model, the assistant's turns end with that as well:
 a model that has learnt to write it stops there.
 """
 

@@ -33,7 +33,7 @@ Format = Literal["exact", "fast"]
 _ACCURACY_LEVEL: dict[Format, int] = {"exact": 0, "fast": 4}
 #: Codes that share a scale in MatMulNBits: a row's scale is repeated for each, rows are padded to them.
 NBITS_BLOCK = 128
-#: 4-bit codes that share a scale and a zero point where they are made anew.
+#: 4-bit codes that share a scale and a zero point if they are made anew.
 RECODED_BLOCK = 32
 _TOP = 15  # the largest of them
 #: The largest block that MatMulBnb4 takes. A longer one is written as several with the same absmax.
