@@ -472,6 +472,10 @@ def test_flags_of_a_model_in_torch_are_refused_beside_onnx(exported: Path) -> No
     assert done.exit_code == 2
     assert "--bits: got 'nf4', not allowed with --onnx" in done.output
     assert "--model: got 'm', not allowed with --onnx" in done.output
+    for command in (["generate", "--prompt", "x"], ["eval", "--task", "embedded"]):
+        done = CliRunner().invoke(app, [*command, "--onnx", str(exported), "--profile", "l4-24gb"])
+        assert done.exit_code == 2
+        assert "--profile: got 'l4-24gb', not allowed with --onnx" in done.output
 
 
 def test_texts_beyond_the_positions_and_empty_prompts_are_refused(exported: Path) -> None:

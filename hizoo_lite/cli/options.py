@@ -43,7 +43,7 @@ Onnx = Annotated[
 
 def refuse_with_onnx(given: Mapping[str, object]) -> None:
     """UserError for settings of a model in torch beside --onnx."""
-    odd = ("model", "bits", "kind", "compute_dtype", "device", "residency", "device_budget")
+    odd = ("model", "bits", "kind", "compute_dtype", "device", "residency", "device_budget", "profile")
     refuse([f"{flag(name)}: got {given[name]!r}, not allowed with --onnx" for name in odd if name in given])
 
 

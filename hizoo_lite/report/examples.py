@@ -10,8 +10,6 @@ from hizoo_lite.report.record import RunRecord, number
 
 #: Examples that are shown of each kind, and classes of which a table is made.
 SHOWN, MOST_CLASSES = 5, 20
-#: Whether an answer was right before, and is after.
-_CHANGES = {"right": (False, True), "wrong": (True, False)}
 
 
 class Shown(NamedTuple):

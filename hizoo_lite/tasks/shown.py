@@ -22,7 +22,7 @@ def prompt(task: Task, example: Example) -> str:
     return text if len(text) <= MOST else f"{text[: MOST // 2]} … {text[-MOST // 2 :]}"
 
 
-def gold(task: Task, example: Example) -> str:
+def gold(example: Example) -> str:
     """The right answer."""
     return _answer(example, example.gold)
 

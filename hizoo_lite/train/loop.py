@@ -449,7 +449,7 @@ def _lines(task: Task, examples: Sequence[Example], result: Evaluation) -> list[
         line = {"index": index, "where": where(example), "loss": result.losses[index]}
         line["prompt"] = shown.prompt(task, example)
         if task.parts[part_of(example)].kind != "lm" or task.chat:
-            line["gold"] = shown.gold(task, example)
+            line["gold"] = shown.gold(example)
         prediction = result.predictions[index] if result.predictions else ""
         if prediction != "":
             line["answer"] = shown.answer(task, example, prediction)
