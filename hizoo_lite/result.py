@@ -85,7 +85,9 @@ class Run:
         return evaluation.evaluate(self.setup.traversal, self.setup.encoder, examples, batch_size)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
-        """What the tuned causal model writes after a prompt.
+        """What the tuned causal model writes after a prompt, which it gets as it is.
+
+        The task's own question is `hizoo-lite generate --adapter RUN`, or `evaluate`.
 
         Args:
             prompt: as for `hizoo_lite.generate`.

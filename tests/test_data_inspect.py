@@ -288,3 +288,12 @@ def test_a_file_of_ones_own_is_evaluated_as_a_whole(tmp_path: Path) -> None:
     assert count("--data", str(tmp_path / "other.csv")) == 2
     assert count("--data", str(tmp_path / "mine.csv")) == 20
     assert count("--data", str(tmp_path / "mine.csv"), "--split", "test") == 2
+
+
+def test_the_division_that_is_proposed_can_be_looked_at(tmp_path: Path) -> None:
+    data = str(reviews(tmp_path, 40))
+    found = json.loads(call("data", "inspect", data, "--test-examples", "24", "--json").stdout)
+    assert not any("so few" in line for line in found["advice"])
+    done = call("plan", "--model", "embedded", "--data", data, "--test-examples", "24", "--steps", "2")
+    assert (done.exit_code, "so few" in done.stderr) == (0, False)
+    assert "24 test" in done.stderr

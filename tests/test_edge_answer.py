@@ -465,6 +465,26 @@ def test_a_damaged_adapter_stops_neither_the_base_nor_another_adapter(copied: Pa
     OnnxModel(copied, str(exported / "adapters" / "tuned.onnx_adapter"))
 
 
+def test_an_export_with_the_adapter_of_a_run_answers_as_the_run_was_asked(
+    exported: Path, tmp_path: Path
+) -> None:
+    small = {"steps": 1, "batch_size": 2, "train_examples": 4, "test_examples": 2, "dev_examples": 0}
+    run = hizoo_lite.fit(
+        hizoo_lite.TrainConfig(
+            model="embedded", task="embedded", data="embedded", bits="none", head="none", device="cpu",
+            out=str(tmp_path / "run"), **small,
+        )
+    )  # fmt: skip
+    asked = ["generate", "--adapter", str(run.folder), "--prompt", "The soup was cold."]
+    inside = CliRunner().invoke(app, asked)
+    outside = CliRunner().invoke(app, [*asked, "--onnx", str(exported)])
+    assert (inside.exit_code, outside.exit_code) == (0, 0), outside.output
+    assert outside.stdout == inside.stdout
+    assert outside.stdout.strip() in ("great", "terrible")  # the labels of its task
+    raw = CliRunner().invoke(app, [*asked, "--onnx", str(exported), "--raw"])
+    assert raw.stdout.startswith("The soup was cold.")
+
+
 def test_flags_of_a_model_in_torch_are_refused_beside_onnx(exported: Path) -> None:
     done = CliRunner().invoke(
         app, ["generate", "--onnx", str(exported), "--prompt", "x", "--bits", "nf4", "--model", "m"]

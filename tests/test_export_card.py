@@ -62,7 +62,7 @@ def test_the_card_says_how_to_prompt_and_what_came_of_it_with_its_error_bar(run:
 
 def test_every_target_says_it_in_one_line(run: Run, tmp_path: Path) -> None:
     done = call("export", str(run.folder), "--to", "merged", "--out", str(tmp_path / "out"))
-    line = "prompt it as it was tuned: 'A short text of your own. It was' -> ' bad' or ' good'"
+    line = "prompt it as it was tuned: 'A short text of your own. It was' -> the likeliest of ' bad', ' good'"
     assert line in done.stderr.splitlines()
     assert "```text\n{text} It was\n```" in (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForCausalLM.from_pretrained(MODEL)" in (tmp_path / "out" / "README.md").read_text()

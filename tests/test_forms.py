@@ -629,6 +629,17 @@ def test_a_table_of_unknown_headings_is_told_with_its_labels() -> None:
     assert found.keys["prompt"] == "{text}\nZuständige Abteilung:"
 
 
+def test_answers_of_unknown_headings_that_repeat_are_told_as_answers() -> None:
+    data = rows_of(
+        id=list(range(8)),
+        customer_asks=[f"What about {n}?" for n in range(8)],
+        we_reply=["We send it again at our own cost.", "Please write to the accounts team."] * 4,
+    )
+    told = r"Perhaps: --task alpaca --text-field customer_asks --label-field we_reply$"
+    with pytest.raises(UserError, match=told):
+        forms.recognise(data)
+
+
 def test_targets_that_repeat_are_labels() -> None:
     data = rows_of(question=[f"q{n}" for n in range(20)], target=["pos", "neg"] * 10)
     assert forms.recognise(data, "auto").form == "classification"

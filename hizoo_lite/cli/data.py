@@ -39,6 +39,10 @@ def inspect(
     eval_every: Annotated[
         str | None, typer.Option(metavar="INT", help="as in training: dev examples are held out")
     ] = None,
+    dev_examples: Annotated[
+        str | None, typer.Option(metavar="INT", help="as in training: so many are held out")
+    ] = None,
+    test_examples: Annotated[str | None, typer.Option(metavar="INT", help="likewise")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse what a run would leave out")] = False,
     write_task: Annotated[
         str | None, typer.Option(metavar="FILE.toml", help="write what was understood, as a task's file")
@@ -69,6 +73,8 @@ def inspect(
         "label_field": label_field,
         "max_length": max_length,
         "eval_every": eval_every,
+        "dev_examples": dev_examples,
+        "test_examples": test_examples,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     config = resolve(None, {**given, "strict": strict})

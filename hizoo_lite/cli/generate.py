@@ -134,7 +134,7 @@ def _export(folder: str, adapter: str | None, given: dict[str, Any], sampling: d
     refuse_with_onnx({name: value for name, value in given.items() if value is not None})
     exported = OnnxModel(Path(folder), adapter)
     write = partial(answer.continue_text, exported, **sampling)
-    return _Writer(folder, exported.tokenizer, write, lambda text: None)
+    return _Writer(folder, exported.tokenizer, write, partial(answer.answered, exported, adapter))
 
 
 def _model(

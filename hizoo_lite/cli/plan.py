@@ -30,7 +30,7 @@ SHARED = (
     *("dense_update", "rank", "train_a", "targets", "blocks", "exact_blocks"),
     *("estimator", "objective", "curvature", "curvature_from"),
     *("directions", "batch_size", "eval_batch_size", "max_length", "branch_chunk", "residency"),
-    *("steps", "epochs", "train_examples", "hidden_states"),
+    *("steps", "epochs", "train_examples", "dev_examples", "test_examples", "hidden_states"),
     *("profile", "device_budget", "host_budget"),
 )
 #: What a few of them are to a plan, where that is something else.

@@ -13,6 +13,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.model import OnnxModel, Pick, greedy
 from hizoo_lite.errors import UserError
 from hizoo_lite.noise import generator
+from hizoo_lite.tasks import Encoder, Task, shown
 from hizoo_lite.tasks.chat import Prompt, Shown, prompt_text
 from hizoo_lite.tasks.tokens import check_sampling, pad_id, prompt_ids, usable_length
 from hizoo_lite.train import components, provenance
@@ -45,16 +46,7 @@ def evaluate_export(
     task = components.task_of(config)
     examples = components.split_part(config, task, split, limit)
     model = OnnxModel(folder, adapter, config.threads)
-    most = usable_length(config.max_length, model.positions)
-    encoder = components.task_encoder(
-        model.tokenizer,
-        model.kind,
-        task,
-        most,
-        config.loss,
-        classes=model.id2label,
-        vocabulary=model.vocabulary,
-    )
+    encoder = _encoder(model, task, config)
     examples = components.fitting(encoder, examples, config)
     if model.kind == "classifier":
         model.session.graph.check_classes(task, model.session.graph.outputs[0])
@@ -68,6 +60,23 @@ def evaluate_export(
     progress.finish()
     about = {"bits": model.bits, "device": "cpu", "residency": "resident"}
     return report(found, config, adapter, split) | about
+
+
+def answered(model: OnnxModel, adapter: str | None, text: str) -> str | None:
+    """What an exported model answers to a text, as `train.saved.answered`; the adapter is a run's folder."""
+    found = provenance.asked_by_run(adapter, text)
+    if found is None:
+        return None
+    run, task, example = found
+    predictions = evaluate(model, _encoder(model, task, run), [example], 1).predictions
+    return shown.answer(task, example, predictions[0]) if predictions else None
+
+
+def _encoder(model: OnnxModel, task: Task, config: TrainConfig) -> Encoder:
+    """What makes the task's examples sequences of the model."""
+    most = usable_length(config.max_length, model.positions)
+    about = {"classes": model.id2label, "vocabulary": model.vocabulary}
+    return components.task_encoder(model.tokenizer, model.kind, task, most, config.loss, **about)
 
 
 def continue_text(

@@ -88,7 +88,7 @@ def prompt_line(run: Path | str, kind: ModelKind) -> str:
     if not found:
         return ""
     first = found[0]
-    answers = f" -> {' or '.join(map(repr, first.answers))}" if first.answers else ""
+    answers = f" -> the likeliest of {', '.join(map(repr, first.answers))}" if first.answers else ""
     return f"prompt it as it was tuned: {first.example!r}{answers}{first.note and f' ({first.note})'}"
 
 

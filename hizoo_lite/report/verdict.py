@@ -121,6 +121,11 @@ def standard_error(
     return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
 
 
+def _can_begin(config: Mapping[str, Any]) -> bool:
+    """Whether a run may begin with the adapter of one of these settings."""
+    return config.get("space", default("space")) in SPACES.having("rank")
+
+
 def _next(run: RunRecord, *, fell: bool, is_wide: bool = False) -> str:
     """What to try, the most useful first."""
     config, blocks = run.config, number(run.summary.get("trained_blocks")) or 6
@@ -136,7 +141,8 @@ def _next(run: RunRecord, *, fell: bool, is_wide: bool = False) -> str:
     if could_be_exact:
         found.append(f"--exact-blocks {blocks:.0f}, which learns in a fraction of the steps")
     if fell:
-        found.append("more steps: the loss fell, which comes before the answers change")
+        begin = f" from here (--init-adapter {shlex.quote(str(run.path))})" if _can_begin(config) else ""
+        found.append(f"more steps{begin}: the loss fell, which comes before the answers change")
     if is_wide:
         found.append("more held-out examples with --test-examples, whose error bar is smaller")
     data, model = (shlex.quote(str(config.get(name) or name.upper())) for name in ("data", "model"))

@@ -147,7 +147,7 @@ def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, bool]:
         return prompt, True
     turns = []
     for turn in prompt:
-        role, content = turn.get("role"), turn.get("content")
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             allowed = ", ".join(dict.fromkeys(ROLES.values()))
             raise UserError(f"prompt: got the turn {turn!r:.80}; allowed: a content, and a role of {allowed}")

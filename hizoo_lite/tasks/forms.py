@@ -193,6 +193,12 @@ def _repeat(sample: Sample, column: str) -> bool:
     )
 
 
+def _are_sentences(sample: Sample, column: str) -> bool:
+    """Whether most values are too long for names of classes, though they repeat: answers to questions."""
+    values = set(sample.values(column))
+    return 2 * sum(len(value) > _MOST_CHARACTERS / 2 for value in values) > len(values)
+
+
 def _text_column(sample: Sample, label: str) -> str | None:
     """By its name, else that of the longest texts."""
     named = sample.find([name for name in own.TEXT if name != label.lower()])
@@ -327,9 +333,9 @@ def _guess(sample: Sample) -> str:
     labels = [column for column in texts if len(set(sample.values(column))) > 1 and _repeat(sample, column)]
     if sample.forced or sample.text_field or sample.label_field or len(texts) < 2:
         return ""
-    if len(labels) == 1:
+    if len(labels) == 1 and not _are_sentences(sample, labels[0]):
         return f". Perhaps: --label-field {shlex.quote(labels[0])}"
-    if len(texts) == 2 and not labels:
+    if len(texts) == 2:
         first, second = map(shlex.quote, texts)
         return f". Perhaps: --task alpaca --text-field {first} --label-field {second}"
     return ""

@@ -7,6 +7,7 @@ to the current directory, as flags are. A key that is absent has the default.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -270,7 +271,10 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
     if not ends:
         kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
     kept -= {name for name in OWN if _is_own(after, name)}  # `identity` compares what it holds
-    why = {"steps": ": " + " and ".join(f"{name} {before[name]!r} ends with them" for name in ends)}
+    why = {
+        "steps": f": {' and '.join(f'{name} {before[name]!r} ends with them' for name in ends)}; more steps "
+        f"are a run of their own: --init-adapter {shlex.quote(str(new.out))} with another --out"
+    }
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"
         + why.get(name, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.base import ModelKind
+from hizoo_lite.batch import Example
 from hizoo_lite.checkpoints.adapter import (
     PEFT_FILE,
     PEFT_PREFIX,
@@ -20,6 +21,8 @@ from hizoo_lite.checkpoints.adapter import (
 from hizoo_lite.checkpoints.tensorfile import SIZES, read_header
 from hizoo_lite.config import TrainConfig, default, refuse
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks import Task
+from hizoo_lite.tasks.asked import asked
 from hizoo_lite.train import components
 from hizoo_lite.train.folder import RunFolder
 
@@ -32,6 +35,22 @@ def saved_config(path: Path | str | None) -> TrainConfig | None:
     if path is None or not (Path(path) / "config.toml").is_file():
         return None
     return replace(RunFolder(path).config(), resume=False)
+
+
+def asked_by_run(path: Path | str | None, text: str) -> tuple[TrainConfig, Task, Example] | None:
+    """A text as the task of an adapter's run asks about one, with that run's settings.
+
+    None if there is no run, its task is not here, or asks about something else (see `tasks/asked.py`).
+    """
+    run = saved_config(path)
+    if run is None:
+        return None
+    try:
+        task = components.find_task(run.task)
+    except UserError:  # a function, or a file that is elsewhere
+        return None
+    example = asked(task, text)
+    return None if example is None else (run, task, example)
 
 
 def base_model(path: Path | str) -> str:

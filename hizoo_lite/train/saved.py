@@ -24,11 +24,10 @@ from hizoo_lite.plan.dry_run import pass_bytes
 from hizoo_lite.plan.workload import cache_bytes
 from hizoo_lite.spaces import saved_in
 from hizoo_lite.tasks import Task, shown
-from hizoo_lite.tasks.asked import asked
 from hizoo_lite.train import components, planning, setup
 from hizoo_lite.train.evaluate import Evaluation, evaluate, report
 from hizoo_lite.train.progress import Progress
-from hizoo_lite.train.provenance import base_model, saved_config, saved_kind
+from hizoo_lite.train.provenance import asked_by_run, base_model, saved_config, saved_kind
 from hizoo_lite.train.resolved import Resolved
 
 #: Settings of a run that are arguments of `load`, too.
@@ -102,19 +101,13 @@ def load_to_write(
 def answered(model: Model, adapter: str | None, text: str) -> str | None:
     """What a model with the adapter of a run answers to a text, as the run's task asks about one.
 
-    Of a choice it is the answer that the model finds likeliest, else what it writes. None if there is no run,
-    or its task asks about something else (see `tasks/asked.py`).
+    Of a choice it is the answer that the model finds likeliest, else what it writes. None as of
+    `provenance.asked_by_run`.
     """
-    run = saved_config(adapter)
-    if run is None:
+    found = asked_by_run(adapter, text)
+    if found is None:
         return None
-    try:
-        task = components.find_task(run.task)
-    except UserError:  # a function, or a file that is elsewhere
-        return None
-    example = asked(task, text)
-    if example is None:
-        return None
+    run, task, example = found
     encoder = setup.make_encoder(model, task, run.max_length, run.loss)
     predictions = evaluate(Traversal(model), encoder, [example], 1).predictions
     return shown.answer(task, example, predictions[0]) if predictions else None
