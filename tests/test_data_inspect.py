@@ -102,7 +102,7 @@ def test_a_model_of_few_positions_is_known_for_it_before_it_is_loaded(
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
     data = str(alpaca(tmp_path))
     done = call("data", "inspect", data, "--model", str(model), "--json")
-    assert "longer than --max-length 12; " in json.loads(done.stdout)["advice"][0]
+    assert "longer than 12 tokens, which are the positions" in json.loads(done.stdout)["advice"][0]
     monkeypatch.setattr(Resolved, "model", lambda *_: pytest.fail("it is loaded"))
     refused = call("train", "--model", str(model), "--data", data, "--out", str(tmp_path / "run"))
     assert refused.exit_code == 2

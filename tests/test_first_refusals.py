@@ -46,7 +46,7 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
         (f"train {EMBEDDED} --tracker clearml", "clearml is not installed"),
         (
             "train --model SHORT --task embedded --data embedded --max-length 64",
-            "max_length: got 1, what the model has positions for; allowed: 2 or more",
+            "model: it has positions for 1 token; allowed: 2 or more",
         ),
         ("train --config nope", "a recipe (chat"),
         ("eval --adapter nowhere", "--adapter: got 'nowhere'"),

@@ -611,10 +611,10 @@ def test_a_task_of_the_harness_in_a_file_of_ones_own(tmp_path: Path) -> None:
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "days.yaml").write_text(yaml.safe_dump(task))
-    (tmp_path / "none.yaml").write_text("just: this\n")
+    (tmp_path / "another.yaml").write_text(yaml.safe_dump(task))  # of the same name: nobody's business
     asked = ["eval", "--model", "embedded", "--json", "--lm-eval"]
     done = CliRunner().invoke(app, [*asked, str(tmp_path / "days.yaml")])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["days"]["acc,none"] in (0.0, 0.5, 1.0)
     done = CliRunner().invoke(app, [*asked, str(tmp_path / "none.yaml")])
-    assert (done.exit_code, "none.yaml" in done.output) == (2, True)
+    assert (done.exit_code, "none.yaml: no such file" in done.output) == (2, True)

@@ -566,6 +566,11 @@ def test_a_plan_proposes_as_many_exact_blocks_as_the_run(tmp_path: Path, blocks:
     assert [line for line in told if f"; --exact-blocks {planned} has them exact" in line]
 
 
+def test_a_plan_of_layers_that_are_named_one_by_one_proposes_no_number_of_blocks() -> None:
+    done = call("--model", "embedded", "--targets", "layers.3.self_attn.q_proj", "--json")
+    assert "exact" not in json.loads(done.stdout)
+
+
 def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(streamable: Path) -> None:
     folder = str(streamable)
     arguments = ("--model", folder, "--batch-size", "19", "--residency", "resident", "--branch-chunk", "1")

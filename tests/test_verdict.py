@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from hizoo_lite.batch import Example
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.report import examples, verdict
 from hizoo_lite.report.record import RunRecord, read_run
 from hizoo_lite.report.report import write_report
 from hizoo_lite.run import Run, fit
+from hizoo_lite.tasks.splits import Splits
+from hizoo_lite.tasks.task import TASK
+from hizoo_lite.train import components
 from tests.run_fixtures import short_run
 
 
@@ -214,3 +218,11 @@ def test_half_of_a_character_does_not_stop_a_page() -> None:
     table = examples.confusion(run)
     assert table is not None
     assert table.classes == ["?", "a"]
+
+
+def test_examples_of_several_tasks_are_few_if_those_of_one_are() -> None:
+    rows = [Example({TASK: number % 2}, ("a", "b"), 0) for number in range(30)]
+    config = TrainConfig(model="m", task=("rte", "sst2"))
+    said = components.few_held_out(config, Splits(rows, [], rows), "mean")
+    assert said.startswith("15 test examples: too few to tell chance")
+    assert components.few_held_out(config, Splits(rows, [], rows * 2), "mean") == ""

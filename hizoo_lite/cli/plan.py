@@ -79,7 +79,7 @@ def plan(
     from hizoo_lite.cli import output
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
-    from hizoo_lite.spaces.targets import settled
+    from hizoo_lite.spaces.targets import names_blocks, settled
 
     hardware = None if profile is None else find(str(profile))
     config, budget_of = _with_budget(config, hardware)
@@ -90,10 +90,9 @@ def plan(
         config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
     )
     exact: tuple[int, Plan] | None = None
-    may = config.exact_blocks == 0 and config.is_of_loss
+    may = config.exact_blocks == 0 and config.is_of_loss and not names_blocks(config.targets)
     if found.fits and may and config.space in SPACES.having("exact_blocks"):
-        blocks = settled(config.blocks, config.targets, found.blocks)  # as many as have adapters
-        count = found.blocks if blocks == "all" else blocks
+        count = settled(config.blocks, config.targets, found.blocks)  # as many as have adapters
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
         with suppress(UserError):  # a model whose blocks cannot have them
             exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)

@@ -209,17 +209,18 @@ def evaluated(model: HiZOOLM, tasks: Sequence[str], limit: int | None = None) ->
         limit: examples of each task; None: all.
 
     Raises:
-        UserError: if the harness does not know a task, or a file has none.
+        UserError: if the harness does not know a task, or a file is not there.
     """
     from lm_eval.tasks import TaskManager
 
-    files = {task: Path(task).resolve() for task in tasks if Path(task).suffix == ".yaml"}
-    manager = TaskManager(include_path=sorted({str(file.parent) for file in files.values()}) or None)
-    own = {entry.yaml_path: name for name, entry in manager.task_index.items() if entry.yaml_path}
-    names = [own.get(files[task], task) if task in files else task for task in tasks]
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        allowed = "tasks of `lm-eval ls tasks`, or YAML files that the harness takes for a task"
+    manager = TaskManager()
+    own = {task: str(Path(task).expanduser()) for task in tasks if Path(task).suffix == ".yaml"}
+    if missing := [file for file in own.values() if not Path(file).is_file()]:
+        raise UserError(f"--lm-eval: {', '.join(missing)}: no such file")
+    if unknown := [task for task in tasks if task not in own and task not in manager.all_tasks]:
+        allowed = "tasks of `lm-eval ls tasks`, or YAML files of tasks"
         raise UserError(f"--lm-eval: got {', '.join(unknown)}; allowed: {allowed}")
+    names = [own.get(task, task) for task in tasks]
     found = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False)
     results: dict[str, dict[str, Any]] = found["results"]
     return results

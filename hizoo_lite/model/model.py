@@ -121,7 +121,7 @@ class Model:
     def positions(self) -> int | None:
         """Tokens that the position codes reach; None if the configuration does not say."""
         most = getattr(self.config, "max_position_embeddings", None)
-        return None if most is None else int(most) - first_position(self.module)
+        return None if not most else int(most) - first_position(self.module)
 
     @cached_property
     def leaves_out_padding(self) -> bool:

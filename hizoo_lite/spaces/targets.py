@@ -56,7 +56,7 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
     chosen = _chosen(model, targets, inside)
     count = 1 + max((_block(model, name) for name in inside), default=0)
     blocks = settled(blocks, targets, count)
-    if blocks == "all":
+    if blocks == count:
         return chosen
     if type(blocks) is not int or not 1 <= blocks <= count:
         raise UserError(f"--blocks: got {blocks!r}, allowed: auto, all, 1 to {count}, those of the model")
@@ -69,12 +69,16 @@ def resolve_targets(model: Model, targets: str | Sequence[str], blocks: Blocks =
     return kept
 
 
-def settled(blocks: Blocks, targets: str | Sequence[str], count: int) -> int | Literal["all"]:
-    """`blocks` of a model of so many, with what "auto" is for these `targets`."""
-    if blocks != "auto":
-        return blocks
-    numbered = any(part.isdigit() for name in _names(targets) for part in name.split("."))
-    return "all" if numbered else -(-count // AUTO_SHARE)
+def settled(blocks: Blocks, targets: str | Sequence[str], count: int) -> int:
+    """How many of a model's `count` blocks `blocks` means for `targets`, which may name some of them."""
+    if blocks == "auto":
+        return count if names_blocks(targets) else -(-count // AUTO_SHARE)
+    return count if blocks == "all" else blocks
+
+
+def names_blocks(targets: str | Sequence[str]) -> bool:
+    """Whether names of layers say which blocks they are in."""
+    return any(part.isdigit() for name in _names(targets) for part in name.split("."))
 
 
 def in_top(model: Model, name: str, blocks: int | Literal["all"]) -> bool:

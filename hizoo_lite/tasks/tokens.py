@@ -12,6 +12,7 @@ from hizoo_lite.config import refuse
 from hizoo_lite.errors import UserError
 from hizoo_lite.files import is_unicode
 from hizoo_lite.tasks.task import where
+from hizoo_lite.units import counted
 
 Fields = Mapping[str, Any]
 
@@ -126,11 +127,13 @@ def word_id(tokenizer: Tokenizer, word: str) -> int:
 
 def usable_length(max_length: int, positions: int | None = None) -> int:
     """Tokens that a sequence may have, of a model with so many positions; UserError if they are under 2."""
-    limit = min(max_length, positions or max_length)
-    if limit < 2:
-        whose = ", what the model has positions for" if limit < max_length else ""
-        raise UserError(f"max_length: got {limit}{whose}; allowed: 2 or more")
-    return limit
+    if positions is not None and positions < 2:
+        raise UserError(
+            f"model: it has positions for {counted(max(positions, 0), 'token')}; allowed: 2 or more"
+        )
+    if max_length < 2:
+        raise UserError(f"max_length: got {max_length}; allowed: 2 or more")
+    return max_length if positions is None else min(max_length, positions)
 
 
 def spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:

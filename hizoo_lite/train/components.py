@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -122,8 +123,9 @@ def length_line(config: TrainConfig, examples: int) -> str:
 
 def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
     """What is to be told if the test examples, or dev ones that are evaluated, are too few; else ""."""
-    counts = {"test": len(splits.test), "dev": len(splits.dev) if config.eval_every else 0}
-    return verdict.too_few(counts, metric)
+    held_out = {"test": splits.test, "dev": splits.dev if config.eval_every else []}
+    of_tasks = {part: Counter(map(part_of, found)).values() for part, found in held_out.items()}
+    return verdict.too_few({part: min(counts, default=0) for part, counts in of_tasks.items()}, metric)
 
 
 def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:

@@ -72,7 +72,7 @@ def inspect(
             for example in (splits.train or every)[:_SHOWN]
         ],
         "advice": [
-            *_advice(task, splits, lengths, None if encoder is None else encoder.max_length),
+            *_advice(config, task, splits, lengths, None if encoder is None else encoder.max_length),
             *_decide(len(contradictions)),
             *filter(None, [components.few_held_out(config, splits, task.metric)]),
         ],
@@ -185,18 +185,19 @@ def _decide(count: int) -> list[str]:
     ]
 
 
-def _advice(task: Task, splits: Splits, lengths: Sequence[int], limit: int | None) -> list[str]:
+def _advice(
+    config: TrainConfig, task: Task, splits: Splits, lengths: Sequence[int], limit: int | None
+) -> list[str]:
     """What to do about it, the most useful first. limit: tokens of the model's sequences; None: no model."""
     found = []
     if limit is not None:
         longer = sum(length > limit for length in lengths)
         p99 = -(-max(8, _quantiles(lengths)["p99"]) // 8) * 8
         if longer:
-            share = 100 * longer / len(lengths)
-            found.append(
-                f"{share:.1f} % of the examples are longer than --max-length {limit}; "
-                f"--max-length {p99} fits 99 %"
-            )
+            than = f"--max-length {limit}; --max-length {p99} fits 99 %"
+            if limit < config.max_length:
+                than = f"{limit} tokens, which are the positions that the model has"
+            found.append(f"{100 * longer / len(lengths):.1f} % of the examples are longer than {than}")
         else:
             found.append(f"all examples fit --max-length {limit}; --max-length {p99} fits 99 %")
     if task.num_labels and all(name.replace(".", "").lstrip("-").isdigit() for name in task.labels):
