@@ -145,12 +145,24 @@ def test_the_configuration_of_tickets_names_the_files_that_are_made(tmp_path: Pa
 
 
 def test_what_a_run_computes_beforehand_counts() -> None:
-    kept = bench_quality.Kept()
+    kept = bench_quality.Clock()
     for when, examples in (("before", 7), (bench_quality.HIDDEN, 5), ("dev", 3)):
         kept.on_evaluate_begin(None, None, None, when=when, examples=examples)
         kept.on_prediction_step(None, None, None, examples=examples)
     assert kept.examples == 5
     assert kept.seconds > 0
+
+
+def test_the_processor_is_counted_in_steps_and_hidden_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = bench_quality.Clock(), iter([1.0, 3.0, 10.0, 14.0])  # hidden states 2 s, a step 4 s
+    monkeypatch.setattr(bench_quality.time, "process_time", lambda: next(now))
+    clock.on_evaluate_begin(None, None, None, when=bench_quality.HIDDEN)
+    clock.on_prediction_step(None, None, None, examples=5)
+    clock.on_evaluate_begin(None, None, None, when="dev")
+    clock.on_prediction_step(None, None, None, examples=3)
+    clock.on_step_begin(None, None, None)
+    clock.on_step_end(None, None, None)
+    assert clock.processor == 6.0
 
 
 def test_a_rate_at_which_a_run_breaks_does_not_end_the_bench(
