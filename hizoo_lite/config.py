@@ -10,6 +10,7 @@ become fields behind the axis. This module does not import torch, so that `--hel
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
@@ -752,5 +753,5 @@ def default(name: str) -> Any:
     return value
 
 
-_ATTRIBUTES = "\n".join(f"        {name}: {help_of(name)}" for name in settings())
-TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n    Attributes:\n{_ATTRIBUTES}\n"
+_ATTRIBUTES = "\n".join(f"    {name}: {help_of(name)}" for name in settings())
+TrainConfig.__doc__ = f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\nAttributes:\n{_ATTRIBUTES}\n"

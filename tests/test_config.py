@@ -181,6 +181,11 @@ def test_only_settings_that_do_not_change_a_step_may_change_on_resume() -> None:
         UserError, match=r"steps: the run has 1000, .*lr_schedule 'linear' ends with them; .*--init-adapter"
     ):
         check_same_run(decaying, replace(decaying, steps=2000))
+    weights = replace(decaying, space="dense")
+    for of, options in ((weights, {}), (decaying, {"begins": False})):
+        with pytest.raises(UserError) as said:
+            check_same_run(of, replace(of, steps=2000), **options)
+        assert "--init-adapter" not in str(said.value)
 
 
 @pytest.mark.parametrize(

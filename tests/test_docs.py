@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from pydoc import locate
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -201,6 +201,11 @@ PROTOCOLS = {"optimizers": base.Optimizer}
 SECTION = re.compile(r"^(Args|Attributes):\n(.*?)(?=^\S|\Z)", re.DOTALL | re.MULTILINE)
 
 
+def located(path: str) -> Any:
+    """What a module has by this name, though a module of its own may be called the same."""
+    return resolve_name(":".join(path.rsplit(".", 1)))
+
+
 def said(owners: tuple[Any, ...], name: str = "") -> str:
     """The docstrings of an object, or of what has this name in a class, its bases and its protocol."""
     found = [vars(owner).get(name) if name else owner for owner in owners if not name or vars(owner)]
@@ -225,7 +230,7 @@ def unexplained(path: str, protocol: Any) -> Iterator[str]:
     Functions and constructors have a section of arguments. A method may name its one or two in the text, as
     `name`, and may leave them to what it overrides.
     """
-    found: Any = locate(path)
+    found: Any = located(path)
     if not isinstance(found, type):
         yield from (f"{path}: {name}" for name in parameters(found) - entries(said((found,))))
         return
@@ -254,7 +259,7 @@ def test_the_examples_of_the_reference_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HIZOO_LITE_REPORT", "0")
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     for path in (path for paths in REFERENCE.values() for path in paths):
-        found: Any = locate(path)
+        found: Any = located(path)
         names = vars(sys.modules[found.__module__])
         for test in finder.find(found, path, globs=dict(names)):
             runner.run(test)

@@ -90,6 +90,6 @@ def test_a_text_that_is_continued_has_no_prompt() -> None:
 
 
 def test_a_task_that_is_gone_leaves_the_card_without_a_prompt(run: Run, monkeypatch) -> None:
-    monkeypatch.setattr(card.components, "find_task", lambda name: tasks.get("gone"))
+    monkeypatch.setattr(card.provenance.components, "find_task", lambda name: tasks.get("gone"))
     assert card.prompting(run.folder, "causal") == []
     assert "## Prompt it" not in written(run)

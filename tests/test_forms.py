@@ -638,6 +638,17 @@ def test_answers_of_unknown_headings_that_repeat_are_told_as_answers() -> None:
     told = r"Perhaps: --task alpaca --text-field customer_asks --label-field we_reply$"
     with pytest.raises(UserError, match=told):
         forms.recognise(data)
+    turned = rows_of(
+        id=list(range(8)),
+        we_reply=["We send it again at our own cost."] * 4 + ["Write to the accounts team, please."] * 4,
+        customer_asks=[f"What about {n}?" for n in range(8)],
+    )
+    with pytest.raises(UserError, match=told):
+        forms.recognise(turned)
+    both = rows_of(id=list(range(8)), mood=["calm", "angry"] * 4, team=["north", "south"] * 4)
+    with pytest.raises(UserError) as said:
+        forms.recognise(both)
+    assert "Perhaps" not in str(said.value)
 
 
 def test_targets_that_repeat_are_labels() -> None:

@@ -210,17 +210,14 @@ def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt:
 
 def _is_raw(tokenizer: Tokenizer | None, adapter: str | None) -> bool:
     """Whether the prompt is continued as it is: with an adapter of a run as its task was put to the model."""
-    from hizoo_lite.train import components
-    from hizoo_lite.train.provenance import saved_config
+    from hizoo_lite.train.provenance import saved_task
 
-    run, own = saved_config(adapter), tokenizer is None or not tokenizer.chat_template
-    if run is None:
-        return own
-    try:
-        is_raw = not components.find_task(run.task).chat
-    except UserError:  # a function, or a file that is elsewhere
-        return own
-    if is_raw and tokenizer is not None and tokenizer.chat_template:
+    saved, has_template = saved_task(adapter), tokenizer is not None and bool(tokenizer.chat_template)
+    if saved is None:
+        return not has_template
+    run, task = saved
+    is_raw = not task.chat
+    if is_raw and has_template:
         typer.echo(
             f"the prompt is continued as it is, as the prompts of the run's task ({run.task}) were; "
             "--template puts it into the chat template",

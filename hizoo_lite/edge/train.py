@@ -81,7 +81,7 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
     run = RunFolder(config.out if config.out is not None else next_free("hizoo-run"))
     if config.resume:
         config = config_file.as_begun(run.config(), config)
-        config_file.check_same_run(run.config(), config)
+        config_file.check_same_run(run.config(), config, begins=False)
     else:
         run.check_new()
     config = replace(config, out=str(run.path), device="cpu", compute_dtype="float32")

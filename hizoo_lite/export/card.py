@@ -22,7 +22,7 @@ from hizoo_lite.report.record import read_run
 from hizoo_lite.tasks import Task
 from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.templates import fields_of, render
-from hizoo_lite.train import components, provenance
+from hizoo_lite.train import provenance
 from hizoo_lite.train.folder import RunFolder
 
 FILE = "README.md"
@@ -72,14 +72,9 @@ class Prompting(NamedTuple):
 
 def prompting(run: Path | str, kind: ModelKind) -> list[Prompting]:
     """That of each task of a run; none if there is no run, or its task is not here."""
-    settings = provenance.saved_config(run)
-    if settings is None:
-        return []
-    try:
-        task = components.find_task(settings.task)
-    except UserError:  # a function, or a file that is elsewhere
-        return []
-    return [found for part in task.parts if (found := _prompting(part, kind)) is not None]
+    saved = provenance.saved_task(run)
+    parts = () if saved is None else saved[1].parts
+    return [found for part in parts if (found := _prompting(part, kind)) is not None]
 
 
 def prompt_line(run: Path | str, kind: ModelKind) -> str:

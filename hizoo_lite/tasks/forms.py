@@ -333,10 +333,11 @@ def _guess(sample: Sample) -> str:
     labels = [column for column in texts if len(set(sample.values(column))) > 1 and _repeat(sample, column)]
     if sample.forced or sample.text_field or sample.label_field or len(texts) < 2:
         return ""
-    if len(labels) == 1 and not _are_sentences(sample, labels[0]):
+    answers = [column for column in labels if _are_sentences(sample, column)]
+    if len(labels) == 1 and not answers:
         return f". Perhaps: --label-field {shlex.quote(labels[0])}"
-    if len(texts) == 2:
-        first, second = map(shlex.quote, texts)
+    if len(texts) == 2 and labels == answers[:1]:  # the one whose texts repeat answers the other
+        first, second = map(shlex.quote, sorted(texts, key=labels.__contains__))
         return f". Perhaps: --task alpaca --text-field {first} --label-field {second}"
     return ""
 

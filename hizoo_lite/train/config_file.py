@@ -34,6 +34,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_toml, parse_yaml, read_json
 from hizoo_lite.plan import hardware
 from hizoo_lite.plan.hardware import profiles_folder
+from hizoo_lite.registry import SPACES
 
 #: What settings meant that the config.toml of an older run does not have: it goes on, and replays, as it was.
 OLDER: dict[str, Any] = {
@@ -258,11 +259,12 @@ def as_begun(old: TrainConfig, new: TrainConfig) -> TrainConfig:
     return replace(new, **same)
 
 
-def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
+def check_same_run(old: TrainConfig, new: TrainConfig, begins: bool = True) -> None:
     """UserError naming every setting of `new` that cannot change when a run is resumed.
 
     old: config.toml of the run in the folder `new.out`. What run.json there says of a setting counts more:
-    config.toml may have been edited since. A run of an earlier version has no such entry.
+    config.toml may have been edited since. A run of an earlier version has no such entry. `begins`: whether
+    a run may begin from an adapter, which is then told.
     """
     stated, after = asdict(old), asdict(new)
     before = {**stated, **_begun_with(Path(new.out or "") / "run.json")}
@@ -271,10 +273,10 @@ def check_same_run(old: TrainConfig, new: TrainConfig) -> None:
     if not ends:
         kept.remove("steps")  # more of them are the same run, unless a schedule ends with them
     kept -= {name for name in OWN if _is_own(after, name)}  # `identity` compares what it holds
-    why = {
-        "steps": f": {' and '.join(f'{name} {before[name]!r} ends with them' for name in ends)}; more steps "
-        f"are a run of their own: --init-adapter {shlex.quote(str(new.out))} with another --out"
-    }
+    why = {"steps": ": " + " and ".join(f"{name} {before[name]!r} ends with them" for name in ends)}
+    if begins and before["space"] in SPACES.having("rank"):
+        begin = f"--init-adapter {shlex.quote(str(new.out))} with another --out"
+        why["steps"] += f"; more steps are a run of their own: {begin}"
     found = [
         f"{name}: the run has {before[name]!r}, got {after[name]!r}; it cannot change on --resume"
         + why.get(name, "")

@@ -37,20 +37,25 @@ def saved_config(path: Path | str | None) -> TrainConfig | None:
     return replace(RunFolder(path).config(), resume=False)
 
 
-def asked_by_run(path: Path | str | None, text: str) -> tuple[TrainConfig, Task, Example] | None:
-    """A text as the task of an adapter's run asks about one, with that run's settings.
-
-    None if there is no run, its task is not here, or asks about something else (see `tasks/asked.py`).
-    """
+def saved_task(path: Path | str | None) -> tuple[TrainConfig, Task] | None:
+    """The settings and the task of an adapter's run; None if there is no run, or its task is not here."""
     run = saved_config(path)
     if run is None:
         return None
     try:
-        task = components.find_task(run.task)
+        return run, components.find_task(run.task)
     except UserError:  # a function, or a file that is elsewhere
         return None
-    example = asked(task, text)
-    return None if example is None else (run, task, example)
+
+
+def asked_by_run(path: Path | str | None, text: str) -> tuple[TrainConfig, Task, Example] | None:
+    """A text as the task of an adapter's run asks about one, with that run's settings.
+
+    None as of `saved_task`, and if the task asks about something else (see `tasks/asked.py`).
+    """
+    found = saved_task(path)
+    example = None if found is None else asked(found[1], text)
+    return None if found is None or example is None else (*found, example)
 
 
 def base_model(path: Path | str) -> str:
