@@ -645,7 +645,7 @@ def test_answers_of_unknown_headings_that_repeat_are_told_as_answers() -> None:
     )
     with pytest.raises(UserError, match=told):
         forms.recognise(turned)
-    both = rows_of(id=list(range(8)), mood=["calm", "angry"] * 4, team=["north", "south"] * 4)
+    both = rows_of(id=list(range(8)), mood=["calm", "angry"] * 4, side=["north", "south"] * 4)
     with pytest.raises(UserError) as said:
         forms.recognise(both)
     assert "Perhaps" not in str(said.value)
