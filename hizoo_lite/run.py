@@ -284,11 +284,8 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     for line in [] if form is None else form.lines(setup.splits.total + len(setup.splits.left_out)):
         tell(line)
-    for line in setup.splits.lines(setup.task.name):
+    for line in components.division_lines(setup.config, setup.splits, setup.task):
         tell(line)
-    if few := components.few_held_out(setup.config, setup.splits, setup.task.metric):
-        tell(few)
-    tell(components.length_line(setup.config, len(setup.splits.train)))
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
         tell(line)
     could_be_exact = setup.config.is_of_loss and not setup.stepper.estimator.secret

@@ -460,7 +460,7 @@ def test_both_watchers_show_loss_and_speed(
     assert (watch.done, watch.loss) == (2, 2.0)
     errors = click.unstyle(capsys.readouterr().err)
     assert "begin [not markup]" in errors
-    assert "loss 2.0000" in watch.state()
+    assert "mean loss 2.0000" in watch.state()
     assert "forwards/s" in errors
 
 

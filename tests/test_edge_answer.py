@@ -30,6 +30,7 @@ from hizoo_lite.engine.traversal import Traversal
 from hizoo_lite.errors import UserError
 from hizoo_lite.spaces import LoRA
 from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.train import provenance
 from hizoo_lite.train.evaluate import Writer, complete, evaluate
 from tests.architectures import TINY_CONFIGS, save_tiny
 from tests.edge_fixtures import BASE, DEMO, export_causal, export_encoder, tuned_space
@@ -232,6 +233,25 @@ def test_both_commands_evaluate_alike(
     assert f"{100 * shown['scores']['accuracy']:.1f} %" in table.stdout
 
 
+def test_rows_of_another_file_than_a_runs_own_are_not_called_its_training_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('model = "m"\ntask = "auto"\ndata = "mine.csv"\n')
+    for data, run, told in (
+        (str(tmp_path / "mine.csv"), "run", True),
+        ("other.csv", "run", False),
+        ("other.csv", "no-run", True),
+        ("other.csv", None, True),
+    ):
+        line = provenance.trained_on_line(run, TrainConfig(model="m", task="auto", data=data), "all", None)
+        assert line.startswith(f"all rows of {data}, ") is told
+    config = TrainConfig(model="m", task="auto", data="mine.csv")
+    assert provenance.trained_on_line("run", config, "all", "all") == ""
+    assert provenance.trained_on_line("run", config, "test", None) == ""
+
+
 def test_a_file_of_ones_own_is_evaluated_as_a_whole(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +262,10 @@ def test_a_file_of_ones_own_is_evaluated_as_a_whole(
         done = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *flags, *more, "--json"])
         assert json.loads(done.stdout)["examples"] == count, done.stderr
         assert main(["eval", str(exported), *flags, *more]) == 0
-        found = json.loads(capsys.readouterr().out)
+        edge = capsys.readouterr()
+        found = json.loads(edge.out)
+        told = "mine.csv, also those that a run on it was trained on; --split test has the ones that it holds"
+        assert [told in shown for shown in (done.stderr, edge.err)] == 2 * [not more]
         assert (found["examples"], found["task"]) == (count, flags[1])
     folder = ["--task", "sst2", "--data", str(tmp_path), "--split", "all"]
     refused = CliRunner().invoke(app, ["eval", "--onnx", str(exported), *folder])

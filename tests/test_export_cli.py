@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hizoo_lite.cli.export import TARGETS
+from hizoo_lite.cli.export import TARGETS, try_line
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.edge.folder import Export
 from hizoo_lite.engine.load import load
@@ -177,6 +178,35 @@ def test_a_merged_model_can_be_quantized_again(run: Run, tmp_path: Path) -> None
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"]["load_in_8bit"] is True
     assert torch.isfinite(logits(load(tmp_path / "out", device="cpu").module)).all()
+
+
+@pytest.mark.parametrize("to", ["peft", "merged", "onnx"])
+def test_what_was_exported_answers_to_the_command_that_is_told(to: str, run: Run, tmp_path: Path) -> None:
+    done = call("export", str(run.folder), "--to", to, "--out", str(tmp_path / "an export"))
+    assert done.exit_code == 0, done.stderr
+    program, *tried = shlex.split(done.stderr.rpartition("try it: ")[2])
+    assert (program, tried[0], tried[-2:]) == ("hizoo-lite", "generate", ["--prompt", "..."])
+    asked = call(*tried)
+    assert asked.exit_code == 0, asked.stderr
+    assert len(asked.stdout.strip()) > 2
+
+
+@pytest.mark.parametrize(
+    ("to", "kind", "data", "takes_adapter", "expected"),
+    [
+        ("merged", "classifier", "d/x y", False, "hizoo-lite eval --model out --task sst2 --data 'd/x y'"),
+        ("onnx", "masked", "d", True, "hizoo-lite eval --onnx out --adapter run"),
+        ("onnx", "classifier", "d", False, "hizoo-lite eval --onnx out --task sst2 --data d"),
+        ("onnx-train", "causal", "d", False, "python -m hizoo_lite.edge train out"),
+        ("gguf", "causal", "d", False, ""),  # Ollama's command is in the line before
+        ("peft", None, None, False, ""),  # PEFT's own adapter, of a kind that it does not say
+    ],
+)
+def test_the_command_that_is_told_is_of_the_kind_of_model(
+    to: str, kind: Any, data: str | None, takes_adapter: bool, expected: str
+) -> None:
+    settings = None if data is None else TrainConfig(model="m", task="sst2", data=data)
+    assert try_line("run", to, "out", kind, settings, takes_adapter=takes_adapter) == expected
 
 
 def test_an_interrupted_merge_goes_on_when_it_is_repeated(

@@ -175,7 +175,7 @@ def test_a_console_names_the_objective_and_shows_its_value() -> None:
     watch = RunningMeans()
     watch.on_train_begin(type("Arguments", (), {"objective": "accuracy"}), None, None)
     watch.stepped(Record())  # type: ignore[arg-type]
-    assert watch.state().startswith("objective accuracy 0.5000, ")
+    assert watch.state().startswith("mean objective accuracy 0.5000, ")
 
 
 def test_a_classifier_and_its_head_are_trained_by_accuracy(tmp_path: Path) -> None:

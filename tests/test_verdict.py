@@ -150,6 +150,39 @@ def test_a_run_without_answers_is_judged_by_its_loss() -> None:
     assert verdict.of_run(run) is None
 
 
+@pytest.mark.parametrize(
+    ("after", "begins", "learnt", "has_next"),
+    [
+        (0.80, "Learnt: loss 1.000 to 0.800 on 25 held-out examples; more than chance", True, False),
+        (0.99, "Not learnt yet: loss 1.000 to 0.990 on 25 held-out examples; within ± 0.040", False, True),
+        (1.01, "Not learnt: ", False, True),
+        (1.20, "Worse than before: loss 1.000 to 1.200 on 25 held-out examples (± 0.040)", False, True),
+    ],
+)
+def test_a_loss_has_the_error_bar_of_its_examples_changes(
+    after: float, begins: str, learnt: bool, has_next: bool
+) -> None:
+    run = record(0.0, 0.0, 25, loss_after=after)
+    run.summary["metric"] = "loss"
+    for index in range(25):  # changes of after - 1 +- 0.1, but for one that has just that
+        own = after + (0.0 if index == 24 else 0.1 * (-1) ** index)
+        run.predictions.append({"when": "before", "index": index, "loss": 1.0})
+        run.predictions.append({"when": "after", "index": index, "loss": own})
+    assert verdict.loss_error(run.predictions, after - 1.0) == pytest.approx(0.1 / 5)
+    said = verdict.of_run(run)
+    assert said is not None
+    assert said.says.startswith(begins)
+    assert (said.learnt, bool(said.next)) == (learnt, has_next)
+
+
+def test_a_mean_of_tasks_has_no_error_bar_of_examples() -> None:
+    ends = [("before", 1.0), ("after", 0.5)]
+    lines = [{"when": when, "index": index, "loss": loss} for index in range(3) for when, loss in ends]
+    assert verdict.loss_error(lines, -0.4) is None
+    assert verdict.loss_error(lines, -0.5) == 0.0
+    assert verdict.loss_error(lines[:2], -0.5) is None
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return fit(TrainConfig(**short_run(tmp_path_factory.mktemp("verdict"), lr=1e-2)))

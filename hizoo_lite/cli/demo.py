@@ -35,6 +35,8 @@ def command(
     hizoo-lite demo --out runs/demo
     """
     from hizoo_lite.cli import output, progress
+
+    output.say_loading()
     from hizoo_lite.run import fit
     from hizoo_lite.train.folder import next_free
 

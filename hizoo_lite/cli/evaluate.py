@@ -125,10 +125,12 @@ def _of_export(
 ) -> tuple[str, dict[str, Any]]:
     """Which part of the data it is, and what an exported model comes to there."""
     from hizoo_lite.edge.answer import eval_config, evaluate_export
-    from hizoo_lite.train import components
+    from hizoo_lite.train import components, provenance
 
     config = eval_config(folder, adapter, given)
     part = components.which_part(split, config, components.task_of(config), names_data="data" in given)
+    if line := provenance.trained_on_line(adapter, config, part, split):
+        shown.message(line)
     return part, evaluate_export(folder, adapter, config, part, examples, shown)
 
 
@@ -144,7 +146,12 @@ def _of_model(
     with _paths_of_a_run(None if names_data else adapter):
         task = preflight.check_inputs(config)
     part = components.which_part(split, config, task, names_data=names_data)
-    from hizoo_lite.train import saved  # it imports torch
+    if adapter and (line := provenance.trained_on_line(adapter, config, part, split)):
+        shown.message(line)
+    from hizoo_lite.cli import output
+
+    output.say_loading()
+    from hizoo_lite.train import saved
 
     return part, saved.evaluated(config, adapter, part, examples, shown)
 

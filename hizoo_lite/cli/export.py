@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from hizoo_lite.config import refuse
+from hizoo_lite.config import one_or_several, refuse
 from hizoo_lite.train.config_file import flag
 from hizoo_lite.units import format_bytes
 
 if TYPE_CHECKING:
-    from hizoo_lite.base import Bits
+    from hizoo_lite.base import Bits, ModelKind
+    from hizoo_lite.config import TrainConfig
     from hizoo_lite.export.merged import Dtype
     from hizoo_lite.export.onnx.export import MergedDtype
     from hizoo_lite.export.onnx.linear import Format
@@ -186,6 +188,8 @@ TARGETS: dict[str, Callable[..., Exported]] = {
     "gguf": _gguf,
 }
 
+#: The flag by which `generate` and `eval` are given what was written.
+_GIVEN_BY = {"peft": "--adapter", "merged": "--model", "onnx": "--onnx"}
 #: Targets that the Hub takes as they are.
 _PUSHED = ("peft", "merged")
 
@@ -292,16 +296,17 @@ def command(
 
     preflight.check_adapter(run, "RUN")
     preflight.check_model(model)
+    from hizoo_lite.cli import output
+
+    output.say_loading()
     exported = TARGETS[to](run, out, quiet, **given)
     if push is not None:
         _upload(out, push)
     if json:
-        from hizoo_lite.cli import output
-
         output.print_json({"out": out, "to": to, **exported.figures})
     else:
         typer.echo(exported.line)
-        _say_how_to_prompt(run)
+        _say_what_next(run, to, out, exported.figures)
 
 
 def _upload(out: str, name: str) -> None:
@@ -311,19 +316,54 @@ def _upload(out: str, name: str) -> None:
     typer.echo(f"uploaded: {hub.push(Path(out), name, private=True)}", err=True)
 
 
-def _say_how_to_prompt(run: str) -> None:
-    """A line with the prompt of the run's task, if it is known."""
+def _say_what_next(run: str, to: str, out: str, figures: dict[str, Any]) -> None:
+    """The prompt of the run's task, if it is known, and a command that tries what was written."""
     from hizoo_lite.export import card
     from hizoo_lite.model import kinds
     from hizoo_lite.train import provenance
 
     settings = provenance.saved_config(run)
+    kind = provenance.saved_kind(run)
+    if settings is not None:
+        kind = kind or kinds.find_kind(settings.model, settings.revision, None)
+        if line := card.prompt_line(run, kind):
+            typer.echo(line, err=True)
+    if tried := try_line(run, to, out, kind, settings, takes_adapter=figures.get("form") == "base"):
+        typer.echo(f"try it: {tried}", err=True)
+
+
+def try_line(
+    run: str,
+    to: str,
+    out: str,
+    kind: ModelKind | None,
+    settings: TrainConfig | None,
+    *,
+    takes_adapter: bool = False,
+) -> str:
+    """The command that asks a causal model what was written, or evaluates another; "" if none is known.
+
+    Args:
+        run: what was exported.
+        to: the target.
+        out: its folder.
+        kind: of the model, if it is known.
+        settings: of the run that made the adapter, if there is one.
+        takes_adapter: of ONNX, a base beside which the adapter is named.
+    """
+    folder = shlex.quote(out)
+    if to == "onnx-train":
+        return f"python -m hizoo_lite.edge train {folder}"
+    if to not in _GIVEN_BY:
+        return ""
+    given = f"{_GIVEN_BY[to]} {folder}" + (f" --adapter {shlex.quote(run)}" if takes_adapter else "")
+    if kind == "causal":
+        return f'hizoo-lite generate {given} --prompt "..."'
     if settings is None:
-        return
-    kind = provenance.saved_kind(run) or kinds.find_kind(settings.model, settings.revision, None)
-    line = card.prompt_line(run, kind)
-    if line:
-        typer.echo(line, err=True)
+        return ""
+    data = {"--task": settings.tasks, "--data": one_or_several(settings.data)}
+    asked = [f"{name} {shlex.quote(value)}" for name, values in data.items() for value in values]
+    return " ".join([f"hizoo-lite eval {given}", *([] if takes_adapter else asked)])
 
 
 def _check(to: str, given: dict[str, Any], push: str | None) -> None:

@@ -145,7 +145,10 @@ def _model(
 
     preflight.check_adapter(adapter)
     preflight.check_model(source)
-    from hizoo_lite.engine.generate import generate  # it imports torch
+    from hizoo_lite.cli import output
+
+    output.say_loading()
+    from hizoo_lite.engine.generate import generate
     from hizoo_lite.train.saved import answered, load_to_write
 
     loaded = load_to_write(source, adapter, given, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from rich.table import Table
 from hizoo_lite.config import default
 from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.units import counted, format_bytes
+
+
+def say_loading() -> None:
+    """Say on stderr what the next seconds go to, if torch is still to be imported."""
+    if "torch" not in sys.modules:
+        typer.echo("loading torch and transformers", err=True)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

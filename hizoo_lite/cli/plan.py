@@ -75,8 +75,10 @@ def plan(
             raise
         config = resolve(None, {**given, "lr": "auto"})  # exact gradients have no other; it does not matter
     preflight.check_model(config.model, config.revision)
-    import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.cli import output
+
+    output.say_loading()
+    import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
     from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
     from hizoo_lite.spaces.targets import names_blocks, settled

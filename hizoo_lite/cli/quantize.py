@@ -34,6 +34,8 @@ def command(
 
     preflight.check_model(model, revision)
     from hizoo_lite.cli import output, progress
+
+    output.say_loading()
     from hizoo_lite.export.quantize import Quantization
     from hizoo_lite.model import kinds
 

@@ -36,6 +36,8 @@ def command(
     hizoo-lite replay runs/sst2 --json
     """
     from hizoo_lite.cli import output, progress
+
+    output.say_loading()
     from hizoo_lite.train.replay import replay
 
     shown = progress.display(quiet)

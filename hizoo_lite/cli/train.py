@@ -45,6 +45,8 @@ def train(
     resolved = resolve(config, settings)
     preflight.check(resolved)
     from hizoo_lite.cli import output, progress
+
+    output.say_loading()
     from hizoo_lite.run import fit
 
     run = fit(resolved, callbacks=[progress.display(quiet)])

@@ -17,7 +17,7 @@ from hizoo_lite.config import choices, help_of, kinds, members, settings
 from hizoo_lite.edge import answer, train
 from hizoo_lite.edge.model import OnnxModel
 from hizoo_lite.errors import StorageError, TooManyBadSteps, UserError
-from hizoo_lite.train import components
+from hizoo_lite.train import components, provenance
 from hizoo_lite.train.config_file import flag, parsed
 from hizoo_lite.train.evaluate import check_result
 from hizoo_lite.train.folder import plain
@@ -98,6 +98,8 @@ def _eval(given: argparse.Namespace) -> int:
     config = answer.eval_config(given.folder, given.adapter, parsed(flags))
     task = components.task_of(config)
     part = components.which_part(given.split, config, task, names_data="data" in flags)
+    if line := provenance.trained_on_line(given.adapter, config, part, given.split):
+        print(line, file=sys.stderr)
     result = answer.evaluate_export(given.folder, given.adapter, config, part, given.examples, Lines())
     print(json.dumps(plain(result), indent=2))
     check_result(result)

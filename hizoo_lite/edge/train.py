@@ -95,7 +95,7 @@ def train(folder: Path, config: TrainConfig, callbacks: Sequence[object] = ()) -
         f"{folder}: {setup.traversal.record.kind}, {setup.traversal.record.bits}, "
         f"{setup.traversal.session.nbytes() / 2**20:.1f} MiB, {count:,} trainable parameters"
     )
-    for line in setup.splits.lines(setup.task.name):
+    for line in components.division_lines(config, setup.splits, setup.task):
         calls.message(line)
     try:
         for line in components.begin(setup.stepper.estimator, config, setup.splits):

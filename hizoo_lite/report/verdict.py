@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,7 @@ def of_run(run: RunRecord) -> Verdict | None:
     metric, count = str(run.summary.get("metric")), number(run.summary.get("test_examples"))
     first, last = (number(run.summary.get(f"metric_{when}")) for when in ("before", "after"))
     if metric == "loss" or first is None or last is None or not count:
-        says = f"{losses}, on held-out examples: " + ("it fell" if fell else "it did not fall")
-        return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
+        return _of_loss(run, before, after, fell=fell)
     examples = counted(int(count), "example")
     figures = f"{metric} {100 * first:.1f} % to {100 * last:.1f} % of {examples}, {losses}"
     if count < LEAST_EXAMPLES:  # what their loss does is chance as well
@@ -65,6 +65,24 @@ def of_run(run: RunRecord) -> Verdict | None:
     return Verdict(
         False, f"{says}: {figures}; within ± {bars}.", _next(run, fell=fell, is_wide=bar > WIDE_BAR)
     )
+
+
+def _of_loss(run: RunRecord, before: float, after: float, *, fell: bool) -> Verdict:
+    """The verdict on a task that has only a loss."""
+    says = f"loss {before:.3f} to {after:.3f}"
+    error = loss_error(run.predictions, after - before)
+    if error is None:
+        says = f"{says}, on held-out examples: " + ("it fell" if fell else "it did not fall")
+        return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
+    bar, count = CERTAIN * error, number(run.summary.get("test_examples")) or 0
+    says = f"{says} on {counted(int(count), 'held-out example')}"
+    if abs(after - before) <= bar:
+        begins = "Not learnt yet" if after < before else "Not learnt"
+        return Verdict(False, f"{begins}: {says}; within ± {bar:.3f}.", _next(run, fell=after < before))
+    if after > before:
+        return Verdict(False, f"Worse than before: {says} (± {bar:.3f}).", _next(run, fell=False))
+    says = f"Learnt: {says}; more than chance makes of so many (± {bar:.3f})."
+    return Verdict(True, says, "" if fell else _next(run, fell=True))
 
 
 def too_few(counts: Mapping[str, int], metric: str) -> str:
@@ -119,6 +137,23 @@ def standard_error(
         spread = gained + lost - (gained - lost) ** 2 / count
         return math.sqrt(max(spread, 1.0)) / count
     return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
+
+
+def loss_error(predictions: Sequence[Mapping[str, Any]], change: float) -> float | None:
+    """The standard error of the change of a mean loss, from what each example's loss changed by.
+
+    None if fewer than two examples are known at both ends, or if the change is not their mean: that of
+    several tasks is a mean over the tasks.
+    """
+    ends: dict[Any, dict[str, float]] = {}
+    for line in predictions:
+        loss = number(line.get("loss"))
+        if line.get("when") in ("before", "after") and loss is not None:
+            ends.setdefault(line.get("index"), {})[line["when"]] = loss
+    changes = [each["after"] - each["before"] for each in ends.values() if len(each) == 2]
+    if len(changes) < 2 or not math.isclose(math.fsum(changes) / len(changes), change, abs_tol=1e-6):
+        return None
+    return statistics.stdev(changes) / math.sqrt(len(changes))
 
 
 def _can_begin(config: Mapping[str, Any]) -> bool:

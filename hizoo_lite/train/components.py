@@ -121,6 +121,13 @@ def length_line(config: TrainConfig, examples: int) -> str:
     return f"{steps} of {batch}: {epochs:.1f} epochs of {examples:,}"
 
 
+def division_lines(config: TrainConfig, splits: Splits, task: Task) -> list[str]:
+    """What a run tells of its examples: how they are divided, and how often they are seen."""
+    few = few_held_out(config, splits, task.metric)
+    seen = length_line(config, len(splits.train))
+    return [*splits.lines(task.name), *filter(None, [few]), seen]
+
+
 def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
     """What is to be told if the test examples, or dev ones that are evaluated, are too few; else ""."""
     held_out = {"test": splits.test, "dev": splits.dev if config.eval_every else []}

@@ -109,8 +109,8 @@ class RunningMeans(Progress):
         self.done += units
 
     def state(self) -> str:
-        """Loss, or the objective's value, and speed, as far as they are known."""
-        parts = [] if self.loss is None else [f"{self.called} {self.loss:.4f}"]
+        """The running mean of the training loss (or objective), and speed, as far as they are known."""
+        parts = [] if self.loss is None else [f"mean {self.called} {self.loss:.4f}"]
         parts += [] if self.forwards_per_second is None else [f"{self.forwards_per_second:.1f} forwards/s"]
         return ", ".join(parts)
 

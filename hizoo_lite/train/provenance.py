@@ -19,7 +19,7 @@ from hizoo_lite.checkpoints.adapter import (
     read_record,
 )
 from hizoo_lite.checkpoints.tensorfile import SIZES, read_header
-from hizoo_lite.config import TrainConfig, default, refuse
+from hizoo_lite.config import TrainConfig, default, one_or_several, refuse
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Task
 from hizoo_lite.tasks.asked import asked
@@ -100,6 +100,30 @@ def eval_config(adapter: str | None, given: Mapping[str, Any]) -> TrainConfig:
     check_data_is_given(adapter or "the model", given)
     kind = None if adapter is None else saved_kind(adapter)
     return TrainConfig(**given if kind is None else {"kind": kind, **given})
+
+
+def trained_on_line(adapter: str | None, config: TrainConfig, part: str, given: str | None) -> str:
+    """What is to be told if what is evaluated may have been trained on, and --split did not ask for it.
+
+    Args:
+        adapter: a run's folder; of another adapter, and for None, it is not known what it was trained on.
+        config: of the evaluation.
+        part: which part of the data it is.
+        given: what --split asked for.
+    """
+    run = saved_config(adapter)
+    is_known_other = run is not None and _paths(run) != _paths(config)
+    if part != "all" or given is not None or is_known_other:
+        return ""
+    return (
+        f"all rows of {config.data}, also those that a run on it was trained on; --split test has the ones "
+        "that it holds out"
+    )
+
+
+def _paths(config: TrainConfig) -> list[Path]:
+    """Where the data of a configuration is."""
+    return [Path(data).resolve() for data in one_or_several(config.data)]
 
 
 def check_data_is_given(of: str, given: Mapping[str, Any]) -> None:
