@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import types
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -579,6 +580,25 @@ def test_what_cannot_fit_ends_with_code_three_and_the_nearest_configuration(stre
     assert done.exit_code == 3
     assert "nothing fits: " in done.stderr
     assert "fits, with" in done.stderr
+
+
+def test_without_a_budget_the_plan_is_of_a_run_that_has_none(
+    streamable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run keeps its heap; where that does not fit, the plan has what is free as a budget, and says so."""
+    shapes = ("--model", str(streamable), "--batch-size", "16", "--max-length", "256", "--device", "cpu")
+    found = json.loads(call(*shapes, "--json").stdout)
+    assert (found["residency"], found["gives_back"]) == ("resident", False)
+    assert found["ledger"]["device"]["heap"] > 0
+    assert found["device_budget_bytes"] > found["peak_bytes"]  # what is free
+    done = call(*shapes)
+    assert "fits: this machine's free memory" in done.stdout
+    assert "only with a budget" not in done.stdout
+    free = found["peak_bytes"] - (1 << 20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=free))
+    tight = json.loads(call(*shapes, "--json").stdout)
+    assert (tight["fits"], tight["gives_back"], tight["device_budget_bytes"]) == (True, True, free)
+    assert f"only with a budget: --device-budget {free >> 20}MiB" in call(*shapes).stdout
 
 
 def test_a_wrong_flag_and_a_missing_model_end_with_code_two(tmp_path: Path) -> None:

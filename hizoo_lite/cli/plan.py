@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -79,29 +79,31 @@ def plan(
 
     output.say_loading()
     import hizoo_lite.run  # noqa: F401 - the libraries of a run are in memory when the planner counts them
-    from hizoo_lite.plan import planner
     from hizoo_lite.plan.hardware import find
     from hizoo_lite.spaces.targets import names_blocks, settled
 
     hardware = None if profile is None else find(str(profile))
-    config, budget_of = _with_budget(config, hardware)
+    has_budget = hardware is not None or bool(config.device_budget or config.host_budget)
+    free = None if has_budget else _free(config.device)
     task = _task_of(config)
     inventory, kind = find_inventory(config, task)
     config, workload = _with_data(config, task, inventory.folder, kind, rows_per_example)
-    found = planner.plan_run(
-        config, inventory, kind, workload, hardware=hardware, choose_batch="batch_size" not in settings
-    )
+    subject = _Subject(inventory, kind, workload, hardware, free)
+    found = subject.plan(config, choose_batch="batch_size" not in settings)
     exact: tuple[int, Plan] | None = None
     may = config.exact_blocks == 0 and config.is_of_loss and not names_blocks(config.targets)
     if found.fits and may and config.space in SPACES.having("exact_blocks"):
         count = settled(config.blocks, config.targets, found.blocks)  # as many as have adapters
         same = replace(config, exact_blocks=count, lr="auto", batch_size=found.batch_size)
         with suppress(UserError):  # a model whose blocks cannot have them
-            exact = count, planner.plan_run(same, inventory, kind, workload, hardware=hardware)
+            exact = count, subject.plan(same)
     if json:
         output.print_json({"model": config.model, "profile": profile, **found.to_json(), **_suggested(exact)})
     else:
-        _print(found, config, budget_of)
+        budget_of = "the budget that was given" if hardware is None else hardware.name
+        _print(found, config, budget_of if free is None else "this machine's free memory")
+        if free is not None and found.fits and found.gives_back:
+            typer.echo(f"only with a budget: --device-budget {_whole(found.device_budget_bytes)}")
         if exact is not None:
             count, other = exact
             typer.echo(
@@ -110,7 +112,7 @@ def plan(
                 "steps, forwards alone are for runtimes without a backward pass"
             )
     if out is not None:
-        _draw(Path(out), config, inventory, kind, workload, hardware, found)
+        _draw(Path(out), config, subject, found)
     if not found.fits:
         raise BudgetError(f"nothing fits: {found.why}")
 
@@ -170,24 +172,59 @@ def _with_data(
     return replace(config_of_task, task=name), Workload(each, each, examples=len(splits.train))
 
 
-def _with_budget(config: TrainConfig, hardware: Hardware | None) -> tuple[TrainConfig, str]:
-    """The budget of this machine if nothing else was said, and where it is from."""
-    if hardware is not None:
-        return config, hardware.name
-    if config.device_budget or config.host_budget:
-        return config, "the budget that was given"
+class _Free(NamedTuple):
+    """Bytes of this machine that nothing has taken."""
+
+    device: int
+    host: int | None  # None on a CPU, whose memory is the device's
+
+
+def _whole(size: int | None) -> str:
+    """A budget as it is given, whole MiB of it."""
+    return f"{(size or 0) >> 20}MiB"
+
+
+def _free(device: str) -> _Free:
     import psutil
 
     from hizoo_lite.device import choose_device, is_gpu, kind_of
 
-    free = psutil.virtual_memory().available
-    device = choose_device(config.device)
-    if is_gpu(device):
-        on_device = kind_of(device).free_bytes(device)
-        return replace(
-            config, device_budget=f"{on_device}B", host_budget=f"{free}B"
-        ), "this machine's free memory"
-    return replace(config, device_budget=f"{free}B"), "this machine's free memory"
+    host, chosen = psutil.virtual_memory().available, choose_device(device)
+    return _Free(kind_of(chosen).free_bytes(chosen), host) if is_gpu(chosen) else _Free(host, None)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is planned, for any configuration."""
+
+    inventory: Inventory
+    kind: ModelKind
+    workload: Workload
+    hardware: Hardware | None
+    free: _Free | None  # if no budget was given
+
+    def plan(self, config: TrainConfig, choose_batch: bool = False) -> Plan:
+        """The plan of a run: without a budget if none was given, of what is free if that does not do.
+
+        Without a budget a run keeps its heap and streams nothing: it may take more than it would within one.
+        """
+        free, found = self.free, self._plan(config, choose_batch)
+        if free is None:
+            return found
+        host_fits = free.host is None or found.host_peak_bytes <= free.host
+        if found.fits and found.peak_bytes <= free.device and host_fits:
+            return replace(found, device_budget_bytes=free.device, host_budget_bytes=free.host)
+        host = None if free.host is None else f"{free.host}B"
+        return self._plan(replace(config, device_budget=f"{free.device}B", host_budget=host), choose_batch)
+
+    def _plan(self, config: TrainConfig, choose_batch: bool) -> Plan:
+        from hizoo_lite.plan.planner import plan_run
+
+        return plan_run(
+            *(config, self.inventory, self.kind, self.workload),
+            hardware=self.hardware,
+            choose_batch=choose_batch,
+        )
 
 
 def find_inventory(config: TrainConfig, task: Task | None) -> tuple[Inventory, ModelKind]:
@@ -241,31 +278,19 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
         typer.echo(f"not counted: {text}")
 
 
-def _draw(
-    path: Path,
-    config: TrainConfig,
-    inventory: Inventory,
-    kind: ModelKind,
-    workload: Workload,
-    hardware: Hardware | None,
-    plan: Plan,
-) -> None:
+def _draw(path: Path, config: TrainConfig, subject: _Subject, plan: Plan) -> None:
     """One bar for each residency that is possible with the batch of the plan."""
-    from hizoo_lite.plan import planner
-
     if plan.blocks == 0:
         return
     sized = replace(config, batch_size=plan.batch_size, eval_batch_size=plan.eval_batch_size)
     places = ["resident", *(["host"] if plan.device_type == "cuda" else [])]
-    bits = config.bits or inventory.bits
-    if (inventory.bits or "none") == (bits or "nf4"):
+    bits = config.bits or subject.inventory.bits
+    if (subject.inventory.bits or "none") == (bits or "nf4"):
         places.append("disk")
     bars = {}
     for place in places:
         one: Any = place
-        bars[place] = planner.plan_run(
-            replace(sized, residency=one), inventory, kind, workload, hardware=hardware
-        )
+        bars[place] = subject.plan(replace(sized, residency=one))
     from hizoo_lite.plan import picture  # it imports matplotlib, which would count in the plans
 
     picture.draw(path, config.model, plan, bars)
