@@ -594,6 +594,7 @@ def test_without_a_budget_the_plan_is_of_a_run_that_has_none(
     done = call(*shapes)
     assert "fits: this machine's free memory" in done.stdout
     assert "only with a budget" not in done.stdout
+    assert "no times: this machine's rates are not known" in done.stdout
     free = found["peak_bytes"] - (1 << 20)
     monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=free))
     tight = json.loads(call(*shapes, "--json").stdout)

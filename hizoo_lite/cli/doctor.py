@@ -38,6 +38,7 @@ def command(
     """
     from hizoo_lite.cli import output
 
+    output.say_loading()
     report = examine()
     if measure or out is not None:
         report["measured"] = _measure(out)

@@ -270,6 +270,11 @@ def _print(plan: Plan, config: TrainConfig, budget_of: str) -> None:
     if plan.seconds_lower_bound is not None:
         parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in plan.bounds.items())
         typer.echo(f"a step takes at least {plan.seconds_lower_bound:.3g} s: {parts}")
+    else:
+        typer.echo(
+            "no times: this machine's rates are not known; hizoo-lite doctor --measure --out here.toml has "
+            "them for --profile here.toml"
+        )
     if plan.moved_bytes:
         typer.echo(f"moved to the device each step: {format_bytes(plan.moved_bytes)}")
     for text in plan.assumed:
