@@ -8,7 +8,7 @@ noise's or product's as well. `resumed`: a run that is killed between two checkp
 bytes as one that was never stopped (of dp, whose further noise is another one, that it goes on). `replayed`:
 its journal alone makes the same bytes. `planned`: the peak that was planned over the one measured, in a
 process of its own. Losses are of the test examples, before and after. With --quick runs are shorter and forks
-of one process, and a method has one stored form.
+of one process, as many at once as there are cores, and a method has one stored form.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import forked  # first: it sets the number of threads before torch is imported
 
 # isort: split
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +103,7 @@ def row(name: str, bits: str, stored: Path, folder: Path, quick: bool) -> dict[s
         estimator.secret or not forked.difference(killed, forked.contents(straight))
     )
     replayed = bench.call(["replay", str(straight), "--step", str(steps), "--out", str(folder / "replayed")])
+    shutil.rmtree(folder)
     return {
         "method": name,
         "estimator": estimator.name,
@@ -159,24 +162,33 @@ def _shown(difference: float | None) -> str:
     return "-" if difference is None else f"{difference:.1e}"
 
 
+def made(names: list[str], scratch: Path, quick: bool) -> list[dict[str, Any]]:
+    """The rows of these methods, told as they are made."""
+    os.environ["HIZOO_LITE_REPORT"] = "0"  # each run would have its page drawn
+    work = []
+    for number, bits in enumerate(BITS):
+        stored = scratch / bits
+        Quantization(DEMO, stored, kind="causal", bits=bits, double_quant=False).run()
+        for name in names[number :: len(BITS)] if quick else names:
+            folder = scratch / f"{name} {bits}"
+            folder.mkdir()
+            work.append((name, bits, stored, folder, quick))
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count() if quick else 1, multiprocessing.get_context("fork")) as pool:
+        for found in pool.map(row, *zip(*work, strict=True)):
+            rows.append(found)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+    return rows
+
+
 def main() -> None:
     """See the module."""
     parser = make_parser(__doc__)
     parser.add_argument("--only", default="", help="methods with commas (default: all)")
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else list(METHODS)
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["HIZOO_LITE_REPORT"] = "0"  # each run would have its page drawn
-        for number, bits in enumerate(BITS):
-            stored = Path(scratch) / bits
-            Quantization(DEMO, stored, kind="causal", bits=bits, double_quant=False).run()
-            for name in names[number :: len(BITS)] if arguments.quick else names:
-                folder = Path(scratch) / f"{name} {bits}"
-                folder.mkdir()
-                rows.append(row(name, bits, stored, folder, arguments.quick))
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-                shutil.rmtree(folder)
+        rows = made(names, Path(scratch), arguments.quick)
     columns = [
         "method",
         "bits",
