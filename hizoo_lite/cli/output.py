@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from hizoo_lite.units import counted, format_bytes
 
 
 def say_loading() -> None:
-    """Say on stderr what the next seconds go to, if torch is still to be imported."""
-    if "torch" not in sys.modules:
+    """Say on stderr, once for all ranks, what the next seconds go to, if torch is still to be imported."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         typer.echo("loading torch and transformers", err=True)
 
 
