@@ -69,7 +69,9 @@ def test_every_target_says_it_in_one_line(run: Run, tmp_path: Path) -> None:
     assert "```text\n{text} It was\n```" in (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForCausalLM.from_pretrained(MODEL)" in (tmp_path / "out" / "README.md").read_text()
     adapter = export(run.folder, tmp_path / "adapter")
-    assert call("export", str(adapter), "--to", "peft", "--out", str(tmp_path / "again")).stderr == ""
+    again = tmp_path / "again"
+    said = call("export", str(adapter), "--to", "peft", "--out", str(again)).stderr
+    assert said == f'try it: hizoo-lite generate --adapter {again} --prompt "..."\n'
 
 
 @pytest.mark.parametrize(

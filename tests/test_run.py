@@ -522,7 +522,9 @@ def test_a_tracker_calls_a_run_as_its_folder_or_as_it_is_told(
         def init_trackers(self, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
             told.append((project, init_kwargs))
 
-    config = TrainConfig(model="embedded", tracker=tracker, run_name=named, out="runs/mine")
+    config = TrainConfig(
+        model="embedded", task="embedded", data="embedded", tracker=tracker, run_name=named, out="runs/mine"
+    )
     _start_tracker(Accelerator(), config)  # type: ignore[arg-type]
     assert told == [("hizoo_lite", wanted)]
 
