@@ -316,6 +316,9 @@ class TrainConfig:
     )
     resume: bool = _setting(False, "continue the run that is in the folder, to the bit", group="Run")
     tracker: TrackerName = _setting("none", "experiment tracker, through accelerate", group="Run")
+    run_name: str | None = _setting(
+        None, "what the tracker calls the run; without it as its folder is called", group="Run"
+    )
 
     profile: str | None = _setting(
         None,
@@ -431,7 +434,7 @@ LARGEST = sys.float_info.max
 
 #: What may differ between a run and its continuation: none of these changes what a step computes.
 MAY_CHANGE_ON_RESUME = {
-    *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker"),
+    *("out", "resume", "eval_every", "save_every", "eval_batch_size", "tracker", "run_name"),
     *("save_total_limit", "keep"),
     *("profile", "device_budget", "host_budget", "residency"),  # streamed equals resident bitwise
 }

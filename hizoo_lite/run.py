@@ -36,7 +36,7 @@ from hizoo_lite.plan import ledger
 from hizoo_lite.process import map_large, run_module
 from hizoo_lite.registry import SPACES
 from hizoo_lite.result import Run, checked_split
-from hizoo_lite.tasks import Records, TaskLike
+from hizoo_lite.tasks import Records, TaskLike, chat_templates
 from hizoo_lite.tasks.files import Split
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tensors import threads
@@ -74,6 +74,15 @@ _log = logging.getLogger(__name__)
 _Failure = Interrupted | TooManyBadSteps | StorageError | BudgetError
 #: The entry of run.json of a run that keeps hidden states: resumed, it does, and none that did not does.
 _HIDDEN = "hidden_states"
+
+#: What trackers call the name of a run. Others have the folder: TensorBoard shows its path.
+_NAMED_BY = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
 
 
 def fit(
@@ -284,6 +293,8 @@ def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
     for line in [] if form is None else form.lines(setup.splits.total + len(setup.splits.left_out)):
         tell(line)
+    if lacking := chat_templates.lacking(setup.model.tokenizer, setup.task):
+        tell(lacking)
     for line in components.division_lines(setup.config, setup.splits, setup.task):
         tell(line)
     for line in components.begin(setup.stepper.estimator, setup.config, setup.splits):
@@ -557,4 +568,8 @@ def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
     if config.tracker != "none":
         values = {name: "" if value is None else value for name, value in vars(config).items()}
         settings = {name: str(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        accelerator.init_trackers("hizoo_lite", config=settings)
+        named = _NAMED_BY.get(config.tracker)
+        name = config.run_name or Path(str(config.out)).absolute().name
+        accelerator.init_trackers(
+            "hizoo_lite", config=settings, init_kwargs={config.tracker: {named: name}} if named else {}
+        )

@@ -39,7 +39,7 @@ _PLANNED = {"test_plan", "test_profiles", "test_run_memory", "test_budget", "tes
 
 #: Settings that no pass depends on; a task only where every position is scored, which `_key` adds.
 _UNPLANNED = {
-    *("model", "task", "data", "out", "resume", "steps", "seed", "tracker"),
+    *("model", "task", "data", "out", "resume", "steps", "seed", "tracker", "run_name"),
     *("keep", "save_every", "save_total_limit", "eval_every", "lr_schedule", "warmup_steps"),
     *("clip", "weight_decay", "mu", "smoothing", "smoothing_schedule"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -53,6 +54,23 @@ def test_a_template_of_a_file_and_what_is_none(tmp_path: Path) -> None:
     for wrong in ("nope", "nope.jinja", str(tmp_path)):
         with pytest.raises(UserError, match=r"--chat-template: got .*allowed: chatml, zephyr, alpaca"):
             chat_templates.read(wrong)
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_run_says_what_a_model_without_a_template_is_given(template: str | None, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Told:
+        def on_message(self, args: Any, state: Any, control: Any, *, text: str, **more: Any) -> None:
+            told.append(text)
+
+    rows = [{"prompt": f"Say {word}", "completion": word} for word in ("soup", "film", "cake", "bread")]
+    hz.fit(
+        "embedded", task="chat", data=rows, chat_template=template, steps=1, batch_size=2, dev_examples=0,
+        device="cpu", out=tmp_path / "run", callbacks=[Told()],
+    )  # fmt: skip
+    said = [line for line in told if line.startswith("the model has no chat template: ")]
+    assert len(said) == (template is None)
 
 
 def test_it_goes_with_the_run_and_its_exports(tmp_path: Path) -> None:

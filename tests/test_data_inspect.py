@@ -93,6 +93,16 @@ def test_inspect_with_a_model_shows_tokens_what_is_learnt_and_a_length_that_fits
     assert "fits 99 %" in found["advice"][0]
 
 
+def test_inspect_shows_the_template_that_a_run_would_be_given(tmp_path: Path) -> None:
+    flags = ("data", "inspect", str(alpaca(tmp_path)), "--model", "embedded", "--json")
+    plain = json.loads(call(*flags).stdout)
+    assert any(line.startswith("the model has no chat template: ") for line in plain["advice"])
+    assert "User: Say" in plain["examples"][0]["text"]
+    given = json.loads(call(*flags, "--chat-template", "chatml").stdout)
+    assert not any("no chat template" in line for line in given["advice"])
+    assert "<|im_start|>user\nSay" in given["examples"][0]["text"]
+
+
 def test_a_model_of_few_positions_is_known_for_it_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

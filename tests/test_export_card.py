@@ -12,6 +12,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.export import card
 from hizoo_lite.export.peft import export
 from hizoo_lite.run import Run, fit
+from hizoo_lite.units import format_bytes
 from tests.run_fixtures import short_run
 from tests.test_cli import call
 
@@ -58,6 +59,7 @@ def test_the_card_says_how_to_prompt_and_what_came_of_it_with_its_error_bar(run:
     assert 'Answers: `" bad"`, `" good"`.' in text
     assert " held-out examples" in text or "±" in text
     assert "The day was" not in text  # a row of the data
+    assert f"| peak memory of the run | {format_bytes(run.summary['measured_peak_bytes'])} |" in text
 
 
 def test_every_target_says_it_in_one_line(run: Run, tmp_path: Path) -> None:
@@ -67,7 +69,9 @@ def test_every_target_says_it_in_one_line(run: Run, tmp_path: Path) -> None:
     assert "```text\n{text} It was\n```" in (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForCausalLM.from_pretrained(MODEL)" in (tmp_path / "out" / "README.md").read_text()
     adapter = export(run.folder, tmp_path / "adapter")
-    assert call("export", str(adapter), "--to", "peft", "--out", str(tmp_path / "again")).stderr == ""
+    again = tmp_path / "again"
+    said = call("export", str(adapter), "--to", "peft", "--out", str(again)).stderr
+    assert said == f'try it: hizoo-lite generate --adapter {again} --prompt "..."\n'
 
 
 @pytest.mark.parametrize(

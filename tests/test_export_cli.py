@@ -59,6 +59,7 @@ def test_the_help_has_an_example_of_every_target() -> None:
     shown = call("export", "--help").stdout
     for target in TARGETS:
         assert f"--to {target} " in shown
+    assert "those of the quantized base (not the 16-bit ones" in " ".join(shown.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("to", ["onnx", "onnx-train"])

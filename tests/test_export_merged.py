@@ -338,13 +338,13 @@ def test_a_folder_written_half_is_no_checkpoint_and_the_same_call_completes_it(a
     merge(adapter, whole, base_bits="nf4")
 
     def stop(_: int) -> None:
-        if (half / "block-00000.safetensors").exists():
+        if (half / "model-00001-of-00003.safetensors").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         merged.prepare(adapter, half, base_bits="nf4").run(stop)
     assert sorted(path.name for path in half.iterdir()) == [
-        "block-00000.safetensors",
+        "model-00001-of-00003.safetensors",
         "quantize-progress.json",
     ]
     with pytest.raises(UserError, match=r"config\.json"):

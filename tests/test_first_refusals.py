@@ -44,6 +44,7 @@ EMBEDDED = "--model embedded --task embedded --data embedded"
         ),
         (f"train {EMBEDDED} --out FOLDER", "is not empty"),
         (f"train {EMBEDDED} --tracker clearml", "clearml is not installed"),
+        (f"train {EMBEDDED} --chat-template nope", "--chat-template: got 'nope', allowed: chatml"),
         (
             "train --model SHORT --task embedded --data embedded --max-length 64",
             "model: it has positions for 1 token; allowed: 2 or more",
@@ -101,6 +102,19 @@ def test_the_version_is_shown() -> None:
     from hizoo_lite import __version__
 
     assert CliRunner().invoke(app, ["--version"]).stdout == f"hizoo-lite {__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
+    asked = {
+        "bash": {"COMP_WORDS": "hizoo-lite tr", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "hizoo-lite tr"},
+        "fish": {"_TYPER_COMPLETE_ARGS": "hizoo-lite tr", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    environment = {"_HIZOO_LITE_COMPLETE": f"complete_{shell}", **asked}
+    done = CliRunner().invoke(app, [], prog_name="hizoo-lite", env=environment)
+    assert "train" in done.stdout
 
 
 def test_settings_in_yaml(tmp_path: Path) -> None:

@@ -500,13 +500,20 @@ def test_a_hub_name_without_library_or_network_is_one_line(monkeypatch):
         UserError, match=r"org/none is no file here, and the `datasets` library.*hizoo-lite\[hub\]"
     ):
         forms.recognise("org/none")
+    with pytest.raises(UserError, match=r"data: org/none is no file here, and the `datasets` library"):
+        forms.recognise("org/none:train")
 
-    def offline(path: str) -> None:
+    def offline(path: str, name: None = None, split: str = "") -> None:
         raise ConnectionError("offline")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(get_dataset_split_names=offline))
-    with pytest.raises(UserError, match=r"could not read org/off from the hub \(ConnectionError: offline\)"):
-        forms.recognise("org/off")
+    library = types.SimpleNamespace(get_dataset_split_names=offline, load_dataset=offline)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    for name in ("org/off", "org/off:train"):
+        with pytest.raises(
+            UserError,
+            match=r"data: no file here is called org/off: could not read org/off from the hub \(Conn",
+        ):
+            forms.recognise(name)
 
 
 # ---------------------------------------------------------------------------------------- left out

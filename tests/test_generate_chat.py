@@ -51,6 +51,14 @@ def test_a_prompt_is_put_into_the_template_unless_raw(chatty: Path) -> None:
     assert call("--model", "embedded", "--prompt", "The soup was")[1].startswith("The soup was")
 
 
+def test_a_base_model_gets_a_template_by_its_name() -> None:
+    model = hz.load("embedded", device="cpu", chat_template="chatml")
+    wanted = hz.generate(model, [{"role": "user", "content": "The soup was"}], 6)
+    flags = ("--model", "embedded", "--chat-template", "chatml")
+    assert call(*flags, "--prompt", "The soup was") == (0, wanted + "\n", "")
+    assert call(*flags, "--chat", given="The soup was\n\n")[:2] == (0, wanted + "\n")
+
+
 def test_pieces_are_told_while_they_are_written(chatty: Path) -> None:
     model, pieces = hz.load(chatty, device="cpu"), []
     whole = hz.generate(model, "The soup was", 12, on_text=pieces.append)
@@ -122,6 +130,11 @@ def test_with_an_adapter_the_prompt_is_as_its_run_had_it(chatty: Path, tmp_path:
     ("flags", "told"),
     [
         (("--raw", "--system", "a", "--prompt", "b"), "--system: got a text, but --raw has no turns"),
+        (
+            ("--raw", "--chat-template", "chatml", "--prompt", "b"),
+            "--chat-template: got a text, but --raw has",
+        ),
+        (("--chat-template", "nope", "--prompt", "b"), "--chat-template: got 'nope', allowed: chatml"),
         (("--chat", "--json"), "--json: not allowed with --chat"),
         (("--chat", "--prompt", "b"), "--prompt: not allowed with --chat"),
     ],

@@ -374,6 +374,7 @@ def test_arguments_are_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture
         save_total_limit=2,
         max_grad_norm=3.0,
         report_to=["tensorboard"],
+        run_name="mine",
         dataloader_num_workers=2,
     )
     found = arguments.of(args)
@@ -390,6 +391,7 @@ def test_arguments_are_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture
         "save_total_limit": 2,
         "clip": 3.0,
         "tracker": "tensorboard",
+        "run_name": "mine",
         "eval_every": 0,
         "save_every": 500,
         "device": "cpu",

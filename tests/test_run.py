@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -23,7 +24,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import TooManyBadSteps, UserError
 from hizoo_lite.memory.peak import PeakMeter
 from hizoo_lite.model.kinds import find_kind
-from hizoo_lite.run import Run, fit
+from hizoo_lite.run import Run, _start_tracker, fit
 from hizoo_lite.train import checkpoint
 from hizoo_lite.train.folder import RunFolder, next_free
 from hizoo_lite.train.interrupt import Interrupt, Interrupted
@@ -500,6 +501,32 @@ def test_the_tracker_gets_losses_and_evaluations(tmp_path: Path) -> None:
     assert len(events.Scalars("train/loss")) == 6
     after = events.Scalars("after/loss")[0].value
     assert after == pytest.approx(run.summary["loss_after"], rel=1e-6)  # stored as float32
+    documented = set(re.findall(r"`(\w+/\w+)`", (hz.config.DEMO.parent / "docs" / "runs.md").read_text()))
+    assert set(events.Tags()["scalars"]) <= documented
+
+
+@pytest.mark.parametrize(
+    ("tracker", "named", "wanted"),
+    [
+        ("wandb", None, {"wandb": {"name": "mine"}}),
+        ("mlflow", "again", {"mlflow": {"run_name": "again"}}),
+        ("tensorboard", "again", {}),
+    ],
+)
+def test_a_tracker_calls_a_run_as_its_folder_or_as_it_is_told(
+    tracker: Any, named: str | None, wanted: dict[str, Any]
+) -> None:
+    told = []
+
+    class Accelerator:
+        def init_trackers(self, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
+            told.append((project, init_kwargs))
+
+    config = TrainConfig(
+        model="embedded", task="embedded", data="embedded", tracker=tracker, run_name=named, out="runs/mine"
+    )
+    _start_tracker(Accelerator(), config)  # type: ignore[arg-type]
+    assert told == [("hizoo_lite", wanted)]
 
 
 def test_one_step_is_one_in_a_runs_line() -> None:

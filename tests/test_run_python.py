@@ -73,7 +73,7 @@ def test_an_export_is_pushed(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     done = CliRunner().invoke(app, [*flags, "--to", "peft", "--out", out])
     assert (done.exit_code, told) == (0, [(Path(out), "me/mine")])
     refused = CliRunner().invoke(app, [*flags, "--to", "onnx", "--out", "b"])
-    assert "--push: got 'me/mine', allowed only with --to peft or merged" in refused.stderr
+    assert "--push: got 'me/mine', allowed only with --to peft or merged or gguf" in refused.stderr
 
 
 def test_a_notebook_shows_a_table_of_it(run: Run) -> None:

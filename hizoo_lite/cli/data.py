@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hizoo_lite.cli.options import ChatTemplate
+
 if TYPE_CHECKING:
     from hizoo_lite.config import TrainConfig
     from hizoo_lite.tasks import Encoder, Task
@@ -36,6 +38,7 @@ def inspect(
     max_length: Annotated[
         str | None, typer.Option(metavar="INT", help="tokens a prompt and its answer may have")
     ] = None,
+    chat_template: ChatTemplate = None,
     eval_every: Annotated[
         str | None, typer.Option(metavar="INT", help="as in training: dev examples are held out")
     ] = None,
@@ -72,6 +75,7 @@ def inspect(
         "text_field": text_field,
         "label_field": label_field,
         "max_length": max_length,
+        "chat_template": chat_template,
         "eval_every": eval_every,
         "dev_examples": dev_examples,
         "test_examples": test_examples,

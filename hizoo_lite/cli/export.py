@@ -191,7 +191,7 @@ TARGETS: dict[str, Callable[..., Exported]] = {
 #: The flag by which `generate` and `eval` are given what was written.
 _GIVEN_BY = {"peft": "--adapter", "merged": "--model", "onnx": "--onnx"}
 #: Targets that the Hub takes as they are.
-_PUSHED = ("peft", "merged")
+_PUSHED = ("peft", "merged", "gguf")
 
 
 def command(
@@ -242,7 +242,8 @@ def command(
         typer.Option("--overwrite", help="onnx: replace the adapter of that --name, if DIR has one"),
     ] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="peft, merged: upload it to the Hub, for oneself")
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="peft, merged, gguf: upload it to the Hub, for oneself"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, nothing else")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="plain lines in place of a progress bar")] = False,
@@ -252,8 +253,9 @@ def command(
     onnx: the base keeps its quantized weights and is compared with the model before it is left behind; if
     DIR has the same base already, the adapter alone is added. onnx-train: a graph of the run's losses, from
     which `python -m hizoo_lite.edge train DIR` tunes further on a device. merged: a Hugging Face folder with
-    the adapter in its weights; an interrupted call goes on where it stopped when it is repeated. gguf: the
-    adapter, or with --merge the model, for llama.cpp, and a Modelfile for Ollama.
+    the adapter in the weights that it was tuned on, those of the quantized base (not the 16-bit ones that
+    this was made from); an interrupted call goes on where it stopped when it is repeated. gguf: the adapter,
+    or with --merge the model, for llama.cpp, and a Modelfile for Ollama.
 
     Examples:
 

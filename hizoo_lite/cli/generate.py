@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from hizoo_lite.cli.options import DeviceBudget, Onnx, Profile, Residency, of_profile, refuse_with_onnx
+from hizoo_lite.cli.options import (
+    ChatTemplate,
+    DeviceBudget,
+    Onnx,
+    Profile,
+    Residency,
+    of_profile,
+    refuse_with_onnx,
+)
 from hizoo_lite.config import refuse
 from hizoo_lite.errors import UserError
 
@@ -64,6 +72,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    chat_template: ChatTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="sample from this share of the mass")] = 1.0,
@@ -86,6 +95,8 @@ def command(
 
     hizoo-lite generate --adapter runs/chat --chat --system "Answer in one sentence." --max-new-tokens 200
 
+    hizoo-lite generate --model models/smollm2 --chat-template chatml --prompt "Why is the sky blue?"
+
     hizoo-lite generate --adapter runs/sst2 --raw --prompt "The film was" --temperature 0.8 --top-p 0.9
 
     hizoo-lite generate --onnx exports/sst2 --adapter sst2 --prompt "The film was"
@@ -93,9 +104,9 @@ def command(
     hizoo-lite generate --model models/smollm2-instruct < question.txt
     """
     flags = {"bits": bits, "compute_dtype": compute_dtype, "device": device}
-    flags |= {"residency": residency, "device_budget": device_budget}
+    flags |= {"residency": residency, "device_budget": device_budget, "chat_template": chat_template}
     given = {name: value for name, value in flags.items() if value is not None}
-    _check(chat, raw, system, json, prompt)
+    _check(chat, raw, {"--system": system, "--chat-template": chat_template}, json, prompt)
     text = "" if chat else _text(prompt)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"top_p": top_p, "seed": seed}
@@ -108,7 +119,9 @@ def command(
     if chat:
         converse(writer.write, first)
         return
-    is_open = raw is None and system is None  # how to ask, which the run's task may say
+    is_open = (
+        raw is None and system is None and chat_template is None
+    )  # how to ask, which the run's task may say
     answer = writer.answer(text) if is_open else None
     is_raw = answer is None and (_is_raw(writer.tokenizer, adapter) if is_open else bool(raw))
     asked: Prompt = text if is_raw else [*first, {"role": "user", "content": text}]
@@ -145,6 +158,7 @@ def _model(
 
     preflight.check_adapter(adapter)
     preflight.check_model(source)
+    preflight.check_template(given.get("chat_template"))
     from hizoo_lite.cli import output
 
     output.say_loading()
@@ -200,11 +214,14 @@ def _read(source: Callable[[], str]) -> str:
         raise UserError(f"--prompt: standard input is not {error.encoding} text ({error.reason})") from error
 
 
-def _check(chat: bool, raw: bool | None, system: str | None, json: bool, prompt: str | None) -> None:
+def _check(
+    chat: bool, raw: bool | None, of_turns: dict[str, str | None], json: bool, prompt: str | None
+) -> None:
     """UserError for flags that exclude each other."""
     problems = []
-    if raw and system is not None:
-        problems.append("--system: got a text, but --raw has no turns; allowed: without --raw")
+    for flag, given in of_turns.items():
+        if raw and given is not None:
+            problems.append(f"{flag}: got a text, but --raw has no turns; allowed: without --raw")
     for flag, is_given in (("--raw", bool(raw)), ("--json", json), ("--prompt", prompt is not None)):
         if chat and is_given:
             problems.append(f"{flag}: not allowed with --chat")

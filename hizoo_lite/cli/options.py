@@ -25,6 +25,13 @@ Profile = Annotated[
     typer.Option(metavar="NAME|FILE", help="machine, see `hizoo-lite profiles`: its budgets and residency"),
 ]
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="for a model that has none, or in place of its own: chatml, zephyr, alpaca"
+    ),
+]
+
 
 def of_profile(profile: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a profile says about device and memory, but for what is `given`. UserError for no such profile."""
@@ -43,7 +50,10 @@ Onnx = Annotated[
 
 def refuse_with_onnx(given: Mapping[str, object]) -> None:
     """UserError for settings of a model in torch beside --onnx."""
-    odd = ("model", "bits", "kind", "compute_dtype", "device", "residency", "device_budget", "profile")
+    odd = (
+        *("model", "bits", "kind", "compute_dtype", "device", "residency", "device_budget", "profile"),
+        "chat_template",
+    )
     refuse([f"{flag(name)}: got {given[name]!r}, not allowed with --onnx" for name in odd if name in given])
 
 

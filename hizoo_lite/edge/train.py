@@ -34,7 +34,7 @@ from hizoo_lite.train.step import Stepper
 from hizoo_lite.train.summary import outcome, versions
 
 #: What a graph has decided, or cannot do.
-_NOT_HERE = ("loss", "tracker", "objective", "hidden_states")
+_NOT_HERE = ("loss", "tracker", "run_name", "objective", "hidden_states")
 #: The settings that a run on a device can choose; the others are the graph's.
 SETTINGS = (
     *("task", "data", "text_field", "label_field", "out", "threads"),

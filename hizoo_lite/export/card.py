@@ -24,6 +24,7 @@ from hizoo_lite.tasks.files import Row
 from hizoo_lite.tasks.templates import fields_of, render
 from hizoo_lite.train import provenance
 from hizoo_lite.train.folder import RunFolder
+from hizoo_lite.units import format_bytes
 
 FILE = "README.md"
 
@@ -54,8 +55,8 @@ _FIGURES = {
     "curvature": "curvature",
     "base stored as": "bits",
     "trainable parameters": "trainable_parameters",
-    "peak memory of the run, bytes": "measured_peak_bytes",
-    "peak memory of inference, bytes": "inference_peak_bytes",
+    "peak memory of the run": "measured_peak_bytes",
+    "peak memory of inference": "inference_peak_bytes",
     "seed": "seed",
 }
 _MADE_UP = "A short text of your own."
@@ -89,7 +90,9 @@ def prompt_line(run: Path | str, kind: ModelKind) -> str:
 
 def _prompting(task: Task, kind: ModelKind) -> Prompting | None:
     if task.chat:
-        note = "turns of user and assistant, in the tokenizer's chat template"
+        note = (
+            "turns in the tokenizer's chat template; without one, lines that begin with User: and Assistant:"
+        )
         return Prompting("", f"user: {_MADE_UP}", (), note)
     template = {"causal": task.causal, "masked": task.masked, "classifier": task.text}[kind]
     if not template or task.kind == "lm":
@@ -201,11 +204,13 @@ def _figures(summary: Mapping[str, Any]) -> str:
     rows = [(name, summary[key]) for name, key in shown.items() if summary.get(key) is not None]
     if not rows:
         return ""
-    lines = [f"| {name} | {_number(value)} |" for name, value in rows]
+    lines = [f"| {name} | {_number(name, value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
-def _number(value: Any) -> str:
+def _number(name: str, value: Any) -> str:
+    if name.startswith("peak memory"):
+        return format_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

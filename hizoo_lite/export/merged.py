@@ -78,7 +78,8 @@ def prepare(
     template = None if settings is None else settings.chat_template
     beside = {} if template is None else {chat_templates.FILE: chat_templates.read(template)}
     beside[card.FILE] = _card(run, merged, provenance.base_of(run, model), bits, dtype)
-    return Quantization(merged, out, kind=merged.kind, bits=bits, double_quant=double_quant, beside=beside)
+    form: dict[str, Any] = {"bits": bits, "double_quant": double_quant}
+    return Quantization(merged, out, kind=merged.kind, beside=beside, usual_names=True, **form)
 
 
 def open_merged(

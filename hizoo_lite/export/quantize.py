@@ -93,10 +93,12 @@ class Quantization:
         double_quant: bool = True,
         revision: str | None = None,
         beside: Mapping[str, str] | None = None,
+        usual_names: bool = False,
     ) -> None:
         """Look at source and target, touching nothing. Raises `UserError` if the work cannot begin.
 
-        beside: texts of further files, by name, in place of the source's own.
+        beside: texts of further files, by name, in place of the source's own. usual_names: files are called
+        model-00001-of-00003.safetensors and so on, not by their blocks.
 
         A source that is no folder and no Hub id may be written as it is, with `bits="none"`.
         """
@@ -114,7 +116,8 @@ class Quantization:
         self._config = build.read_config(self.checkpoint.folder, kind, num_labels=2)
         shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint}
         module = build.build(self._config, kind)
-        self.layout = shards.lay_out(shapes, module, kind, self.checkpoint.folder)
+        layout = shards.lay_out(shapes, module, kind, self.checkpoint.folder)
+        self.layout = layout.called_as_usual() if usual_names else layout
         if bits != "none" and not self.layout.linears:
             raise UserError(
                 f"{type(module).__name__}: no linear layers in its blocks; this architecture is not supported"

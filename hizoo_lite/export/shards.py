@@ -56,6 +56,12 @@ class Layout(NamedTuple):
         str
     ]  # classes of linears that transformers leaves in 16 bits, whatever config.json says
 
+    def called_as_usual(self) -> Layout:
+        """With the files' names as `save_pretrained` has them: model-00001-of-00003.safetensors."""
+        count = len(self.shards)
+        files = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+        return self._replace(shards=dict(zip(files, self.shards.values(), strict=True)))
+
 
 def lay_out(
     shapes: Mapping[str, tuple[int, ...]], module: nn.Module, kind: ModelKind, folder: Path | str

@@ -36,7 +36,7 @@ _READ = frozenset(
 )
 #: What changes nothing that is trained here: beginnings of names.
 _WITHOUT_MEANING = (
-    *("dataloader_", "ddp_", "hub_", "log_", "trackio_", "run_name", "project", "logging_dir"),
+    *("dataloader_", "ddp_", "hub_", "log_", "trackio_", "project", "logging_dir"),
     *("logging_nan", "eval_accumulation", "eval_do_concat", "eval_use_gather", "average_tokens", "tf32"),
     *("skip_memory", "local_rank", "save_only_model", "save_on_each", "full_determinism", "overwrite_"),
     *("prediction_loss_only", "torch_empty_cache", "use_cache", "save_safetensors", "adam_", "optim_args"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks.task import Task
 
 #: What `--chat-template` names, in the order in which they are listed.
 TEMPLATES = {
@@ -45,6 +46,16 @@ def read(name_or_file: str) -> str:
             raise UserError(f"--chat-template: {path}: cannot be read: {error}") from error
     raise UserError(
         f"--chat-template: got {name_or_file!r}, allowed: {', '.join(TEMPLATES)}, or a .jinja file"
+    )
+
+
+def lacking(tokenizer: Any | None, task: Task) -> str:
+    """What is to be told of conversations for a model whose tokenizer has no template; "" for any other."""
+    if tokenizer is None or tokenizer.chat_template or not any(part.chat for part in task.parts):
+        return ""
+    return (
+        "the model has no chat template: turns are lines that begin with User: and Assistant:; "
+        "--chat-template chatml gives it one, which goes with adapter and exports"
     )
 
 

@@ -26,7 +26,17 @@ class HubSource(NamedTuple):
 
 def no_library(task: str) -> UserError:
     """The error of a published task without data if `datasets` is missing."""
-    return _no_library(f"task {task}: no data folder was given and the `datasets` library is not installed")
+    return _no_library(_no_data(task))
+
+
+def _no_data(task: str) -> str:
+    return f"task {task}: no data folder was given and the `datasets` library is not installed"
+
+
+def _of_user(path: str) -> tuple[str, str]:
+    """What a user's data set is called in messages, and what is said without the library."""
+    missing = "and the `datasets` library, which reads the hub, is not installed"
+    return f"data: no file here is called {path}: {path}", f"data: {path} is no file here, {missing}"
 
 
 def _no_library(missing: str) -> UserError:
@@ -41,10 +51,8 @@ def rows(source: HubSource, split: Split, task: str, *, named: bool = False) -> 
     wanted = source.split(split)
     if wanted is None:
         raise UserError(f"task {task}: the hub's {source.path} has no labelled {split} split")
-    missing = f"task {task}: no data folder was given and the `datasets` library is not installed"
-    table = _asked(
-        f"task {task}: {source.path}", missing, "load_dataset", source.path, source.name, split=wanted
-    )
+    told = _of_user(source.path) if named else (f"task {task}: {source.path}", _no_data(task))
+    table = _asked(*told, "load_dataset", source.path, source.name, split=wanted)
     features = (getattr(table, "features", None) or {}) if named else {}
     names = {column: of.names for column, of in features.items() if hasattr(of, "names")}
     return (
@@ -64,10 +72,7 @@ def find(path: str, split: str | None) -> HubSource:
     """A user's data set by its name; split: the only one that is read. UserError as for `rows`."""
     if split is not None:
         return HubSource(path, None, split, None)
-    missing = (
-        f"data: {path} is no file here, and the `datasets` library, which reads the hub, is not installed"
-    )
-    names = _asked(f"data: no file here is called {path}: {path}", missing, "get_dataset_split_names", path)
+    names = _asked(*_of_user(path), "get_dataset_split_names", path)
     train, dev, test = (
         next((name for name in names if name.lower() in words), None) for words in SPLIT_WORDS.values()
     )

@@ -14,7 +14,7 @@ from hizoo_lite import tasks
 from hizoo_lite.batch import Example
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import Encoder, Splits, Task
+from hizoo_lite.tasks import Encoder, Splits, Task, chat_templates
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.splits import key
 from hizoo_lite.tasks.task import where
@@ -74,6 +74,7 @@ def inspect(
         "advice": [
             *_advice(config, task, splits, lengths, None if encoder is None else encoder.max_length),
             *_decide(len(contradictions)),
+            *filter(None, [chat_templates.lacking(encoder.tokenizer, task) if encoder else ""]),
             *filter(None, [components.few_held_out(config, splits, task.metric)]),
         ],
     }

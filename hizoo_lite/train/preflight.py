@@ -13,17 +13,18 @@ from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.declared import positions_of
 from hizoo_lite.config import EMBEDDED, TrainConfig
 from hizoo_lite.errors import UserError
-from hizoo_lite.tasks import Task
+from hizoo_lite.tasks import Task, chat_templates
 from hizoo_lite.tasks.tokens import usable_length
 from hizoo_lite.train import components, provenance
 from hizoo_lite.train.folder import RunFolder
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UserError for a folder, tracker, task, data or model that a run could not have."""
+    """Raises UserError for folder, tracker, chat template, task, data or model that a run could not have."""
     if config.out is not None and not config.resume:
         RunFolder(config.out).check_new()
     check_tracker(config.tracker)
+    check_template(config.chat_template)
     provenance.begun_from(config)
     check_inputs(config)
 
@@ -54,6 +55,12 @@ def check_tracker(name: str) -> None:
     """Raises UserError if the package of an experiment tracker is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"--tracker: {name} is not installed here; install it, or use none")
+
+
+def check_template(name_or_file: str | None) -> None:
+    """Raises UserError if a chat template is named and is none."""
+    if name_or_file is not None:
+        chat_templates.read(name_or_file)
 
 
 def check_model(source: str | None, revision: str | None = None) -> Path | None:
