@@ -119,9 +119,8 @@ def command(
     if chat:
         converse(writer.write, first)
         return
-    is_open = (
-        raw is None and system is None and chat_template is None
-    )  # how to ask, which the run's task may say
+    # How to ask is open, and the run's task may say it.
+    is_open = raw is None and system is None and chat_template is None
     answer = writer.answer(text) if is_open else None
     is_raw = answer is None and (_is_raw(writer.tokenizer, adapter) if is_open else bool(raw))
     asked: Prompt = text if is_raw else [*first, {"role": "user", "content": text}]
