@@ -181,20 +181,27 @@ def test_a_merged_model_can_be_quantized_again(run: Run, tmp_path: Path) -> None
     assert torch.isfinite(logits(load(tmp_path / "out", device="cpu").module)).all()
 
 
-@pytest.mark.parametrize("to", ["peft", "merged", "onnx"])
-def test_what_was_exported_answers_to_the_command_that_is_told(to: str, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "command"), [("peft", "eval"), ("merged", "eval"), ("onnx", "generate")])
+def test_what_was_exported_answers_to_the_command_that_is_told(
+    to: str, command: str, run: Run, tmp_path: Path
+) -> None:
+    """The run tells labels apart: one is answered where the run says the task, else they are counted."""
     done = call("export", str(run.folder), "--to", to, "--out", str(tmp_path / "an export"))
     assert done.exit_code == 0, done.stderr
     program, *tried = shlex.split(done.stderr.rpartition("try it: ")[2])
-    assert (program, tried[0], tried[-2:]) == ("hizoo-lite", "generate", ["--prompt", "..."])
+    assert (program, tried[0]) == ("hizoo-lite", command)
     asked = call(*tried)
     assert asked.exit_code == 0, asked.stderr
-    assert len(asked.stdout.strip()) > 2
+    if command == "eval":
+        assert "accuracy" in asked.stdout
+    else:
+        assert asked.stdout.strip() in {answer.strip() for answer in run.setup.splits.test[0].answers}
 
 
 @pytest.mark.parametrize(
     ("to", "kind", "data", "takes_adapter", "expected"),
     [
+        ("peft", "causal", "d", False, 'hizoo-lite generate --adapter out --prompt "..."'),
         ("merged", "classifier", "d/x y", False, "hizoo-lite eval --model out --task sst2 --data 'd/x y'"),
         ("onnx", "masked", "d", True, "hizoo-lite eval --onnx out --adapter run"),
         ("onnx", "classifier", "d", False, "hizoo-lite eval --onnx out --task sst2 --data d"),
@@ -296,3 +303,5 @@ def test_a_folder_with_nothing_tuned_is_refused(to: str, tmp_path: Path) -> None
     done = call("export", str(tmp_path), "--to", to, "--out", str(tmp_path / "out"))
     assert done.exit_code == 2
     assert f"RUN: got '{tmp_path}', allowed: a run folder" in done.stderr
+    missing = call("export", str(tmp_path / "rnus"), "--to", to, "--out", str(tmp_path / "out"))
+    assert f"RUN: got '{tmp_path / 'rnus'}' (no such folder), allowed: a run folder" in missing.stderr

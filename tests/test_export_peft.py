@@ -82,6 +82,26 @@ def test_the_code_of_the_card_gives_our_logits(run, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model.module), **FLOAT32)
 
 
+def test_the_code_of_the_card_answers_as_the_run_does(run, tmp_path, capsys):
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    loading, asking = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    made = {"ADAPTER": str(tmp_path / "out")}
+    exec(loading, made)
+    made["model"].float().eval()
+    model = load(provenance.base_model(tmp_path / "out"), bits="nf4", compute_dtype="float32", device="cpu")
+    saved.attach_adapter(model, run)
+    shown = "A short text of your own."
+    assert shown in asking
+    found = set()
+    for text in ("The soup was warm.", "The room was cold.", "A kind waiter.", "Nobody came."):
+        exec(asking.replace(shown, text), made)
+        found.add(capsys.readouterr().out.strip())
+        answer = saved.answered(model, run, text)
+        assert answer is not None
+        assert answer.strip() in found
+    assert found <= {"good", "bad"}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("bert", "classifier"), ("roberta", "masked"), ("llama", "classifier")]
 )

@@ -175,6 +175,17 @@ def test_a_loss_has_the_error_bar_of_its_examples_changes(
     assert (said.learnt, bool(said.next)) == (learnt, has_next)
 
 
+def test_a_loss_of_few_examples_says_nothing() -> None:
+    run = record(0.0, 0.0, 4, loss_after=0.5)
+    run.summary["metric"] = "loss"
+    for index in range(4):
+        run.predictions.append({"when": "before", "index": index, "loss": 1.0})
+        run.predictions.append({"when": "after", "index": index, "loss": 0.5})
+    assert (said := verdict.of_run(run)) is not None
+    assert (said.learnt, said.next[:14]) == (None, "Next: hold out")
+    assert said.says == "Too few held-out examples to say: loss 1.000 to 0.500 on 4 held-out examples."
+
+
 def test_a_mean_of_tasks_has_no_error_bar_of_examples() -> None:
     ends = [("before", 1.0), ("after", 0.5)]
     lines = [{"when": when, "index": index, "loss": loss} for index in range(3) for when, loss in ends]

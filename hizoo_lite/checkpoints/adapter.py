@@ -63,8 +63,10 @@ def find_adapter(path: Path | str) -> Path:
             f"{path}: the run has no result yet; finish it with --resume, or give one of its checkpoints, "
             f"{Path(path) / 'checkpoints' / 'step-N'}"
         )
+    lacking = "" if Path(path).exists() else " (no such folder)"
     raise UserError(
-        f"--adapter: got {str(path)!r}, allowed: a run folder, or a folder with {PEFT_FILE} or {SPACE_FILE}"
+        f"--adapter: got {str(path)!r}{lacking}, allowed: a run folder, or a folder with {PEFT_FILE} or "
+        f"{SPACE_FILE}"
     )
 
 

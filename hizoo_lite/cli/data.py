@@ -95,6 +95,9 @@ def _encoder_of(config: TrainConfig) -> Any:
     """What makes the encoder of a task for the model, of which the tokenizer alone is read."""
 
     def made(task: Task) -> Encoder:
+        from hizoo_lite.cli import output
+
+        output.say_loading()
         from hizoo_lite.checkpoints.checkpoint import Checkpoint
         from hizoo_lite.errors import UserError
         from hizoo_lite.model.kinds import find_kind, model_path

@@ -330,7 +330,10 @@ def _say_what_next(run: str, to: str, out: str, figures: dict[str, Any]) -> None
         kind = kind or kinds.find_kind(settings.model, settings.revision, None)
         if line := card.prompt_line(run, kind):
             typer.echo(line, err=True)
-    if tried := try_line(run, to, out, kind, settings, takes_adapter=figures.get("form") == "base"):
+    found = provenance.saved_task(run)
+    writes = found is None or all(part.kind != "choice" for part in found[1].parts)
+    how = {"takes_adapter": figures.get("form") == "base", "writes": writes}
+    if tried := try_line(run, to, out, kind, settings, **how):
         typer.echo(f"try it: {tried}", err=True)
 
 
@@ -342,6 +345,7 @@ def try_line(
     settings: TrainConfig | None,
     *,
     takes_adapter: bool = False,
+    writes: bool = True,
 ) -> str:
     """The command that asks a causal model what was written, or evaluates another; "" if none is known.
 
@@ -351,7 +355,8 @@ def try_line(
         out: its folder.
         kind: of the model, if it is known.
         settings: of the run that made the adapter, if there is one.
-        takes_adapter: of ONNX, a base beside which the adapter is named.
+        takes_adapter: of ONNX, a base beside which the adapter is named: it is asked as its run's task asks.
+        writes: whether the model was tuned to write; else it tells answers apart, and is evaluated.
     """
     folder = shlex.quote(out)
     if to == "onnx-train":
@@ -359,7 +364,7 @@ def try_line(
     if to not in _GIVEN_BY:
         return ""
     given = f"{_GIVEN_BY[to]} {folder}" + (f" --adapter {shlex.quote(run)}" if takes_adapter else "")
-    if kind == "causal":
+    if kind == "causal" and (writes or takes_adapter):
         return f'hizoo-lite generate {given} --prompt "..."'
     if settings is None:
         return ""

@@ -144,6 +144,7 @@ def _export(folder: str, adapter: str | None, given: dict[str, Any], sampling: d
     from hizoo_lite.edge.model import OnnxModel
 
     refuse_with_onnx({name: value for name, value in given.items() if value is not None})
+    typer.echo(f"loading {folder}", err=True)
     exported = OnnxModel(Path(folder), adapter)
     write = partial(answer.continue_text, exported, **sampling)
     return _Writer(folder, exported.tokenizer, write, partial(answer.answered, exported, adapter))

@@ -60,6 +60,27 @@ _FIGURES = {
     "seed": "seed",
 }
 _MADE_UP = "A short text of your own."
+#: How a causal model that was tuned to tell answers apart is asked, by what "Load it" has loaded.
+_ASK = '''## Ask it
+
+It was tuned to tell these answers apart, not to write one: the answer is the likeliest of them after the
+prompt, by the mean over its tokens.
+
+```python
+prompt, answers = {prompt!r}, {answers!r}
+
+
+def likelihood(answer):
+    """The mean log-probability of the answer's tokens."""
+    ids = tokenizer(prompt + answer, return_tensors="pt").input_ids.to(model.device)
+    begin = tokenizer(prompt, return_tensors="pt").input_ids.shape[1]
+    logits = model(ids).logits[0, begin - 1 : -1].float().log_softmax(-1)
+    return logits.gather(-1, ids[0, begin:, None]).mean().item()
+
+
+print(max(answers, key=likelihood))
+```
+'''
 
 
 class Prompting(NamedTuple):
@@ -160,8 +181,18 @@ def write(
         *map(_section, prompting(run, kind)),
         "## Load it\n",
         how,
+        _asking(run, kind) if library in ("peft", "transformers") else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _asking(run: Path | str, kind: ModelKind) -> str:
+    """How to have an answer of the first task's; nothing if the model writes its answers."""
+    settings, found = provenance.saved_config(run), prompting(run, kind)
+    ranks = kind == "causal" and settings is not None and settings.loss != "answer"
+    if not ranks or not found or not found[0].answers:
+        return ""
+    return _ASK.format(prompt=found[0].example, answers=list(found[0].answers))
 
 
 def _front_matter(base: str, folder: Path, kind: ModelKind, library: str, tags: str) -> str:

@@ -76,6 +76,8 @@ def _of_loss(run: RunRecord, before: float, after: float, *, fell: bool) -> Verd
         return Verdict(None, f"{says}.", "" if fell else _next(run, fell=False))
     bar, count = CERTAIN * error, number(run.summary.get("test_examples")) or 0
     says = f"{says} on {counted(int(count), 'held-out example')}"
+    if count < LEAST_EXAMPLES:
+        return Verdict(None, f"Too few held-out examples to say: {says}.", f"Next: {_hold_out(['test'])}.")
     if abs(after - before) <= bar:
         begins = "Not learnt yet" if after < before else "Not learnt"
         return Verdict(False, f"{begins}: {says}; within ± {bar:.3f}.", _next(run, fell=after < before))

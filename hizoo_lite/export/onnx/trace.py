@@ -70,7 +70,7 @@ def trace(
         examples = tuple(torch.empty_like(given.example) for given in inputs)
     dynamic = tuple(dict(given.dynamic) for given in inputs)
     name = type(skeleton.module).__name__
-    progress.message(f"tracing {name}")
+    progress.message(f"tracing {name}: the long part, of minutes if there are many blocks")
     with _noted(progress), _alive(progress, "tracing"), torch.no_grad(), following(skeleton.module):
         program = torch.onnx.export(
             wrapper,
