@@ -38,6 +38,7 @@ def test_places_that_no_folder_can_be_renamed_to_are_refused(
         ("file", r"--out: \S*file is a file; allowed: a new or empty folder"),
         ("file/in/it", r"--out: \S*file is a file; no folder can be made in it, and so not \S*file/in/it"),
         ("a", r"--out: \S*a leads nowhere"),
+        ("a/in/it", r"--out: \S*a/in/it leads nowhere"),
     ):
         with pytest.raises(UserError, match=message):
             find_place(tmp_path / out)

@@ -20,6 +20,8 @@ def find_place(out: Path | str) -> Path:
         place = Path(out).resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out: {out} leads nowhere: {error}") from error
+    if link := next((path for path in (place, *place.parents) if path.is_symlink()), None):
+        raise UserError(f"--out: {out} leads nowhere: {link} is a link to itself")  # Python 3.13 says nothing
     above = place
     with named_errors(Path(out), "looked at"):
         while not above.exists():
