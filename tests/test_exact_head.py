@@ -196,6 +196,20 @@ def test_a_step_moves_an_output_by_no_more_than_its_reach() -> None:
     assert torch.equal(weight.sign(), -gradient.sign())
 
 
+def test_adapters_share_a_rate_and_heads_have_their_own() -> None:
+    """A value moves by the rate in the first step, whatever its gradient."""
+    names = ("a.lora_A.weight", "a.lora_B.weight", "b.lora_A.weight", "b.lora_B.weight", "score.weight")
+    weights = {name: torch.zeros(1) for name in names}
+    head = ExactAdam(weights, TorchArrays())
+    # each: gradient, the sum of |x| over the inputs, and how many those are
+    values = ([1.0, 10.0, 2.0], [1.0, 4.0, 2.0], [9.0, 30.0, 2.0], [9.0, 8.0, 1.0], [1.0, 40.0, 2.0])
+    head.update(torch.tensor(values).flatten().numpy().astype("<f4").tobytes(), share=0.5)
+    moved = [-float(weights[name]) for name in names]
+    shared = {"A": 0.5 * REACH / 10.0, "B": 0.5 * REACH / 4.0}  # 40 of 4 inputs, 12 of 3
+    expected = [shared["A"], shared["B"], shared["A"], shared["B"], 0.5 * REACH / 20.0]
+    assert moved == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_run_with_rows_for_labels_is_resumed_and_replayed_bitwise(tmp_path: Path) -> None:
     settings = short_run(tmp_path, lr="auto", curvature="grouped", save_every=2)
     whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))
