@@ -182,7 +182,7 @@ def test_train_prints_its_result_on_stdout_and_progress_on_stderr(tmp_path: Path
     assert done.exit_code == 0, done.stderr
     assert "accuracy" in done.stdout
     assert "before" in done.stdout
-    assert "train 2/2: loss" in done.stderr
+    assert "train 2/2: mean loss" in done.stderr
     assert "forwards/s" in done.stderr
     assert "train 2/2" not in done.stdout
 

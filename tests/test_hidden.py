@@ -266,7 +266,7 @@ def test_how_far_they_are_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fit(TrainConfig(**settings(), out=str(tmp_path / "lines")), callbacks=[progress.Lines()])
     shown = capsys.readouterr().err
     assert "hidden states 8/32, ETA " in shown
-    assert "train 12/12: loss " in shown
+    assert "train 12/12: mean loss " in shown
 
 
 class Removes(Progress):
