@@ -104,7 +104,8 @@ class TrainConfig:
     data: str | tuple[str, ...] | None = _setting(
         None,
         "file or folder, or a data set of the hub (org/name, org/name:split), of several tasks one each in "
-        "their order; without it, the task's own on the hub",
+        "their order; several of one task, or of forms, are trained on together; without it, the task's own "
+        "on the hub",
         group="What",
         several=True,
     )
@@ -122,8 +123,8 @@ class TrainConfig:
     )
     task_weight: float | tuple[float, ...] | None = _setting(
         None,
-        "of several tasks, one each in their order: their shares of the examples of every batch; without it "
-        "all count the same",
+        "of several tasks, or of several --data, one each in their order: their shares of the examples of "
+        "every batch; without it all count the same",
         group="What",
         several=True,
         above=0.0,
@@ -265,7 +266,8 @@ class TrainConfig:
     max_length: int = _setting(256, "tokens a prompt and its answer may have", group="Run", minimum=8)
     loss: Literal["auto", "choice", "answer"] = _setting(
         "auto",
-        "choice: cross-entropy over the candidates; answer: over the answer's tokens",
+        "choice: cross-entropy over the candidates; answer: over the answer's tokens; auto: choice if every "
+        "task has candidates",
         group="Run",
     )
     seed: int = _setting(0, "of splits, batches, new parameters and noise", group="Run", minimum=0)
@@ -365,7 +367,8 @@ class TrainConfig:
     def task_name(self) -> str:
         """The task or tasks, in words; of one that is made of the data, the data as it was given."""
         data = one_or_several(self.data) or (None,) * len(self.tasks)
-        return ", ".join(map(_task_name, self.tasks, data))
+        tasks = self.tasks if len(self.tasks) > 1 else self.tasks * len(data)
+        return ", ".join(dict.fromkeys(map(_task_name, tasks, data)))
 
     @property
     def estimates(self) -> bool:
@@ -603,13 +606,14 @@ def _task_conflicts(values: Mapping[str, Any], where: Callable[[str], str]) -> l
         for name, count in Counter(tasks).items()
         if count > 1
     ]
-    for name in ("data", "task_weight"):
-        count = len(one_or_several(values[name]))
-        allowed = f"one for each of {len(tasks)} tasks, or none" if len(tasks) > 1 else "one, of one task"
-        if name == "task_weight" and len(tasks) == 1:
-            count, allowed = 2 * count, f"several tasks ({where('task')}), with one for each"
-        if count not in (0, len(tasks)):
-            found.append(f"{where(name)}: got {values[name]!r}, allowed: {allowed}")
+    data, weights = (len(one_or_several(values[name])) for name in ("data", "task_weight"))
+    if len(tasks) > 1 and data not in (0, len(tasks)):
+        allowed = f"one for each of {len(tasks)} tasks, or none"
+        found.append(f"{where('data')}: got {values['data']!r}, allowed: {allowed}")
+    several = max(len(tasks), data)
+    if weights and (several == 1 or weights != several):
+        of = f"{several} tasks, or none" if several > 1 else f"several {where('task')} or {where('data')}"
+        found.append(f"{where('task_weight')}: got {values['task_weight']!r}, allowed: one for each of {of}")
     return found
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hizoo_lite import tasks
 from hizoo_lite.base import Curvature, Estimator, Space, trained_count
 from hizoo_lite.checkpoints.adapter import find_adapter
 from hizoo_lite.checkpoints.fingerprint import of_model
@@ -161,15 +160,14 @@ def fit(
     ranks = _join(config, loaded)
     named = config.out is not None
     folder = _folder(config, ranks)
-    form = components.understood(config, records) if found is None else None
-    if form is not None:
-        found = tasks.get(form.keys)
-    keys = task if isinstance(task, Mapping) else None if form is None else form.keys
+    forms = components.understood(config, records) if found is None else []
+    keys = task if isinstance(task, Mapping) else components.made_of(forms)
+    found = components.of_sources(config, found or keys)
     given = Given(keys, records)
-    config = _checked(_with_files(config, folder, form, given), folder)
+    config = _checked(_with_files(config, folder, given, is_form=bool(forms)), folder)
     config = replace(config, out=str(folder.path))
     ranks.wait()  # until the main one has found the folder to be free
-    resolved = Resolved(config, found or components.find_task(config.task, config.task_weight), loaded)
+    resolved = Resolved(config, found, loaded)
     limits = resolved.budgets
     if loaded is not None and limits.device_bytes is not None:
         map_large()  # which `load` does if it is told the budget
@@ -181,7 +179,7 @@ def fit(
         if ranks.is_main and not named:
             _log.warning("no out was given: the run folder is %s", folder.path.absolute())
         calls = _callbacks(setup, folder, told, progress)
-        _announce(setup, calls.message, form)
+        _announce(setup, calls.message, forms)
         budget = Budget(limits, setup.model, calls.message, cap)
         try:
             return _run(setup, folder, calls, budget, given)
@@ -256,9 +254,9 @@ def _folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
     return RunFolder(ranks.gather(path)[0], writes=ranks.is_main)
 
 
-def _with_files(config: TrainConfig, folder: RunFolder, form: Understood | None, given: Given) -> TrainConfig:
+def _with_files(config: TrainConfig, folder: RunFolder, given: Given, *, is_form: bool) -> TrainConfig:
     """The configuration with the names of the files that will be in the run folder."""
-    if form is not None:
+    if is_form:
         config = replace(config, text_field=None, label_field=None)  # which the task's file has
     if given.data is not None:
         config = replace(config, data=str(folder.data))
@@ -287,11 +285,11 @@ def _check_groups(stepper: Stepper) -> None:
         )
 
 
-def _announce(setup: Setup, tell: Callable[[str], None], form: Understood | None) -> None:
+def _announce(setup: Setup, tell: Callable[[str], None], forms: Sequence[Understood]) -> None:
     """What the run is of. UserError if its estimator cannot do with that."""
     count = trained_count(setup.space)
     tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
-    for line in [] if form is None else form.lines(setup.splits.total + len(setup.splits.left_out)):
+    for line in components.form_lines(forms, setup.splits):
         tell(line)
     if lacking := chat_templates.lacking(setup.model.tokenizer, setup.task):
         tell(lacking)

@@ -22,17 +22,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import parquet
 from reporting import make_parser, publish
 
 #: A refusal is told before torch is imported.
 REFUSAL_SECONDS = 1.5
 _SMALL = "--model embedded --steps 2 --batch-size 2 --max-length 96"
+_SEVERAL = "--data alpaca.json --data messages.jsonl --task-weight 2 --task-weight 1"
 _WORDS = ("soup", "film", "cake", "bread", "walk", "song", "lake", "tale", "road", "door")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command (`hizoo-lite` in front), what it tells and how it ends. given: standard input."""
+    """A command (`hizoo-lite` in front, or a script of Python), what it tells and how it ends.
+
+    given: standard input.
+    """
 
     name: str
     command: str
@@ -100,6 +106,23 @@ def write_data(folder: Path) -> None:
             table.writerow(["text", "team"])
             table.writerows([f"Grüße: {r['q']}", r["team"]] for r in made)
     (folder / "plain.txt").write_text("\n\n".join(f"{r['q']} {r['a']}" for r in made * 8), encoding="utf-8")
+    with (folder / "nameless.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([r["q"], r["team"]] for r in made)
+    table = pa.table({name: [r[name] for r in made] for name in ("q", "team")})
+    parquet.write_table(table, folder / "table.parquet")
+    with pa.OSFile(str(folder / "table.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    lines(
+        "turns.jsonl",
+        [
+            {
+                "prompt": [{"role": "user", "content": r["q"]}],
+                "completion": [{"role": "assistant", "content": r["a"]}],
+            }
+            for r in made
+        ],
+    )
+    (folder / "own.py").write_text(SCRIPT)
     (folder / "parts").mkdir()
     for part, count in (("train", 30), ("valid", 5), ("test", 5)):
         lines(f"parts/{part}.jsonl", [{"text": r["q"], "label": r["team"]} for r in made[:count]])
@@ -110,7 +133,17 @@ def write_data(folder: Path) -> None:
     (folder / "broken.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
 
 
-#: Name | what is told | command. SMALL is a short run of the embedded model; what is called "no:" is refused.
+#: What a user of Python writes.
+SCRIPT = """
+import hizoo_lite as hz
+
+rows = [{"text": f"Soup {n}", "label": "good" if n % 2 else "bad"} for n in range(20)]
+model = hz.load("embedded")
+run = hz.fit(model, data=rows, steps=2, batch_size=2, r=4, lora_alpha=8, out="runs/python", progress=False)
+print(run, run.history[-1]["kind"], hz.evaluate(run).examples)
+run.save_pretrained("python-adapter")
+"""
+#: Name | what is told | command. SMALL is a short run of the embedded model, SEVERAL its data; what is called "no:" is refused.
 CASES = """
 rows that cannot be used are listed | left out | train SMALL --data bad.jsonl --out runs/bad
 no: or refused | bad.jsonl:41 | train SMALL --data bad.jsonl --strict --out runs/strict
@@ -121,6 +154,8 @@ a recipe | saved in | train --config exact SMALL --data tickets.csv --exact-bloc
 recipes | Your own classes | recipes
 machines | rtx4090-24gb | profiles
 the version | hizoo-lite 0 | --version
+several sources with weights | messages, messages: 40 | train SMALL SEVERAL --out runs/mixed
+Python | eval 2 | own.py
 further from an adapter | saved in | train SMALL --data tickets.csv --init-adapter runs/exact --out runs/more
 an objective of one's own | saved in | train SMALL --data completion.jsonl --objective rewards.py:brevity
 a question | | generate --adapter runs/alpaca-jsonl --prompt Hello --max-new-tokens 4
@@ -129,9 +164,14 @@ a conversation | | generate --adapter runs/messages-jsonl --chat --max-new-token
 a base model with a template | saved in | train SMALL --data alpaca.jsonl --chat-template chatml --out runs/b
 a report | report.html | report runs/exact
 an adapter for PEFT | PEFT adapter | export runs/exact --to peft --out peft
+an adapter for llama.cpp | hizoo-lite.gguf | export runs/exact --to gguf --out gguf
+a merged model for onnxruntime | saved | export runs/exact --to onnx --out onnx
+an answer of the export | | generate --onnx onnx --prompt Hello --max-new-tokens 4
 resumed | saved in | train --resume --out runs/exact
 no: a wrong task | unknown name 'nope' | train --model embedded --task nope
 no: no such data | nowhere.csv | train --model embedded --data nowhere.csv
+no: a data set of the hub, offline | org/name | train --model embedded --data org/name
+no: weights of one source | --task-weight | train --model embedded --data tickets.csv --task-weight 2
 no: a folder that is used | holds a run already | train --model embedded --data tickets.csv --out runs/exact
 no: no such tracker | clearml is not installed | train --model embedded --data tickets.csv --tracker clearml
 no: no such model | no/one is not a local folder | train --model no/one --data tickets.csv
@@ -149,6 +189,10 @@ FORMS = {
     "tickets.csv": "classification: 40",
     "tickets-de.csv": "classification: 40",
     "parts": "classification:",
+    "nameless.csv": "classification: 40",
+    "table.parquet": "classification: 40",
+    "table.arrow": "classification: 40",
+    "turns.jsonl": "completion: 40",
 }
 
 
@@ -160,7 +204,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"train {name}", f"train {_SMALL} --data {name} --out runs/{out}", "saved in")
     for line in CASES.strip().splitlines():
         name, told, command = (part.strip() for part in line.split("|", 2))
-        command, _, given = command.replace("SMALL", _SMALL).partition(" < ")
+        command, _, given = command.replace("SMALL", _SMALL).replace("SEVERAL", _SEVERAL).partition(" < ")
         code = 2 if name.startswith("no: ") else 0
         yield Case(name.removeprefix("no: "), command, told, code, given.replace("/", "\n") + "\n")
 
@@ -168,7 +212,8 @@ def cases() -> Iterator[Case]:
 def run(case: Case, folder: Path) -> dict[str, object]:
     """The case's row."""
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HIZOO_LITE_REPORT": "0", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "hizoo_lite.cli", *case.command.split()]
+    words = case.command.split()
+    command = [sys.executable, *([] if words[0].endswith(".py") else ["-m", "hizoo_lite.cli"]), *words]
     began = time.perf_counter()
     done = subprocess.run(
         command, cwd=folder, env=offline, capture_output=True, text=True, input=case.given, timeout=600

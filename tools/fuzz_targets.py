@@ -154,7 +154,7 @@ _TASK_FILES = {
 
 def _read_task(folder: Path) -> None:
     for name in ("choice.toml", "completion.toml"):
-        custom.load(folder / name).load(folder / "data.jsonl", "train")
+        custom.load(folder / name)[0].load(folder / "data.jsonl", "train")
 
 
 # ------------------------------------------------------------------------------------------------ settings

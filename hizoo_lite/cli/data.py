@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,10 @@ def _group() -> None:
 
 @app.command("inspect")
 def inspect(
-    data: Annotated[str, typer.Argument(help="file, folder, or a data set of the hub: org/name[:split]")],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="files, folders, or data sets of the hub (org/name[:split]), each by itself"),
+    ],
     model: Annotated[
         str | None, typer.Option(help="folder or hub id: its tokens are counted, its chat template shown")
     ] = None,
@@ -63,8 +67,11 @@ def inspect(
     hizoo-lite data inspect mine/reviews.csv --label-field verdict --write-task mine/reviews.toml
 
     hizoo-lite data inspect mine/chats.jsonl --model models/smollm2 --json
+
+    hizoo-lite data inspect mine/chats.jsonl mine/reviews.csv --write-task mine/both.toml
     """
     from hizoo_lite.cli import output
+    from hizoo_lite.train import components
     from hizoo_lite.train.config_file import resolve
     from hizoo_lite.train.inspection import inspect as looked_at
 
@@ -82,13 +89,18 @@ def inspect(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     config = resolve(None, {**given, "strict": strict})
-    found, form = looked_at(config, None if model is None else _encoder_of(config))
+    forms = components.understood(config)
+    each = [config if len(data) == 1 else replace(config, data=one) for one in data]
+    found = [looked_at(one, None if model is None else _encoder_of(one)) for one in each]
     if write_task is not None:
-        _write(Path(write_task), None if form is None else form.keys)
+        _write(Path(write_task), components.made_of(forms))
     if json:
-        output.print_json(found)
-    else:
-        _print(found)
+        output.print_json(found[0] if len(found) == 1 else {"sources": found})
+        return
+    for one, of in zip(found, data, strict=True):
+        if len(found) > 1:
+            typer.echo(f"=== {of}")
+        _print(one)
 
 
 def _encoder_of(config: TrainConfig) -> Any:
@@ -124,7 +136,7 @@ def _write(path: Path, keys: dict[str, Any] | None) -> None:
     if path.exists():
         raise UserError(f"--write-task: {path} is there already; allowed: a new file")
     with storage_errors(path):
-        write_text(path, tomli_w.dumps({**keys, "name": path.stem}))
+        write_text(path, tomli_w.dumps({**keys, "name": path.stem} if "name" in keys else keys))
     typer.echo(f"wrote {path}", err=True)
 
 

@@ -61,8 +61,9 @@ def get(task: TaskLike) -> Task:
     """A task by its name, from a user's own file or keys, from a function, or as it is.
 
     Args:
-        task: a built-in task's name; the path of a `.toml` file, or the keys of one; a function from a row of
-            the data to (prompt, completion); or a task.
+        task: a built-in task's name; the path of a `.toml` file, or the keys of one; of a file of several
+            tasks `FILE.toml:NAME` is one; a function from a row of the data to (prompt, completion); or a
+            task.
 
     Raises:
         UserError: if the name is unknown, or this is not a valid task.
@@ -79,12 +80,18 @@ def get(task: TaskLike) -> Task:
     if isinstance(task, Task):
         return task
     if isinstance(task, Mapping):
-        return custom.from_keys(task)
+        return of_tasks(custom.from_keys(task))
     if callable(task):
         return custom.from_function(task)
     name = str(task)
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     if name.endswith(".toml"):
-        return custom.load(Path(name))
+        return of_tasks(custom.load(Path(name)))
+    file, _, one = name.rpartition(":")
+    if file.endswith(".toml"):
+        found = {part.name: part for part in custom.load(Path(file))}
+        if one not in found:
+            raise UserError(f"task: {file} has no task {one!r}; allowed: {', '.join(found)}")
+        return found[one]
     raise UserError(f"task: unknown name {name!r}; allowed: {', '.join(names())}, or a path to a .toml file")

@@ -69,13 +69,15 @@ _ALLOWED = {
     "chat": FIELDS,
     "tokens": ("answers",),
 }
+#: The key of a file that has several tasks.
+SEVERAL = "tasks"
 #: The metric of a completion of which nothing is written, and its loss alone is looked at.
 LOSS = "loss"
 _TEMPLATES = ("prompt", "answer", "masked_prompt", "classifier_text", "classifier_text_pair")
 
 
-def load(path: Path) -> Task:
-    """The task of a TOML file. UserError lists every problem of the file."""
+def load(path: Path) -> list[Task]:
+    """The task of a TOML file, or its several. UserError lists every problem of the file."""
     try:
         keys = parse_toml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -85,12 +87,23 @@ def load(path: Path) -> Task:
     return from_keys(keys, str(path))
 
 
-def from_keys(keys: Mapping[str, Any], where: str = "task") -> Task:
-    """The task that the keys of such a file make. UserError, naming `where`, lists every problem."""
+def from_keys(keys: Mapping[str, Any], where: str = "task") -> list[Task]:
+    """The task that the keys of such a file make; with `SEVERAL` alone, a list of such keys, each of them.
+
+    UserError, naming `where`, lists every problem.
+    """
+    each = keys.get(SEVERAL, [])
+    if SEVERAL in keys:
+        if set(keys) != {SEVERAL} or not isinstance(each, list) or not each:
+            raise UserError(f"{where}: {SEVERAL}: allowed alone, as [[{SEVERAL}]], a task's keys each")
+        if any(not isinstance(one, Mapping) or SEVERAL in one for one in each):
+            raise UserError(f"{where}: {SEVERAL}: allowed: the keys of a task each")
+        found = [from_keys(one, f"{where}: task {number}") for number, one in enumerate(each, 1)]
+        return [task for [task] in found]
     problems = _problems(keys)
     if problems:
         raise UserError(f"{where}: " + "; ".join(problems))
-    return _task(keys)
+    return [_task(keys)]
 
 
 def from_function(function: Callable[[Mapping[str, Any]], Any]) -> Task:

@@ -142,6 +142,7 @@ def joined(splits: Sequence[Splits]) -> Splits:
         dev_size=sizes.pop() if len(sizes := {one.dev_size for one in splits}) == 1 else None,
         left_out=tuple(chain.from_iterable(one.left_out for one in splits)),
         notes=tuple(chain.from_iterable(one.notes for one in splits)),
+        sizes=tuple(one.total + len(one.left_out) for one in splits),
     )
 
 

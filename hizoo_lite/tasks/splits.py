@@ -49,6 +49,7 @@ class Splits:
         dev_size: how many are held out for dev, of a user's own train file.
         left_out: what is no example, or too long.
         notes: what else was done to examples, in lines.
+        sizes: of several tasks, the examples that the files of each have.
     """
 
     train: list[Example]
@@ -60,6 +61,7 @@ class Splits:
     dev_size: int | None = None
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.optimizers import step_size
 from hizoo_lite.registry import ESTIMATORS
 from hizoo_lite.report import verdict
-from hizoo_lite.tasks import Encoder, Records, Splits, Task, forms
+from hizoo_lite.tasks import Encoder, Records, Splits, Task, TaskLike, forms
+from hizoo_lite.tasks.custom import SEVERAL
 from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
 from hizoo_lite.tasks.order import output_order
@@ -68,12 +69,16 @@ def leaves_out(config: TrainConfig, task: Task) -> bool:
     return config.all_data == "auto" and not task.is_published
 
 
-def understood(config: TrainConfig, data: Records | None = None) -> Understood | None:
-    """What the data is, if the task is a form; None for a task that says it. UserError if it is nothing."""
+def understood(config: TrainConfig, data: Records | None = None) -> list[Understood]:
+    """What each source of data is, if the task is a form; nothing for a task that says it.
+
+    UserError if one is nothing.
+    """
     if len(config.tasks) > 1 and any(map(forms.is_form, config.tasks)):
         raise UserError(
             f"--task: got {', '.join(config.tasks)}; allowed among several: built-in ones and task files "
-            "(hizoo-lite data inspect DATA --write-task FILE makes one)"
+            "(hizoo-lite data inspect DATA --write-task FILE makes one); without --task the form of each of "
+            "several --data is found"
         )
     if not forms.is_form(config.tasks[0]):
         given = {"--text-field": config.text_field, "--label-field": config.label_field}
@@ -85,10 +90,31 @@ def understood(config: TrainConfig, data: Records | None = None) -> Understood |
                 if value is not None
             ]
         )
-        return None
-    source = data if data is not None else data_path(next(iter(one_or_several(config.data)), None))
-    if source is None:
+        return []
+    paths = one_or_several(config.data)
+    if data is None and not paths:
         raise UserError(f"--data: missing; --task {config.task_name} has none of its own")
+    if data is None and len(paths) > 1:
+        return [_of_several(config, one, name) for one, name in zip(paths, _names(paths), strict=True)]
+    return [_understood(config, data if data is not None else data_path(paths[0]))]
+
+
+def _of_several(config: TrainConfig, source: str, name: str) -> Understood:
+    """What one of several sources is, called `name`. UserError, naming the source, if it is nothing."""
+    try:
+        found = _understood(config, data_path(source))
+    except UserError as error:
+        raise UserError(f"--data {source}: {error}") from error
+    return found._replace(keys={**found.keys, "name": name})
+
+
+def _names(data: Sequence[str]) -> list[str]:
+    """What several sources are called: by their files' names, in full if those are alike."""
+    stems = [Path(one).stem for one in data]
+    return stems if len(set(stems)) == len(stems) else list(data)
+
+
+def _understood(config: TrainConfig, source: Any) -> Understood:
     found = forms.recognise(source, config.tasks[0], config.text_field, config.label_field)
     if "answers" in found.keys and ESTIMATORS[config.estimator].secret:
         raise UserError(
@@ -100,8 +126,14 @@ def understood(config: TrainConfig, data: Records | None = None) -> Understood |
 
 def task_of(config: TrainConfig, data: Records | None = None) -> Task:
     """The task of a configuration: the one it names, or what its data is."""
-    found = understood(config, data)
-    return find_task(config.task, config.task_weight) if found is None else tasks.get(found.keys)
+    return of_sources(config, made_of(understood(config, data)))
+
+
+def made_of(found: Sequence[Understood]) -> dict[str, Any] | None:
+    """The keys of a task's file that says what data was found to be; None of nothing."""
+    if not found:
+        return None
+    return found[0].keys if len(found) == 1 else {SEVERAL: [one.keys for one in found]}
 
 
 def steps_of(config: TrainConfig, splits: Splits) -> TrainConfig:
@@ -135,10 +167,41 @@ def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
     return verdict.too_few({part: min(counts, default=0) for part, counts in of_tasks.items()}, metric)
 
 
-def find_task(name: str | tuple[str, ...], weights: float | tuple[float, ...] | None = None) -> Task:
-    """A built-in task, one in a .toml file, or the embedded one; several as one, of such weights."""
+def find_task(name: str | tuple[str, ...]) -> Task:
+    """A built-in task, one in a .toml file, or the embedded one; several as one."""
+    return tasks.of_tasks(_found(name))
+
+
+def form_lines(found: Sequence[Understood], splits: Splits) -> list[str]:
+    """What is told of data that was recognised; of several sources each with its name."""
+    counts = splits.sizes or (splits.total + len(splits.left_out),)
+    names = [f"{one.keys['name']}, " if len(found) > 1 else "" for one in found]
+    each = zip(found, names, counts, strict=False)
+    return [name + line for one, name, count in each for line in one.lines(count)]
+
+
+def of_sources(config: TrainConfig, task: TaskLike | None = None) -> Task:
+    """The task of a configuration whose data is no form, or `task`: of several sources, each with its weight.
+
+    A single task of several sources is one of each, which are called by the sources.
+
+    Raises:
+        UserError: if there are as many neither of data nor of weights.
+    """
+    given, weights = one_or_several(config.data), one_or_several(config.task_weight)
+    found = _found(config.task) if task is None else list(tasks.get(task).parts)
+    if len(found) == 1 and len(given) > 1:
+        found = [replace(found[0], name=name) for name in _names(given)]
+    for name, count in (("data", len(given)), ("task-weight", len(weights))):
+        if count not in (0, len(found)):
+            raise UserError(f"--{name}: got {count}, allowed: one for each of {len(found)} tasks, or none")
+    return tasks.of_tasks(found, weights)
+
+
+def _found(name: str | tuple[str, ...]) -> list[Task]:
+    """The tasks of these names; a file may have several."""
     found = [tasks.get(DEMO / "task.toml" if one == EMBEDDED else one) for one in one_or_several(name)]
-    return tasks.of_tasks(found, one_or_several(weights))
+    return [part for task in found for part in task.parts]
 
 
 def data_path(data: str | None) -> Path | None:
@@ -169,10 +232,24 @@ def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """A run's settings with the given ones, to evaluate on: of its tasks those that are given, their data."""
     changes = {"task_weight": None, **given}
     names = one_or_several(as_one_or_several(changes.get("task")))
-    if names and "data" not in changes and set(names) <= set(run.tasks) and run.data is not None:
-        data = dict(zip(run.tasks, one_or_several(run.data), strict=True))
-        changes["data"] = as_one_or_several([data[name] for name in names])
+    own = _own_tasks(run) if names else {}
+    if names and set(names) <= set(own):
+        changes["task"] = as_one_or_several([own[name][0] for name in names])
+        if "data" not in changes and run.data is not None:
+            changes["data"] = as_one_or_several([own[name][1] for name in names])
     return replace(run, resume=False, **changes)
+
+
+def _own_tasks(run: TrainConfig) -> dict[str, tuple[str, str | None]]:
+    """The tasks of a run by what they are called: the setting that names each, and that of its data."""
+    given = one_or_several(run.data)
+    called = as_set = run.tasks
+    if len(run.tasks) == 1 < len(given):
+        parts = [part.name for part in _found(run.task)]
+        called = tuple(parts if len(parts) > 1 else _names(given))
+        as_set = tuple(f"{run.tasks[0]}:{part}" if len(parts) > 1 else run.tasks[0] for part in called)
+    data = given or (None,) * len(called)
+    return dict(zip(called, zip(as_set, data, strict=True), strict=True))
 
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
@@ -284,6 +361,8 @@ def task_encoder(
     classes: what the model calls its own, `id2label`. vocabulary: as `Encoder` takes it.
     """
     chosen: Any = None if loss == "auto" else loss
+    if chosen is None and kind == "causal" and any(part.kind != "choice" for part in task.parts):
+        chosen = "answer"  # of choices beside others, too
     most = min(limit, tokenizer.model_max_length)
     found = []
     for part in task.parts:

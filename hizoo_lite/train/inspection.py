@@ -15,7 +15,6 @@ from hizoo_lite.batch import Example
 from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks import Encoder, Splits, Task, chat_templates
-from hizoo_lite.tasks.forms import Understood
 from hizoo_lite.tasks.splits import key
 from hizoo_lite.tasks.task import where
 from hizoo_lite.tasks.templates import render
@@ -30,16 +29,14 @@ _MOST_LEFT_OUT = 10  # that are listed
 _NO_LIMIT = 1 << 30
 
 
-def inspect(
-    config: TrainConfig, find_encoder: Callable[[Task], Encoder] | None
-) -> tuple[dict[str, Any], Understood | None]:
-    """What a run of this configuration would do with its data.
+def inspect(config: TrainConfig, find_encoder: Callable[[Task], Encoder] | None) -> dict[str, Any]:
+    """What a run of this configuration would do with its data, a single source.
 
     find_encoder: of the model; None: characters are counted, and examples are shown without a template.
 
     Raises UserError for data that a run refuses.
     """
-    form = components.understood(config)
+    form = next(iter(components.understood(config)), None)
     task = components.find_task(config.task) if form is None else tasks.get(form.keys)
     splits = components.run_splits(config, task)
     every = [*splits.train, *splits.dev, *splits.test]
@@ -48,7 +45,7 @@ def inspect(
         splits = components.usable_splits(encoder, splits, config, refuses=False)
     counted = _Counted(task, encoder)
     lengths = [counted.length(example) for example in every[:_MOST_MEASURED]]
-    found = {
+    return {
         "data": config.data,
         "form": task.name if form is None else form.form,
         "kind": "chat" if task.chat else task.kind,
@@ -78,7 +75,6 @@ def inspect(
             *filter(None, [components.few_held_out(config, splits, task.metric)]),
         ],
     }
-    return found, form
 
 
 class _Counted:
