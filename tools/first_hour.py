@@ -143,8 +143,8 @@ run = hz.fit(model, data=rows, steps=2, batch_size=2, r=4, lora_alpha=8, out="ru
 print(run, run.history[-1]["kind"], hz.evaluate(run).examples)
 run.save_pretrained("python-adapter")
 """
-#: Name | what is told | command. SMALL is a short run of the embedded model, SEVERAL are files; what is called
-#: "no:" is refused.
+#: Name | what is told | command. SMALL is a short run of the embedded model, SEVERAL are files; what is
+#: called "no:" is refused.
 CASES = """
 rows that cannot be used are listed | left out | train SMALL --data bad.jsonl --out runs/bad
 no: or refused | bad.jsonl:41 | train SMALL --data bad.jsonl --strict --out runs/strict
