@@ -687,8 +687,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     over all of the model's tasks and seeds; a seed that never was as good counts as infinite.
     exact_peak_over_inference: of a step's memory, the largest over the model's tasks. gap_to_backprop_points:
     by which backpropagation is more accurate than exact gradients, of all blocks where there are such, the
-    mean over these tasks. hizoo_over_mezo: the forwards of hizoo as published, at its best rate, to be as good
-    as tuned mezo becomes with as many, over those of mezo.
+    mean over these tasks. hizoo_over_mezo: the forwards of hizoo as published, at its best rate, to be as
+    good as tuned mezo becomes with as many, over those of mezo.
     """
     best = largest(rows, MOST)
 
