@@ -21,7 +21,11 @@ class Accuracy(Objective):
     reads = ("scores",)
 
     def value(
-        self, example: Example, found: list[float], metrics: Mapping[str, Callable[..., float]]
+        self,
+        example: Example,
+        found: list[float],
+        metrics: Mapping[str, Callable[..., float]],
+        prompt: str = "",
     ) -> float:
         """See `Objective.value`."""
         return float(found.index(max(found)) == example.gold)

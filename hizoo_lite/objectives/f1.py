@@ -21,6 +21,8 @@ class F1(Objective):
     name = "f1"
     reads = ("text",)
 
-    def value(self, example: Example, found: str, metrics: Mapping[str, Callable[..., float]]) -> float:
+    def value(
+        self, example: Example, found: str, metrics: Mapping[str, Callable[..., float]], prompt: str = ""
+    ) -> float:
         """See `Objective.value`."""
         return metrics.get(self.name, squad_f1)([example], [found])
