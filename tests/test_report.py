@@ -141,7 +141,10 @@ def test_every_plot_is_there_with_its_words(run: Run) -> None:
     assert set(charts) == wanted
     loss = {series.label: series.points for series in charts["loss"].series}
     assert [x for x, _ in loss["each step"]] == list(range(6))
-    assert [x for x, _ in loss["evaluation"]] == [0.0, 3.0, 6.0]
+    assert [x for x, _ in loss["dev evaluation"]] == [3.0]
+    assert [x for x, _ in loss["test evaluation"]] == [0.0, 6.0]
+    styles = [series.style for series in charts["loss"].series]
+    assert len(set(styles)) == len(styles) == 4
     memory = [series.label for series in charts["memory"].series]
     assert memory == ["private memory", "mapped files", "peak", "budget", "inference peak"]
     assert charts["blocks"].names == ["start", "0", "1", "2", "3", "head", "update"]

@@ -11,7 +11,7 @@ from hizoo_lite.report.headline import labels, objective_of
 from hizoo_lite.report.record import RunRecord, number, rows
 from hizoo_lite.units import format_bytes
 
-Style = Literal["line", "faint", "dashed", "dots", "marks"]
+Style = Literal["line", "faint", "dashed", "dots", "squares", "diamonds", "marks"]
 Point = tuple[float, float]
 
 #: Points a drawn series has at most; of more, the least and the most of each stretch are kept.
@@ -19,6 +19,11 @@ MOST_POINTS = 800
 #: The running mean reaches over this part of a run, and over so many points at least.
 _SMOOTH_PART, _SMOOTH_POINTS = 15, 8.0
 _MIB, _GIB = 2**20, 2**30
+#: Evaluations of one part of the data: label, `when` in metrics.jsonl, style, colour of a run that is alone.
+_EVALUATED: tuple[tuple[str, tuple[str, ...], Style, int], ...] = (
+    ("dev evaluation", ("dev",), "squares", 5),
+    ("test evaluation", ("before", "after"), "diamonds", 2),
+)
 #: What a sample of memory holds, in the order of colours.
 _HELD = {
     "allocated_bytes": "allocated (CUDA)",
@@ -107,7 +112,10 @@ def _curve(
     marks: bool = False,
     zero: bool = False,
 ) -> Chart:
-    """A value of every step, of each run in its colour. smooth: with its running mean."""
+    """A value of every step, of each run in its colour. smooth: with its running mean.
+
+    The loss comes with that of the evaluations, a series for each part of the data.
+    """
     series, marked = [], []
     for color, (run, label) in enumerate(_named(runs)):
         raw = _points(run.steps, value)
@@ -117,8 +125,9 @@ def _curve(
         else:
             series.append(Series(_of(label, y_label), thin(raw), "line", color))
         if key == "loss":
-            found = _points(run.evaluations, _value("loss"))
-            series.append(Series(_of(label, "evaluation"), found, "dots", color if label else 2))
+            for what, whens, style, other in _EVALUATED:
+                found = _points((e for e in run.evaluations if e.get("when") in whens), _value("loss"))
+                series.append(Series(_of(label, what), found, style, color if label else other))
         for kind, other in (("skipped", 3), ("clipped", 4)) if marks else ():
             steps = [(float(line["step"]), 1.0) for line in run.steps if line.get(kind)]
             marked.append(Series(_of(label, f"{kind} step"), steps, "marks", color if label else other))
