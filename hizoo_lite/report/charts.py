@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from hizoo_lite.config import default
 from hizoo_lite.report.headline import labels, objective_of
 from hizoo_lite.report.record import RunRecord, number, rows
 from hizoo_lite.units import format_bytes
@@ -24,6 +25,8 @@ _EVALUATED: tuple[tuple[str, tuple[str, ...], Style, int], ...] = (
     ("dev evaluation", ("dev",), "squares", 5),
     ("test evaluation", ("before", "after"), "diamonds", 2),
 )
+#: The unit of a learning rate whose scale the optimizer has by itself.
+_SHARE = "share of the highest rate"
 #: What a sample of memory holds, in the order of colours.
 _HELD = {
     "allocated_bytes": "allocated (CUDA)",
@@ -84,7 +87,13 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("curvature", "Curvature along the direction", "c"),
     ):
         found.append(_curve(runs, key, title, y_label, _value(key), marks=key == "projected_grad"))
-    found.append(_curve(runs, "lr", "Learning rate", "learning rate", _value("lr"), smooth=False))
+    for key, title, y_label, alike in (
+        ("lr", "Learning rate", "learning rate", [run for run in runs if not _has_shares(run)]),
+        ("lr_share", "Learning rate over its highest", _SHARE, [run for run in runs if _has_shares(run)]),
+    ):
+        if alike:
+            whose = f", {alike[0].name}" if len(alike) < len(runs) else ""
+            found.append(_curve(alike, key, title + whose, y_label, _value("lr"), smooth=False))
     found.append(_curve(runs, "seconds", "Time of a step", "ms", _value("seconds", 1000.0), zero=True))
     return [chart for chart in found if chart.series]
 
@@ -92,6 +101,12 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def _named(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, str]]:
     """Each run with its label, which is empty if it is alone."""
     return zip(runs, labels(runs) if len(runs) > 1 else [""], strict=True)
+
+
+def _has_shares(run: RunRecord) -> bool:
+    """Whether its `lr` is the schedule's share of the highest rate: if all gradients are exact."""
+    estimated = any(number(line.get("projected_grad")) is not None for line in run.steps)
+    return run.config.get("lr", default("lr")) == "auto" and not estimated
 
 
 def _of(label: str, what: str) -> str:
