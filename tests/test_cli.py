@@ -33,6 +33,7 @@ from hizoo_lite.engine.generate import generate
 from hizoo_lite.errors import UserError
 from hizoo_lite.plan import hardware
 from hizoo_lite.registry import CURVATURES, ESTIMATORS, SPACES
+from hizoo_lite.report import verdict
 from hizoo_lite.train import config_file
 from hizoo_lite.train.bars import Bars
 from hizoo_lite.train.folder import RunFolder
@@ -249,6 +250,9 @@ def test_eval_of_a_run_gives_the_loss_of_its_summary(tuned: Path) -> None:
     )
     assert base.exit_code == 0, base.stderr
     assert f"{summary['loss_before']:.4f}" in base.stdout
+    before, count = summary["metric_before"], summary["test_examples"]
+    bar = verdict.bar_of({"accuracy": before}, "accuracy", count)
+    assert f"{100 * before:.1f} % {bar}" in base.stdout
     assert re.search(r"^embedded: causal, nf4, .*; nf4: the default of --bits; with --bits none", base.stderr)
     assert "; quantized to nf4 on loading (--bits, or the run's setting)\n" in done.stderr
 

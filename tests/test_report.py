@@ -141,12 +141,27 @@ def test_every_plot_is_there_with_its_words(run: Run) -> None:
     assert set(charts) == wanted
     loss = {series.label: series.points for series in charts["loss"].series}
     assert [x for x, _ in loss["each step"]] == list(range(6))
-    assert [x for x, _ in loss["evaluation"]] == [0.0, 3.0, 6.0]
+    assert [x for x, _ in loss["dev evaluation"]] == [3.0]
+    assert [x for x, _ in loss["test evaluation"]] == [0.0, 6.0]
+    styles = [series.style for series in charts["loss"].series]
+    assert len(set(styles)) == len(styles) == 4
     memory = [series.label for series in charts["memory"].series]
     assert memory == ["private memory", "mapped files", "peak", "budget", "inference peak"]
     assert charts["blocks"].names == ["start", "0", "1", "2", "3", "head", "update"]
     text = text_of((run.folder / "report.html").read_text())
     assert all(chart.title in text for chart in charts.values())
+
+
+def test_the_rate_of_exact_gradients_is_called_a_share(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for count, line in enumerate(line for line in lines if line["kind"] == "step"):
+        line |= {"projected_grad": None, "curvature": None, "lr": 1 - count / 6}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(re.sub(r"(?m)^lr = .*$", 'lr = "auto"', config))
+    charts = {chart.key: chart for chart in make_charts([read_run(folder)])}
+    assert "lr" not in charts
+    assert charts["lr_share"].spoken == "share of the highest rate from 1 to 0.1667"
 
 
 def test_skipped_and_clipped_steps_are_marked(folder: Path) -> None:

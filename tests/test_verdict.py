@@ -104,6 +104,13 @@ def test_before_a_run_too_few_examples_are_told_with_their_error_bar() -> None:
     assert verdict.too_few({"test": 4}, "loss") == ""
 
 
+def test_an_evaluation_has_the_error_bar_of_its_share() -> None:
+    assert verdict.bar_of({"loss": 0.2, "accuracy": 0.9}, "accuracy", 100) == "± 6.0 points"
+    assert verdict.bar_of({"loss": 0.2, "accuracy": 1.0}, "accuracy", 100) == "± 2.0 points"
+    assert verdict.bar_of({"loss": 0.2, "f1": 0.9}, "f1", 100) == ""
+    assert verdict.bar_of({"loss": 0.2, "accuracy": 0.9, "a/accuracy": 0.9}, "accuracy", 100) == ""
+
+
 def test_the_commands_after_a_run_are_of_its_folder_and_model(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     given = record(0.0, 1.0, 3)

@@ -157,13 +157,19 @@ def _of_model(
 
 
 def _print(result: dict[str, Any], part: str, json: bool) -> None:
-    """The scores."""
+    """The scores; a share of right answers with its error bar."""
     from hizoo_lite.cli import output
+    from hizoo_lite.report import verdict
 
     if json:
         output.print_json(result)
         return
-    rows = [[name, output.score(name, float(value))] for name, value in result["scores"].items()]
+    bar = verdict.bar_of(result["scores"], result["metric"], result["examples"])
+    bars = {result["metric"]: f" {bar}"} if bar else {}
+    rows = [
+        [name, output.score(name, float(value)) + bars.get(name, "")]
+        for name, value in result["scores"].items()
+    ]
     examples = counted(result["examples"], "example" if part == "all" else f"{part} example")
     output.print_table(f"{result['model']} on {result['task']}, {examples}", ["score", "value"], rows)
 

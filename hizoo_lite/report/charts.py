@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from hizoo_lite.config import default
 from hizoo_lite.report.headline import labels, objective_of
 from hizoo_lite.report.record import RunRecord, number, rows
 from hizoo_lite.units import format_bytes
 
-Style = Literal["line", "faint", "dashed", "dots", "marks"]
+Style = Literal["line", "faint", "dashed", "dots", "squares", "diamonds", "marks"]
 Point = tuple[float, float]
 
 #: Points a drawn series has at most; of more, the least and the most of each stretch are kept.
@@ -19,6 +20,13 @@ MOST_POINTS = 800
 #: The running mean reaches over this part of a run, and over so many points at least.
 _SMOOTH_PART, _SMOOTH_POINTS = 15, 8.0
 _MIB, _GIB = 2**20, 2**30
+#: Evaluations of one part of the data: label, `when` in metrics.jsonl, style, colour of a run that is alone.
+_EVALUATED: tuple[tuple[str, tuple[str, ...], Style, int], ...] = (
+    ("dev evaluation", ("dev",), "squares", 5),
+    ("test evaluation", ("before", "after"), "diamonds", 2),
+)
+#: The unit of a learning rate whose scale the optimizer has by itself.
+_SHARE = "share of the highest rate"
 #: What a sample of memory holds, in the order of colours.
 _HELD = {
     "allocated_bytes": "allocated (CUDA)",
@@ -79,7 +87,13 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("curvature", "Curvature along the direction", "c"),
     ):
         found.append(_curve(runs, key, title, y_label, _value(key), marks=key == "projected_grad"))
-    found.append(_curve(runs, "lr", "Learning rate", "learning rate", _value("lr"), smooth=False))
+    for key, title, y_label, alike in (
+        ("lr", "Learning rate", "learning rate", [run for run in runs if not _has_shares(run)]),
+        ("lr_share", "Learning rate over its highest", _SHARE, [run for run in runs if _has_shares(run)]),
+    ):
+        if alike:
+            whose = f", {alike[0].name}" if len(alike) < len(runs) else ""
+            found.append(_curve(alike, key, title + whose, y_label, _value("lr"), smooth=False))
     found.append(_curve(runs, "seconds", "Time of a step", "ms", _value("seconds", 1000.0), zero=True))
     return [chart for chart in found if chart.series]
 
@@ -87,6 +101,12 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 def _named(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, str]]:
     """Each run with its label, which is empty if it is alone."""
     return zip(runs, labels(runs) if len(runs) > 1 else [""], strict=True)
+
+
+def _has_shares(run: RunRecord) -> bool:
+    """Whether its `lr` is the schedule's share of the highest rate: if all gradients are exact."""
+    estimated = any(number(line.get("projected_grad")) is not None for line in run.steps)
+    return run.config.get("lr", default("lr")) == "auto" and not estimated
 
 
 def _of(label: str, what: str) -> str:
@@ -107,7 +127,10 @@ def _curve(
     marks: bool = False,
     zero: bool = False,
 ) -> Chart:
-    """A value of every step, of each run in its colour. smooth: with its running mean."""
+    """A value of every step, of each run in its colour. smooth: with its running mean.
+
+    The loss comes with that of the evaluations, a series for each part of the data.
+    """
     series, marked = [], []
     for color, (run, label) in enumerate(_named(runs)):
         raw = _points(run.steps, value)
@@ -117,8 +140,9 @@ def _curve(
         else:
             series.append(Series(_of(label, y_label), thin(raw), "line", color))
         if key == "loss":
-            found = _points(run.evaluations, _value("loss"))
-            series.append(Series(_of(label, "evaluation"), found, "dots", color if label else 2))
+            for what, whens, style, other in _EVALUATED:
+                found = _points((e for e in run.evaluations if e.get("when") in whens), _value("loss"))
+                series.append(Series(_of(label, what), found, style, color if label else other))
         for kind, other in (("skipped", 3), ("clipped", 4)) if marks else ():
             steps = [(float(line["step"]), 1.0) for line in run.steps if line.get(kind)]
             marked.append(Series(_of(label, f"{kind} step"), steps, "marks", color if label else other))

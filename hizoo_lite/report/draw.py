@@ -31,6 +31,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "faint": {"lw": 0.8, "alpha": 0.4},
     "dashed": {"lw": 1.3, "ls": "--"},
     "dots": {"lw": 0, "marker": "o", "ms": 5},
+    "squares": {"lw": 1.3, "ls": ":", "marker": "s", "ms": 5},
+    "diamonds": {"lw": 0, "marker": "D", "ms": 7},
     "marks": {"lw": 0, "marker": "v", "ms": 6, "clip_on": False},
 }
 _SETTINGS = {
@@ -113,7 +115,8 @@ def _draw(figure: Any, chart: Chart, width: int) -> None:
     axes = figure.subplots()
     for series in [*chart.series, *chart.marks]:
         xs, ys = zip(*series.points, strict=True)
-        style = _STYLES["dots" if series.style != "marks" and len(xs) == 1 else series.style]
+        style = _STYLES[series.style]
+        style = style if len(xs) > 1 or "marker" in style else _STYLES["dots"]
         over = {"transform": axes.get_xaxis_transform()} if series.style == "marks" else {}
         axes.plot(xs, ys, color=_PALETTE[series.color], label=_cut(series.label) or "_", **style, **over)
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)

@@ -96,7 +96,7 @@ def too_few(counts: Mapping[str, int], metric: str) -> str:
     if metric == "loss" or not few:
         return ""
     examples = " and ".join(counted(count, f"{part} example") for part, count in few.items())
-    bar = 100 * CERTAIN * math.sqrt(0.25 / min(few.values()))  # of a half, where it is widest
+    bar = 100 * CERTAIN * sampling_error(0.5, count=min(few.values()))  # where it is widest
     said = f"an {metric} of so few is uncertain by ± {bar:.0f} points"
     said = said if metric in _SHARES else "too few to tell chance"
     return f"{examples}: {said}; {_hold_out([*few])}"
@@ -138,7 +138,23 @@ def standard_error(
         lost = sum(first and not last for first, last in pairs)
         spread = gained + lost - (gained - lost) ** 2 / count
         return math.sqrt(max(spread, 1.0)) / count
-    return math.sqrt(max(before * (1 - before) + after * (1 - after), 1 / count) / count)
+    return sampling_error(before, after, count=count)
+
+
+def sampling_error(*shares: float, count: int) -> float:
+    """The standard error of a share of `count` examples, or of the difference of two such samples."""
+    spread = sum(share * (1 - share) for share in shares)
+    return math.sqrt(max(spread, min(1 / count, 0.25)) / count)  # none or all right is not certain either
+
+
+def bar_of(scores: Mapping[str, float], metric: str, count: int) -> str:
+    """The error bar of one evaluation's main metric, as "± 2.7 points".
+
+    "" if none is known: of what is no share of right answers, and of a mean over several tasks.
+    """
+    if metric not in _SHARES or any("/" in name for name in scores):
+        return ""
+    return f"± {100 * CERTAIN * sampling_error(scores[metric], count=count):.1f} points"
 
 
 def loss_error(predictions: Sequence[Mapping[str, Any]], change: float) -> float | None:
