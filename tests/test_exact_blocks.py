@@ -89,7 +89,7 @@ def test_gradients_are_those_of_autograd(name: str, tmp_path: Path) -> None:
     assert len(ours) == 2 * len(space.target_names)
     for layer, (gradient, reach) in ours.items():
         torch.testing.assert_close(gradient.float(), wanted[layer], rtol=1e-3, atol=TOLERANCE)
-        assert reach > 0
+        assert reach > 0 or layer.endswith(".lora_A.weight")  # which moves as B
     assert max(gradient.abs().max() for gradient, _ in ours.values()) > 1e-3
 
 
