@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -196,18 +197,28 @@ def test_a_step_moves_an_output_by_no_more_than_its_reach() -> None:
     assert torch.equal(weight.sign(), -gradient.sign())
 
 
-def test_adapters_share_a_rate_and_heads_have_their_own() -> None:
-    """A value moves by the rate in the first step, whatever its gradient."""
-    names = ("a.lora_A.weight", "a.lora_B.weight", "b.lora_A.weight", "b.lora_B.weight", "score.weight")
-    weights = {name: torch.zeros(1) for name in names}
-    head = ExactAdam(weights, TorchArrays())
-    # each: gradient, the sum of |x| over the inputs, and how many those are
-    values = ([1.0, 10.0, 2.0], [1.0, 4.0, 2.0], [9.0, 30.0, 2.0], [9.0, 8.0, 1.0], [1.0, 40.0, 2.0])
-    head.update(torch.tensor(values).flatten().numpy().astype("<f4").tobytes(), share=0.5)
-    moved = [-float(weights[name]) for name in names]
-    shared = {"A": 0.5 * REACH / 10.0, "B": 0.5 * REACH / 4.0}  # 40 of 4 inputs, 12 of 3
-    expected = [shared["A"], shared["B"], shared["A"], shared["B"], 0.5 * REACH / 20.0]
-    assert moved == pytest.approx(expected, rel=1e-5)
+def test_both_halves_of_all_adapters_move_at_the_rate_of_the_first_step() -> None:
+    """Adam's first steps are of the size of its rate, whatever the gradients are."""
+    names = [f"{layer}.lora_{half}.weight" for layer in ("low", "top") for half in "AB"]
+    values = {name: torch.zeros(2, 3) for name in [*names, "head.weight"]}
+    adam = ExactAdam(values, TorchArrays())
+
+    def step(reaches: dict[str, float], optimizer: ExactAdam) -> dict[str, float]:
+        before = {name: value.clone() for name, value in values.items()}
+        found = [[1.0] * 6 + [reaches.get(name, 0.0), float(name in reaches)] for name in sorted(values)]
+        optimizer.update(np.array(found, "<f4").tobytes(), 1.0)
+        return {name: float((before[name] - value).max()) for name, value in values.items()}
+
+    first = {"low.lora_B.weight": 10.0, "top.lora_B.weight": 30.0, "head.weight": 50.0}
+    moved = step(first, adam)
+    assert all(moved[name] == pytest.approx(1 / 20, rel=1e-5) for name in names)
+    assert moved["head.weight"] == pytest.approx(1 / 50, rel=1e-5)
+    resumed = ExactAdam(values, TorchArrays())
+    resumed.load_state_dict(adam.state_dict())
+    for optimizer in (adam, resumed):
+        moved = step({name: 4 * reach for name, reach in first.items()}, optimizer)
+        assert all(moved[name] == pytest.approx(1 / 20, rel=1e-5) for name in names)
+        assert moved["head.weight"] == pytest.approx(1 / 200, rel=1e-5)
 
 
 def test_a_run_with_rows_for_labels_is_resumed_and_replayed_bitwise(tmp_path: Path) -> None:

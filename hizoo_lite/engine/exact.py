@@ -53,10 +53,12 @@ def gradients_of(
 
 
 def with_reaches(gradients: Mapping[str, Tensor], state: BranchState) -> Tensor:
-    """`Losses.exact` from the gradients of all parameters that have one."""
+    """`Losses.exact` from the gradients of all parameters that have one; 0 inputs of those that tell none."""
     parts: list[Tensor] = []
     for name in sorted(gradients):
-        parts += [gradients[name].flatten(), torch.stack(state.reaches[name])]
+        reach = state.reaches.get(name)
+        found = gradients[name].flatten()
+        parts += [found, found.new_zeros(2) if reach is None else torch.stack(reach)]
     return torch.cat(parts)
 
 

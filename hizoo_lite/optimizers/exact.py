@@ -8,14 +8,16 @@ its rate, so that an output of the layer moves by at most rate * sum |x| with x 
 hence at most `REACH` nats of a logit a step at the start. On SmolLM2's label rows 1 is the best of 0.5 to 4
 over 100 to 1000 examples and 30 to 450 steps (tools/LOG.md). There is no weight decay.
 
-The A of all adapters share one rate, and so do the B: the mean is over their layers. With a rate for each
-layer the lowest block of SmolLM2, whose inputs are small, moves eight times as far as the last one.
+All adapters share one rate, their A and B alike, as in Hu et al. (2106.09685): x is what B reads, the mean is
+over their layers and that of the first step. With a rate for each layer the lowest block of SmolLM2, whose
+inputs are small, moves eight times as far as the last one. With one that followed the inputs of B, which are
+products of A, B would lose what A has learnt; with an A faster than B, too (tools/LOG.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -27,9 +29,14 @@ REACH = 1.0
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
-def _kind(name: str) -> str:
-    """Parameters of a kind have one rate: the A, or the B, of all adapters; others are each of their own."""
-    return next((half for half in ("lora_A.weight", "lora_B.weight") if name.endswith(f".{half}")), name)
+#: The kind of all adapters' parameters, and the entry of the saved state with their inputs in the first step.
+_ADAPTERS, _FIRST = "adapters", "inputs of adapters"
+
+
+def _kinds(names: Collection[str]) -> dict[str, str]:
+    """Parameters of a kind have one rate: those of adapters, both halves of each; others have their own."""
+    halves = {name.rpartition(".lora_B.weight")[0] for name in names} - {""}
+    return {name: _ADAPTERS if name.rpartition(".lora_")[0] in halves else name for name in names}
 
 
 class ExactAdam:
@@ -42,7 +49,8 @@ class ExactAdam:
         zeros = [np.zeros(tuple(value.shape), np.float32) for value in self._parameters.values()]
         self._first = [self._there(value) for value in zeros]
         self._second = [self._there(value.copy()) for value in zeros]
-        self._steps = 0
+        self._kinds = _kinds(self._parameters)
+        self._steps, self._adapters = 0, 0.0
 
     @property
     def count(self) -> int:
@@ -69,7 +77,7 @@ class ExactAdam:
         for number, (name, parameter) in enumerate(self._parameters.items()):
             end = begin + self._sizes[number]
             gradient = self._there(values[begin:end].reshape(tuple(parameter.shape)).copy())
-            begin, reach = end + 2, reaches[_kind(name)]
+            begin, reach = end + 2, reaches[self._kinds[name]]
             first, second = self._first[number], self._second[number]
             first *= b1
             first += (1 - b1) * gradient
@@ -80,34 +88,45 @@ class ExactAdam:
                 parameter -= rate * first / ((second / correction[1]) ** 0.5 + _EPSILON * max(reach, 1.0))
 
     def _reaches(self, values: np.ndarray) -> dict[str, float]:
-        """The mean of sum |x| over the inputs of all parameters of a kind; 0 if there were none."""
+        """The mean of sum |x| over the inputs of parameters of a kind, of adapters those of the first step.
+
+        0 if there were none.
+        """
         sums: dict[str, tuple[float, float]] = {}
         end = 0
         for name, size in zip(self._parameters, self._sizes, strict=True):
             end += size + 2
-            total, inputs = sums.get(_kind(name), (0.0, 0.0))
-            sums[_kind(name)] = total + float(values[end - 2]), inputs + float(values[end - 1])
-        return {kind: total / inputs if inputs else 0.0 for kind, (total, inputs) in sums.items()}
+            total, inputs = sums.get(self._kinds[name], (0.0, 0.0))
+            sums[self._kinds[name]] = total + float(values[end - 2]), inputs + float(values[end - 1])
+        found = {kind: total / inputs if inputs else 0.0 for kind, (total, inputs) in sums.items()}
+        self._adapters = self._adapters or found.get(_ADAPTERS, 0.0)
+        return {**found, _ADAPTERS: self._adapters}
 
     def state_dict(self) -> dict[str, Array]:
-        """Both moments by parameter, and the steps taken; nothing if there are no parameters."""
+        """Both moments by parameter, the steps taken, the inputs of adapters; nothing without parameters."""
         if not self._parameters:
             return {}
         found: dict[str, Array] = {"steps": np.array([self._steps], np.int64)}
+        if _ADAPTERS in self._kinds.values():
+            found[_FIRST] = np.array([self._adapters], np.float64)
         for number, name in enumerate(self._parameters):
             found[f"{name}.first"] = self._arrays.on_host(self._first[number])
             found[f"{name}.second"] = self._arrays.on_host(self._second[number])
         return found
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state_dict`. `UserError` if it is another head's."""
-        if set(state) != set(self.state_dict()):
+        """The inverse of `state_dict`. `UserError` if it is another head's.
+
+        A state of before, without inputs, takes those of the next step.
+        """
+        if set(state) != set(self.state_dict()) - ({_FIRST} - set(state)):
             known = ", ".join(self._parameters) or "none"
             raise UserError(f"head: the saved state is of other parameters than this run's, {known}")
         for number, name in enumerate(self._parameters):
             self._first[number] = self._there(np.asarray(state[f"{name}.first"]).copy())
             self._second[number] = self._there(np.asarray(state[f"{name}.second"]).copy())
         self._steps = int(np.asarray(state["steps"])[0]) if state else 0
+        self._adapters = float(np.asarray(state[_FIRST])[0]) if _FIRST in state else 0.0
 
     def _there(self, value: np.ndarray) -> Array:
         return self._arrays.on_device(self._arrays.from_numpy(value))

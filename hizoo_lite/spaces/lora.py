@@ -60,15 +60,12 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 
 _log = logging.getLogger(__name__)
 
-#: How far the products of all exact blocks together may move in a step, where a logit may move by one nat
-#: (`optimizers/exact.py`): each B's product by its block's share, A's by `A_TO_B` times that, a nat
-#: at most. With the shares that six blocks have, all thirty of SmolLM2 learnt nothing. A whole run may move
-#: them by `PATH` if every step goes the same way: few steps are longer than many, within these bounds. SST-2
-#: in 33 steps of the shortest has 69 %, of the longest 76; 400 of the longest would fit the examples
-#: (tools/LOG.md).
-PATH = 9.0
-SHORTEST, LONGEST = 0.06, 0.36
-A_TO_B = 100.0
+#: How far the product of an exact adapter may move in a whole run, in nats of a logit, if every step goes the
+#: same way (`optimizers/exact.py`): few steps are longer than many, within these bounds. Those of all exact
+#: blocks may move by `TOGETHER` in a step. tools/LOG.md has the runs by which these were chosen.
+PATH = 0.75
+SHORTEST, LONGEST = 0.0075, 0.045
+TOGETHER = 0.225
 #: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
 #: head so sure of its examples that the loss on others is a third higher (tools/LOG.md).
 HEAD_STEP = 0.1
@@ -78,8 +75,8 @@ _TASK_TYPE = {"causal": "CAUSAL_LM", "masked": None, "classifier": "SEQ_CLS"}
 class LoRADelta(LinearDelta):
     """y_k += scaling * x_k A_k' B_k'; A: (rank, in_features), B: (out_features, rank), float32.
 
-    names: of A and of B, None if it is the same in all branches. exact: their names if they have exact
-    gradients, and step how far B's product may then move, in nats of a logit.
+    names: of A and of B, None if it is the same in all branches. exact: their names if their inputs
+    say how fast they move, and step how far B's product may then move, in nats of a logit.
     """
 
     def __init__(
@@ -99,8 +96,7 @@ class LoRADelta(LinearDelta):
         if self.names[0] is None:
             inner = x @ self.a.t()
             if self.exact[0] and inner.requires_grad:
-                step = min(1.0, A_TO_B * self.step)
-                inner.register_hook(partial(state.reached, self.exact[0], x.detach(), step=step))
+                inner.register_hook(partial(state.reached, self.exact[0], x.detach()))
         else:
             a = _values(self.a, self.names[0], state)
             inner = torch.bmm(x, a.transpose(1, 2))
@@ -112,16 +108,17 @@ class LoRADelta(LinearDelta):
         return out
 
 
-def exact_step(steps: int | None) -> float:
-    """How far the products of all exact blocks together move in the first of so many steps, in nats.
+def exact_step(steps: int | None, blocks: int) -> float:
+    """How far the product of an adapter in one of so many exact blocks moves in the first step, in nats.
 
-    The schedule falls to zero, so that the mean step is half of it. None is many.
+    The schedule falls to zero, so that the mean of all steps is half of it. None is many.
 
     Example:
-        >>> [exact_step(steps) for steps in (33, 100, 1000)]
-        [0.36, 0.18, 0.06]
+        >>> [exact_step(steps, blocks=6) for steps in (10, 100, 1000)]
+        [0.03333333333333333, 0.015, 0.0075]
     """
-    return SHORTEST if steps is None else min(max(2 * PATH / max(steps, 1), SHORTEST), LONGEST)
+    step = SHORTEST if steps is None else min(max(2 * PATH / max(steps, 1), SHORTEST), LONGEST)
+    return min(step, TOGETHER / max(blocks, 1))
 
 
 def _values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
@@ -294,7 +291,7 @@ class LoRA(Space):
         self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         exact_blocks = len(model.blocks) if self.exact_blocks == "all" else self.exact_blocks
-        step = exact_step(self.steps) / max(exact_blocks, 1)
+        step = exact_step(self.steps, exact_blocks)
         for target in self.target_names:
             linear = model.linears[target]
             names = (f"{target}.lora_A.weight", f"{target}.lora_B.weight")
@@ -305,7 +302,8 @@ class LoRA(Space):
             b = torch.zeros(linear.out_features, self.rank, device=model.device)
             if in_top(model, target, self.exact_blocks):
                 self.exact |= {names[0]: a, names[1]: b}
-                linear.delta = LoRADelta(a, b, (None, None), self.scaling, exact=names, step=step)
+                by_inputs = "", names[1]  # A moves as fast as B (`optimizers/exact.py`)
+                linear.delta = LoRADelta(a, b, (None, None), self.scaling, exact=by_inputs, step=step)
             else:
                 (self.parameters if self.train_a else self.frozen)[names[0]] = a
                 self.parameters[names[1]] = b
