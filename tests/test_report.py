@@ -24,7 +24,7 @@ from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.report import draw, headline
 from hizoo_lite.report.charts import make_charts, running_mean, thin
-from hizoo_lite.report.record import read_run
+from hizoo_lite.report.record import RunRecord, read_run
 from hizoo_lite.report.report import as_json, default_page, render, write_report
 from hizoo_lite.run import Run, fit
 from hizoo_lite.units import format_bytes
@@ -146,10 +146,21 @@ def test_every_plot_is_there_with_its_words(run: Run) -> None:
     styles = [series.style for series in charts["loss"].series]
     assert len(set(styles)) == len(styles) == 4
     memory = [series.label for series in charts["memory"].series]
-    assert memory == ["private memory", "mapped files", "peak", "budget", "inference peak"]
+    assert memory[:2] == ["private memory", "mapped files"]
+    assert memory[2:] == ["peak of a step", "budget", "peak of the run", "inference peak"]
     assert charts["blocks"].names == ["start", "0", "1", "2", "3", "head", "update"]
     text = text_of((run.folder / "report.html").read_text())
     assert all(chart.title in text for chart in charts.values())
+
+
+def test_a_plans_bytes_have_units() -> None:
+    plan = {"blocks": 4, "ledger": {"device": {"adapters": 3 << 20}}, "moments": {"mlp": 2 << 20}}
+    [found] = headline.tables([RunRecord(Path("run"), {}, {}, [], [], plan, {}, [], [])])
+    assert dict(row[:2] for row in found.rows) == {
+        "blocks": "4",
+        "ledger.device.adapters": "3.00 MiB",
+        "moments.mlp": "2.00 MiB",
+    }
 
 
 def test_the_rate_of_exact_gradients_is_called_a_share(folder: Path) -> None:

@@ -367,7 +367,7 @@ def test_classifier_truncation_cuts_the_premise_only():
     [
         (
             lambda: Encoder(word_piece(), "masked", SQUAD, 64),
-            "task squad: it has no prompt for a masked model",
+            "task squad: it has no prompt for a masked model; it is written, which a causal model does",
         ),
         (
             lambda: Encoder(byte_level(), "masked", SST2, 64),

@@ -101,7 +101,7 @@ def test_before_a_run_too_few_examples_are_told_with_their_error_bar() -> None:
     assert "± 100 points; hold out 20 or more with --test-examples and --dev-examples" in both
     assert "points" not in verdict.too_few({"test": 4}, "f1")
     assert verdict.too_few({"test": verdict.LEAST_EXAMPLES, "dev": 0}, "accuracy") == ""
-    assert verdict.too_few({"test": 4}, "loss") == ""
+    assert "too few to tell chance; hold out 20" in verdict.too_few({"test": 4}, "loss")
 
 
 def test_an_evaluation_has_the_error_bar_of_its_share() -> None:

@@ -24,6 +24,12 @@ def say_loading() -> None:
         typer.echo("loading torch and transformers", err=True)
 
 
+def say_drawing() -> None:
+    """Say on stderr what the next seconds go to, if the plots' library is still to be imported."""
+    if "matplotlib" not in sys.modules:
+        typer.echo("drawing the report", err=True)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON document; numbers that are not finite become null."""
     from hizoo_lite.train.folder import plain

@@ -33,6 +33,9 @@ def command(
 
     hizoo-lite report runs/sst2 --json
     """
+    from hizoo_lite.cli import output
+
+    output.say_drawing()
     from hizoo_lite.report.report import write_report
 
     written = write_report([run] if other is None else [run, other], out)

@@ -217,8 +217,12 @@ def _steps_memory(runs: Sequence[RunRecord]) -> Chart:
             series.append(Series(what, thin(_points(ends, _value(key))), "line", color))
         color = index if label else 5
         peaks = [(float(x), float(y)) for x, y in _pairs(run.memory.get("step_peaks"))]
-        series.append(Series(_of(label, "peak"), thin(peaks), "line", color))
-        limits = (("budget_bytes", "budget", 3), ("inference_peak_bytes", "inference peak", 6))
+        series.append(Series(_of(label, "peak of a step"), thin(peaks), "line", color))
+        limits = (
+            ("budget_bytes", "budget", 3),
+            ("measured_peak_bytes", "peak of the run", 1),
+            ("inference_peak_bytes", "inference peak", 6),
+        )
         for key, what, other in limits[:1] if label else limits:
             value = number(run.summary.get(key)) or number(run.memory.get(key))
             if value is not None:

@@ -157,7 +157,7 @@ def cards(run: RunRecord) -> list[Card]:
     clipped, skipped = (show(found[key], "count") for key in ("clipped_steps", "skipped_steps"))
     made = [
         Card("Loss", show(found["loss_after"], "number"), f"before {show(found['loss_before'], 'number')}"),
-        Card("Peak memory", _short(peak), share),
+        Card("Peak of the run", _short(peak), share),
         Card(
             "Peak over inference",
             show(found["training_over_inference"], "ratio") + " x" * bool(found["training_over_inference"]),
@@ -254,16 +254,20 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= _scalars(value, f"{prefix}{name}.")
         else:
-            found[prefix + str(name)] = _text(str(name), value)
+            found[prefix + str(name)] = _text(str(name), value, is_bytes=prefix.startswith(_OF_BYTES))
     return found
 
 
-def _text(name: str, value: Any) -> str:
+#: Where a plan's numbers are bytes, whatever they are called.
+_OF_BYTES = ("ledger.", "moments.")
+
+
+def _text(name: str, value: Any, *, is_bytes: bool = False) -> str:
     if value is None or (isinstance(value, float) and number(value) is None):
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name.endswith("_bytes") and number(value) is not None:
+    if (is_bytes or name.endswith("_bytes")) and number(value) is not None:
         return format_bytes(int(value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 400 else text[:399] + "…"

@@ -93,7 +93,7 @@ def too_few(counts: Mapping[str, int], metric: str) -> str:
     counts: examples by their part, test or dev.
     """
     few = {part: count for part, count in counts.items() if 0 < count < LEAST_EXAMPLES}
-    if metric == "loss" or not few:
+    if not few:
         return ""
     examples = " and ".join(counted(count, f"{part} example") for part, count in few.items())
     bar = 100 * CERTAIN * sampling_error(0.5, count=min(few.values()))  # where it is widest

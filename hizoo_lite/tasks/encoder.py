@@ -44,6 +44,15 @@ _MOST_TOKEN_CHARACTERS = 1024
 _MOST_LOOKED_AT = 64
 
 
+def _other_kind(task: Task) -> str:
+    """What fits a task that does not fit an encoder."""
+    if task.kind != "choice":
+        return (
+            "it is written, which a causal model does; an encoder tells the labels of a classification apart"
+        )
+    return "use a causal model"
+
+
 class Encoder:
     """Encodes a task's examples for one tokenizer and one kind of model. Stateless but for its settings.
 
@@ -111,14 +120,16 @@ class Encoder:
             raise UserError(f"model_kind: got {self.model_kind!r}; allowed: {', '.join(get_args(ModelKind))}")
         usable_length(self.max_length)
         if self.model_kind == "masked" and task.masked is None:
-            raise UserError(f"task {task.name}: it has no prompt for a masked model; use a causal model")
+            raise UserError(f"task {task.name}: it has no prompt for a masked model; {_other_kind(task)}")
         if self.model_kind == "masked" and self.tokenizer.mask_token_id is None:
             raise UserError("tokenizer: a masked model needs one with a mask token")
         if task.tokenized and (self.model_kind == "classifier") != (task.num_labels is not None):
             wanted = "one token for each position" if task.num_labels is None else "numbers of classes"
             raise UserError(f"task {task.name}: its labels are {wanted}, but the model is {self.model_kind}")
         if self.model_kind == "classifier" and (task.num_labels is None or task.text is None):
-            raise UserError(f"task {task.name}: it has no fixed classes for a classifier; use a causal model")
+            raise UserError(
+                f"task {task.name}: it has no fixed classes for a classifier; {_other_kind(task)}"
+            )
 
     @property
     def parts(self) -> tuple[Encoder, ...]:
