@@ -232,17 +232,13 @@ class Objective(ABC):
         reads: what `value` may be given: the scores of an example's candidates or classes, the text that is
             written for it. Nothing: the loss itself.
         source: a hash of what it is made of, if its name does not say that.
-        reads_rows: whether `value` is to find the row that an example is of in its fields, as `ROW`.
     """
 
     name: str
     reads: ClassVar[tuple[Literal["scores", "text"], ...]] = ()
     source: str | None = None
-    reads_rows: bool = False
 
-    def value(
-        self, example: Example, found: Any, metrics: Mapping[str, Callable[..., float]], prompt: str = ""
-    ) -> float:
+    def value(self, example: Example, found: Any, metrics: Mapping[str, Callable[..., float]]) -> float:
         """The value of one example at one parameter point; the higher the better.
 
         Args:
@@ -250,7 +246,6 @@ class Objective(ABC):
             found: scores, by candidate or class in the order of `Example.gold`; or the greedy completion, up
                 to the task's stop text.
             metrics: the task's metrics by name, functions of (examples, predictions).
-            prompt: if it `reads_rows`, what the model was asked, of a conversation the last user's message.
         """
         raise NotImplementedError
 

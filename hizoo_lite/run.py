@@ -112,9 +112,8 @@ def fit(
         space: a name as in the configuration, or an object such as `spaces.LoRA(rank=8)`.
         estimator: likewise, such as `estimators.MeZO()`.
         curvature: likewise, such as `curvature.NoCurvature()`.
-        objective: a name as in the configuration; or a function of (prompt, text, row), of (example, scores)
-            or of (example, text), the higher the better (see `objectives/function.py`). To resume a run with
-            a function, give it again.
+        objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
+            higher the better (see `objectives`). To resume a run with a function, give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
         progress: show a bar at a terminal or in a notebook, if `callbacks` has no display of its own.

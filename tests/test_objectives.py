@@ -13,7 +13,6 @@ import torch
 from typer.testing import CliRunner
 
 import hizoo_lite as hz
-from hizoo_lite import tasks
 from hizoo_lite.batch import Batch, Example, Losses
 from hizoo_lite.branches import Branches
 from hizoo_lite.checkpoints.checkpoint import Checkpoint
@@ -30,8 +29,7 @@ from hizoo_lite.report.charts import make_charts
 from hizoo_lite.report.headline import about
 from hizoo_lite.report.record import read_run
 from hizoo_lite.run import Run, fit
-from hizoo_lite.tasks import Encoder, Records
-from hizoo_lite.tasks.task import ROW
+from hizoo_lite.tasks import Encoder
 from hizoo_lite.train.compared import Compared
 from hizoo_lite.train.progress import RunningMeans
 from tests.run_fixtures import flags, short_run, write_texts
@@ -55,12 +53,6 @@ def nothing(example, found):
 
 def unknown(example, found):
     return float("nan")
-
-def alone(row):
-    return 0.5
-
-def lacking(prompt, text, row):
-    return row["nowhere"]
 """
 #: At which the embedded model's answers change.
 FAR = {"targets": "all-linear", "blocks": "all", "mu": 1.0}
@@ -260,8 +252,6 @@ def test_a_value_that_is_not_finite_skips_the_step(tmp_path: Path, rewards: str)
     [
         ("rewards.py:fails", r"fails: .*train.jsonl:\d+: IndexError: .*wanted: a function of"),
         ("rewards.py:nothing", r"nothing: .*TypeError: .*wanted: a function of"),
-        ("rewards.py:alone", r"alone: takes \(row\), allowed: \(prompt, text, row\) or \(example, scores or"),
-        ("rewards.py:lacking", r"lacking: .*train.jsonl:\d+: KeyError: 'nowhere'; wanted: a function of"),
         ("rewards.py:none", "has no function 'none'"),
         ("broken.py:f", "broken.py: SyntaxError"),
         ("absent.py:f", "no such file: .*absent.py"),
@@ -330,39 +320,6 @@ def test_a_function_is_given_the_text(tmp_path: Path, rewards: str) -> None:
     assert all(float(loss * 4).is_integer() and loss > 0 for line in steps(run) for loss in line["losses"])
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_a_function_is_given_prompt_text_and_row(chat: bool, tmp_path: Path) -> None:
-    """Of conversations the text that is written, of a classification the answer that is chosen."""
-    labels = ["good", "bad"] * 8
-    rows: list[dict[str, Any]] = [
-        {"number": n, "review": f"Soup {n}", "verdict": label} for n, label in enumerate(labels)
-    ]
-    for row in rows if chat else ():
-        asked = {"role": "user", "content": row.pop("review")}
-        row["messages"] = [asked, {"role": "assistant", "content": row.pop("verdict")}]
-    seen: list[tuple[str, str, dict[str, Any]]] = []
-
-    def near(prompt: str, text: str, row: dict[str, Any]) -> float:
-        seen.append((prompt, text, dict(row)))
-        row.clear()  # which the next one does not notice
-        return len(text)
-
-    settings = {"steps": 1, "batch_size": 4, "max_length": 64, "device": "cpu", "progress": False}
-    hz.fit("embedded", data=rows, objective=near, out=str(tmp_path / "run"), **settings)
-    assert len(seen) >= 12
-    for prompt, text, row in seen:
-        assert row == rows[row["number"]]
-        assert prompt == f"Soup {row['number']}" + ("" if chat else "\nVerdict:")
-        assert chat or text in labels
-
-
-def test_rows_are_kept_for_those_that_read_them_alone(tmp_path: Path) -> None:
-    task = tasks.get("lm")
-    assert ROW not in task.load(Records([{"text": "a b"}]), "train")[0].fields
-    [kept] = task.keeping_rows().load(Records([{"text": "a b", "more": 1}]), "train")
-    assert kept.fields[ROW] == {"text": "a b", "more": 1}
-
-
 def test_keys_and_values_of_every_branch_are_planned() -> None:
     asked = {
         "model": "embedded",
@@ -373,11 +330,10 @@ def test_keys_and_values_of_every_branch_are_planned() -> None:
     }
     config = TrainConfig(**asked, eval_batch_size=1, head="none")
     checkpoint = Checkpoint.open(kinds.model_path("embedded"))
-    loss = Workload(Demand(), Demand(), 64, written=96)
+    workload = Workload(Demand(), Demand(), 64, written=96)
 
     def planned(objective: str) -> Any:
         changed = TrainConfig(**asked, eval_batch_size=1, head="none", objective=objective)
-        workload = loss._replace(step_written=96) if objective == "f1" else loss
         return planner.plan_run(changed, checkpoint, "causal", workload, framework=1 << 20)
 
     found = planned("f1").categories["cache"]

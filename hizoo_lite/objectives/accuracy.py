@@ -21,11 +21,7 @@ class Accuracy(Objective):
     reads = ("scores",)
 
     def value(
-        self,
-        example: Example,
-        found: list[float],
-        metrics: Mapping[str, Callable[..., float]],
-        prompt: str = "",
+        self, example: Example, found: list[float], metrics: Mapping[str, Callable[..., float]]
     ) -> float:
         """See `Objective.value`."""
         return float(found.index(max(found)) == example.gold)

@@ -21,8 +21,6 @@ class F1(Objective):
     name = "f1"
     reads = ("text",)
 
-    def value(
-        self, example: Example, found: str, metrics: Mapping[str, Callable[..., float]], prompt: str = ""
-    ) -> float:
+    def value(self, example: Example, found: str, metrics: Mapping[str, Callable[..., float]]) -> float:
         """See `Objective.value`."""
         return metrics.get(self.name, squad_f1)([example], [found])

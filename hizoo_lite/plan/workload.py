@@ -24,7 +24,6 @@ class Workload(NamedTuple):
     tokens: int | None = None  # of all their rows together; None if only the longest is known
     labels: int = 0  # tokens that the answers are made of, if they have rows of the head
     written: int = 0  # tokens of a prompt and its completion, in evaluations that write; 0 if none does
-    step_written: int = 0  # likewise in steps, whose points are compared by what they write
 
 
 #: If nothing is known about the examples.

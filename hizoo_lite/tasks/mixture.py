@@ -49,10 +49,6 @@ class Mixture(Task):
         """Whether all tasks are."""
         return all(task.is_published for task in self.members)
 
-    def keeping_rows(self) -> Mixture:
-        """See `Task.keeping_rows`."""
-        return replace(self, members=tuple(task.keeping_rows() for task in self.members))
-
     @property
     def metric(self) -> str:
         """See `MEAN`; "loss" if no task has a metric."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,8 +27,6 @@ Stream = Callable[[range], list[int]]
 _PEEKED = 20
 #: The key in `Example.fields` under which an example's file and line is kept. No template can name it.
 WHERE = "@where"
-#: That of the row that an example was made of, if its task `keeps_rows`.
-ROW = "@row"
 #: Likewise, of a run of several tasks: which of them an example is of, from 0.
 TASK = "@task"
 
@@ -90,7 +88,6 @@ class Task:
         dev_from: the official file that `make_splits` takes dev examples from.
         test_from: likewise for test.
         columns: those that are read, of a user's own task.
-        keeps_rows: examples have the field `ROW`.
     """
 
     name: str
@@ -115,21 +112,11 @@ class Task:
     dev_from: Literal["train", "dev"] = "train"
     test_from: Literal["dev", "test"] = "dev"
     columns: tuple[str, ...] = ()
-    keeps_rows: bool = False
 
     @property
     def is_published(self) -> bool:
         """Whether its data is a published set, whose division is the papers'."""
         return self.hub is not None
-
-    def keeping_rows(self) -> Task:
-        """The same, whose examples have the rows that they were made of, as the field `ROW`."""
-        return replace(self, keeps_rows=True)
-
-    @property
-    def is_text(self) -> bool:
-        """Whether a causal model can be asked for a text, and answers with one."""
-        return self.kind == "completion" or self.chat
 
     @property
     def writes(self) -> bool:
@@ -201,8 +188,7 @@ class Task:
                 bad.append(LeftOut(row.where, str(error).removeprefix(f"{row.where}: ")))
                 continue
             dropped += not made
-            kept = {WHERE: row.where, **({ROW: row.values} if self.keeps_rows else {})}
-            examples.extend(example._replace(fields={**kept, **example.fields}) for example in made)
+            examples.extend(example._replace(fields={WHERE: row.where, **example.fields}) for example in made)
         if dropped:
             logger.info(
                 "task %s: %s: %d of %d rows dropped (no gold label)", self.name, source, dropped, read

@@ -16,12 +16,11 @@ import numpy as np
 
 from hizoo_lite.arrays import Array
 from hizoo_lite.base import BranchLosses, ModelKind, Objective
-from hizoo_lite.batch import Batch, Example, Losses
+from hizoo_lite.batch import Batch, Losses
 from hizoo_lite.branches import EVALUATION, Branches
 from hizoo_lite.errors import UserError
 from hizoo_lite.registry import OBJECTIVES
 from hizoo_lite.tasks import Encoder, Task
-from hizoo_lite.tasks.templates import render
 from hizoo_lite.train.evaluate import Write, by_example, complete
 
 
@@ -52,7 +51,7 @@ def _given(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str 
     given = None
     if kind == "classifier" or (task.kind == "choice" and loss != "answer"):
         given = "scores"
-    elif task.is_text and kind == "causal":
+    elif task.kind == "completion" and kind == "causal":
         given = "text"
     if not objective.reads:
         return None
@@ -67,14 +66,6 @@ def _given(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str 
     allowed = [name for name, member in OBJECTIVES.items() if not member.reads or given in member.reads]
     allowed += ["FILE.py:NAME"] * (given is not None)
     raise UserError(f"--objective: {objective.name} is of {wanted}, but {why}; allowed: {', '.join(allowed)}")
-
-
-def _prompt(task: Task, example: Example) -> str:
-    """What a model is asked; of a conversation the last user's message."""
-    if not task.chat:
-        return render(task.causal, example.fields)
-    asked = [message.content for message in example.fields["messages"] if message.role == "user"]
-    return str(asked[-1]) if asked else ""
 
 
 class Compared(BranchLosses):
@@ -103,9 +94,8 @@ class Compared(BranchLosses):
         values = np.full_like(known, np.nan)
         for branch, example in zip(*np.nonzero(np.isfinite(known)), strict=True):
             read = batch.made_of[example], found[branch][example]
-            task = self.encoder.of(read[0]).task
-            prompt = _prompt(task, read[0]) if self.objective.reads_rows else ""
-            values[branch, example] = self.objective.value(*read, task.scorers, prompt)
+            scorers = self.encoder.of(read[0]).task.scorers
+            values[branch, example] = self.objective.value(*read, scorers)
         return losses._replace(per_example=0.0 - values)
 
     def _scores(self, losses: Losses, batch: Batch) -> list[list[list[float]]]:

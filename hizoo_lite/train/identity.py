@@ -17,7 +17,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Splits, Task
-from hizoo_lite.tasks.task import ROW, WHERE
+from hizoo_lite.tasks.task import WHERE
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def _of_examples(examples: Sequence[Example]) -> str:
     """In their order; where their files lie does not count."""
     digest = hashlib.sha256()
     for example in examples:
-        fields = sorted((name, value) for name, value in example.fields.items() if name not in (WHERE, ROW))
+        fields = sorted((name, value) for name, value in example.fields.items() if name != WHERE)
         digest.update(repr((fields, *example[1:])).encode())
     return digest.hexdigest()
 

@@ -85,11 +85,7 @@ def workload(encoder: Encoder, splits: Splits, config: TrainConfig) -> Workload:
     evaluation = _asked(encoder, evaluated, training=False)
     labels = len(encoder.label_tokens(splits.train, config.rank) or ())
     found = _workload(encoder, training.each, evaluation.each, max(training.longest, evaluation.longest))
-    are_texts = encoder.model_kind == "causal" and all(task.is_text for task in encoder.task.parts)
-    by_text = are_texts and not config.is_of_loss
-    written = _written(encoder, found.length or 0) if by_text else 0
-    found = found._replace(labels=labels, examples=training.examples, tokens=training.tokens)
-    return found._replace(step_written=written)
+    return found._replace(labels=labels, examples=training.examples, tokens=training.tokens)
 
 
 def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
@@ -101,12 +97,8 @@ def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
 def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: int) -> Workload:
     length = min(encoder.max_length, longest + 1)  # a row ends before the last token of its answer
     writes = encoder.task.writes and encoder.model_kind == "causal"
-    return Workload(training, evaluation, length, written=_written(encoder, length) if writes else 0)
-
-
-def _written(encoder: Encoder, length: int) -> int:
-    """Tokens of a row and what is written behind it."""
-    return min(encoder.max_length, length + encoder.max_new_tokens)
+    written = min(encoder.max_length, length + encoder.max_new_tokens) if writes else 0
+    return Workload(training, evaluation, length, written=written)
 
 
 class _Asked(NamedTuple):
