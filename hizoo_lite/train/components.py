@@ -26,6 +26,7 @@ from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.task import LeftOut, check_mostly_good, part_of, where
 from hizoo_lite.tasks.tokens import Tokenizer
+from hizoo_lite.train.compared import answers_steps
 from hizoo_lite.train.step import Stepper
 from hizoo_lite.units import counted
 
@@ -247,7 +248,13 @@ def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig, *, refu
     if not leaves_out(config, encoder.task):
         return splits
     made = {
-        name: tasks.usable(encoder, getattr(splits, name), training=name == "train", strict=config.strict)
+        name: tasks.usable(
+            encoder,
+            getattr(splits, name),
+            training=name == "train",
+            strict=config.strict,
+            answered=name == "train" and answers_steps(config, encoder),
+        )
         for name in ("train", "dev", "test")
     }
     count = sum(len(getattr(splits, name)) for name in made)
