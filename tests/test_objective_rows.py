@@ -253,12 +253,12 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_before_training(
     for row in rows[::4]:
         row["prompt"] = "Say it all. " * 7  # fits with its completion, and not with what may be written
     seen = Seen()
-    run = run_of(tmp_path, data=rows, objective=seen, steps=20)
-    assert not any(row["prompt"].startswith("Say it") for *_, row in seen.given)
+    run = run_of(tmp_path, data=rows, objective=seen, steps=1)
+    assert not any(example.fields["prompt"].startswith("Say it") for example in run.setup.splits.train)
     listed = [json.loads(line)["why"] for line in (run.folder / "left_out.jsonl").read_text().splitlines()]
     assert listed
     assert all("of --max-length 64, 32 are for the answer" in why for why in listed)
-    whole = run_of(tmp_path / "loss", data=rows, objective="loss", mu="auto")
+    whole = run_of(tmp_path / "loss", data=rows, objective="loss", mu="auto", steps=1)
     assert not (whole.folder / "left_out.jsonl").exists()
     with pytest.raises(UserError, match=r"max_length: .*own.jsonl:\d+ needs"):
         run_of(
