@@ -232,11 +232,13 @@ class Objective(ABC):
         reads: what `value` may be given: the scores of an example's candidates or classes, the text that is
             written for it. Nothing: the loss itself.
         source: a hash of what it is made of, if its name does not say that.
+        of_row: whether it is of what was asked and answered, and of the whole row of the data.
     """
 
     name: str
     reads: ClassVar[tuple[Literal["scores", "text"], ...]] = ()
     source: str | None = None
+    of_row: bool = False
 
     def value(self, example: Example, found: Any, metrics: Mapping[str, Callable[..., float]]) -> float:
         """The value of one example at one parameter point; the higher the better.
@@ -244,7 +246,7 @@ class Objective(ABC):
         Args:
             example: the one that was predicted.
             found: scores, by candidate or class in the order of `Example.gold`; or the greedy completion, up
-                to the task's stop text.
+                to the task's stop text. If it is `of_row`, an `Answered` in place of either.
             metrics: the task's metrics by name, functions of (examples, predictions).
         """
         raise NotImplementedError

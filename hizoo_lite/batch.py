@@ -105,6 +105,18 @@ class Example(NamedTuple):
     group: str = ""
 
 
+class Answered(NamedTuple):
+    """What a model was asked, and what it wrote.
+
+    Attributes:
+        prompt: as the model has it: of a conversation in the chat template, up to where the answer begins.
+        text: the greedy answer, up to the task's stop text; of candidates the one that scores highest.
+    """
+
+    prompt: str
+    text: str
+
+
 class Metric(NamedTuple):
     """A task's score of its predictions.
 

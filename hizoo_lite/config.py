@@ -197,7 +197,8 @@ class TrainConfig:
     objective: str = _axis(
         OBJECTIVES,
         "what the points of a step are compared by; or FILE.py:NAME, such as rewards.py:brevity, a function "
-        "of (example, scores or the text written) to a number, the higher the better: the file is run",
+        "of (prompt, text, row), or of (example, scores or the text written), to a number, the higher the "
+        "better: the file is run",
         group="Method",
         pattern=r".+\.py:\w+|in memory:.+",
         called="FILE.py:NAME",

@@ -112,8 +112,9 @@ def fit(
         space: a name as in the configuration, or an object such as `spaces.LoRA(rank=8)`.
         estimator: likewise, such as `estimators.MeZO()`.
         curvature: likewise, such as `curvature.NoCurvature()`.
-        objective: a name as in the configuration; or a function of (example, scores) or (example, text), the
-            higher the better (see `objectives`). To resume a run with a function, give it again.
+        objective: a name as in the configuration; or a function of (prompt, text, row), of (example, scores)
+            or of (example, text), the higher the better (see `objectives`). To resume a run with a function,
+            give it again.
         callbacks: objects with any of the methods of transformers' `TrainerCallback`, which may also ask the
             run to evaluate, save or end; see `train/callbacks.py`.
         progress: show a bar at a terminal or in a notebook, if `callbacks` has no display of its own.
@@ -287,9 +288,8 @@ def _check_groups(stepper: Stepper) -> None:
 
 def _announce(setup: Setup, tell: Callable[[str], None], forms: Sequence[Understood]) -> None:
     """What the run is of. UserError if its estimator cannot do with that."""
-    count = trained_count(setup.space)
-    tell(f"{setup.config.model}: {setup.model}, {count:,} trainable parameters")
-    for line in components.form_lines(forms, setup.splits):
+    tell(f"{setup.config.model}: {setup.model}, {trained_count(setup.space):,} trainable parameters")
+    for line in components.form_lines(forms, setup.splits, of_objective=setup.objective.of_row):
         tell(line)
     if lacking := chat_templates.lacking(setup.model.tokenizer, setup.task):
         tell(lacking)
@@ -502,6 +502,8 @@ def _identity(setup: Setup, folder: RunFolder) -> dict[str, str]:
     )
     if setup.objective.source is not None:
         made_of["objective"] = setup.objective.source
+    if setup.objective.of_row:
+        made_of["rows"] = identity.of_rows(setup.splits.train)
     made_of |= identity.of_device(model.device, drawn=setup.space.weights is not None)
     if setup.config.resume:
         before = identity.read(folder.identity)

@@ -287,10 +287,12 @@ class Subject:
         training = self._pass(at_once, self.workload.training, option, self.branches())
         batch = self.eval_batch(option.batch)
         evaluation = self._pass(batch, self.workload.evaluation, option, EVALUATION)
-        found = self._with_cache(self._made(option.place, evaluation, None), batch, option)
+        written = self.workload.written
+        found = self._with_cache(self._made(option.place, evaluation, None), batch, written, option)
         step = self._made(option.place, training, self._below(option))
         if not self.config.is_of_loss:  # of a task that writes, every branch does
-            step = self._with_cache(step, at_once * self.branches().count, option)
+            rows = at_once * self.branches().count
+            step = self._with_cache(step, rows, max(written, self.workload.answered), option)
         if self.device == "cpu":
             step = step.beside("batch_states", self.batch_bytes(option))
         return step, found
@@ -317,9 +319,8 @@ class Subject:
         rows, chunk = batch * demand.rows, self.config.branch_chunk
         return Pass(rows, option.length, branches, sites, chunk, option.chunk_halvings)
 
-    def _with_cache(self, passes: Activations, batch: int, option: Option) -> Activations:
-        """What passes make, and beside it, if `batch` rows are written, their keys and values."""
-        length = self.workload.written
+    def _with_cache(self, passes: Activations, batch: int, length: int, option: Option) -> Activations:
+        """What passes make, and beside it, if `batch` rows of a length are written, their keys and values."""
         if not length:
             return passes
         if option.length < self.length:

@@ -24,6 +24,7 @@ class Workload(NamedTuple):
     tokens: int | None = None  # of all their rows together; None if only the longest is known
     labels: int = 0  # tokens that the answers are made of, if they have rows of the head
     written: int = 0  # tokens of a prompt and its completion, in evaluations that write; 0 if none does
+    answered: int = 0  # likewise in steps, whose objective is of a text
 
 
 #: If nothing is known about the examples.

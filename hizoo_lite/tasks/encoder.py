@@ -255,14 +255,35 @@ class Encoder:
         """
         if self.model_kind != "causal":
             raise UserError(f"model_kind: a {self.model_kind} model does not generate")
+        text = self._continued(example)
+        ids = chat.chat_ids(self.tokenizer, text) if self.task.chat else open_ids(self.tokenizer, text)
+        self._check_known(example, ids)
+        return ids
+
+    def prompt_text(self, example: Example) -> str:
+        """What the model is asked of `example`, as text: what of it fits, without an answer.
+
+        Of a causal model it is what the answer continues, of a conversation in the chat template; of a masked
+        one it has the mask; a classifier's second text follows a line break.
+        """
+        if self.task.tokenized:
+            return str(self.tokenizer.decode(example.fields["input_ids"]))
+        if self.model_kind == "classifier":
+            return "\n".join(self._class_texts(self._class_fields(example)))
+        if self.model_kind == "masked":
+            return self._masked_text(self._masked_fields(example))
+        if self.task.kind == "choice":
+            return render(self.task.causal, self._causal_fields(example))
+        return self._continued(example)
+
+    def _continued(self, example: Example) -> str:
+        """The prompt of a text to write, which leaves room for it."""
         limit = self.max_length - self.max_new_tokens
         if self.task.chat:
             *history, _ = self._conversation(example, limit, answer=False)
-            ids = chat.chat_ids(self.tokenizer, self._chat_text(example, history, prompt=True))
-        else:
-            ids = self._ids(self._fit(example, lambda fields: len(self._ids(fields)), limit))
-        self._check_known(example, ids)
-        return ids
+            return self._chat_text(example, history, prompt=True)
+        fields = self._fit(example, lambda fields: len(self._ids(fields)), limit)
+        return render(self.task.causal, fields)
 
     def _check_known(self, example: Example, ids: Iterable[int]) -> None:
         check_known(self.tokenizer, ids, self.vocabulary, where(example))
@@ -281,11 +302,16 @@ class Encoder:
             self.on_cut(example)
         return fields
 
-    def _causal(self, example: Example, only_gold: bool) -> Encoded:
+    def _causal_fields(self, example: Example) -> Fields:
+        """Those beside which the longest answer fits."""
+
         def longest(fields: Fields) -> int:
             return max(len(self._ids(fields, answer)) for answer in example.answers)
 
-        fields = self._fit(example, longest, self.max_length)
+        return self._fit(example, longest, self.max_length)
+
+    def _causal(self, example: Example, only_gold: bool) -> Encoded:
+        fields = self._causal_fields(example)
         prompt = self._ids(fields)
         candidates = [self._ids(fields, answer) for answer in example.answers]
         start = max(1, min(common_prefix(prompt, candidate) for candidate in candidates))
@@ -361,37 +387,45 @@ class Encoder:
                 )
             messages = shorter
 
+    def _masked_text(self, fields: Fields) -> str:
+        return render(str(self.task.masked), {**fields, "mask": str(self.tokenizer.mask_token)})
+
+    def _masked_fields(self, example: Example) -> Fields:
+        def length(fields: Fields) -> int:
+            return len(token_ids(self.tokenizer, self._masked_text(fields)))
+
+        return self._fit(example, length, self.max_length)
+
     def _masked(self, example: Example) -> Encoded:
         template, mask = str(self.task.masked), str(self.tokenizer.mask_token)
-
-        def text(fields: Fields) -> str:
-            return render(template, {**fields, "mask": mask})
-
-        fields = self._fit(
-            example, lambda fields: len(token_ids(self.tokenizer, text(fields))), self.max_length
-        )
-        encoding = self.tokenizer(text(fields), truncation=False, verbose=False)
+        fields = self._masked_fields(example)
+        text = self._masked_text(fields)
+        encoding = self.tokenizer(text, truncation=False, verbose=False)
         ids = list(encoding["input_ids"])
         # The text may hold the mask token by itself: ours is the one after those before it.
         before = render(template.partition("{mask}")[0], fields).count(mask)
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) <= before:
-            raise UserError(f"{where(example)}: the tokenizer lost the mask of {text(fields)!r:.80}")
+            raise UserError(f"{where(example)}: the tokenizer lost the mask of {text!r:.80}")
         words = [word_id(self.tokenizer, answer.strip()) for answer in example.answers]
         tokens = [(0, word, slot) for slot, word in enumerate(words)]
         types = encoding.get("token_type_ids")
         kinds = None if types is None else [list(types)]
         return Encoded([ids], kinds, [(0, places[before])], tokens, len(words), example.gold, self.loss)
 
-    def _classifier(self, example: Example) -> Encoded:
-        def texts(fields: Fields) -> list[str]:
-            return [render(t, fields) for t in (self.task.text, self.task.text_pair) if t is not None]
+    def _class_texts(self, fields: Fields) -> list[str]:
+        return [render(t, fields) for t in (self.task.text, self.task.text_pair) if t is not None]
 
+    def _class_fields(self, example: Example) -> Fields:
         def length(fields: Fields) -> int:
-            return len(self.tokenizer(*texts(fields), truncation=False, verbose=False)["input_ids"])
+            texts = self._class_texts(fields)
+            return len(self.tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
 
-        fields = self._fit(example, length, self.max_length)
-        encoding = self.tokenizer(*texts(fields), truncation=False, verbose=False)
+        return self._fit(example, length, self.max_length)
+
+    def _classifier(self, example: Example) -> Encoded:
+        fields = self._class_fields(example)
+        encoding = self.tokenizer(*self._class_texts(fields), truncation=False, verbose=False)
         types = encoding.get("token_type_ids")
         kinds = None if types is None else [list(types)]
         gold = example.gold if self.order is None else self.order[example.gold]

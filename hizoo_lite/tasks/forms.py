@@ -49,11 +49,15 @@ class Understood(NamedTuple):
     unused: tuple[str, ...]  # columns that nothing reads
     how_read: tuple[str, ...]  # what is not usual about its files
 
-    def lines(self, count: int) -> list[str]:
-        """What is told of it; count: how many examples there are."""
+    def lines(self, count: int, *, of_objective: bool = False) -> list[str]:
+        """What is told of it.
+
+        count: how many examples there are. of_objective: an objective is given the columns that are not used.
+        """
         found = [f"{self.form}: {counted(count, 'example')}, {self.says}", *self.how_read]
         hint = " (--label-field names one that holds labels)" if self.keys.get("kind") == "lm" else ""
-        return found + [f"columns that are not used: {', '.join(self.unused)}{hint}"] * bool(self.unused)
+        what = "columns that only the objective is given" if of_objective else "columns that are not used"
+        return found + [f"{what}: {', '.join(self.unused)}{hint}"] * bool(self.unused)
 
 
 @dataclass

@@ -54,6 +54,10 @@ class Mixture(Task):
         """See `MEAN`; "loss" if no task has a metric."""
         return MEAN if any(task.scorers for task in self.members) else "loss"
 
+    def with_rows(self) -> Task:
+        """See `Task.with_rows`."""
+        return replace(self, members=tuple(task.with_rows() for task in self.members))
+
     def classes(self, examples: Sequence[Example], balanced: bool) -> list[int]:
         """A number for each task, and of tasks with choices, if they are to be balanced, for each class."""
         found = [
@@ -253,3 +257,7 @@ class MixedEncoder(Encoder):
     def prompt_ids(self, example: Example) -> list[int]:
         """See `Encoder.prompt_ids`."""
         return self.of(example).prompt_ids(example)
+
+    def prompt_text(self, example: Example) -> str:
+        """See `Encoder.prompt_text`."""
+        return self.of(example).prompt_text(example)

@@ -29,7 +29,7 @@ from hizoo_lite.batch import Example
 from hizoo_lite.errors import UserError
 from hizoo_lite.tasks.files import SPLIT_WORDS, Split, nameless
 from hizoo_lite.tasks.records import Records
-from hizoo_lite.tasks.task import WHERE, LeftOut, Stream, Task
+from hizoo_lite.tasks.task import ABOUT, LeftOut, Stream, Task
 from hizoo_lite.units import counted
 
 _log = logging.getLogger(__name__)
@@ -353,7 +353,7 @@ def _parted(examples: list[Example], taken: list[Example]) -> tuple[list[Example
 
 def key(example: Example) -> tuple[tuple[str, str], ...]:
     """What two examples have in common that ask the same."""
-    return tuple((name, repr(value)) for name, value in example.fields.items() if name != WHERE)
+    return tuple((name, repr(value)) for name, value in example.fields.items() if name not in ABOUT)
 
 
 def batch_indices(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,6 +29,10 @@ _PEEKED = 20
 WHERE = "@where"
 #: Likewise, of a run of several tasks: which of them an example is of, from 0.
 TASK = "@task"
+#: Likewise the whole row that an example was made of, for objectives that are given it.
+ROW = "@row"
+#: Entries that are no text of an example.
+ABOUT = (WHERE, ROW)
 
 
 def where(example: Example) -> str:
@@ -88,6 +92,7 @@ class Task:
         dev_from: the official file that `make_splits` takes dev examples from.
         test_from: likewise for test.
         columns: those that are read, of a user's own task.
+        keeps_rows: examples have their row, see `ROW`.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Task:
     dev_from: Literal["train", "dev"] = "train"
     test_from: Literal["dev", "test"] = "dev"
     columns: tuple[str, ...] = ()
+    keeps_rows: bool = False
 
     @property
     def is_published(self) -> bool:
@@ -132,6 +138,10 @@ class Task:
     def parts(self) -> tuple[Task, ...]:
         """The tasks that it is made of: itself, see `mixture.Mixture`."""
         return (self,)
+
+    def with_rows(self) -> Task:
+        """The same, with rows kept."""
+        return replace(self, keeps_rows=True)
 
     def classes(self, examples: Sequence[Example], balanced: bool) -> list[int] | None:
         """The class of each of the examples, for batches with as many of each; None: batches as they come.
@@ -188,7 +198,8 @@ class Task:
                 bad.append(LeftOut(row.where, str(error).removeprefix(f"{row.where}: ")))
                 continue
             dropped += not made
-            examples.extend(example._replace(fields={WHERE: row.where, **example.fields}) for example in made)
+            about = {WHERE: row.where, **({ROW: row.values} if self.keeps_rows else {})}
+            examples.extend(example._replace(fields={**about, **example.fields}) for example in made)
         if dropped:
             logger.info(
                 "task %s: %s: %d of %d rows dropped (no gold label)", self.name, source, dropped, read

@@ -46,7 +46,9 @@ class Usable(NamedTuple):
         return found
 
 
-def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, strict: bool) -> Usable:
+def usable(
+    encoder: Encoder, examples: Sequence[Example], *, training: bool, strict: bool, answered: bool = False
+) -> Usable:
     """The examples that can be encoded.
 
     Every one is encoded, about half a millisecond each, and not kept; of conversations, which take three
@@ -57,6 +59,7 @@ def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, str
         examples: as they were read.
         training: whether they are to be trained on.
         strict: refuse an example that cannot be encoded, in place of leaving it out.
+        answered: answers are written to them, for which there must be room.
 
     Raises:
         UserError: if strict, for the first example that cannot be encoded.
@@ -81,6 +84,8 @@ def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, str
                     raise UserError(f"{where(part)}: a text of a single token, and nothing to predict")
                 if number < _ENCODED or not own.fits(part):
                     watched[own].encode(part, training=training)
+                if answered:
+                    _check_room(watched[own], part)
             except UserError as error:
                 if strict:
                     raise
@@ -89,3 +94,13 @@ def usable(encoder: Encoder, examples: Sequence[Example], *, training: bool, str
             else:
                 kept.append(part)
     return Usable(kept, left_out, len(cut), divided)
+
+
+def _check_room(encoder: Encoder, example: Example) -> None:
+    """UserError if the prompt leaves no room for what is to be written."""
+    try:
+        encoder.prompt_ids(example)
+    except UserError as error:
+        raise UserError(
+            f"{error} (of --max-length {encoder.max_length}, {encoder.max_new_tokens} are for the answer)"
+        ) from error

@@ -16,11 +16,12 @@ import numpy as np
 
 from hizoo_lite.arrays import Array
 from hizoo_lite.base import BranchLosses, ModelKind, Objective
-from hizoo_lite.batch import Batch, Losses
+from hizoo_lite.batch import Answered, Batch, Example, Losses
 from hizoo_lite.branches import EVALUATION, Branches
+from hizoo_lite.config import TrainConfig
 from hizoo_lite.errors import UserError
 from hizoo_lite.registry import OBJECTIVES
-from hizoo_lite.tasks import Encoder, Task
+from hizoo_lite.tasks import Encoder, Task, shown
 from hizoo_lite.train.evaluate import Write, by_example, complete
 
 
@@ -46,13 +47,22 @@ def given_by(objective: Objective, task: Task, kind: ModelKind, loss: str) -> st
     return found.pop()
 
 
+def answers_steps(config: TrainConfig, encoder: Encoder) -> bool:
+    """Whether answers are written in steps, for the objective."""
+    of_text = (_gives(part, encoder.model_kind, config.loss) == "text" for part in encoder.task.parts)
+    return not config.is_of_loss and any(of_text)
+
+
+def _gives(task: Task, kind: ModelKind, loss: str) -> str | None:
+    """What a task has for objectives: scores, or the text of a completion or of the last turn of a chat."""
+    if kind == "classifier" or (task.kind == "choice" and loss != "answer"):
+        return "scores"
+    return "text" if kind == "causal" and (task.kind == "completion" or task.chat) else None
+
+
 def _given(objective: Objective, task: Task, kind: ModelKind, loss: str) -> str | None:
     """`given_by` of a single task."""
-    given = None
-    if kind == "classifier" or (task.kind == "choice" and loss != "answer"):
-        given = "scores"
-    elif task.kind == "completion" and kind == "causal":
-        given = "text"
+    given = _gives(task, kind, loss)
     if not objective.reads:
         return None
     if given in objective.reads:
@@ -91,12 +101,26 @@ class Compared(BranchLosses):
             found: Sequence[Sequence[Any]] = self._texts(batch, branches, mu, directions or {})
         else:
             found = self._scores(losses, batch)
+        if self.objective.of_row:
+            found = self._answered(found, batch)
         values = np.full_like(known, np.nan)
         for branch, example in zip(*np.nonzero(np.isfinite(known)), strict=True):
             read = batch.made_of[example], found[branch][example]
             scorers = self.encoder.of(read[0]).task.scorers
             values[branch, example] = self.objective.value(*read, scorers)
         return losses._replace(per_example=0.0 - values)
+
+    def _answered(self, found: Sequence[Sequence[Any]], batch: Batch) -> list[list[Answered]]:
+        """By branch and example; of scores the answer that has the highest, of equal ones the first."""
+        examples, task = batch.made_of or (), self.encoder.task
+        prompts = [self.encoder.prompt_text(example) for example in examples]
+
+        def text(example: Example, found: Any) -> str:
+            is_text = self.given == "text"
+            return str(found) if is_text else shown.answer(task, example, found.index(max(found)))
+
+        texts = ([text(*one) for one in zip(examples, each, strict=True)] for each in found)
+        return [[Answered(*one) for one in zip(prompts, each, strict=True)] for each in texts]
 
     def _scores(self, losses: Losses, batch: Batch) -> list[list[list[float]]]:
         """By branch, example and the task's own order of candidates or classes."""

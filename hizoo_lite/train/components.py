@@ -27,6 +27,7 @@ from hizoo_lite.tasks.mixture import MixedEncoder, Mixture, joined
 from hizoo_lite.tasks.order import output_order
 from hizoo_lite.tasks.task import LeftOut, check_mostly_good, part_of, where
 from hizoo_lite.tasks.tokens import Tokenizer
+from hizoo_lite.train.compared import answers_steps
 from hizoo_lite.train.step import Stepper
 from hizoo_lite.units import counted
 
@@ -172,12 +173,12 @@ def find_task(name: str | tuple[str, ...]) -> Task:
     return tasks.of_tasks(_found(name))
 
 
-def form_lines(found: Sequence[Understood], splits: Splits) -> list[str]:
-    """What is told of data that was recognised; of several sources each with its name."""
+def form_lines(found: Sequence[Understood], splits: Splits, *, of_objective: bool = False) -> list[str]:
+    """What is told of data that was recognised, see `Understood.lines`; of several sources each by name."""
     counts = splits.sizes or (splits.total + len(splits.left_out),)
     names = [f"{one.keys['name']}, " if len(found) > 1 else "" for one in found]
     each = zip(found, names, counts, strict=False)
-    return [name + line for one, name, count in each for line in one.lines(count)]
+    return [name + line for one, name, count in each for line in one.lines(count, of_objective=of_objective)]
 
 
 def of_sources(config: TrainConfig, task: TaskLike | None = None) -> Task:
@@ -324,7 +325,13 @@ def usable_splits(encoder: Encoder, splits: Splits, config: TrainConfig, *, refu
     if not leaves_out(config, encoder.task):
         return splits
     made = {
-        name: tasks.usable(encoder, getattr(splits, name), training=name == "train", strict=config.strict)
+        name: tasks.usable(
+            encoder,
+            getattr(splits, name),
+            training=name == "train",
+            strict=config.strict,
+            answered=name == "train" and answers_steps(config, encoder),
+        )
         for name in ("train", "dev", "test")
     }
     count = sum(len(getattr(splits, name)) for name in made)

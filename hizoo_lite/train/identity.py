@@ -17,7 +17,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.files import parse_json
 from hizoo_lite.noise import GENERATORS
 from hizoo_lite.tasks import Splits, Task
-from hizoo_lite.tasks.task import WHERE
+from hizoo_lite.tasks.task import ABOUT, ROW
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ _WORDS = {
     "test": "--data: the test examples",
     "task": "--task: its prompts, answers or metrics",
     "objective": "--objective: the function, or the file it is in",
+    "rows": "--data: the columns of the training examples that only the objective is given",
     "model": "--model: its weights",
     "weights": "--model: its weights",
     "model_config": "--model: its config.json",
@@ -136,8 +137,16 @@ def _of_examples(examples: Sequence[Example]) -> str:
     """In their order; where their files lie does not count."""
     digest = hashlib.sha256()
     for example in examples:
-        fields = sorted((name, value) for name, value in example.fields.items() if name != WHERE)
+        fields = sorted((name, value) for name, value in example.fields.items() if name not in ABOUT)
         digest.update(repr((fields, *example[1:])).encode())
+    return digest.hexdigest()
+
+
+def of_rows(examples: Sequence[Example]) -> str:
+    """The entry of the rows that examples were made of, for an objective that is given them."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(sorted(example.fields[ROW].items(), key=repr)).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from hizoo_lite.plan.planner import CannotPlan, plan_run
 from hizoo_lite.plan.subject import framework_bytes
 from hizoo_lite.plan.workload import Demand, Workload
 from hizoo_lite.tasks import Encoder, Splits
+from hizoo_lite.train.compared import answers_steps
 from hizoo_lite.train.resolved import Resolved
 from hizoo_lite.train.tokenizing import encoder_of
 from hizoo_lite.units import format_bytes
@@ -85,7 +86,10 @@ def workload(encoder: Encoder, splits: Splits, config: TrainConfig) -> Workload:
     evaluation = _asked(encoder, evaluated, training=False)
     labels = len(encoder.label_tokens(splits.train, config.rank) or ())
     found = _workload(encoder, training.each, evaluation.each, max(training.longest, evaluation.longest))
-    return found._replace(labels=labels, examples=training.examples, tokens=training.tokens)
+    answered = _with_answer(encoder, found) if answers_steps(config, encoder) else 0
+    return found._replace(
+        labels=labels, examples=training.examples, tokens=training.tokens, answered=answered
+    )
 
 
 def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
@@ -97,8 +101,13 @@ def evaluated(encoder: Encoder, examples: Sequence[Example]) -> Workload:
 def _workload(encoder: Encoder, training: Demand, evaluation: Demand, longest: int) -> Workload:
     length = min(encoder.max_length, longest + 1)  # a row ends before the last token of its answer
     writes = encoder.task.writes and encoder.model_kind == "causal"
-    written = min(encoder.max_length, length + encoder.max_new_tokens) if writes else 0
-    return Workload(training, evaluation, length, written=written)
+    found = Workload(training, evaluation, length)
+    return found._replace(written=_with_answer(encoder, found)) if writes else found
+
+
+def _with_answer(encoder: Encoder, found: Workload) -> int:
+    """Tokens of a prompt and what is written after it."""
+    return min(encoder.max_length, (found.length or 0) + encoder.max_new_tokens)
 
 
 class _Asked(NamedTuple):

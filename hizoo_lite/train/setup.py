@@ -101,7 +101,7 @@ def build(
     config, task = resolved.config, resolved.task
     objective = objective or objectives.configured(config)
     given = given_by(objective, task, resolved.kind, config.loss)
-    splits = run_splits(config, task, data)
+    splits = run_splits(config, task.with_rows() if objective.of_row else task, data)
     before = planning.find_encoder(resolved)
     if before is not None:
         splits = usable_splits(before, splits, config)
