@@ -261,19 +261,20 @@ def test_a_run_of_more_exact_blocks_than_a_dry_run_has_is_planned(tmp_path: Path
 
 
 def test_fewer_steps_are_longer_and_blocks_of_many_shorter(tmp_path: Path) -> None:
-    assert exact_step(None, 1) == exact_step(10_000, 1) == SHORTEST
-    assert exact_step(1, 1) == LONGEST
-    for blocks in (1, 6, 80):
-        lengths = [exact_step(steps, blocks) for steps in range(1, 400)]
+    assert exact_step(None, 1, 1) == exact_step(10_000, 1, 1) == SHORTEST
+    assert exact_step(1, 1, 1) == LONGEST
+    assert exact_step(None, 1, 4) == 2 * SHORTEST
+    for exact in (1, 6, 80):
+        lengths = [exact_step(steps, exact, 80) for steps in range(1, 400)]
         assert lengths == sorted(lengths, reverse=True)
-        assert max(lengths) * blocks <= TOGETHER * (1 + 1e-12)
+        assert max(lengths) * exact <= TOGETHER * (1 + 1e-12)
     settings = short_run(tmp_path, exact_blocks=2, batch_size=1)
     del settings["steps"]
     run = fit(TrainConfig(**settings, epochs=10))
     assert run.setup.config.steps == 100
     deltas = [linear.delta for linear in run.setup.model.linears.values()]
     moved = {delta.step for delta in deltas if isinstance(delta, LoRADelta) and delta.exact[1]}
-    assert moved == {exact_step(100, 2)}
+    assert moved == {exact_step(100, 2, 4)}
 
 
 @pytest.mark.parametrize("estimator", ["hizoo", "mezo"])

@@ -60,11 +60,11 @@ from hizoo_lite.spaces.targets import Blocks, in_top, release, resolve_targets, 
 
 _log = logging.getLogger(__name__)
 
-#: How far the product of an exact adapter may move in a whole run, in nats of a logit, if every step goes the
-#: same way (`optimizers/exact.py`): few steps are longer than many, within these bounds. Those of all exact
-#: blocks may move by `TOGETHER` in a step. tools/LOG.md has the runs by which these were chosen.
-PATH = 0.75
-SHORTEST, LONGEST = 0.0075, 0.045
+#: How far the product of an adapter may move in a whole run, in nats of a logit, if every step goes the same
+#: way (`optimizers/exact.py`) and all blocks have exact ones: few steps are longer than many, within these
+#: bounds. Those of all blocks may move by `TOGETHER` in a step. tools/LOG.md has the runs they are from.
+PATH = 0.375
+SHORTEST, LONGEST = 0.0075, 0.0225
 TOGETHER = 0.225
 #: How far a logit may then move by a classifier's head, in nats. A whole nat, as beside estimates, makes the
 #: head so sure of its examples that the loss on others is a third higher (tools/LOG.md).
@@ -108,17 +108,23 @@ class LoRADelta(LinearDelta):
         return out
 
 
-def exact_step(steps: int | None, blocks: int) -> float:
-    """How far the product of an adapter in one of so many exact blocks moves in the first step, in nats.
+def exact_step(steps: int | None, exact: int, blocks: int) -> float:
+    """How far the product of an adapter in an exact block moves in the first step, in nats.
 
-    The schedule falls to zero, so that the mean of all steps is half of it. None is many.
+    The schedule falls to zero, so that the mean of all steps is half of it. Where few of many blocks have
+    exact gradients each moves further, by the root of their share.
+
+    Args:
+        steps: of the run; None is many.
+        exact: blocks with exact gradients.
+        blocks: of the model.
 
     Example:
-        >>> [exact_step(steps, blocks=6) for steps in (10, 100, 1000)]
-        [0.03333333333333333, 0.015, 0.0075]
+        >>> [round(exact_step(steps, 6, 30), 4) for steps in (33, 100, 1000)]
+        [0.0375, 0.0168, 0.0168]
     """
     step = SHORTEST if steps is None else min(max(2 * PATH / max(steps, 1), SHORTEST), LONGEST)
-    return min(step, TOGETHER / max(blocks, 1))
+    return min(step * math.sqrt(blocks / max(exact, 1)), TOGETHER / max(exact, 1))
 
 
 def _values(value: Tensor, name: str | None, state: BranchState) -> Tensor:
@@ -291,7 +297,7 @@ class LoRA(Space):
         self.model, self.parameters, self.exact, self.frozen = model, {}, {}, {}
         self.target_names = resolve_targets(model, self.targets, self.blocks)
         exact_blocks = len(model.blocks) if self.exact_blocks == "all" else self.exact_blocks
-        step = exact_step(self.steps, exact_blocks)
+        step = exact_step(self.steps, exact_blocks, len(model.blocks))
         for target in self.target_names:
             linear = model.linears[target]
             names = (f"{target}.lora_A.weight", f"{target}.lora_B.weight")
