@@ -165,8 +165,8 @@ a conversation | | generate --adapter runs/messages-jsonl --chat --max-new-token
 a base model with a template | saved in | train SMALL --data alpaca.jsonl --chat-template chatml --out runs/b
 a report | report.html | report runs/exact
 an adapter for PEFT | PEFT adapter | export runs/exact --to peft --out peft
-an adapter for llama.cpp | hizoo-lite.gguf | export runs/exact --to gguf --out gguf
-a merged model for onnxruntime | saved | export runs/exact --to onnx --out onnx
+an adapter for llama.cpp | adapter.gguf | export runs/exact --to gguf --out gguf
+a merged model for onnxruntime | try it: hizoo-lite generate --onnx | export runs/exact --to onnx --out onnx
 an answer of the export | | generate --onnx onnx --prompt Hello --max-new-tokens 4
 resumed | saved in | train --resume --out runs/exact
 no: a wrong task | unknown name 'nope' | train --model embedded --task nope
