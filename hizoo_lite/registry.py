@@ -160,7 +160,7 @@ SPACES: Registry[Space] = Registry(
                 "train A as well as B if gradients are estimated; without it A keeps its random start",
             ),
         },
-        takes=("targets", "blocks", "exact_blocks", "head", "steps"),
+        takes=("targets", "blocks", "exact_blocks", "head"),
         source="arXiv 2106.09685",
         holds="4 bytes a trained value, and the noise of a step and of the next",
         pays="if the result is to be an adapter, and to begin with",

@@ -23,7 +23,7 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.model.model import Model
 from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.spaces.lora import LONGEST, SHORTEST, TOGETHER, LoRADelta, exact_step
+from hizoo_lite.spaces.lora import A_BLOCK, TOGETHER, LoRADelta
 from tests.architectures import (
     ALIBI_CONFIGS,
     ASKING_CONFIGS,
@@ -260,21 +260,17 @@ def test_a_run_of_more_exact_blocks_than_a_dry_run_has_is_planned(tmp_path: Path
     assert len({run.setup.model.block_of(name) for name in run.setup.space.exact}) == 3
 
 
-def test_fewer_steps_are_longer_and_blocks_of_many_shorter(tmp_path: Path) -> None:
-    assert exact_step(None, 1, 1) == exact_step(10_000, 1, 1) == SHORTEST
-    assert exact_step(1, 1, 1) == LONGEST
-    assert exact_step(None, 1, 4) == 2 * SHORTEST
-    for exact in (1, 6, 80):
-        lengths = [exact_step(steps, exact, 80) for steps in range(1, 400)]
-        assert lengths == sorted(lengths, reverse=True)
-        assert max(lengths) * exact <= TOGETHER * (1 + 1e-12)
-    settings = short_run(tmp_path, exact_blocks=2, batch_size=1)
-    del settings["steps"]
-    run = fit(TrainConfig(**settings, epochs=10))
-    assert run.setup.config.steps == 100
-    deltas = [linear.delta for linear in run.setup.model.linears.values()]
-    moved = {delta.step for delta in deltas if isinstance(delta, LoRADelta) and delta.exact[1]}
-    assert moved == {exact_step(100, 2, 4)}
+@pytest.mark.parametrize("together", [TOGETHER, A_BLOCK])
+def test_exact_blocks_share_what_the_model_may_move(
+    together: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hizoo_lite.spaces.lora.TOGETHER", together)
+    for exact in (1, 3):
+        model = quantized(tmp_path, "nf4")
+        attached(model, exact_blocks=exact)
+        deltas = [linear.delta for linear in model.linears.values()]
+        moved = {delta.step for delta in deltas if isinstance(delta, LoRADelta) and delta.exact[1]}
+        assert moved == {min(3 * A_BLOCK, together) / exact}
 
 
 @pytest.mark.parametrize("estimator", ["hizoo", "mezo"])
