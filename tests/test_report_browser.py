@@ -93,3 +93,11 @@ def test_no_text_of_a_plot_leaves_it_or_covers_another(
                 apart = one["right"] <= other["left"] + 1 or other["right"] <= one["left"] + 1
                 above = one["bottom"] <= other["top"] + 3 or other["bottom"] <= one["top"] + 3
                 assert apart or above, (one["text"], other["text"])
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_examples_leave_room_for_words(pages: dict[int, Path], page: Page, width: int) -> None:
+    page.open(pages[1], width)
+    cells = page.ask("[...document.querySelectorAll('.examples td')].map(c => c.clientWidth)")
+    assert cells
+    assert min(cells) >= 60  # a word of eight letters, where one of five once took three lines

@@ -83,8 +83,8 @@ def make_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     found.append(_steps_memory(runs))
     found += [_block_memory(run, label) for run, label in _named(runs)]
     for key, title, y_label in (
-        ("projected_grad", "Projected gradient", "along d (root mean square of several)"),
-        ("curvature", "Curvature along the direction", "c"),
+        ("projected_grad", "Projected gradient", "slope (RMS over directions)"),
+        ("curvature", "Curvature along the direction", "curvature"),
     ):
         found.append(_curve(runs, key, title, y_label, _value(key), marks=key == "projected_grad"))
     for key, title, y_label, alike in (
