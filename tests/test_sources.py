@@ -53,6 +53,10 @@ def test_each_source_is_what_it_is(sources: tuple[str, str]) -> None:
     lines = components.form_lines(forms, splits)
     assert lines[0].startswith("reviews, classification: 24 examples, text in 'review'")
     assert lines[1].startswith("chat, messages: 24 examples")
+    told = " ".join(components.division_lines(config, splits, task))
+    assert "--loss answer: choices that stand beside texts" in told
+    alone = components.division_lines(config, splits, task.parts[0])
+    assert "--loss" not in " ".join(alone)
     stream = task.stream(splits.train, 0, task.classes(splits.train, True))
     of_chat = [splits.train[index].fields[tasks.task.TASK] for index in stream(range(100))]
     assert of_chat.count(1) == 25

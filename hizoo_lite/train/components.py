@@ -158,7 +158,15 @@ def division_lines(config: TrainConfig, splits: Splits, task: Task) -> list[str]
     """What a run tells of its examples: how they are divided, and how often they are seen."""
     few = few_held_out(config, splits, task.metric)
     seen = length_line(config, len(splits.train))
-    return [*splits.lines(task.name), *filter(None, [few]), seen]
+    return [*splits.lines(task.name), *filter(None, [few, _chosen_loss(config, task)]), seen]
+
+
+def _chosen_loss(config: TrainConfig, task: Task) -> str:
+    """What is to be told of `--loss auto` where it is another one than a task alone would have; else ""."""
+    mixed = len({part.kind == "choice" for part in task.parts}) > 1
+    if config.loss != "auto" or not mixed:
+        return ""
+    return "--loss answer: choices that stand beside texts are trained on their answers' tokens, as texts are"
 
 
 def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
