@@ -11,7 +11,9 @@ from typing import Any
 import bench_quality
 import pytest
 import tickets
-from bench_quality import CELLS, MOST, Rows, headline, run_cell, to_mezo
+from bench_quality import Rows, run_cell
+from quality_cells import CELLS, TICKETS
+from quality_summary import MOST, headline, to_mezo
 
 from hizoo_lite import tasks
 from hizoo_lite.errors import TooManyBadSteps
@@ -39,7 +41,7 @@ def row(cell: str, method: str, seed: int = 0, budget: int = 450, **more: Any) -
 
 def test_every_cell_has_a_task() -> None:
     for cell in CELLS.values():
-        if cell.task not in ("", bench_quality.TICKETS):
+        if cell.task not in ("", TICKETS):
             assert tasks.get(cell.task).name == cell.task
 
 
