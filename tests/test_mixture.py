@@ -21,8 +21,9 @@ from hizoo_lite.errors import UserError
 from hizoo_lite.export.quantize import Quantization
 from hizoo_lite.run import Run, evaluate, fit
 from hizoo_lite.tasks import Encoder, batch_indices
+from hizoo_lite.tasks.batching import as_they_come
 from hizoo_lite.tasks.mixture import CYCLE, MixedEncoder, Mixture, Turns, joined
-from hizoo_lite.tasks.splits import Splits, as_they_come
+from hizoo_lite.tasks.splits import Splits
 from hizoo_lite.tasks.task import TASK, Task, part_of
 from hizoo_lite.train import checkpoint, config_file
 from hizoo_lite.train.replay import replay

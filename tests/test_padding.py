@@ -20,7 +20,7 @@ from hizoo_lite.model.model import Model
 from hizoo_lite.noise import drawn_along
 from hizoo_lite.run import fit
 from hizoo_lite.spaces import LoRA
-from hizoo_lite.tasks import Encoder, splits
+from hizoo_lite.tasks import Encoder, batching
 from hizoo_lite.tasks import get as get_task
 from hizoo_lite.train.evaluate import evaluate
 from hizoo_lite.train.step import Stepper, StepRecord
@@ -162,7 +162,7 @@ def test_steps_take_like_lengths_together(tmp_path: Path, monkeypatch: pytest.Mo
         return whole(stepper, step, *batches)
 
     monkeypatch.setattr(Stepper, "step", noted)
-    monkeypatch.setattr(splits, "LEAST_PADDING", 0.0)
+    monkeypatch.setattr(batching, "LEAST_PADDING", 0.0)
     found = {}
     for by_length in ("auto", "off"):
         fit(TrainConfig(**{**settings, "by_length": by_length, "out": str(tmp_path / by_length)}))

@@ -21,10 +21,11 @@ from hizoo_lite.tasks import (
     superglue,
     text,
 )
+from hizoo_lite.tasks.batching import batch_indices, batches
 from hizoo_lite.tasks.encoder import Encoded, Encoder
 from hizoo_lite.tasks.mixture import of_tasks
 from hizoo_lite.tasks.records import Records
-from hizoo_lite.tasks.splits import Splits, batch_indices, batches, make_splits
+from hizoo_lite.tasks.splits import Splits, make_splits
 from hizoo_lite.tasks.task import Task
 from hizoo_lite.tasks.usable import Usable, usable
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from hizoo_lite.batch import Batch, Example
 from hizoo_lite.errors import UserError
+from hizoo_lite.tasks.batching import as_they_come
 from hizoo_lite.tasks.collate import Encoded
 from hizoo_lite.tasks.encoder import Encoder
 from hizoo_lite.tasks.files import Row
-from hizoo_lite.tasks.splits import Splits, as_they_come
+from hizoo_lite.tasks.splits import Splits
 from hizoo_lite.tasks.task import TASK, Stream, Task, part_of
 
 #: Places of the stream after which the tasks' order repeats itself: weights count to one in so many.
