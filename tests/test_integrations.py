@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -596,9 +599,8 @@ def test_an_unknown_task_of_the_harness_is_refused() -> None:
     assert (done.exit_code, "got nosuchtask" in done.output) == (2, True)
 
 
-@harness
-@pytest.mark.filterwarnings("default")
-def test_a_task_of_the_harness_in_a_file_of_ones_own(tmp_path: Path) -> None:
+def task_of_days(tmp_path: Path) -> Path:
+    """A task of the harness's, in a file of one's own."""
     rows = [{"text": "A fine day.", "label": 0}, {"text": "A bad one.", "label": 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
@@ -613,10 +615,31 @@ def test_a_task_of_the_harness_in_a_file_of_ones_own(tmp_path: Path) -> None:
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "days.yaml").write_text(yaml.safe_dump(task))
-    (tmp_path / "another.yaml").write_text(yaml.safe_dump(task))  # of the same name: nobody's business
+    return tmp_path / "days.yaml"
+
+
+@harness
+@pytest.mark.filterwarnings("default")
+def test_a_task_of_the_harness_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    written = task_of_days(tmp_path)
+    (tmp_path / "another.yaml").write_text(written.read_text())  # of the same name: nobody's business
     asked = ["eval", "--model", "embedded", "--json", "--lm-eval"]
-    done = CliRunner().invoke(app, [*asked, str(tmp_path / "days.yaml")])
+    done = CliRunner().invoke(app, [*asked, str(written)])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["days"]["acc,none"] in (0.0, 0.5, 1.0)
     done = CliRunner().invoke(app, [*asked, str(tmp_path / "none.yaml")])
     assert (done.exit_code, "none.yaml: no such file" in done.output) == (2, True)
+
+
+@harness
+def test_the_harness_has_the_model_on_its_own_command_line(tmp_path: Path) -> None:
+    task_of_days(tmp_path)
+    run = [sys.executable, "-m", "hizoo_lite.integrations.lm_eval", "run", "--model", "hizoo_lite"]
+    run += ["--tasks", "days", "--include_path", str(tmp_path), "--model_args"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*run, "pretrained=embedded"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\|days .*\|acc ", done.stdout), done.stdout
+    done = subprocess.run([*run, "pretrained=nosuch"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: model: nosuch is not a local folder")

@@ -1,4 +1,9 @@
-"""EleutherAI's lm-evaluation-harness on our engine: `hizoo-lite eval --lm-eval TASKS`, or
+"""EleutherAI's lm-evaluation-harness on our engine: `hizoo-lite eval --lm-eval TASKS`; or its own command
+line, `lm-eval`, with this model beside its own:
+
+    python -m hizoo_lite.integrations.lm_eval run --model hizoo_lite --model_args adapter=RUN --tasks piqa
+
+or from Python:
 
     import hizoo_lite.integrations.lm_eval  # registers "hizoo_lite"
     lm_eval.simple_evaluate("hizoo_lite", {"pretrained": "models/mine", "adapter": "runs/mine"}, ["piqa"])
@@ -9,6 +14,7 @@ and streamed as everywhere else. Importing this file needs the extra `lm-eval`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,8 @@ from hizoo_lite.train.saved import load_to_write
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 #: Tokens of a text if neither the caller nor the model says how many; the harness's own number.
 _MOST = 2048
+#: What the harness asks for where its user has named no device, with and without a GPU.
+_DEVICE = "cuda:0"
 
 
 @register_model("hizoo_lite")
@@ -66,6 +74,8 @@ class HiZOOLM(TemplateLM):
         if isinstance(pretrained, Model):
             self.model = pretrained
         else:
+            if flags.get("device") in (None, _DEVICE):
+                flags = {**flags, "device": "auto"}
             length, rows = max_length or _MOST, self.batch_size
             self.model = load_to_write(pretrained, adapter, flags, length, rows, scores=True)
         if self.model.kind != "causal" or self.model.tokenizer is None:
@@ -224,3 +234,18 @@ def evaluated(model: HiZOOLM, tasks: Sequence[str], limit: int | None = None) ->
     found = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False)
     results: dict[str, dict[str, Any]] = found["results"]
     return results
+
+
+def main() -> None:
+    """The harness's own command line. What the model refuses is one line, and exit code 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
