@@ -571,3 +571,13 @@ def test_loaded_linears_are_branch_linears(llama):
     assert all(
         linear.state is model.state and linear.scratch is model.scratch for linear in model.linears.values()
     )
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_loading_that_takes_long_has_a_bar_at_a_terminal(
+    shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hizoo_lite.model.weights.SHOWN_AFTER", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: shown, raising=False)
+    load("embedded", device="cpu")
+    assert ("loading the model" in capsys.readouterr().err) is shown

@@ -13,6 +13,7 @@ import math
 from typing import Literal
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,10 @@ SMALL_ELEMENTS = 1 << 16
 
 #: Elements of embedding and head compared at a time if both of a tied pair are stored.
 _COMPARED_ELEMENTS = 1 << 19
+
+
+#: Seconds that loading takes before it has a bar.
+SHOWN_AFTER = 2.0
 
 
 class WeightLoader:
@@ -93,7 +98,11 @@ class WeightLoader:
             if isinstance(layer, nn.Embedding):
                 self._fill_embedding(name, layer)
         linears = {}
-        for name, layer in layers:
+        silent = True if self.device.type == "meta" else None  # None: without a terminal
+        bar = tqdm(
+            layers, "loading the model", leave=False, disable=silent, delay=SHOWN_AFTER, unit=" layers"
+        )
+        for name, layer in bar:
             if isinstance(layer, nn.Linear | Conv1D):
                 linear = self._linear(name, layer)
                 if linear is not None:
