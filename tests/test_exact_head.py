@@ -221,6 +221,35 @@ def test_both_halves_of_all_adapters_move_at_the_rate_of_the_first_step() -> Non
         assert moved["head.weight"] == pytest.approx(1 / 200, rel=1e-5)
 
 
+def test_a_gradient_of_adapters_that_is_much_longer_than_usual_is_shortened() -> None:
+    """One among others of length 1: it moves them as one of length 2 does, and the steps behind it go on."""
+    draw = np.random.default_rng(0)
+    usual = [direction / np.linalg.norm(direction) for direction in draw.normal(size=(12, 12))]
+    names = ["low.lora_A.weight", "low.lora_B.weight", "score.weight"]
+
+    def moved(lengths: list[float], resume_at: int = -1) -> dict[str, torch.Tensor]:
+        values = {name: torch.zeros(2, 3) for name in names}
+        adam = ExactAdam(values, TorchArrays())
+        for number, (direction, length) in enumerate(zip(usual, lengths, strict=False)):
+            if number == resume_at:
+                state, adam = adam.state_dict(), ExactAdam(values, TorchArrays())
+                adam.load_state_dict(state)
+            a, b = np.split(direction * length, 2)
+            parts = [[*a, 0, 0], [*b, 4.0, 1.0], [*(a / length), 4.0, 1.0]]
+            adam.update(np.array(parts, "<f4").tobytes(), 1.0)
+        return values
+
+    plain = [1.0] * 5
+    for length, same_as in ((1.9, 1.9), (50.0, 2.0), (1e6, 2.0)):
+        found, wanted = moved([*plain, length, 1.0, 1.0]), moved([*plain, same_as, 1.0, 1.0])
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)  # float32 sums of a few steps
+    assert not torch.allclose(moved([*plain, 1.9])[names[0]], moved([*plain, 1.0])[names[0]])
+    resumed, whole = (moved([*plain, 50.0, 3.0, 1.0], at) for at in (6, -1))
+    assert all(torch.equal(resumed[name], whole[name]) for name in names)
+    none = moved([1e-30, 1.0])  # squares that vanish are no length
+    assert all(value.isfinite().all() for value in none.values())
+
+
 def test_a_run_with_rows_for_labels_is_resumed_and_replayed_bitwise(tmp_path: Path) -> None:
     settings = short_run(tmp_path, lr="auto", curvature="grouped", save_every=2)
     whole = fit(TrainConfig(**{**settings, "out": str(tmp_path / "whole")}))
