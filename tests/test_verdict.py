@@ -127,6 +127,9 @@ def test_the_command_to_look_at_the_data_has_the_runs_own() -> None:
     said = verdict.of_run(record(0.5, 0.5, 100, data="my data/rows.csv", model="models/m"))
     assert said is not None
     assert "hizoo-lite data inspect 'my data/rows.csv' --model models/m, " in said.next
+    both = verdict.of_run(record(0.5, 0.5, 100, data=["my data/rows.csv", "b.csv"], model="models/m"))
+    assert both is not None
+    assert "hizoo-lite data inspect 'my data/rows.csv' b.csv --model models/m, " in both.next
 
 
 def test_the_error_is_of_the_examples_that_changed_sides() -> None:

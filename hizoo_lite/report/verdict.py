@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hizoo_lite.config import default
+from hizoo_lite.config import as_one_or_several, default, one_or_several
 from hizoo_lite.registry import ESTIMATORS, SPACES
 from hizoo_lite.report.record import RunRecord, number
 from hizoo_lite.units import counted
@@ -198,6 +198,7 @@ def _next(run: RunRecord, *, fell: bool, is_wide: bool = False) -> str:
         found.append(f"more steps{begin}: the loss fell, which comes before the answers change")
     if is_wide:
         found.append("more held-out examples with --test-examples, whose error bar is smaller")
-    data, model = (shlex.quote(str(config.get(name) or name.upper())) for name in ("data", "model"))
+    model = shlex.quote(str(config.get("model") or "MODEL"))
+    data = shlex.join(map(str, one_or_several(as_one_or_several(config.get("data") or "DATA"))))
     found.append(f"hizoo-lite data inspect {data} --model {model}, to see what the model is asked")
     return "Next: " + "; or ".join(found) + "."
