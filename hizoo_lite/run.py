@@ -235,6 +235,9 @@ def evaluate(
     if records is None:
         part = components.split_part(config, found, split, examples)
     else:
+        if len(found.parts) > 1:
+            called = ", ".join(part.name for part in found.parts)
+            raise UserError(f"data: got rows in memory, allowed with one task; these are several: {called}")
         lenient = components.leaves_out(config, found) and not config.strict
         part = found.load(records, split, [] if lenient else None)[:examples]
     return saved.measured(config, found, part, adapter, Progress(), model)[0]

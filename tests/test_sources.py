@@ -79,6 +79,14 @@ def test_a_run_on_two_sources_is_resumed_and_evaluated(sources: tuple[str, str],
     assert alone.exit_code == 0, alone.output
     scores = json.loads(alone.stdout)["scores"]
     assert scores["accuracy"] == told["reviews"]["metric_after"]
+    assert scores["loss"] == pytest.approx(told["reviews"]["loss_after"])  # of the same kind as in the run
+    same = CliRunner().invoke(
+        app, ["eval", "--adapter", str(out), "--task", f"{out}/task.toml:reviews", "--json"]
+    )
+    assert same.exit_code == 0, same.output
+    assert json.loads(same.stdout)["scores"] == scores
+    with pytest.raises(UserError, match=r"got rows in memory, allowed with one task; .*: reviews, chat"):
+        hz.evaluate(whole, data=[{"review": "It was warm.", "verdict": "good"}])
 
 
 def test_one_task_takes_several_sources(sources: tuple[str, str], tmp_path: Path) -> None:
@@ -103,6 +111,37 @@ def test_several_are_inspected_and_written_as_one_file(sources: tuple[str, str],
     assert tasks.get(f"{written}:chat").chat
     with pytest.raises(UserError, match=r"both.toml has no task 'soup'; allowed: reviews, chat"):
         tasks.get(f"{written}:soup")
+    asked = ["data", "inspect", *sources, "--task", str(written), "--json"]
+    again = CliRunner().invoke(app, asked)  # each by its own task
+    assert again.exit_code == 0, again.output
+    assert [one["form"] for one in json.loads(again.stdout)["sources"]] == ["reviews", "chat"]
+    fewer = CliRunner().invoke(app, ["data", "inspect", *sources, sources[0], "--task", str(written)])
+    assert fewer.exit_code == 2
+    assert "--data: got 3, allowed: one for each of 2 tasks" in fewer.stderr
+
+
+def test_a_file_of_tasks_that_a_run_refuses_is_not_written(sources: tuple[str, str], tmp_path: Path) -> None:
+    written = tmp_path / "twice.toml"
+    asked = ["data", "inspect", sources[0], sources[0], "--write-task", str(written)]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 2
+    assert "two tasks that are called" in found.stderr
+    assert not written.exists()
+
+
+def test_sources_have_names_that_can_be_asked_for(
+    sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, colon = tmp_path / "here", tmp_path / "all:train.jsonl"
+    folder.mkdir()
+    Path(sources[0]).rename(folder / "reviews.csv")
+    Path(sources[1]).rename(colon)
+    monkeypatch.chdir(folder)
+    config = TrainConfig(model="embedded", data=(".", str(colon)))  # a folder that has no name here
+    assert [part.name for part in components.task_of(config).parts] == [".", "all:train"]
+    asked = ["data", "inspect", ".", str(colon), "--write-task", "both.toml"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert tasks.get("both.toml:all:train").chat
 
 
 @pytest.mark.parametrize(

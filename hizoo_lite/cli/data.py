@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,9 +89,10 @@ def inspect(
     given = {name: value for name, value in flags.items() if value is not None}
     config = resolve(None, {**given, "strict": strict})
     forms = components.understood(config)
-    each = [config if len(data) == 1 else replace(config, data=one) for one in data]
+    each = components.of_each(config)
     found = [looked_at(one, None if model is None else _encoder_of(one)) for one in each]
     if write_task is not None:
+        components.task_of(config)  # what a run refuses is not written
         _write(Path(write_task), components.made_of(forms))
     if json:
         output.print_json(found[0] if len(found) == 1 else {"sources": found})

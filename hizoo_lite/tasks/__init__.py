@@ -89,8 +89,9 @@ def get(task: TaskLike) -> Task:
         return _BUILT_IN[name]
     if name.endswith(".toml"):
         return of_tasks(custom.load(Path(name)))
-    file, _, one = name.rpartition(":")
-    if file.endswith(".toml"):
+    stem, suffix, one = name.partition(".toml:")
+    if suffix:  # the task's own name may have a colon
+        file = f"{stem}.toml"
         found = {part.name: part for part in custom.load(Path(file))}
         if one not in found:
             raise UserError(f"task: {file} has no task {one!r}; allowed: {', '.join(found)}")

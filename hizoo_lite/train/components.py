@@ -111,7 +111,7 @@ def _of_several(config: TrainConfig, source: str, name: str) -> Understood:
 
 def _names(data: Sequence[str]) -> list[str]:
     """What several sources are called: by their files' names, in full if those are alike."""
-    stems = [Path(one).stem for one in data]
+    stems = [Path(one).stem or one for one in data]  # "." has none
     return stems if len(set(stems)) == len(stems) else list(data)
 
 
@@ -163,10 +163,14 @@ def division_lines(config: TrainConfig, splits: Splits, task: Task) -> list[str]
 
 def _chosen_loss(config: TrainConfig, task: Task) -> str:
     """What is to be told of `--loss auto` where it is another one than a task alone would have; else ""."""
-    mixed = len({part.kind == "choice" for part in task.parts}) > 1
-    if config.loss != "auto" or not mixed:
+    if config.loss != "auto" or not _is_mixed(task.parts):
         return ""
     return "--loss answer: choices that stand beside texts are trained on their answers' tokens, as texts are"
+
+
+def _is_mixed(parts: Sequence[Task]) -> bool:
+    """Whether there are choices beside others."""
+    return len({part.kind == "choice" for part in parts}) > 1
 
 
 def few_held_out(config: TrainConfig, splits: Splits, metric: str) -> str:
@@ -241,24 +245,39 @@ def with_tasks(run: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """A run's settings with the given ones, to evaluate on: of its tasks those that are given, their data."""
     changes = {"task_weight": None, **given}
     names = one_or_several(as_one_or_several(changes.get("task")))
-    own = _own_tasks(run) if names else {}
+    each = _own_tasks(run) if names else []
+    own = {called: (task, data) for called, task, data in each}
+    if len({task for _, task, _ in each}) == len(each):  # which name one, too
+        own |= {task: (task, data) for _, task, data in each}
     if names and set(names) <= set(own):
         changes["task"] = as_one_or_several([own[name][0] for name in names])
         if "data" not in changes and run.data is not None:
             changes["data"] = as_one_or_several([own[name][1] for name in names])
+        if run.loss == "auto" and _is_mixed(_found(run.task)):
+            changes.setdefault("loss", "answer")  # as each has it in the run, beside the others
     return replace(run, resume=False, **changes)
 
 
-def _own_tasks(run: TrainConfig) -> dict[str, tuple[str, str | None]]:
-    """The tasks of a run by what they are called: the setting that names each, and that of its data."""
+def of_each(config: TrainConfig) -> list[TrainConfig]:
+    """The configuration of each of several sources by itself. UserError as of `of_sources`."""
+    given = one_or_several(config.data)
+    if len(given) < 2:
+        return [config]
+    if forms.is_form(config.tasks[0]):
+        return [replace(config, data=one) for one in given]
+    of_sources(config)
+    return [replace(config, task=task, data=data) for _, task, data in _own_tasks(config)]
+
+
+def _own_tasks(run: TrainConfig) -> list[tuple[str, str, str | None]]:
+    """What each task of a run is called, the setting that names it, and that of its data."""
     given = one_or_several(run.data)
     called = as_set = run.tasks
     if len(run.tasks) == 1 < len(given):
         parts = [part.name for part in _found(run.task)]
         called = tuple(parts if len(parts) > 1 else _names(given))
         as_set = tuple(f"{run.tasks[0]}:{part}" if len(parts) > 1 else run.tasks[0] for part in called)
-    data = given or (None,) * len(called)
-    return dict(zip(called, zip(as_set, data, strict=True), strict=True))
+    return list(zip(called, as_set, given or (None,) * len(called), strict=True))
 
 
 def split_part(config: TrainConfig, task: Task, split: str, limit: int | None) -> list[Example]:
